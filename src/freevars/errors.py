@@ -1,0 +1,20 @@
+"""Every exception that freevars raises on purpose.
+
+Each message says what was expected, what came instead, where, and what to do next. The classes also
+derive from the built-in class that a user would expect to catch. Not here: deciding when to raise.
+"""
+
+__all__ = ["CaptureError", "FreevarsError", "StructureError"]
+
+
+class FreevarsError(Exception):
+    """The base class of every exception in this module."""
+
+
+class StructureError(FreevarsError, TypeError):
+    """A call brought another structure, shape, dtype, static leaf or number of values than the
+    example arguments of the conversion had."""
+
+
+class CaptureError(FreevarsError, TypeError):
+    """A captured value cannot be made an explicit argument without risking a lost derivative."""
