@@ -1,0 +1,147 @@
+"""A converted function as one value: callable, and a pytree whose leaves are its captured values.
+
+Everything that JAX does with arrays it does with a `Closure`: differentiate by it, batch it, carry it
+through a loop, put it on a device. Its static part is a `Program`, which compares by what it computes,
+so that a fresh lambda with the same code never recompiles what takes it. Not here: how captured values
+are found, and what makes two programs equal.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, TypeVar
+
+import jax
+from jax import tree_util
+
+from freevars.jax import _compat
+from freevars.jax._arguments import describe
+from freevars.jax._convert import convert
+from freevars.jax._program import Program
+
+__all__ = ["Closure"]
+
+R = TypeVar("R")
+
+
+class Closure(Generic[R]):
+    """`fun` with every value that it captures as a leaf: callable, and a differentiable argument.
+
+    `Closure(fun, *example_args)(*args)` equals `fun(*args)`, in value and in every derivative, and
+    `jax.tree.map` over a closure gives the function for other captured values. Two closures have equal
+    tree structures exactly where they compute the same thing from their values, so that
+    `jax.jit(solver)(Closure(lambda x: f(x, w), x0), x0)` compiles once for all `w`.
+
+    Args:
+      fun: any callable, pure. It runs once, on tracers.
+      *example_args: pytrees that fix structure, shapes and dtypes, as for `closure_convert`.
+
+    Attributes:
+      values: the captured arrays, in the order in which `fun` first reads them; every array met,
+        traced, concrete or NumPy. One that a custom derivative rule inside `fun` holds as well is a
+        constant instead.
+      in_struct: the example arguments, a tuple, with a `jax.ShapeDtypeStruct` for each array.
+      out_struct: the same for the result.
+
+    Called outside a transformation a closure is one compiled dispatch, compiled once for all closures
+    of the same structure; inside one it is traced into the program under way.
+
+    Raises:
+      TypeError: `fun` is not callable, or a call brings another structure, shape, dtype or static leaf
+        than the example (`freevars.errors.StructureError`, which names the first path that differs).
+      freevars.errors.CaptureError: `fun` captures a mutable reference, or a custom derivative rule
+        inside it captures a traced value.
+
+    >>> import jax, jax.numpy as jnp, freevars.jax as fv
+    >>> w = jnp.array([1.0, 2.0])
+    >>> f = fv.Closure(lambda x: jnp.sum(w * x**2), w)
+    >>> x = jnp.array([3.0, 4.0])
+    >>> print(f(x))
+    41.0
+    >>> print(jax.grad(lambda f: f(x))(f).values[0])
+    [ 9. 16.]
+    """
+
+    __slots__ = ("_origin", "_program", "_values")
+
+    _program: Program
+    _values: tuple[Any, ...]
+    _origin: tuple[Callable[..., R], tuple[Any, ...]] | None
+
+    def __init__(self, fun: Callable[..., R], *example_args: Any) -> None:
+        self._program, self._values = convert(fun, example_args)
+        # What made this closure, for pickling. A transformation drops it: a tree structure that held
+        # a user's function would keep its arrays alive in every cache that holds the structure.
+        self._origin = (fun, example_args)
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """The captured values, in the order in which the function first reads them."""
+        return self._values
+
+    @property
+    def in_struct(self) -> Any:
+        """The example arguments, a tuple, with a `jax.ShapeDtypeStruct` for each array."""
+        return self._program.inputs.struct()
+
+    @property
+    def out_struct(self) -> Any:
+        """The result, with a `jax.ShapeDtypeStruct` for each array."""
+        return self._program.outputs.struct()
+
+    def __call__(self, *args: Any) -> R:
+        result: R = self._program(self._values, args)
+        return result
+
+    def __repr__(self) -> str:
+        program = self._program
+        takes = ", ".join(map(describe, program.inputs.types))
+        gives = ", ".join(map(describe, program.outputs.types))
+        values = ", ".join(map(describe, self._values[:4]))
+        more = f", … {len(self._values)} in all" if len(self._values) > 4 else ""
+        return f"Closure({program.name}: ({takes}) -> {gives}; captures {values or 'nothing'}{more})"
+
+    def __reduce__(self) -> Any:
+        if self._origin is None:
+            msg = (
+                f"this {self!r} came out of a transformation and no longer knows the Python function"
+                " that it was made from. Pickle the closure that went in, or its `values`."
+            )
+            raise pickle.PicklingError(msg)
+        fun, example_args = self._origin
+        if any(isinstance(x, _compat.Tracer) for x in jax.tree.leaves((self._values, example_args))):
+            msg = f"{self!r} captures a traced value, which exists only while a transformation runs."
+            raise pickle.PicklingError(msg)
+        return Closure, (fun, *example_args)
+
+
+def _flatten(closure: Closure[Any]) -> tuple[tuple[Any, ...], Program]:
+    return closure._values, closure._program  # noqa: SLF001
+
+
+def _flatten_with_keys(closure: Closure[Any]) -> tuple[Iterable[tuple[Any, Any]], Program]:
+    keyed = [
+        (_ValueKey(i), value)
+        for i, value in enumerate(closure._values)  # noqa: SLF001
+    ]
+    return keyed, closure._program  # noqa: SLF001
+
+
+class _ValueKey(tree_util.SequenceKey):
+    """The key of a captured value, shown as the Python that reads it."""
+
+    def __str__(self) -> str:
+        return f".values[{self.idx}]"
+
+
+def _unflatten(program: Program, values: Iterable[Any]) -> Closure[Any]:
+    # No checks: JAX puts anything in the place of a leaf, an axis number or a sentinel.
+    closure: Closure[Any] = object.__new__(Closure)
+    closure._program = program  # noqa: SLF001
+    closure._values = tuple(values)  # noqa: SLF001
+    closure._origin = None  # noqa: SLF001
+    return closure
+
+
+tree_util.register_pytree_with_keys(Closure, _flatten_with_keys, _unflatten, _flatten)
