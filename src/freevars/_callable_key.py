@@ -119,9 +119,12 @@ class CallableKeys:
         cells = []
         for cell in fun.__closure__ or ():
             try:
-                cells.append(self.of(cell.cell_contents))
+                value = cell.cell_contents
             except ValueError:  # a cell that is still empty
                 cells.append(Same(cell))
+                continue
+            # The lists of a library's own wrappers are made afresh with them and never change.
+            cells.append(self.of(tuple(value) if installed and type(value) is list else value))
         extra = {k: v for k, v in fun.__dict__.items() if k != "__wrapped__"}
         return (
             fun.__code__,

@@ -39,8 +39,9 @@ class Closure(Generic[R]):
 
     Attributes:
       values: the captured arrays, in the order in which `fun` first reads them; every array met,
-        traced, concrete or NumPy. One that a custom derivative rule inside `fun` holds as well is a
-        constant instead.
+        traced, concrete or NumPy.
+      constants: concrete arrays that a custom derivative rule or a callback inside `fun` holds as
+        well. They cannot be replaced, so they are part of the structure and not leaves.
       in_struct: the example arguments, a tuple, with a `jax.ShapeDtypeStruct` for each array.
       out_struct: the same for the result.
 
@@ -81,6 +82,11 @@ class Closure(Generic[R]):
         return self._values
 
     @property
+    def constants(self) -> tuple[Any, ...]:
+        """The concrete arrays that are part of the structure, because a custom rule holds them too."""
+        return self._program.fixed
+
+    @property
     def in_struct(self) -> Any:
         """The example arguments, a tuple, with a `jax.ShapeDtypeStruct` for each array."""
         return self._program.inputs.struct()
@@ -100,7 +106,9 @@ class Closure(Generic[R]):
         gives = ", ".join(map(describe, program.outputs.types))
         values = ", ".join(map(describe, self._values[:4]))
         more = f", … {len(self._values)} in all" if len(self._values) > 4 else ""
-        return f"Closure({program.name}: ({takes}) -> {gives}; captures {values or 'nothing'}{more})"
+        fixed = f"; {len(program.fixed)} held constant" if program.fixed else ""
+        captures = f"captures {values or 'nothing'}{more}{fixed}"
+        return f"Closure({program.name}: ({takes}) -> {gives}; {captures})"
 
     def __reduce__(self) -> Any:
         if self._origin is None:

@@ -20,6 +20,7 @@ from jax._src import config as _config
 from jax._src import core as _core
 from jax._src import linear_util as _linear_util
 from jax._src import source_info_util as _source_info_util
+from jax._src import util as _util
 from jax._src.interpreters import partial_eval as _partial_eval
 from jax._src.lax.lax import _convert_element_type
 from jax._src.lax.lax import convert_element_type_p as _convert_p
@@ -72,6 +73,17 @@ def close(jaxpr: Any) -> Any:
     return ClosedJaxpr(jaxpr, [])
 
 
+def nested_programs(eqn: Eqn) -> list[Any]:
+    """The programs, open or closed, among the parameters of an equation."""
+    found: list[Any] = []
+    for value in eqn.params.values():
+        if isinstance(value, JAXPR_TYPES):
+            found.append(value)
+        elif isinstance(value, tuple):
+            found.extend([v for v in value if isinstance(v, JAXPR_TYPES)])
+    return found
+
+
 def drop_dead_code(jaxpr: Any, keep_inputs: Sequence[bool]) -> tuple[Any, list[bool]]:
     """The program without what its outputs and effects do not need, and which inputs it reads.
 
@@ -103,12 +115,9 @@ def converts_weak_values(jaxpr: Any) -> bool:
             source = eqn.invars[0].aval
             if source.weak_type and source.dtype.kind == eqn.params["new_dtype"].kind:
                 return True
-        for value in eqn.params.values():
-            for nested in value if isinstance(value, tuple) else (value,):
-                if isinstance(nested, JAXPR_TYPES) and converts_weak_values(
-                    getattr(nested, "jaxpr", nested)
-                ):
-                    return True
+        for nested in nested_programs(eqn):
+            if converts_weak_values(getattr(nested, "jaxpr", nested)):
+                return True
     return False
 
 
@@ -197,7 +206,14 @@ _IGNORED = (
     _linear_util.Store,
     _linear_util.EqualStore,
     _core.DebugInfo,
+    _core.TraceTag,
 )
+
+
+_WRAPPED = tuple(
+    getattr(_util, name) for name in ("Hashable", "Unhashable", "HashableWrapper") if hasattr(_util, name)
+)
+EQUATION: type = _core.JaxprEqn
 
 
 def function_parts(x: Any) -> tuple[Any, ...] | None:
@@ -206,6 +222,12 @@ def function_parts(x: Any) -> tuple[Any, ...] | None:
         return (x.f, x.transforms, x.params)
     if isinstance(x, _IGNORED):
         return ()
+    if isinstance(x, _WRAPPED):
+        return (x.val,) if hasattr(x, "val") else (x.x,)
+    if isinstance(x, _util.HashableFunction):
+        return (x.f, x.closure)
+    if isinstance(x, _util.HashablePartial):
+        return (x.f, x.args, x.kwargs)
     if isinstance(x, (jax.custom_jvp, jax.custom_vjp)):
         return tuple(sorted((k, v) for k, v in vars(x).items() if not k.startswith("__")))
     name = getattr(x, "__qualname__", "")

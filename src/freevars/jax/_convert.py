@@ -90,7 +90,9 @@ def _in_order_of_use(jaxpr: Any, values: list[Any], n_args: int) -> tuple[Any, l
             break
         read(eqn.invars)
     read(jaxpr.outvars)
-    return _compat.replace(jaxpr, invars=[*order, *args]), ordered
+    if order != variables:
+        jaxpr = _compat.replace(jaxpr, invars=[*order, *args])
+    return jaxpr, ordered
 
 
 def _keep_what_rules_hold(
@@ -179,7 +181,9 @@ class Converted(Generic[R]):
         self._n_args = len(program.inputs.tree.children())
         # What stays inside: the values that are not hoisted, at their places among all.
         self._all_hoisted = len(hoisted) == len(values)
-        self._constants = tuple(None if i in set(hoisted) else v for i, v in enumerate(values))
+        self._constants: list[Any] = [] if self._all_hoisted else list(values)
+        for i in hoisted if self._constants else ():
+            self._constants[i] = None
 
     def __call__(self, *args_and_hoisted: Any) -> R:
         n = self._n_args
@@ -187,7 +191,7 @@ class Converted(Generic[R]):
             self._refuse_count(len(args_and_hoisted))
         values: Any = args_and_hoisted[n:]
         if not self._all_hoisted:
-            merged = list(self._constants)
+            merged = self._constants.copy()
             for i, value in zip(self._hoisted, values, strict=True):
                 merged[i] = value
             values = tuple(merged)

@@ -128,6 +128,9 @@ class Fingerprint:
             return ("key", x)
         if isinstance(x, _compat.JAXPR_TYPES):
             return ("key", self._closed(x))
+        if isinstance(x, _compat.EQUATION):  # held by what JAX puts around a rule
+            types = tuple([v.aval for v in (*x.invars, *x.outvars)])
+            return ("key", (x.primitive, types, self._params(x)))
         parts = _compat.function_parts(x)
         if parts is not None:
             return ("parts", parts)

@@ -65,6 +65,9 @@ def identity(value: Any) -> Any:
 def lift_constants(closed: Any) -> tuple[Any, list[Any]]:
     """The open program whose leading inputs are the constants of `closed` and of all that is nested
     in it, and these constants, each once."""
+    opened, values = _compat.separate_constants(closed)
+    if not _holds_constants(opened):
+        return opened, values
     constants = Constants()
     jaxpr = _Lifter().open(closed, constants)
     return _compat.replace(jaxpr, invars=[*constants.variables, *jaxpr.invars]), constants.values
@@ -78,18 +81,13 @@ def _is_array_literal(v: Any) -> bool:
 def _holds_constants(jaxpr: Any) -> bool:
     """Whether an open program, or one nested in it at any depth, holds a concrete array."""
     for eqn in jaxpr.eqns:
-        if any(_is_array_literal(v) for v in eqn.invars):
-            return True
-        if any(_consts(j) or _holds_constants(_opened(j)) for j in _nested(eqn.params)):
-            return True
+        for v in eqn.invars:
+            if type(v) is Literal and _is_array_literal(v):
+                return True
+        for nested in _compat.nested_programs(eqn):
+            if _consts(nested) or _holds_constants(_opened(nested)):
+                return True
     return any(_is_array_literal(v) for v in jaxpr.outvars)
-
-
-def _nested(params: dict[str, Any]) -> list[Any]:
-    flat: list[Any] = []
-    for value in params.values():
-        flat.extend(value if isinstance(value, tuple) else (value,))
-    return [v for v in flat if isinstance(v, _compat.JAXPR_TYPES)]
 
 
 def _consts(jaxpr: Any) -> list[Any]:

@@ -51,7 +51,6 @@ class Program:
         # JAX flattens arguments faster than any Python code, and on a call that it has seen before it
         # checks their types as well; so hand them over as they are wherever it takes them.
         self.flat = bool(inputs.statics) or not _hashable(inputs.tree)
-        self._run = self._compiled(self._run_leaves if self.flat else self._run_tree)
 
     @classmethod
     def intern(cls, key: Hashable, make: Callable[[], Program]) -> Program:
@@ -65,14 +64,16 @@ class Program:
     def __repr__(self) -> str:
         return f"<program {self.name} at {id(self):#x}>"
 
-    def _compiled(self, run: Callable[..., Any]) -> Callable[..., Any]:
-        # A weak reference, because a compiled function outlives many things: the program owns it, it
-        # must not own the program.
+    @functools.cached_property
+    def _run(self) -> Callable[..., Any]:
+        """The compiled function. It holds the program weakly: the program owns it."""
         ref = weakref.ref(self)
-        method = run.__func__  # type: ignore[attr-defined]
+        method = Program._run_leaves if self.flat else Program._run_tree
 
         def call(values: Sequence[Any], *args: Any) -> Any:
-            return method(ref(), values, *args)
+            program = ref()
+            assert program is not None  # noqa: S101 (who calls `_run` holds the program)
+            return method(program, values, *args)
 
         call.__name__ = call.__qualname__ = self.name
         return jax.jit(call, inline=True)
