@@ -4,7 +4,13 @@ Each message says what was expected, what came instead, where, and what to do ne
 derive from the built-in class that a user would expect to catch. Not here: deciding when to raise.
 """
 
-__all__ = ["CaptureError", "FreevarsError", "StructureError"]
+__all__ = [
+    "CaptureError",
+    "FreevarsError",
+    "NotASolutionError",
+    "SingularError",
+    "StructureError",
+]
 
 
 class FreevarsError(Exception):
@@ -18,3 +24,11 @@ class StructureError(FreevarsError, TypeError):
 
 class CaptureError(FreevarsError, TypeError):
     """A captured value cannot be made an explicit argument without risking a lost derivative."""
+
+
+class NotASolutionError(FreevarsError, RuntimeError):
+    """What a solver returned does not satisfy the condition that its derivative rule rests on."""
+
+
+class SingularError(FreevarsError, ArithmeticError):
+    """The linear system of a derivative has no unique solution, or none that rounding leaves."""

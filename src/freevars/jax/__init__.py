@@ -2,5 +2,6 @@
 
 from freevars.jax._closure import Closure
 from freevars.jax._convert import closure_convert
+from freevars.jax._rules import argmin, fixed_point, root
 
-__all__ = ["Closure", "closure_convert"]
+__all__ = ["Closure", "argmin", "closure_convert", "fixed_point", "root"]

@@ -25,6 +25,7 @@ from jax._src.interpreters import partial_eval as _partial_eval
 from jax._src.lax.lax import _convert_element_type
 from jax._src.lax.lax import convert_element_type_p as _convert_p
 from jax._src.sharding_impls import UNSPECIFIED
+from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var, jaxpr_as_fun
 
 if TYPE_CHECKING:
@@ -242,3 +243,29 @@ VALUES: tuple[type, ...] = (_core.AbstractValue, jax.tree_util.PyTreeDef)
 
 # What `jax.jit` returns; the type has no public name.
 JITTED: type = type(jax.jit(lambda: None))
+
+
+def nothing_traced() -> bool:
+    """Whether no transformation is under way, so that no traced value can be anywhere."""
+    return bool(_core.trace_state_clean())
+
+
+def captured_tracers(jitted: Any, *args: Any) -> list[Any]:
+    """The traced values that a jitted function captures. JAX makes them operands of the call, and
+    tells so nowhere in public."""
+    return [x for x in jitted.trace(*args)._consts if isinstance(x, Tracer)]  # noqa: SLF001
+
+
+def is_symbolic_zero(x: Any) -> bool:
+    """Whether a tangent is known to be zero without looking at numbers."""
+    return isinstance(x, SymbolicZero) or getattr(x, "dtype", None) == jax.dtypes.float0
+
+
+def has_custom_vjp(jaxpr: Any) -> bool:
+    """Whether a program, or one nested in it, has a rule for reverse mode only."""
+    return any(
+        eqn.primitive.name == "custom_vjp_call"
+        or "CustomVJP" in type(eqn.params.get("_prim")).__name__
+        or any(has_custom_vjp(getattr(j, "jaxpr", j)) for j in nested_programs(eqn))
+        for eqn in jaxpr.eqns
+    )

@@ -1,0 +1,33 @@
+"""A pytree of floating and complex arrays as one real vector, and back.
+
+A complex number counts as two real ones, because what is solved for need not be holomorphic. Not here:
+anything about solving.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+__all__ = ["to_vector"]
+
+
+def to_vector(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """The real vector of a pytree, and the linear function that turns such a vector back."""
+    is_complex = [jnp.iscomplexobj(x) for x in jax.tree.leaves(tree)]
+    if not any(is_complex):
+        return ravel_pytree(tree)
+    leaves, treedef = jax.tree.flatten(tree)
+    parts = [(x.real, x.imag) if c else x for x, c in zip(leaves, is_complex, strict=True)]
+    vector, from_vector = ravel_pytree(parts)
+
+    def back(vector: Any) -> Any:
+        parts = from_vector(vector)
+        joined = [jax.lax.complex(*p) if c else p for p, c in zip(parts, is_complex, strict=True)]
+        return treedef.unflatten(joined)
+
+    return vector, back
