@@ -1,1 +1,1 @@
-"""What freevars costs, as ratios against the same code written by hand. ``python -m benchmarks``."""
+"""What freevars costs, as ratios against code written by hand. ``python -m benchmarks``."""

@@ -23,7 +23,9 @@ def main() -> None:
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)}")
     chosen = parser.parse_args().tables or list(TABLES)
     if unknown := set(chosen) - set(TABLES):
-        parser.error(f"no such table: {', '.join(sorted(unknown))}; choose from {', '.join(TABLES)}")
+        parser.error(
+            f"no such table: {', '.join(sorted(unknown))}; choose from {', '.join(TABLES)}"
+        )
 
     print(
         f"Python {platform.python_version()}, jax {jax.__version__}, jaxlib {jaxlib.__version__}, "

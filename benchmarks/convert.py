@@ -114,7 +114,7 @@ def rows() -> Iterator[Row]:
         _, base_middle, base_largest = per_unit[base, what]
         sizes = EQUATIONS if what == "equations" else CAPTURED
         yield Row(
-            case=f"{name}, linear: time per one of {sizes[2]:,} {what}, of {sizes[1]:,}",
+            case=f"{name}, time per one: {sizes[2]:,} {what} against {sizes[1]:,}",
             baseline=f"{base_largest / base_middle:.2f}",
             figure=largest / middle,
             target=TARGET,

@@ -75,7 +75,7 @@ def growth(name: str, use: str) -> float:
 
 def in_fresh_process(name: str, use: str) -> float:
     command = [sys.executable, "-m", "benchmarks.memory", name, use]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603
+    printed = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(printed.stdout)
 
 

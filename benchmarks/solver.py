@@ -2,8 +2,9 @@
 captured values threaded by hand. Also: how often the solver was traced.
 """
 
-import functools
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +19,12 @@ TITLE = "solver: 50 fresh lambdas through one jitted Newton solver against hand-
 TARGET = 5.0
 LAMBDAS = 50
 STEPS = 10
+SAMPLES, FEATURES = 341, 30  # the size of the training problem in examples/hyperparameters.py
 
-
-def newton(objective: Callable[[Array], Array], x: Array) -> Array:
-    def step(_: int, x: Array) -> Array:
-        return x - jnp.linalg.solve(jax.hessian(objective)(x), jax.grad(objective)(x))
-
-    return jax.lax.fori_loop(0, STEPS, step, x)
+DATA = jax.random.normal(jax.random.key(0), (SAMPLES, FEATURES))
+LABELS = jnp.sign(DATA @ jnp.ones(FEATURES) + 0.5)
+PENALTIES = [jnp.float32(0.01 * (1 + k)) for k in range(LAMBDAS)]
+X0 = jnp.zeros(FEATURES)
 
 
 def objective(x: Array, data: Array, labels: Array, penalty: Array) -> Array:
@@ -32,16 +32,37 @@ def objective(x: Array, data: Array, labels: Array, penalty: Array) -> Array:
     return jnp.mean(jax.nn.softplus(-labels * (data @ x))) + penalty * (x @ x)
 
 
-def rows() -> Iterator[Row]:
-    data = jax.random.normal(jax.random.key(0), (200, 20))
-    labels = jnp.sign(data @ jnp.ones(20) + 0.5)
-    penalties = [jnp.float32(0.01 * (1 + k)) for k in range(LAMBDAS)]
-    x0 = jnp.zeros(20)
-    traces = 0
+def fresh(penalty: Array) -> Callable[[Array], Array]:
+    return lambda x: objective(x, DATA, LABELS, penalty)
 
-    @jax.jit
-    def by_hand(x0: Array, *values: Array) -> Array:
-        return newton(lambda x: objective(x, *values), x0)
+
+def newton(fun: Callable[[Array], Array], x: Array) -> Array:
+    def step(_: int, x: Array) -> Array:
+        return x - jnp.linalg.solve(jax.hessian(fun)(x), jax.grad(fun)(x))
+
+    return jax.lax.fori_loop(0, STEPS, step, x)
+
+
+@jax.jit
+def by_hand(x0: Array, *values: Array) -> Array:
+    return newton(lambda x: objective(x, *values), x0)
+
+
+def peers() -> dict[str, Callable[[], Any]]:
+    """One fresh lambda through a solver that takes it in another way. Each compiles every time."""
+    static = partial(jax.jit, static_argnums=0)(newton)
+    found = {"jit, static function": lambda: static(fresh(PENALTIES[0]), X0).block_until_ready()}
+    if "equinox" in CONVERTERS:
+        import equinox
+
+        jitted = equinox.filter_jit(newton)
+        convert = CONVERTERS["equinox"]
+        found["equinox"] = lambda: jitted(convert(fresh(PENALTIES[0]), X0), X0).block_until_ready()
+    return found
+
+
+def rows() -> Iterator[Row]:
+    traces = 0
 
     @jax.jit
     def by_closure(fun: fv.Closure, x0: Array) -> Array:
@@ -49,48 +70,25 @@ def rows() -> Iterator[Row]:
         traces += 1
         return newton(fun, x0)
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def by_static_function(fun: Callable[[Array], Array], x0: Array) -> Array:
-        return newton(fun, x0)
-
     def all_by_hand() -> None:
-        for p in penalties:
-            by_hand(x0, data, labels, p).block_until_ready()
+        for penalty in PENALTIES:
+            by_hand(X0, DATA, LABELS, penalty).block_until_ready()
 
     def all_by_closure() -> None:
-        for p in penalties:
-            fun = fv.Closure(lambda x: objective(x, data, labels, p), x0)  # noqa: B023
-            by_closure(fun, x0).block_until_ready()
-
-    def one_by_static_function() -> None:
-        p = penalties[0]
-        by_static_function(lambda x: objective(x, data, labels, p), x0).block_until_ready()
+        for penalty in PENALTIES:
+            by_closure(fv.Closure(fresh(penalty), X0), X0).block_until_ready()
 
     ours = alternate(all_by_hand, all_by_closure)
-
-    # The peers compile for each lambda: one lambda shows it, fifty would take minutes.
-    peers = {"jit, static function": one_by_static_function}
-    if "equinox" in CONVERTERS:
-        import equinox
-
-        by_equinox = equinox.filter_jit(newton)
-
-        def one_by_equinox() -> None:
-            p = penalties[0]
-            fun = CONVERTERS["equinox"](lambda x: objective(x, data, labels, p), x0)
-            by_equinox(fun, x0).block_until_ready()
-
-        peers["equinox"] = one_by_equinox
-    theirs = alternate(
-        lambda: by_hand(x0, data, labels, penalties[0]).block_until_ready(), *peers.values()
-    )
-
+    # One lambda shows what a peer costs; fifty would take minutes.
+    one_by_hand = lambda: by_hand(X0, DATA, LABELS, PENALTIES[0]).block_until_ready()  # noqa: E731
+    others = peers()
+    theirs = alternate(one_by_hand, *others.values())
     yield Row(
         case=f"{LAMBDAS} fresh lambdas",
         baseline=seconds(ours.seconds[0]),
         ours=seconds(ours.seconds[1]),
         figure=ours.ratios[1],
         target=TARGET,
-        peers=tuple(zip(peers, theirs.ratios[1:], strict=True)),
+        peers=tuple(zip(others, theirs.ratios[1:], strict=True)),
     )
     yield Row(case="traces of the solver", baseline="1", ours=str(traces), figure=traces, target=1)
