@@ -4,11 +4,12 @@ PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null 
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
-PIP = -m pip --quiet --disable-pip-version-check
+PIP = -m pip -qq --disable-pip-version-check
 
 .PHONY: demo test bench lint types docs test-newest test-oldest clean
 
 $(READY): pyproject.toml
+	@echo 'Setting up $(VENV), once.' >&2
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python $(PIP) install --editable '.[dev]'
 	@touch $@

@@ -18,7 +18,7 @@ from benchmarks._timing import alternate
 TITLE = "solver: 50 fresh lambdas through one jitted Newton solver against hand-threaded values"
 TARGET = 5.0
 LAMBDAS = 50
-STEPS = 10
+STEPS = 25
 SAMPLES, FEATURES = 341, 30  # the size of the training problem in examples/hyperparameters.py
 
 DATA = jax.random.normal(jax.random.key(0), (SAMPLES, FEATURES))

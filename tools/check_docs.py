@@ -3,10 +3,13 @@
     python tools/check_docs.py [FILE.md ...]
 
 The blocks of one page run in order and share their names, the way a reader would paste them. A
-block with ``>>>`` prompts is a doctest, and its output is compared; any other must not raise.
+block with ``>>>`` prompts is a doctest. Any other must not raise, and if lines of it end in
+``# -> text``, these texts must be what it prints, line by line.
 """
 
+import contextlib
 import doctest
+import io
 import re
 import sys
 import traceback
@@ -14,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+PRINTS = re.compile(r"# -> (.*)$", re.MULTILINE)
 BLOCK = re.compile(r"^```(?:python|pycon)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -33,11 +37,19 @@ def check(page: Path) -> tuple[int, int]:
             failed += bool(runner.run(case, clear_globs=False).failed)
             names.update(case.globs)
         else:
+            printed = io.StringIO()
             try:
                 # The empty lines make a traceback show the line in the page.
-                exec(compile("\n" * lines_before + block[1], str(page), "exec"), names)  # noqa: S102
+                code = compile("\n" * lines_before + block[1], str(page), "exec")
+                with contextlib.redirect_stdout(printed):
+                    exec(code, names)  # noqa: S102
             except Exception:  # noqa: BLE001 (whatever a page raises is a failure to report)
                 traceback.print_exc()
+                failed += 1
+                continue
+            expected, got = PRINTS.findall(block[1]), printed.getvalue().splitlines()
+            if expected and expected != got:
+                print(f"{page}:{lines_before + 1}: expected to print {expected}, got {got}")
                 failed += 1
     return ran, failed
 
@@ -47,9 +59,7 @@ def main() -> int:
     pages = pages or [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
     results = {page: check(page) for page in pages}
     for page, (ran, failed) in results.items():
-        print(
-            f"{page.relative_to(ROOT) if page.is_relative_to(ROOT) else page}: {ran} code blocks, {failed} failed"
-        )
+        print(f"{page.name}: {ran} code blocks, {failed} failed")
     nothing_ran = not any(ran for ran, _ in results.values())
     return int(nothing_ran or any(failed for _, failed in results.values()))
 
