@@ -6,7 +6,7 @@ Not here: measuring.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-HEADER = ("case", "by hand", "freevars", "figure", "target", "met", "peers, same figure")
+HEADER = ("case", "baseline", "freevars", "figure", "target", "met", "peers, same figure")
 
 
 @dataclass(frozen=True)

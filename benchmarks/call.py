@@ -3,12 +3,14 @@ arguments.
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 import freevars.jax as fv
+from benchmarks._peers import CONVERTERS
 from benchmarks._table import Row, seconds
 from benchmarks._timing import alternate
 
@@ -31,17 +33,21 @@ def rows() -> Iterator[Row]:
         constant, none = fv.closure_convert(fun, x)
         converted, hoisted = fv.closure_convert(fun, x, hoist="all")
         closure = fv.Closure(fun, x)
-        sides = {
-            "by hand": lambda: by_hand(x, *weights).block_until_ready(),
+        jitted = jax.jit(fun)
+        ours = {
             "closure_convert": lambda: constant(x, *none).block_until_ready(),
             'closure_convert(hoist="all")': lambda: converted(x, *hoisted).block_until_ready(),
             "Closure": lambda: closure(x).block_until_ready(),
-            "jit": lambda: jitted(x).block_until_ready(),
         }
-        jitted = jax.jit(fun)
+        peers = {"jit, values constant": lambda: jitted(x).block_until_ready()}
+        for name, convert in CONVERTERS.items():
+            theirs = convert(fun, x)
+            call, more = theirs if isinstance(theirs, tuple) else (theirs, ())
+            peers[name] = partial(lambda call, more: call(x, *more).block_until_ready(), call, more)
+        sides = {"by hand": lambda: by_hand(x, *weights).block_until_ready(), **ours, **peers}
         timing = alternate(*sides.values())
         found = dict(zip(sides, zip(timing.seconds, timing.ratios, strict=True), strict=True))
-        for name in [name for name in sides if name not in {"by hand", "jit"}]:
+        for name in ours:
             spent, ratio = found[name]
             yield Row(
                 case=f"{name}, {depth} captured {size}x{size}",
@@ -49,5 +55,5 @@ def rows() -> Iterator[Row]:
                 ours=seconds(spent),
                 figure=ratio,
                 target=TARGET,
-                peers=(("jit, values constant", found["jit"][1]),),
+                peers=tuple((peer, found[peer][1]) for peer in peers),
             )

@@ -3,12 +3,14 @@ with its parameters threaded by hand.
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 import freevars.jax as fv
+from benchmarks._peers import CONVERTERS
 from benchmarks._table import Row, seconds
 from benchmarks._timing import alternate
 
@@ -39,11 +41,22 @@ def rows() -> Iterator[Row]:
             value, _ = by_captured(closure, x)
             value.block_until_ready()
 
-        timing = alternate(hand, captured)
+        peers = {}
+        if "equinox" in CONVERTERS:
+            import equinox
+
+            theirs = CONVERTERS["equinox"](lambda x: loss(weights, x), x)
+            by_equinox = equinox.filter_jit(equinox.filter_value_and_grad(lambda fun, x: fun(x)))
+            peers["equinox"] = partial(
+                lambda by, f: by(f, x)[0].block_until_ready(), by_equinox, theirs
+            )
+
+        timing = alternate(hand, captured, *peers.values())
         yield Row(
             case=f"{depth} weights {size}x{size}, batch {batch}",
             baseline=seconds(timing.seconds[0]),
             ours=seconds(timing.seconds[1]),
             figure=timing.ratios[1],
             target=TARGET,
+            peers=tuple(zip(peers, timing.ratios[2:], strict=True)),
         )
