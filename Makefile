@@ -35,7 +35,7 @@ docs: $(READY)
 	@$(BIN)/python -m pytest --doctest-modules src/freevars --ignore=src/freevars/torch
 	@$(BIN)/python tools/check_docs.py
 
-# The newest JAX on the newest Python, and the oldest supported JAX on this one. Each has its own
+# The newest JAX on the newest Python (this one, if the machine has none newer), and the oldest supported JAX on this one. Each has its own
 # environment, and tests the built wheel rather than the source folder.
 test-newest: .venv-newest/.ready
 test-oldest: .venv-oldest/.ready
@@ -45,7 +45,7 @@ test-newest test-oldest: test-%:
 	@.venv-$*/bin/python -m pytest -n auto
 
 .venv-newest/.ready: pyproject.toml
-	@$$($(PYTHON) tools/newest_python.py) -m venv .venv-newest
+	@"$$($(PYTHON) tools/newest_python.py || echo $(PYTHON))" -m venv .venv-newest
 	@.venv-newest/bin/python $(PIP) install --upgrade --upgrade-strategy eager '.[dev]'
 	@touch $@
 
