@@ -35,8 +35,9 @@ docs: $(READY)
 	@$(BIN)/python -m pytest --doctest-modules src/freevars --ignore=src/freevars/torch
 	@$(BIN)/python tools/check_docs.py
 
-# The newest JAX on the newest Python (this one, if the machine has none newer), and the oldest supported JAX on this one. Each has its own
-# environment, and tests the built wheel rather than the source folder.
+# The newest JAX on the newest Python (on this one, if the machine has none newer), and the oldest
+# supported JAX on this one. Each has its own environment, and tests the built wheel rather than the
+# source folder.
 test-newest: .venv-newest/.ready
 test-oldest: .venv-oldest/.ready
 test-newest test-oldest: test-%:
