@@ -1,21 +1,24 @@
 # `make demo` and `make test` do all set-up themselves; a second run is quick.
-PYTHON ?= python3
+# Python 3.11 where there is one: it is the one that both hosts have builds for.
+PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || echo python3)
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
+PIP = -m pip -qq --disable-pip-version-check
 
-.PHONY: demo test bench lint types examples clean
+.PHONY: demo test bench lint types docs test-newest test-oldest clean
 
 $(READY): pyproject.toml
+	@echo 'Setting up $(VENV), once.' >&2
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@$(BIN)/python $(PIP) install --editable '.[dev]'
 	@touch $@
 
 demo: $(READY)
 	@$(BIN)/python examples/hyperparameters.py
 
 test: $(READY)
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n auto
 
 bench: $(READY)
 	@$(BIN)/python -m benchmarks
@@ -27,5 +30,30 @@ lint: $(READY)
 types: $(READY)
 	@$(BIN)/mypy --no-error-summary
 
+# Every code block that a reader may paste: in docstrings, in the README, in docs/.
+docs: $(READY)
+	@$(BIN)/python -m pytest --doctest-modules src/freevars --ignore=src/freevars/torch
+	@$(BIN)/python tools/check_docs.py
+
+# The newest JAX on the newest Python (on this one, if the machine has none newer), and the oldest
+# supported JAX on this one. Each has its own environment, and tests the built wheel rather than the
+# source folder.
+test-newest: .venv-newest/.ready
+test-oldest: .venv-oldest/.ready
+test-newest test-oldest: test-%:
+	@.venv-$*/bin/python $(PIP) install --no-deps --force-reinstall .
+	@.venv-$*/bin/python -c 'import jax, sys; print("$*:", sys.version.split()[0], "jax", jax.__version__)'
+	@.venv-$*/bin/python -m pytest -n auto
+
+.venv-newest/.ready: pyproject.toml
+	@"$$($(PYTHON) tools/newest_python.py || echo $(PYTHON))" -m venv .venv-newest
+	@.venv-newest/bin/python $(PIP) install --upgrade --upgrade-strategy eager '.[dev]'
+	@touch $@
+
+.venv-oldest/.ready: pyproject.toml
+	@$(PYTHON) -m venv .venv-oldest
+	@.venv-oldest/bin/python $(PIP) install '.[dev]' "$$($(PYTHON) tools/oldest_jax.py)"
+	@touch $@
+
 clean:
-	rm -rf $(VENV) out
+	rm -rf .venv .venv-newest .venv-oldest out

@@ -1,0 +1,1 @@
+"""What freevars costs, as ratios against code written by hand. ``python -m benchmarks``."""

@@ -1,0 +1,121 @@
+"""Cold conversion against ``jax.make_jaxpr`` of the same function.
+
+Tracing the function once is the floor: no conversion can find the captured values without it. Every
+call converts a function object that was never seen, with a literal of its own in it, so that no
+cache of anybody's can answer.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+import freevars.jax as fv
+from benchmarks._peers import CONVERTERS
+from benchmarks._table import Row, seconds
+from benchmarks._timing import Timing, alternate
+
+TITLE = "convert: cold conversion against jax.make_jaxpr of the same function"
+TARGET = 1.25
+EQUATIONS = (30, 300, 3000)
+CAPTURED = (10, 100, 1000)
+
+_literals = itertools.count(1)
+X = jnp.ones(8)
+
+
+def chain(equations: int, values: list[Array]) -> Callable[[Array], Array]:
+    """A fresh function of about ``equations`` equations that reads all of ``values``."""
+    literal = next(_literals) / 1024
+
+    def fun(x: Array) -> Array:
+        x = x * literal
+        for _, value in zip(range(equations // 3), itertools.cycle(values), strict=False):
+            x = jnp.tanh(x * value + literal)
+        return jnp.sum(x)
+
+    return fun
+
+
+def captured(count: int, values: list[Array]) -> Callable[[Array], Array]:
+    """A fresh function that captures ``count`` arrays, two equations each."""
+    del count
+    literal = next(_literals) / 1024
+
+    def fun(x: Array) -> Array:
+        for value in values:
+            x = jnp.tanh(x * value)
+        return jnp.sum(x * literal)
+
+    return fun
+
+
+def measure(
+    build: Callable[[], Callable[[Array], Array]], ours: dict[str, Callable[..., Any]]
+) -> tuple[Timing, dict[str, int]]:
+    """Times make_jaxpr, ``ours`` and the peers; also says at which index each name stands."""
+    names = [*ours, *CONVERTERS]
+    sides = [
+        lambda: jax.make_jaxpr(build())(X),
+        *(partial(lambda way: way(build(), X), way) for way in (ours | CONVERTERS).values()),
+    ]
+    return alternate(*sides), {name: i + 1 for i, name in enumerate(names)}
+
+
+def in_a_trace(values: list[Array], run: Callable[[list[Array]], Any]) -> Any:
+    """``run(values)`` while ``values`` are tracers of a transformation that is under way."""
+    results = []
+
+    def traced(values: list[Array]) -> None:
+        results.append(run(values))
+
+    jax.eval_shape(traced, values)
+    return results[0]
+
+
+def rows() -> Iterator[Row]:
+    per_unit: dict[tuple[str, str], list[float]] = {}
+    cases = [("equations", n, 2, chain) for n in EQUATIONS]
+    cases += [("captured arrays", n, n, captured) for n in CAPTURED]
+    for what, size, width, family in cases:
+        values = [jnp.full(8, 0.5 + i / width) for i in range(width)]
+        eager = {
+            'closure_convert(hoist="all")': partial(fv.closure_convert, hoist="all"),
+            "Closure": fv.Closure,
+        }
+        traced = {"closure_convert": fv.closure_convert}
+        runs = [
+            (traced, in_a_trace(values, lambda v: measure(lambda: family(size, v), traced))),
+            (eager, measure(lambda: family(size, values), eager)),
+        ]
+        for ours, (timing, index) in runs:
+            peers = tuple((name, timing.ratios[index[name]]) for name in CONVERTERS)
+            for name in ours:
+                spent = timing.seconds[index[name]]
+                per_unit.setdefault((name, what), []).append(spent / size)
+                yield Row(
+                    case=f"{name}, {size:,} {what}",
+                    baseline=seconds(timing.seconds[0]),
+                    ours=seconds(spent),
+                    figure=timing.ratios[index[name]],
+                    target=TARGET,
+                    peers=peers,
+                )
+            base = "make_jaxpr in a trace" if ours is traced else "make_jaxpr"
+            per_unit.setdefault((base, what), []).append(timing.seconds[0] / size)
+    for (name, what), (_, middle, largest) in per_unit.items():
+        if name.startswith("make_jaxpr"):
+            continue
+        base = "make_jaxpr in a trace" if name == "closure_convert" else "make_jaxpr"
+        _, base_middle, base_largest = per_unit[base, what]
+        sizes = EQUATIONS if what == "equations" else CAPTURED
+        yield Row(
+            case=f"{name}, time per one: {sizes[2]:,} {what} against {sizes[1]:,}",
+            baseline=f"{base_largest / base_middle:.2f}",
+            figure=largest / middle,
+            target=TARGET,
+        )

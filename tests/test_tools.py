@@ -1,0 +1,69 @@
+"""The small scripts of the gate."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).parent.parent / "tools"
+
+
+def run(tool: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, TOOLS / tool, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_newest_python_finds_at_least_this_one_or_none() -> None:
+    none = run("newest_python.py", "4.0")
+    assert (none.returncode, none.stdout) == (1, "")
+    found = run("newest_python.py", "3.11")
+    if found.returncode == 0:  # a virtual environment alone need not be on PATH
+        code = "import sys; print(sys.version_info >= (3, 11))"
+        command = [found.stdout.strip(), "-c", code]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert printed.stdout.strip() == "True"
+
+
+def test_oldest_jax_is_a_pinned_requirement() -> None:
+    name, _, version = run("oldest_jax.py").stdout.strip().partition("==")
+    assert name == "jax"
+    assert tuple(int(part) for part in version.split(".")) >= (0, 4)
+
+
+GOOD = """
+```python
+x = 1 + 1
+print(x)  # -> 2
+```
+
+```pycon
+>>> x
+2
+```
+"""
+
+
+def test_check_docs_passes_a_good_page(tmp_path: Path) -> None:
+    page = tmp_path / "good.md"
+    page.write_text(GOOD)
+    done = run("check_docs.py", page)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "good.md: 2 code blocks, 0 failed" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("bad", "shown"),
+    [
+        (GOOD.replace("-> 2", "-> 3"), "expected to print ['3'], got ['2']"),
+        (GOOD.replace("\n2\n", "\n3\n"), "Got:"),
+        (GOOD.replace("1 + 1", "1 / 0"), 'bad.md", line 3'),
+        ("No code at all.", "0 code blocks"),
+    ],
+)
+def test_check_docs_fails_a_bad_page(tmp_path: Path, bad: str, shown: str) -> None:
+    page = tmp_path / "bad.md"
+    page.write_text(bad)
+    done = run("check_docs.py", page)
+    assert done.returncode == 1
+    assert shown in done.stdout + done.stderr

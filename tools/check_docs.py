@@ -1,0 +1,68 @@
+"""Run the Python code blocks of the README and of docs/, so that none of them can go stale.
+
+    python tools/check_docs.py [FILE.md ...]
+
+The blocks of one page run in order and share their names, the way a reader would paste them. A
+block with ``>>>`` prompts is a doctest. Any other must not raise, and if lines of it end in
+``# -> text``, these texts must be what it prints, line by line.
+"""
+
+import contextlib
+import doctest
+import io
+import re
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+PRINTS = re.compile(r"# -> (.*)$", re.MULTILINE)
+BLOCK = re.compile(r"^```(?:python|pycon)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def check(page: Path) -> tuple[int, int]:
+    """(how many blocks ran, how many failed); a failure is printed with its line in the page."""
+    text = page.read_text()
+    names: dict[str, Any] = {"__name__": page.stem}
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    ran = failed = 0
+    for block in BLOCK.finditer(text):
+        ran += 1
+        lines_before = text.count("\n", 0, block.start(1))
+        if ">>>" in block[1]:
+            case = doctest.DocTestParser().get_doctest(
+                block[1], names, page.name, str(page), lines_before
+            )
+            failed += bool(runner.run(case, clear_globs=False).failed)
+            names.update(case.globs)
+        else:
+            printed = io.StringIO()
+            try:
+                # The empty lines make a traceback show the line in the page.
+                code = compile("\n" * lines_before + block[1], str(page), "exec")
+                with contextlib.redirect_stdout(printed):
+                    exec(code, names)  # noqa: S102
+            except Exception:  # noqa: BLE001 (whatever a page raises is a failure to report)
+                traceback.print_exc()
+                failed += 1
+                continue
+            expected, got = PRINTS.findall(block[1]), printed.getvalue().splitlines()
+            if expected and expected != got:
+                print(f"{page}:{lines_before + 1}: expected to print {expected}, got {got}")
+                failed += 1
+    return ran, failed
+
+
+def main() -> int:
+    pages = [Path(name) for name in sys.argv[1:]]
+    pages = pages or [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+    results = {page: check(page) for page in pages}
+    for page, (ran, failed) in results.items():
+        print(f"{page.name}: {ran} code blocks, {failed} failed")
+    nothing_ran = not any(ran for ran, _ in results.values())
+    return int(nothing_ran or any(failed for _, failed in results.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
