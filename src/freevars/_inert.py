@@ -1,0 +1,102 @@
+"""Look inside an object without running any code of its own.
+
+Reading ``obj.attr``, ``len(obj)``, ``obj == other`` or even ``isinstance(obj, C)`` can run code that
+the object's class defines: properties, ``__getattr__``, ``__eq__``, a ``__class__`` that lies. The
+functions here go to the interpreter's own slots instead, so that looking has no effect. Not here:
+what to look for.
+"""
+
+import enum
+from collections.abc import Iterator, Mapping
+from types import GetSetDescriptorType, MemberDescriptorType
+from typing import Any
+
+__all__ = [
+    "class_dict",
+    "class_module",
+    "class_name",
+    "instance_dict",
+    "is_a",
+    "key_text",
+    "mro",
+    "slot_values",
+]
+
+# The getters of `type` itself: a metaclass cannot override these, as it can `cls.__dict__`.
+_dict_of = type.__dict__["__dict__"].__get__
+_mro_of = type.__dict__["__mro__"].__get__
+_name_of = type.__dict__["__name__"].__get__
+_module_of = type.__dict__["__module__"].__get__
+
+_LONGEST_KEY = 80
+_PLAIN_KEYS = (int, float, complex, bool, bytes, type(None))
+
+
+def mro(cls: type) -> tuple[type, ...]:
+    """The classes of ``cls``, most derived first."""
+    found: tuple[type, ...] = _mro_of(cls)
+    return found
+
+
+def class_dict(cls: type) -> Mapping[str, Any]:
+    """The class's own attributes, as they are stored."""
+    found: Mapping[str, Any] = _dict_of(cls)
+    return found
+
+
+def class_name(cls: type) -> str:
+    """The class's name, as its ``class`` statement gave it."""
+    return str.__str__(_name_of(cls))
+
+
+def class_module(cls: type) -> str:
+    """The dotted name of the module that a class says it is from, or an empty string."""
+    try:
+        module = _module_of(cls)
+    except AttributeError:  # deleted from the class
+        return ""
+    return str.__str__(module) if is_a(module, str) else ""
+
+
+def is_a(obj: object, *classes: type) -> bool:
+    """Whether the true type of ``obj`` derives from one of ``classes``, plain classes all."""
+    return issubclass(type(obj), classes)
+
+
+def instance_dict(obj: object) -> dict[str, Any]:
+    """The object's own ``__dict__``, or an empty dict where it has none (or hides it)."""
+    for cls in mro(type(obj)):
+        descriptor = class_dict(cls).get("__dict__")
+        if descriptor is None:
+            continue
+        if type(descriptor) not in (GetSetDescriptorType, MemberDescriptorType):
+            return {}  # a property in disguise: leave it alone
+        found = descriptor.__get__(obj)
+        return found if is_a(found, dict) else {}
+    return {}
+
+
+def slot_values(obj: object) -> Iterator[tuple[str, Any]]:
+    """Name and value of each ``__slots__`` entry that is set."""
+    for cls in mro(type(obj)):
+        for name, member in class_dict(cls).items():
+            if type(member) is MemberDescriptorType and not name.startswith("__"):
+                try:
+                    yield name, member.__get__(obj)
+                except AttributeError:
+                    continue
+
+
+def key_text(key: object) -> str:
+    """A dict key as a person would write it; the type's name where its repr would run foreign code."""
+    if is_a(key, str):
+        text = str.__str__(key)  # type: ignore[arg-type]
+        return repr(text if len(text) <= _LONGEST_KEY else text[: _LONGEST_KEY - 1] + "…")
+    if type(key) in _PLAIN_KEYS:
+        return repr(key)
+    if type(key) is tuple:
+        inner = [key_text(part) for part in key]
+        return f"({inner[0]},)" if len(inner) == 1 else f"({', '.join(inner)})"
+    if is_a(key, enum.Enum):
+        return f"{class_name(type(key))}.{instance_dict(key).get('_name_')}"
+    return f"<{class_name(type(key))} object>"
