@@ -72,7 +72,9 @@ def instance_dict(obj: object) -> dict[str, Any]:
         if type(descriptor) not in (GetSetDescriptorType, MemberDescriptorType):
             return {}  # a property in disguise: leave it alone
         found = descriptor.__get__(obj)
-        return found if is_a(found, dict) else {}
+        if type(found) is dict:
+            return found
+        return dict(dict.items(found)) if is_a(found, dict) else {}
     return {}
 
 
@@ -90,7 +92,7 @@ def slot_values(obj: object) -> Iterator[tuple[str, Any]]:
 def key_text(key: object) -> str:
     """A dict key as a person would write it; the type's name where its repr would run foreign code."""
     if is_a(key, str):
-        text = str.__str__(key)  # type: ignore[arg-type]
+        text = str.__str__(key)
         return repr(text if len(text) <= _LONGEST_KEY else text[: _LONGEST_KEY - 1] + "…")
     if type(key) in _PLAIN_KEYS:
         return repr(key)

@@ -1,0 +1,342 @@
+"""What is inside an object that code can read: the links from one object to the next.
+
+A function leads to its cells, the globals that its code mentions, and its defaults; a bound method to
+its ``self``; an instance to its attributes; a container to its entries. Each link says how a person
+writes it. Nothing here runs code of what it looks at (see ``_inert``). Not here: in which order the
+links are followed, how far, and what is looked for (see ``_naming``).
+"""
+
+import functools
+import sys
+from collections import deque
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from types import (
+    BuiltinFunctionType,
+    CellType,
+    FunctionType,
+    MethodType,
+    MethodWrapperType,
+    ModuleType,
+)
+from typing import Any
+
+from freevars._callables import (
+    codes,
+    function_name,
+    home_name,
+    partial_parts,
+    positional,
+    scope,
+    unwrapped,
+)
+from freevars._inert import (
+    class_dict,
+    class_module,
+    instance_dict,
+    is_a,
+    key_text,
+    mro,
+    slot_values,
+)
+
+__all__ = ["Node", "Reach"]
+
+_WIDEST = 20_000  # entries looked at in one container, so that a huge one does not use up the walk
+_STDLIB = frozenset(sys.stdlib_module_names)
+_STDLIB_CONTAINERS = frozenset({"argparse", "collections", "types"})
+_MODULE_PARTS = (
+    "_parameters",
+    "_buffers",
+    "_modules",
+)  # a module of layers is known by these dicts
+_NOT_IMPLICIT = frozenset({"__init__", "__new__", "__del__", "__init_subclass__", "__repr__"})
+_MISSING: Any = object()
+
+
+class Node:
+    """One object on the way, with the link that led to it. Names are put together only when asked."""
+
+    __slots__ = ("home", "obj", "parent", "path", "show")
+
+    def __init__(
+        self, obj: object, parent: "Node | None", show: str | None, path: str, *, home: bool = False
+    ) -> None:
+        self.obj = obj
+        self.parent = parent
+        self.show = show  # added to the parent's name; a leading NUL starts a new name
+        self.path = path  # added to the parent's path
+        self.home = (
+            home  # the function asked about, or what it wraps: its variables go by bare names
+        )
+
+    def lineage(self) -> Iterator["Node"]:
+        node: Node | None = self
+        while node is not None:
+            yield node
+            node = node.parent
+
+    def names(self) -> tuple[str, str]:
+        shown: list[str] = []
+        for node in self.lineage():
+            if node.show is not None and node.show.startswith("\0"):
+                shown.append(node.show[1:])
+                break
+            shown.append(node.show or "")
+        path = [node.path for node in self.lineage()]
+        return "".join(reversed(shown)), "".join(reversed(path))
+
+
+# A module or class: where it was met, what it holds, and the instance attributes that hide its own.
+_Namespace = tuple[Node, Mapping[str, Any], dict[str, object]]
+
+
+class Reach:
+    """The links out of each object, for one walk that starts at ``fun``.
+
+    It remembers which variables and names it has met: a variable is followed once, and the members
+    of a module or class are followed when some code mentions their names.
+    """
+
+    def __init__(self, fun: object, opaque: frozenset[str]) -> None:
+        self.opaque = opaque
+        self.root = Node(fun, None, home_name(fun), function_name(fun), home=True)
+        inner = unwrapped(fun)
+        self.scope = scope(inner)
+        self.globals = inner.__globals__ if type(inner) is FunctionType else None
+        self.once: set[object] = set()  # cells and globals: a variable has one name
+        self.mentioned: dict[str, None] = {}  # every name in the code read so far
+        self.namespaces: list[_Namespace] = []
+        self.members: dict[type, dict[str, Any]] = {}
+        self.opacity: dict[type, bool] = {}
+
+    def inside(self, node: Node) -> Iterator[Node]:
+        """The links out of ``node``: one method below for each kind of object."""
+        obj = node.obj
+        kind = type(obj)
+        if kind is FunctionType:
+            yield from self.function(node, obj)  # type: ignore[arg-type]
+        elif kind is MethodType:
+            yield from self.method(node, obj.__self__, obj.__func__)  # type: ignore[attr-defined]
+        elif kind in (BuiltinFunctionType, MethodWrapperType):  # `w.dot`, `w.__matmul__`
+            yield Node(obj.__self__, node, ".__self__", ".__self__")  # type: ignore[attr-defined]
+        elif kind is CellType:
+            yield from self.cell(node, obj, None, ".cell_contents")  # type: ignore[arg-type]
+        elif is_a(obj, ModuleType):
+            attrs = instance_dict(obj)
+            if not self.is_outside(attrs.get("__name__")):
+                yield from self.namespace(node, attrs)
+        elif is_a(obj, type):
+            yield from self.class_attributes(node, obj)  # type: ignore[arg-type]
+        else:
+            if is_a(obj, functools.partial):
+                yield from self.partial(node)
+            elif is_a(obj, dict):
+                yield from self.dictionary(node, obj)  # type: ignore[arg-type]
+            elif is_a(obj, list, tuple, deque):
+                yield from self.sequence(node)
+            yield from self.instance(node)
+
+    def function(self, node: Node, fun: FunctionType) -> Iterator[Node]:
+        attrs = instance_dict(fun)
+        if "__wrapped__" in attrs:  # first, so that a wrapped function goes by its own names
+            yield from self.wrapped(node, attrs["__wrapped__"], ".__wrapped__")
+        module = dict.get(fun.__globals__, "__name__")
+        if self.is_outside(module):
+            return
+        bare = node.home or (self.scope != "" and scope(fun) == self.scope)
+        for variable, cell in zip(fun.__code__.co_freevars, fun.__closure__ or (), strict=True):
+            show = f"\0{variable}" if bare else f".<closure {variable}>"
+            yield from self.cell(node, cell, show, f".__closure__[{variable!r}]")
+        arguments = fun.__code__.co_varnames[: fun.__code__.co_argcount]
+        defaults = fun.__defaults__ or ()
+        optional = arguments[len(arguments) - len(defaults) :]
+        for argument, value in zip(optional, defaults, strict=False):
+            yield Node(value, node, f".<default {argument}>", f".__defaults__[{argument!r}]")
+        for argument, value in (fun.__kwdefaults__ or {}).items():
+            yield Node(value, node, f".<default {argument}>", f".__kwdefaults__[{argument!r}]")
+        local = fun.__globals__ is self.globals or type(module) is not str
+        prefix = "" if local else f"{module}."
+        names = {name: None for code in codes(fun.__code__) for name in code.co_names}
+        for name in names:
+            value = dict.get(fun.__globals__, name, _MISSING)
+            if value is not _MISSING and (id(fun.__globals__), name) not in self.once:
+                self.once.add((id(fun.__globals__), name))
+                yield Node(value, node, f"\0{prefix}{name}", f".__globals__[{name!r}]")
+        yield from self.attributes(node, attrs)
+        yield from self.mention(names)
+
+    def wrapped(self, node: Node, inner: object, path: str) -> Iterator[Node]:
+        """What a wrapper wraps goes by the wrapper's name, or by its own in the function asked about."""
+        show = home_name(inner) if node.home else None
+        yield Node(inner, node, show, path, home=node.home)
+
+    def cell(self, node: Node, cell: CellType, show: str | None, path: str) -> Iterator[Node]:
+        if id(cell) in self.once:
+            return
+        self.once.add(id(cell))
+        try:
+            value = cell.cell_contents
+        except ValueError:  # not filled yet
+            return
+        yield Node(value, node, show, path)
+
+    def method(self, node: Node, owner: object, fun: object) -> Iterator[Node]:
+        argument = next(iter(positional(fun)), "self")
+        show = f"\0{argument}" if node.home else ".__self__"
+        # The function first: what it mentions is followed before what it could have read.
+        yield Node(fun, node, None, ".__func__", home=node.home)
+        yield Node(owner, node, show, ".__self__")
+
+    def partial(self, node: Node) -> Iterator[Node]:
+        func, args, keywords = partial_parts(node.obj)
+        names = positional(func)
+        for index, value in enumerate(args):
+            name = names[index] if index < len(names) else f"args[{index}]"
+            show = f"\0{name}" if node.home else f".<partial {name}>"
+            yield Node(value, node, show, f".args[{index}]")
+        for name, value in dict.items(keywords):
+            show = f"\0{name}" if node.home else f".<partial {name}>"
+            yield Node(value, node, show, f".keywords[{key_text(name)}]")
+        if node.home:
+            yield from self.wrapped(node, func, ".func")
+        else:
+            yield Node(func, node, ".func", ".func")
+
+    def dictionary(self, node: Node, items: dict[object, object]) -> Iterator[Node]:
+        for key, value in list(islice(dict.items(items), _WIDEST)):
+            link = f"[{key_text(key)}]"
+            yield Node(value, node, link, link)
+
+    def sequence(self, node: Node) -> Iterator[Node]:
+        obj: Any = node.obj
+        base = next(cls for cls in (list, tuple, deque) if is_a(obj, cls))
+        fields = next((d["_fields"] for d in map(class_dict, mro(type(obj))) if "_fields" in d), ())
+        named = base is tuple and type(fields) is tuple and all(type(f) is str for f in fields)
+        for index, value in enumerate(islice(base.__iter__(obj), _WIDEST)):
+            link = f".{fields[index]}" if named and index < len(fields) else f"[{index}]"
+            yield Node(value, node, link, link)
+
+    def instance(self, node: Node) -> Iterator[Node]:
+        obj = node.obj
+        attrs = instance_dict(obj)
+        layers = [attrs.get(part) for part in _MODULE_PARTS]
+        is_module = all(is_a(part, dict) for part in layers)
+        if self.is_opaque(type(obj)) and not is_module:
+            # A framework's wrapper: what it wraps goes by its own names, nothing else is entered
+            # but a user's functions, such as the two rules of a custom derivative.
+            for key, value in list(dict.items(attrs)):
+                if key == "__wrapped__":
+                    yield from self.wrapped(node, value, ".__wrapped__")
+                elif is_a(value, FunctionType, MethodType, functools.partial):
+                    yield Node(value, node, f".{key}", f".{key}")
+            return
+        if (
+            "__self__" in attrs and "__func__" in attrs
+        ):  # a bound method of a framework's own making
+            yield from self.method(node, attrs["__self__"], attrs["__func__"])
+        if is_module:
+            for part in layers:
+                for key, value in dict.items(part):  # type: ignore[arg-type]
+                    link = f"[{key}]" if str.isdecimal(key) else _attribute(key)
+                    yield Node(value, node, link, link)
+        if _wraps_mapping(type(obj), attrs):  # a mapping of a user's class around one plain dict
+            yield from self.dictionary(
+                node, next(v for k, v in attrs.items() if k in ("data", "_dict"))
+            )
+        else:
+            yield from self.attributes(node, attrs, skip=_MODULE_PARTS if is_module else ())
+        for name, value in slot_values(obj):
+            yield Node(value, node, f".{name}", f".{name}")
+        yield from self.class_attributes(node, type(obj), hidden=attrs)
+
+    def attributes(
+        self, node: Node, attrs: dict[str, object], skip: tuple[str, ...] = ()
+    ) -> Iterator[Node]:
+        for key, value in list(islice(dict.items(attrs), _WIDEST)):
+            if key == "__wrapped__" and type(node.obj) is not FunctionType:
+                yield from self.wrapped(node, value, ".__wrapped__")
+            elif key not in skip and not (is_a(key, str) and str.startswith(key, "__")):
+                yield Node(value, node, _attribute(key), _attribute(key))
+
+    def class_attributes(
+        self, node: Node, cls: type, hidden: dict[str, object] | None = None
+    ) -> Iterator[Node]:
+        """Attributes and methods that live on a class, where some code mentions their names."""
+        members = self.members.get(cls)
+        if members is None:
+            members = {}
+            for base in reversed(mro(cls)):
+                if not self.is_outside(class_module(base)):
+                    members.update((k, _underlying(v)) for k, v in class_dict(base).items())
+            members = {k: v for k, v in members.items() if v is not _MISSING and is_a(k, str)}
+            self.members[cls] = members
+        yield from self.namespace(node, members, hidden)
+        for key in (key for key in members if key.startswith("__")):
+            # Operators and `__call__` run without a mention; `__init__` when a class is called.
+            implicit = hidden is None or key not in _NOT_IMPLICIT
+            if implicit and type(members[key]) is FunctionType:
+                home = node.home and key == "__call__"
+                yield Node(members[key], node, f".{key}", f".{key}", home=home)
+
+    def namespace(
+        self, node: Node, members: Mapping[str, Any], hidden: dict[str, object] | None = None
+    ) -> Iterator[Node]:
+        """Follow the members that code mentions, now and when more code has been read."""
+        self.namespaces.append((node, members, hidden or {}))
+        yield from self.mentions(self.mentioned, self.namespaces[-1:])
+
+    def mention(self, names: dict[str, None]) -> Iterator[Node]:
+        new = {name: None for name in names if name not in self.mentioned}
+        self.mentioned |= new
+        yield from self.mentions(new, self.namespaces)
+
+    def mentions(self, names: dict[str, None], namespaces: list[_Namespace]) -> Iterator[Node]:
+        for node, members, hidden in list(namespaces):
+            for name in list(names):
+                if name in members and name not in hidden:
+                    yield Node(members[name], node, f".{name}", f".{name}")
+
+    def is_outside(self, module: object) -> bool:
+        """Whether code or a class of this module is never entered."""
+        root = module.partition(".")[0] if type(module) is str else ""
+        return root in self.opaque or root in _STDLIB
+
+    def is_opaque(self, cls: type) -> bool:
+        """Whether instances of this class are never entered."""
+        known = self.opacity.get(cls)
+        if known is None:
+            roots = {class_module(base).partition(".")[0] for base in mro(cls)}
+            own = class_module(cls).partition(".")[0]
+            known = bool(roots & self.opaque) or (own in _STDLIB and own not in _STDLIB_CONTAINERS)
+            self.opacity[cls] = known
+        return known
+
+
+def _underlying(member: Any) -> Any:  # noqa: ANN401
+    """What a class attribute leads to: the function under a method or property, else the value."""
+    kind = type(member)
+    if kind in (FunctionType, type):
+        return member
+    if kind is property:
+        return member.fget
+    if kind in (staticmethod, classmethod):
+        return member.__func__
+    if kind is functools.cached_property:
+        return member.func
+    # Any other descriptor computes its value: what it holds is not what the attribute gives.
+    is_descriptor = any("__get__" in class_dict(cls) for cls in mro(kind))
+    return _MISSING if is_descriptor and not is_a(member, type) else member
+
+
+def _wraps_mapping(cls: type, attrs: Mapping[str, object]) -> bool:
+    is_mapping = any(base is Mapping for base in mro(cls))
+    return is_mapping and any(is_a(attrs.get(key), dict) for key in ("data", "_dict"))
+
+
+def _attribute(key: object) -> str:
+    if is_a(key, str):
+        text = str.__str__(key)  # type: ignore[arg-type]
+        if text.isidentifier():
+            return f".{text}"
+    return f"[{key_text(key)}]"
