@@ -6,7 +6,7 @@ Not here: what the code reads.
 
 import functools
 from collections.abc import Iterator
-from types import CodeType, FunctionType, MethodType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 from typing import Any
 
 from freevars._inert import class_dict, class_name, instance_dict, is_a, mro
@@ -33,7 +33,9 @@ def function_name(fun: object) -> str:
     if is_a(fun, functools.partial):
         return f"partial({function_name(partial_parts(fun)[0])})"
     if is_a(fun, type):
-        return class_name(fun)  # type: ignore[arg-type]
+        return class_name(fun)
+    if type(fun) is BuiltinFunctionType:
+        return fun.__name__
     attrs = instance_dict(fun)
     for inner in (attrs.get("__wrapped__"), attrs.get("__func__")):
         if inner is not None and inner is not fun:

@@ -9,18 +9,22 @@ what to look for.
 import enum
 from collections.abc import Iterator, Mapping
 from types import GetSetDescriptorType, MemberDescriptorType
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 __all__ = [
+    "by_name",
     "class_dict",
     "class_module",
     "class_name",
     "instance_dict",
     "is_a",
+    "is_exactly",
     "key_text",
     "mro",
     "slot_values",
 ]
+
+T = TypeVar("T")
 
 # The getters of `type` itself: a metaclass cannot override these, as it can `cls.__dict__`.
 _dict_of = type.__dict__["__dict__"].__get__
@@ -58,9 +62,24 @@ def class_module(cls: type) -> str:
     return str.__str__(module) if is_a(module, str) else ""
 
 
-def is_a(obj: object, *classes: type) -> bool:
+def is_a(obj: object, *classes: type[T]) -> TypeGuard[T]:
     """Whether the true type of ``obj`` derives from one of ``classes``, plain classes all."""
     return issubclass(type(obj), classes)
+
+
+def is_exactly(obj: object, *classes: type) -> bool:
+    """Whether the type of ``obj`` is one of ``classes`` itself."""
+    # `type(obj) in classes` could call the `__eq__` or `__hash__` of a metaclass.
+    cls = type(obj)
+    return any(cls is other for other in classes)
+
+
+def by_name(items: dict[Any, Any]) -> dict[str, Any]:
+    """The entries of ``items`` under plain strings: any other key may have a mind of its own."""
+    found = list(dict.items(items))
+    if type(items) is dict and all(type(key) is str for key, _ in found):
+        return items
+    return {key: value for key, value in found if type(key) is str}
 
 
 def instance_dict(obj: object) -> dict[str, Any]:
@@ -69,12 +88,10 @@ def instance_dict(obj: object) -> dict[str, Any]:
         descriptor = class_dict(cls).get("__dict__")
         if descriptor is None:
             continue
-        if type(descriptor) not in (GetSetDescriptorType, MemberDescriptorType):
+        if not is_exactly(descriptor, GetSetDescriptorType, MemberDescriptorType):
             return {}  # a property in disguise: leave it alone
         found = descriptor.__get__(obj)
-        if type(found) is dict:
-            return found
-        return dict(dict.items(found)) if is_a(found, dict) else {}
+        return by_name(found) if is_a(found, dict) else {}
     return {}
 
 
@@ -94,7 +111,7 @@ def key_text(key: object) -> str:
     if is_a(key, str):
         text = str.__str__(key)
         return repr(text if len(text) <= _LONGEST_KEY else text[: _LONGEST_KEY - 1] + "…")
-    if type(key) in _PLAIN_KEYS:
+    if is_exactly(key, *_PLAIN_KEYS):
         return repr(key)
     if type(key) is tuple:
         inner = [key_text(part) for part in key]

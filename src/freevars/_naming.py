@@ -27,14 +27,12 @@ _MOST_NAMES = 4  # names listed for one value
 _MOST_VISITS = 2  # how often one container is opened: a second way to it gives second names
 _DEEPEST = 200  # links followed upwards when looking for a cycle
 
-_NO_IDENTITY = (
-    bool,
-    int,
-    str,
-    bytes,
-    type(None),
-)  # shared by the interpreter: identity says nothing
-_ATOMS = frozenset({*_NO_IDENTITY, float, complex, range, slice, CodeType, type(...), object})
+# Types whose values the interpreter shares, so that identity says nothing, and types with nothing
+# inside; by id, for hashing a class can run code.
+_NO_IDENTITY = frozenset(map(id, (bool, int, str, bytes, type(None))))
+_ATOMS = _NO_IDENTITY | frozenset(
+    map(id, (float, complex, range, slice, CodeType, type(...), object))
+)
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ class _Walk:
     ) -> None:
         self.is_leaf = is_leaf
         self.found: dict[int, list[Name]] = {
-            id(value): [] for value in values if type(value) not in _NO_IDENTITY
+            id(value): [] for value in values if id(type(value)) not in _NO_IDENTITY
         }
         self.unnamed = len(self.found)
         self.budget = _BUDGET
@@ -129,7 +127,7 @@ class _Walk:
         if names is not None:
             self.match(node, names)
             return
-        if type(obj) in _ATOMS or (self.is_leaf is not None and self.is_leaf(obj)):
+        if id(type(obj)) in _ATOMS or (self.is_leaf is not None and self.is_leaf(obj)):
             return
         visits = self.visits.get(id(obj), 0)
         if visits:

@@ -31,10 +31,12 @@ from freevars._callables import (
     unwrapped,
 )
 from freevars._inert import (
+    by_name,
     class_dict,
     class_module,
     instance_dict,
     is_a,
+    is_exactly,
     key_text,
     mro,
     slot_values,
@@ -107,32 +109,32 @@ class Reach:
         self.once: set[object] = set()  # cells and globals: a variable has one name
         self.mentioned: dict[str, None] = {}  # every name in the code read so far
         self.namespaces: list[_Namespace] = []
-        self.members: dict[type, dict[str, Any]] = {}
-        self.opacity: dict[type, bool] = {}
+        self.members: dict[int, dict[str, Any]] = {}  # by id: hashing a class can run code
+        self.opacity: dict[int, bool] = {}
 
     def inside(self, node: Node) -> Iterator[Node]:
         """The links out of ``node``: one method below for each kind of object."""
         obj = node.obj
         kind = type(obj)
         if kind is FunctionType:
-            yield from self.function(node, obj)  # type: ignore[arg-type]
+            yield from self.function(node, obj)
         elif kind is MethodType:
-            yield from self.method(node, obj.__self__, obj.__func__)  # type: ignore[attr-defined]
-        elif kind in (BuiltinFunctionType, MethodWrapperType):  # `w.dot`, `w.__matmul__`
-            yield Node(obj.__self__, node, ".__self__", ".__self__")  # type: ignore[attr-defined]
+            yield from self.method(node, obj.__self__, obj.__func__)
+        elif is_exactly(obj, BuiltinFunctionType, MethodWrapperType):  # `w.dot`, `w.__matmul__`
+            yield Node(obj.__self__, node, ".__self__", ".__self__")
         elif kind is CellType:
-            yield from self.cell(node, obj, None, ".cell_contents")  # type: ignore[arg-type]
+            yield from self.cell(node, obj, None, ".cell_contents")
         elif is_a(obj, ModuleType):
             attrs = instance_dict(obj)
             if not self.is_outside(attrs.get("__name__")):
                 yield from self.namespace(node, attrs)
         elif is_a(obj, type):
-            yield from self.class_attributes(node, obj)  # type: ignore[arg-type]
+            yield from self.class_attributes(node, obj)
         else:
             if is_a(obj, functools.partial):
                 yield from self.partial(node)
             elif is_a(obj, dict):
-                yield from self.dictionary(node, obj)  # type: ignore[arg-type]
+                yield from self.dictionary(node, obj)
             elif is_a(obj, list, tuple, deque):
                 yield from self.sequence(node)
             yield from self.instance(node)
@@ -153,7 +155,7 @@ class Reach:
         optional = arguments[len(arguments) - len(defaults) :]
         for argument, value in zip(optional, defaults, strict=False):
             yield Node(value, node, f".<default {argument}>", f".__defaults__[{argument!r}]")
-        for argument, value in (fun.__kwdefaults__ or {}).items():
+        for argument, value in by_name(fun.__kwdefaults__ or {}).items():
             yield Node(value, node, f".<default {argument}>", f".__kwdefaults__[{argument!r}]")
         local = fun.__globals__ is self.globals or type(module) is not str
         prefix = "" if local else f"{module}."
@@ -195,7 +197,7 @@ class Reach:
             name = names[index] if index < len(names) else f"args[{index}]"
             show = f"\0{name}" if node.home else f".<partial {name}>"
             yield Node(value, node, show, f".args[{index}]")
-        for name, value in dict.items(keywords):
+        for name, value in by_name(keywords).items():
             show = f"\0{name}" if node.home else f".<partial {name}>"
             yield Node(value, node, show, f".keywords[{key_text(name)}]")
         if node.home:
@@ -237,8 +239,8 @@ class Reach:
             yield from self.method(node, attrs["__self__"], attrs["__func__"])
         if is_module:
             for part in layers:
-                for key, value in dict.items(part):  # type: ignore[arg-type]
-                    link = f"[{key}]" if str.isdecimal(key) else _attribute(key)
+                for key, value in by_name(part).items():
+                    link = f"[{key}]" if key.isdecimal() else _attribute(key)
                     yield Node(value, node, link, link)
         if _wraps_mapping(type(obj), attrs):  # a mapping of a user's class around one plain dict
             yield from self.dictionary(
@@ -256,21 +258,21 @@ class Reach:
         for key, value in list(islice(dict.items(attrs), _WIDEST)):
             if key == "__wrapped__" and type(node.obj) is not FunctionType:
                 yield from self.wrapped(node, value, ".__wrapped__")
-            elif key not in skip and not (is_a(key, str) and str.startswith(key, "__")):
+            elif key not in skip and not key.startswith("__"):
                 yield Node(value, node, _attribute(key), _attribute(key))
 
     def class_attributes(
         self, node: Node, cls: type, hidden: dict[str, object] | None = None
     ) -> Iterator[Node]:
         """Attributes and methods that live on a class, where some code mentions their names."""
-        members = self.members.get(cls)
+        members = self.members.get(id(cls))
         if members is None:
             members = {}
             for base in reversed(mro(cls)):
                 if not self.is_outside(class_module(base)):
                     members.update((k, _underlying(v)) for k, v in class_dict(base).items())
-            members = {k: v for k, v in members.items() if v is not _MISSING and is_a(k, str)}
-            self.members[cls] = members
+            members = {k: v for k, v in members.items() if v is not _MISSING and type(k) is str}
+            self.members[id(cls)] = members
         yield from self.namespace(node, members, hidden)
         for key in (key for key in members if key.startswith("__")):
             # Operators and `__call__` run without a mention; `__init__` when a class is called.
@@ -304,23 +306,23 @@ class Reach:
 
     def is_opaque(self, cls: type) -> bool:
         """Whether instances of this class are never entered."""
-        known = self.opacity.get(cls)
+        known = self.opacity.get(id(cls))
         if known is None:
             roots = {class_module(base).partition(".")[0] for base in mro(cls)}
             own = class_module(cls).partition(".")[0]
             known = bool(roots & self.opaque) or (own in _STDLIB and own not in _STDLIB_CONTAINERS)
-            self.opacity[cls] = known
+            self.opacity[id(cls)] = known
         return known
 
 
 def _underlying(member: Any) -> Any:  # noqa: ANN401
     """What a class attribute leads to: the function under a method or property, else the value."""
     kind = type(member)
-    if kind in (FunctionType, type):
+    if is_exactly(member, FunctionType, type):
         return member
     if kind is property:
         return member.fget
-    if kind in (staticmethod, classmethod):
+    if is_exactly(member, staticmethod, classmethod):
         return member.__func__
     if kind is functools.cached_property:
         return member.func
@@ -334,9 +336,5 @@ def _wraps_mapping(cls: type, attrs: Mapping[str, object]) -> bool:
     return is_mapping and any(is_a(attrs.get(key), dict) for key in ("data", "_dict"))
 
 
-def _attribute(key: object) -> str:
-    if is_a(key, str):
-        text = str.__str__(key)  # type: ignore[arg-type]
-        if text.isidentifier():
-            return f".{text}"
-    return f"[{key_text(key)}]"
+def _attribute(key: str) -> str:
+    return f".{key}" if key.isidentifier() else f"[{key_text(key)}]"

@@ -174,7 +174,7 @@ def _coloured(text: str, start: int, end: int, tokens: list[_Token]) -> str:
     for begin, finish, style in tokens[first:]:
         if begin >= end:
             break
-        part = _text(text[max(begin, start) : min(finish, end)])
+        part = "\t".join(map(_text, text[max(begin, start) : min(finish, end)].split("\t")))
         if part:
             html.append(f'<span class="fvr-{style}">{part}</span>' if style else part)
     return "".join(html)

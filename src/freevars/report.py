@@ -192,17 +192,15 @@ class CaptureReport:
             asdict(value) | {"name": value.name, "concrete": value.concrete}
             for value in self.values
         ]
-        return _plain(
-            {
-                "fun": self.fun,
-                "where": asdict(self.where) if self.where else None,
-                "source": asdict(self.source) if self.source else None,
-                "count": self.count,
-                "nbytes": self.nbytes,
-                "warnings": self.warnings,
-                "values": values,
-            }
-        )
+        return {
+            "fun": self.fun,
+            "where": asdict(self.where) if self.where else None,
+            "source": asdict(self.source) if self.source else None,
+            "count": self.count,
+            "nbytes": self.nbytes,
+            "warnings": self.warnings,
+            "values": values,
+        }
 
     def save(self, path: str | Path) -> None:
         """Write the report as one self-contained HTML file: no script, nothing loaded from elsewhere."""
@@ -298,11 +296,3 @@ def _wrapped(text: str) -> Iterator[str]:
         else:
             line = f"{line} {word}" if line else word
     yield fit(line, _WIDTH)
-
-
-def _plain(value: Any) -> Any:  # noqa: ANN401
-    if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    return value
