@@ -114,7 +114,7 @@ class Reach:
 
     def inside(self, node: Node) -> Iterator[Node]:
         """The links out of ``node``: one method below for each kind of object."""
-        obj = node.obj
+        obj: Any = node.obj
         kind = type(obj)
         if kind is FunctionType:
             yield from self.function(node, obj)
@@ -222,7 +222,7 @@ class Reach:
     def instance(self, node: Node) -> Iterator[Node]:
         obj = node.obj
         attrs = instance_dict(obj)
-        layers = [attrs.get(part) for part in _MODULE_PARTS]
+        layers: list[Any] = [attrs.get(part) for part in _MODULE_PARTS]
         is_module = all(is_a(part, dict) for part in layers)
         if self.is_opaque(type(obj)) and not is_module:
             # A framework's wrapper: what it wraps goes by its own names, nothing else is entered

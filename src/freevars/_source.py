@@ -125,22 +125,28 @@ def _find(code: CodeType, text: str) -> _Function | None:
 def _outside(node: _Function) -> Iterator[tuple[ast.expr, str]]:
     """The expressions in a function that are read from outside it, each with its text."""
     parameters = {arg.arg for arg in _arguments(node)}
-    bodies = [node.body] if isinstance(node, ast.Lambda) else node.body
-    for body in bodies:
-        yield from _free(body, _bound(node) - parameters)
+    for child in _body(node):
+        yield from _free(child, _bound(node) - parameters)
 
 
 def _free(node: ast.AST, bound: set[str]) -> Iterator[tuple[ast.expr, str]]:
-    if isinstance(node, _Scope):
-        bound = bound | _bound(node)
-    elif isinstance(node, ast.Name | ast.Attribute | ast.Subscript):
+    if isinstance(node, ast.Name | ast.Attribute | ast.Subscript):
         parts = _chain(node)
         if parts and isinstance(node.ctx, ast.Load):
             if parts[0][1] not in bound:
                 yield from parts
             return
-    for child in ast.iter_child_nodes(node):
-        yield from _free(child, bound)
+    inside = bound | _bound(node) if isinstance(node, _Scope) else bound
+    body = _body(node) if isinstance(node, _Function) else []
+    for child in ast.iter_child_nodes(
+        node
+    ):  # a function's defaults and decorators stand outside it
+        outside = isinstance(node, _Function) and child not in body
+        yield from _free(child, bound if outside else inside)
+
+
+def _body(node: _Function) -> list[ast.stmt] | list[ast.expr]:
+    return [node.body] if isinstance(node, ast.Lambda) else node.body
 
 
 def _chain(node: ast.expr) -> list[tuple[ast.expr, str]]:
