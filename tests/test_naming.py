@@ -1,4 +1,4 @@
-"""Names of captured values: every way a function can reach one, and objects that do not like visits."""
+"""Names of captured values: every way to reach one, and objects that do not like visits."""
 
 import dataclasses
 import enum

@@ -1,4 +1,4 @@
-"""Reports: the text within its columns, plain data, and HTML that a real browser shows and never runs."""
+"""Reports: text within its columns, plain data, and HTML that a browser shows and never runs."""
 
 import dataclasses
 import importlib
@@ -93,7 +93,8 @@ def test_text() -> None:
     )
     text = "\n".join(lines)
     assert re.search(
-        r"params\['dense'\]\['kernel'\] +float32\[30,64\] +7.5 KiB +leaf, grad vmap jit +yes +traced +2\n",
+        r"params\['dense'\]\['kernel'\] +float32\[30,64\] +7.5 KiB +leaf, grad vmap jit +yes "
+        r"+traced +2\n",
         text,
     )
     assert re.search(r"value made at model.py:7 +float32\[\] +0 B +derived, grad", text)

@@ -1,7 +1,7 @@
 """What a callable is made of: its name, its code, the function under its wrappers, its parameters.
 
-Methods, partials, wrapped and callable objects are looked through without running any of their code.
-Not here: what the code reads.
+Methods, partials, wrapped and callable objects are looked through without running any of their
+code. Not here: what the code reads.
 """
 
 import functools
@@ -24,8 +24,8 @@ __all__ = [
 _DEEPEST = 200  # wrappers around wrappers
 
 
-def function_name(fun: object) -> str:
-    """A short name for any callable: ``objective``, ``Model.loss``, ``partial(loss)``, ``<Model object>``."""
+def function_name(fun: object) -> str:  # noqa: PLR0911 (one return for each kind of callable)
+    """A short name for any callable: ``Model.loss``, ``partial(loss)``, ``<Model object>``."""
     if type(fun) is FunctionType:
         return fun.__qualname__.rpartition("<locals>.")[2]
     if type(fun) is MethodType:
@@ -44,7 +44,7 @@ def function_name(fun: object) -> str:
 
 
 def home_name(fun: object) -> str:
-    """What names start with in the function asked about; the code of a callable object says ``self``."""
+    """How names in the function asked about start; a callable object calls itself ``self``."""
     plain = is_a(fun, FunctionType, MethodType, functools.partial)
     return f"\0{function_name(fun)}" if plain else "\0self"
 
@@ -68,7 +68,7 @@ def partial_parts(obj: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:  # n
 
 
 def unwrapped(fun: object) -> object:
-    """The plain function under methods, partials and wrappers, as far as they can be looked through."""
+    """The plain function under methods, partials and wrappers, or as far as they can be opened."""
     for _ in range(_DEEPEST):
         attrs = instance_dict(fun)
         if type(fun) is MethodType:

@@ -1,14 +1,15 @@
 """Look inside an object without running any code of its own.
 
-Reading ``obj.attr``, ``len(obj)``, ``obj == other`` or even ``isinstance(obj, C)`` can run code that
-the object's class defines: properties, ``__getattr__``, ``__eq__``, a ``__class__`` that lies. The
-functions here go to the interpreter's own slots instead, so that looking has no effect. Not here:
-what to look for.
+Reading ``obj.attr``, ``len(obj)``, ``obj == other`` or even ``isinstance(obj, C)`` can run code
+that the object's class defines: properties, ``__getattr__``, ``__eq__``, a ``__class__`` that lies.
+The functions here go to the interpreter's own slots instead, so that looking has no effect. Not
+here: what to look for.
 """
 
 import enum
-from collections.abc import Iterator, Mapping
-from types import GetSetDescriptorType, MemberDescriptorType
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from types import FunctionType, GetSetDescriptorType, MemberDescriptorType
 from typing import Any, TypeGuard, TypeVar
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "key_text",
     "mro",
     "slot_values",
+    "stored_members",
 ]
 
 T = TypeVar("T")
@@ -106,8 +108,31 @@ def slot_values(obj: object) -> Iterator[tuple[str, Any]]:
                     continue
 
 
+def stored_members(classes: Sequence[type]) -> dict[str, Any]:
+    """What the attributes of a class lead to, given its bases, itself first.
+
+    A method gives its function, a property the function that computes it. Other descriptors are
+    left out, for what they hold is not what the attribute gives.
+    """
+    stored = {name: member for cls in reversed(classes) for name, member in class_dict(cls).items()}
+    members: dict[str, Any] = {}
+    for name, member in stored.items():
+        kind = type(member)
+        if type(name) is not str:
+            continue
+        if kind is property:
+            members[name] = member.fget
+        elif is_exactly(member, staticmethod, classmethod):
+            members[name] = member.__func__
+        elif kind is functools.cached_property:
+            members[name] = member.func
+        elif kind is FunctionType or not any("__get__" in class_dict(cls) for cls in mro(kind)):
+            members[name] = member
+    return members
+
+
 def key_text(key: object) -> str:
-    """A dict key as a person would write it; the type's name where its repr would run foreign code."""
+    """A dict key as a person would write it; its type where a repr could run foreign code."""
     if is_a(key, str):
         text = str.__str__(key)
         return repr(text if len(text) <= _LONGEST_KEY else text[: _LONGEST_KEY - 1] + "…")

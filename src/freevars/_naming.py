@@ -1,9 +1,10 @@
 """Who is called what: find the names under which a function can reach given objects.
 
 The walk starts at a function and follows what its code can read (see ``_reach``), breadth first, so
-that the shortest way comes first, and compares objects by identity alone. It runs no code of what it
-meets, looks at a bounded number of objects, and stays out of framework internals. Not here: which
-values a function captures (the host finds them by running it) and how a report shows the names.
+that the shortest way comes first, and compares objects by identity alone. It runs no code of what
+it meets, looks at a bounded number of objects, and stays out of framework internals. Not here:
+which values a function captures (the host finds them by running it) and how a report shows the
+names.
 """
 
 from collections import deque
@@ -52,15 +53,17 @@ def name_values(
 ) -> list[tuple[Name, ...]]:
     """The names under which ``fun`` reaches each of ``values``, in the order of the values.
 
-    The shortest honest path comes first, and a value reachable under several names lists up to four;
-    an unreachable one gets an empty tuple. Values are compared by identity, so pass the very objects
-    that the function can reach. Integers, strings, booleans and ``None`` have no identity and are
-    never named. Nothing that the walk meets is called, compared, hashed or iterated with its own code.
+    The shortest honest path comes first, and a value reachable under several names lists up to
+    four; an unreachable one gets an empty tuple. Values are compared by identity, so pass the very
+    objects that the function can reach. Integers, strings, booleans and ``None`` have no identity
+    and are never named. Nothing that the walk meets is called, compared, hashed or iterated with
+    its own code.
 
-    Arguments: ``fun``, any callable; ``values``, the objects to name; ``is_leaf``, says of an object
-    whether it is an array that the walk must not enter (it is called with every object, so it must
-    look at ``type(obj)`` alone); ``opaque``, the root packages whose functions and instances are not
-    entered (``__wrapped__`` is followed, and so are containers, partials and modules of layers).
+    Arguments: ``fun``, any callable; ``values``, the objects to name; ``is_leaf``, says of an
+    object whether it is an array that the walk must not enter (it is called with every object, so
+    it must look at ``type(obj)`` alone); ``opaque``, the root packages whose functions and
+    instances are not entered (``__wrapped__`` is followed, and so are containers, partials and
+    modules of layers).
 
     >>> w = object()
     >>> params = {"dense": {"kernel": w}}
@@ -86,7 +89,7 @@ class _ExhaustedError(Exception):
 
 
 class _Walk:
-    """One breadth-first walk. It keeps every object that it opens alive, so that no id is reused."""
+    """One breadth-first walk. It keeps every object that it opens, so that no id is reused."""
 
     def __init__(
         self,
@@ -118,7 +121,7 @@ class _Walk:
             return
 
     def meet(self, node: Node) -> None:
-        """Take note of one object: is it looked for, and is there anything inside?"""
+        """Take note of one object: whether it is looked for, and whether to look inside."""
         self.budget -= 1
         if self.budget < 0:
             raise _ExhaustedError

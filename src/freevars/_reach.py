@@ -1,9 +1,9 @@
 """What is inside an object that code can read: the links from one object to the next.
 
-A function leads to its cells, the globals that its code mentions, and its defaults; a bound method to
-its ``self``; an instance to its attributes; a container to its entries. Each link says how a person
-writes it. Nothing here runs code of what it looks at (see ``_inert``). Not here: in which order the
-links are followed, how far, and what is looked for (see ``_naming``).
+A function leads to its cells, the globals that its code mentions, and its defaults; a bound method
+to its ``self``; an instance to its attributes; a container to its entries. Each link says how a
+person writes it. Nothing here runs code of what it looks at (see ``_inert``). Not here: in which
+order the links are followed, how far, and what is looked for (see ``_naming``).
 """
 
 import functools
@@ -40,6 +40,7 @@ from freevars._inert import (
     key_text,
     mro,
     slot_values,
+    stored_members,
 )
 
 __all__ = ["Node", "Reach"]
@@ -57,7 +58,7 @@ _MISSING: Any = object()
 
 
 class Node:
-    """One object on the way, with the link that led to it. Names are put together only when asked."""
+    """One object on the way, and the link that led to it; names are put together when asked."""
 
     __slots__ = ("home", "obj", "parent", "path", "show")
 
@@ -169,7 +170,7 @@ class Reach:
         yield from self.mention(names)
 
     def wrapped(self, node: Node, inner: object, path: str) -> Iterator[Node]:
-        """What a wrapper wraps goes by the wrapper's name, or by its own in the function asked about."""
+        """What it wraps goes by the wrapper's name, or by its own in the function asked about."""
         show = home_name(inner) if node.home else None
         yield Node(inner, node, show, path, home=node.home)
 
@@ -225,32 +226,37 @@ class Reach:
         layers: list[Any] = [attrs.get(part) for part in _MODULE_PARTS]
         is_module = all(is_a(part, dict) for part in layers)
         if self.is_opaque(type(obj)) and not is_module:
-            # A framework's wrapper: what it wraps goes by its own names, nothing else is entered
-            # but a user's functions, such as the two rules of a custom derivative.
-            for key, value in list(dict.items(attrs)):
-                if key == "__wrapped__":
-                    yield from self.wrapped(node, value, ".__wrapped__")
-                elif is_a(value, FunctionType, MethodType, functools.partial):
-                    yield Node(value, node, f".{key}", f".{key}")
+            yield from self.framework_wrapper(node, attrs)
             return
-        if (
-            "__self__" in attrs and "__func__" in attrs
-        ):  # a bound method of a framework's own making
+        items = _wrapped_items(type(obj), attrs)
+        if "__self__" in attrs and "__func__" in attrs:  # a library's own kind of bound method
             yield from self.method(node, attrs["__self__"], attrs["__func__"])
-        if is_module:
-            for part in layers:
-                for key, value in by_name(part).items():
-                    link = f"[{key}]" if key.isdecimal() else _attribute(key)
-                    yield Node(value, node, link, link)
-        if _wraps_mapping(type(obj), attrs):  # a mapping of a user's class around one plain dict
-            yield from self.dictionary(
-                node, next(v for k, v in attrs.items() if k in ("data", "_dict"))
-            )
+        elif is_module:
+            yield from self.layers(node, layers)
+            yield from self.attributes(node, attrs, skip=_MODULE_PARTS)
+        elif items is not None:
+            yield from self.dictionary(node, items)
         else:
-            yield from self.attributes(node, attrs, skip=_MODULE_PARTS if is_module else ())
+            yield from self.attributes(node, attrs)
         for name, value in slot_values(obj):
             yield Node(value, node, f".{name}", f".{name}")
         yield from self.class_attributes(node, type(obj), hidden=attrs)
+
+    def layers(self, node: Node, parts: list[dict[str, object]]) -> Iterator[Node]:
+        """The parameters, buffers and children of a module of layers; numbers are entries."""
+        for part in parts:
+            for key, value in by_name(part).items():
+                link = f"[{key}]" if key.isdecimal() else _attribute(key)
+                yield Node(value, node, link, link)
+
+    def framework_wrapper(self, node: Node, attrs: dict[str, Any]) -> Iterator[Node]:
+        """What a framework's object wraps, and functions of the user that it holds, no more."""
+        for key, value in list(attrs.items()):
+            if key == "__wrapped__":
+                yield from self.wrapped(node, value, ".__wrapped__")
+            elif is_a(value, FunctionType, MethodType, functools.partial):
+                # Such as the two rules of a custom derivative.
+                yield Node(value, node, f".{key}", f".{key}")
 
     def attributes(
         self, node: Node, attrs: dict[str, object], skip: tuple[str, ...] = ()
@@ -267,12 +273,8 @@ class Reach:
         """Attributes and methods that live on a class, where some code mentions their names."""
         members = self.members.get(id(cls))
         if members is None:
-            members = {}
-            for base in reversed(mro(cls)):
-                if not self.is_outside(class_module(base)):
-                    members.update((k, _underlying(v)) for k, v in class_dict(base).items())
-            members = {k: v for k, v in members.items() if v is not _MISSING and type(k) is str}
-            self.members[id(cls)] = members
+            bases = [base for base in mro(cls) if not self.is_outside(class_module(base))]
+            self.members[id(cls)] = members = stored_members(bases)
         yield from self.namespace(node, members, hidden)
         for key in (key for key in members if key.startswith("__")):
             # Operators and `__call__` run without a mention; `__init__` when a class is called.
@@ -315,25 +317,13 @@ class Reach:
         return known
 
 
-def _underlying(member: Any) -> Any:  # noqa: ANN401
-    """What a class attribute leads to: the function under a method or property, else the value."""
-    kind = type(member)
-    if is_exactly(member, FunctionType, type):
-        return member
-    if kind is property:
-        return member.fget
-    if is_exactly(member, staticmethod, classmethod):
-        return member.__func__
-    if kind is functools.cached_property:
-        return member.func
-    # Any other descriptor computes its value: what it holds is not what the attribute gives.
-    is_descriptor = any("__get__" in class_dict(cls) for cls in mro(kind))
-    return _MISSING if is_descriptor and not is_a(member, type) else member
-
-
-def _wraps_mapping(cls: type, attrs: Mapping[str, object]) -> bool:
-    is_mapping = any(base is Mapping for base in mro(cls))
-    return is_mapping and any(is_a(attrs.get(key), dict) for key in ("data", "_dict"))
+def _wrapped_items(cls: type, attrs: dict[str, Any]) -> dict[object, object] | None:
+    """The entries of a user's mapping class that keeps them in one plain dict."""
+    if any(base is Mapping for base in mro(cls)):
+        for key in ("data", "_dict"):
+            if is_a(attrs.get(key), dict):
+                return attrs[key]  # type: ignore[no-any-return]
+    return None
 
 
 def _attribute(key: str) -> str:

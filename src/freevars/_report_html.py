@@ -107,12 +107,10 @@ def _row(value: "CapturedValue", most: int, *, show_device: bool) -> str:
     hoisted = f"yes{policy}" if value.hoisted else '<span class="fvr-no">no</span>'
     cells = (
         f'<code class="fvr-name">{_text(value.name)}</code>{aliases}{path}{_sites(value)}',
-        f"<code>{_text(value.type_text)}</code>{device}",
-        f'{_text(size(value.nbytes))}<span class="fvr-bar"><i style="width:{share:.1f}%"></i></span>',
-        f'<span class="fvr-badges">{_badge(value.kind, value.kind)}{"".join(traced)}</span>',
-        flows,
-        hoisted,
-        str(value.reads),
+        f"<code>{_text(value.type_text)}</code>{device}", f'{_text(size(value.nbytes))}<span
+        class="fvr-bar"><i style="width:{share:.1f}%"></i></span>', f'<span
+        class="fvr-badges">{_badge(value.kind, value.kind)}{"".join(traced)}</span>', flows,
+        hoisted, str(value.reads),
     )
     return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 

@@ -39,14 +39,14 @@ def _within(around: tuple[str, ...]) -> str:
     return ",".join(f"{selector} .freevars-report" for selector in around)
 
 
-STYLE = (
-    f"""
+_THEMES = f"""
 .freevars-report{{{_LIGHT}}}
 @media (prefers-color-scheme:dark){{.freevars-report{{{_DARK}}}}}
 {_within(_LIGHT_AROUND)}{{{_LIGHT}}}
 {_within(_DARK_AROUND)}{{{_DARK}}}
 """
-    + """
+
+_LAYOUT = """
 .freevars-report{background:var(--bg);color:var(--fg);border:1px solid var(--line);
 border-radius:8px;padding:14px 16px;max-width:1120px;box-sizing:border-box;text-align:left;
 font:13px/1.45 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
@@ -119,7 +119,8 @@ cursor:help}
 .freevars-report .fvr-d{color:var(--d)}
 .freevars-report .fvr-b{color:var(--b)}
 """
-)
+
+STYLE = _THEMES + _LAYOUT
 
 PAGE_STYLE = """
 body{margin:0;padding:24px;background:#eef1f4}

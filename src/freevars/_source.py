@@ -1,15 +1,15 @@
 """Where a function is written, and which places of its text read a value from outside.
 
-The text comes from the line cache, so functions of files, notebook cells and doctests are found alike,
-and no code of the function's module runs. Not here: which of those places read a *captured* value;
-a report finds that out by their names.
+The text comes from the line cache, so functions of files, notebook cells and doctests are found
+alike, and no code of the function's module runs. Not here: which of those places read a *captured*
+value; a report finds that out by their names.
 """
 
 import ast
 import linecache
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import CodeType, FunctionType
 
 from freevars._callables import function_name, unwrapped
@@ -30,12 +30,12 @@ class ReadSite:
     text: str = ""
 
     def __str__(self) -> str:
-        return f"{os.path.basename(self.file)}:{self.line}"
+        return f"{Path(self.file).name}:{self.line}"
 
 
 @dataclass(frozen=True)
 class Read:
-    """An expression such as ``params['w']`` in a source: its row (from 0), columns, and its text."""
+    """An expression such as ``params['w']`` in a source: its row (from 0), columns and text."""
 
     row: int
     start: int
@@ -45,11 +45,11 @@ class Read:
 
 @dataclass(frozen=True)
 class Source:
-    """The lines that define a function, dedented, and the expressions there that may come from outside.
+    """The lines that define a function, dedented, and the expressions that may come from outside.
 
-    An expression such as ``params['w'].T`` gives one ``Read`` for each of ``params``, ``params['w']``
-    and ``params['w'].T``; names that the function binds itself are left out, but for its parameters
-    (``self``, and the ones that a default or a partial fills).
+    An expression such as ``params['w'].T`` gives one ``Read`` for each of ``params``,
+    ``params['w']`` and ``params['w'].T``; names that the function binds itself are left out, but
+    for its parameters (``self``, and the ones that a default or a partial fills).
     """
 
     file: str
@@ -102,7 +102,7 @@ def source_of(fun: object) -> Source | None:
 
 
 def _find(code: CodeType, text: str) -> _Function | None:
-    """The definition that a code object was compiled from, told from others on its line by columns."""
+    """The definition that a code object was compiled from; columns tell those on one line apart."""
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError):  # the file has changed, or is no Python
@@ -150,7 +150,7 @@ def _body(node: _Function) -> list[ast.stmt] | list[ast.expr]:
 
 
 def _chain(node: ast.expr) -> list[tuple[ast.expr, str]]:
-    """``a``, ``a.b``, ``a.b[0]`` for ``a.b[0]``; empty where the chain holds anything but constants."""
+    """``a``, ``a.b``, ``a.b[0]`` for ``a.b[0]``; empty where it holds anything but constants."""
     if isinstance(node, ast.Name):
         return [(node, node.id)]
     if isinstance(node, ast.Attribute):
@@ -173,7 +173,7 @@ def _arguments(node: _Function) -> list[ast.arg]:
 
 
 def _bound(scope: _Scope) -> set[str]:
-    """The names that one function or comprehension binds, not counting what is inside nested ones."""
+    """The names that one function or comprehension binds itself, nested ones left out."""
     names: set[str] = set()
     elsewhere: set[str] = set()
     pending: list[ast.AST] = list(ast.iter_child_nodes(scope))

@@ -22,8 +22,7 @@ def size(nbytes: int) -> str:
 
 
 def clean(text: str) -> str:
-    """The text with every character that does not print (line ends, controls, changes of direction)
-    written as an escape."""
+    """The text with escapes for what does not print: line ends, controls, changes of direction."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,4 +1,4 @@
-"""What a function captures, as a value that people read: text, HTML, plain data, and error messages.
+"""What a function captures, as a value that people read: text, HTML, plain data, error messages.
 
 A host fills in ``CapturedValue`` and ``CaptureReport``; neither holds an array or a function, so a
 report keeps nothing alive. Not here: finding the values, naming them (``_naming``), reading sources
@@ -70,7 +70,7 @@ class CapturedValue:
 
     @property
     def name(self) -> str:
-        """The name that a person would use, or where the value was made: ``value made at model.py:41``."""
+        """The name that a person would use, or ``value made at model.py:41``."""
         if self.names:
             return self.names[0]
         if self.made_at is not None:
@@ -110,8 +110,9 @@ def describe(value: CapturedValue) -> str:
 class CaptureReport:
     """Every value that a function captures: print it, look at it in a notebook, save it, query it.
 
-    ``fun`` is the function's name, ``where`` the place that defines it, ``source`` its text if there is
-    any, ``values`` what it captures, in order of first use. The report holds no array and no function.
+    ``fun`` is the function's name, ``where`` the place that defines it, ``source`` its text if
+    there is any, ``values`` what it captures, in order of first use. The report holds no array and
+    no function.
 
     >>> w = CapturedValue(names=("w",), paths=("f.__closure__['w']",), dtype="float32", shape=(3,),
     ...                   nbytes=12, traced_by=("grad",), differentiable=True, hoisted=True,
@@ -152,16 +153,15 @@ class CaptureReport:
         if total < LARGE:
             return ()
         largest = max(constants, key=lambda value: value.nbytes)
-        many = (
-            f"{len(constants)} concrete captures hold"
-            if len(constants) > 1
-            else "1 concrete capture holds"
-        )
-        return (
-            f"{many} {size(total)} and would be baked into a compiled program; the largest is "
+        hold = "1 concrete capture holds"
+        if len(constants) > 1:
+            hold = f"{len(constants)} concrete captures hold"
+        warning = (
+            f"{hold} {size(total)} and would be baked into a compiled program; the largest is "
             f"{clean(largest.name)} ({size(largest.nbytes)}). Make a Closure, which takes them as "
-            'arguments, or convert with hoist="all".',
+            'arguments, or convert with hoist="all".'
         )
+        return (warning,)
 
     @property
     def device(self) -> str:
@@ -203,8 +203,8 @@ class CaptureReport:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write the report as one self-contained HTML file: no script, nothing loaded from elsewhere."""
-        from freevars._report_html import page  # noqa: PLC0415 (a program that shows none loads none)
+        """Write the report as one self-contained HTML file, without scripts."""
+        from freevars._report_html import page  # noqa: PLC0415 (used by few)
 
         Path(path).write_text(page(self), encoding="utf-8")
 
