@@ -145,7 +145,8 @@ class Reach:
         if "__wrapped__" in attrs:  # first, so that a wrapped function goes by its own names
             yield from self.wrapped(node, attrs["__wrapped__"], ".__wrapped__")
         module = dict.get(fun.__globals__, "__name__")
-        if self.is_outside(module):
+        asked_about = node.home and "__wrapped__" not in attrs
+        if self.is_outside(module) and not asked_about:
             return
         bare = node.home or (self.scope != "" and scope(fun) == self.scope)
         for variable, cell in zip(fun.__code__.co_freevars, fun.__closure__ or (), strict=True):

@@ -101,16 +101,19 @@ def _row(value: "CapturedValue", most: int, *, show_device: bool) -> str:
     on = value.device if show_device else ""
     device = f'<div class="fvr-also">{_text(on)}</div>' if on else ""
     share = 100 * value.nbytes / most if most else 0
+    bar = f'<span class="fvr-bar"><i style="width:{share:.1f}%"></i></span>'
     traced = [_badge(by, "traced") for by in value.traced_by] or [_badge("concrete", "concrete")]
     flows = _badge("flows", "flows") if value.differentiable else '<span class="fvr-no">none</span>'
     policy = f' <span class="fvr-no">{_text(value.policy)}</span>' if value.policy else ""
     hoisted = f"yes{policy}" if value.hoisted else '<span class="fvr-no">no</span>'
     cells = (
         f'<code class="fvr-name">{_text(value.name)}</code>{aliases}{path}{_sites(value)}',
-        f"<code>{_text(value.type_text)}</code>{device}", f'{_text(size(value.nbytes))}<span
-        class="fvr-bar"><i style="width:{share:.1f}%"></i></span>', f'<span
-        class="fvr-badges">{_badge(value.kind, value.kind)}{"".join(traced)}</span>', flows,
-        hoisted, str(value.reads),
+        f"<code>{_text(value.type_text)}</code>{device}",
+        f"{_text(size(value.nbytes))}{bar}",
+        f'<span class="fvr-badges">{_badge(value.kind, value.kind)}{"".join(traced)}</span>',
+        flows,
+        hoisted,
+        str(value.reads),
     )
     return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 

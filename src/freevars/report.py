@@ -214,6 +214,7 @@ class CaptureReport:
         return fragment(self)
 
     def __str__(self) -> str:
+        """The report as a table of at most 100 columns."""
         return "\n".join(self._lines())
 
     def _lines(self) -> Iterator[str]:
