@@ -35,6 +35,7 @@ _name_of = type.__dict__["__name__"].__get__
 _module_of = type.__dict__["__module__"].__get__
 
 _LONGEST_KEY = 80
+_DEEPEST_KEY = 4
 _PLAIN_KEYS = (int, float, complex, bool, bytes, type(None))
 
 
@@ -131,15 +132,15 @@ def stored_members(classes: Sequence[type]) -> dict[str, Any]:
     return members
 
 
-def key_text(key: object) -> str:
+def key_text(key: object, depth: int = 0) -> str:
     """A dict key as a person would write it; its type where a repr could run foreign code."""
     if is_a(key, str):
         text = str.__str__(key)
         return repr(text if len(text) <= _LONGEST_KEY else text[: _LONGEST_KEY - 1] + "…")
     if is_exactly(key, *_PLAIN_KEYS):
         return repr(key)
-    if type(key) is tuple:
-        inner = [key_text(part) for part in key]
+    if type(key) is tuple and depth < _DEEPEST_KEY:
+        inner = [key_text(part, depth + 1) for part in key]
         return f"({inner[0]},)" if len(inner) == 1 else f"({', '.join(inner)})"
     if is_a(key, enum.Enum):
         return f"{class_name(type(key))}.{instance_dict(key).get('_name_')}"

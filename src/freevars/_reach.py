@@ -46,6 +46,7 @@ from freevars._inert import (
 __all__ = ["Node", "Reach"]
 
 _WIDEST = 20_000  # entries looked at in one container, so that a huge one does not use up the walk
+_MOST_INSTANCES = 2  # of one class, that are looked at for what the class itself holds
 _STDLIB = frozenset(sys.stdlib_module_names)
 _STDLIB_CONTAINERS = frozenset({"argparse", "collections", "types"})
 _MODULE_PARTS = (
@@ -110,10 +111,11 @@ class Reach:
         self.once: set[object] = set()  # cells and globals: a variable has one name
         self.mentioned: dict[str, None] = {}  # every name in the code read so far
         self.namespaces: list[_Namespace] = []
+        self.instances: dict[int, int] = {}  # how many of each class have been met
         self.members: dict[int, dict[str, Any]] = {}  # by id: hashing a class can run code
         self.opacity: dict[int, bool] = {}
 
-    def inside(self, node: Node) -> Iterator[Node]:
+    def inside(self, node: Node) -> Iterator[Node]:  # noqa: C901 (one branch for each kind)
         """The links out of ``node``: one method below for each kind of object."""
         obj: Any = node.obj
         kind = type(obj)
@@ -272,6 +274,10 @@ class Reach:
         self, node: Node, cls: type, hidden: dict[str, object] | None = None
     ) -> Iterator[Node]:
         """Attributes and methods that live on a class, where some code mentions their names."""
+        if hidden is not None:
+            met = self.instances[id(cls)] = self.instances.get(id(cls), 0) + 1
+            if met > _MOST_INSTANCES:
+                return
         members = self.members.get(id(cls))
         if members is None:
             bases = [base for base in mro(cls) if not self.is_outside(class_module(base))]

@@ -89,7 +89,11 @@ def source_of(fun: object) -> Source | None:
     rows = [line.rstrip("\r\n") for line in lines[code.co_firstlineno - 1 : last]]
     indent = min((len(row) - len(row.lstrip()) for row in rows if row.strip()), default=0)
     reads = []
-    for part, text in _outside(node):
+    try:
+        parts = list(_outside(node))
+    except RecursionError:  # an expression of thousands of terms: shown without its reads
+        parts = []
+    for part, text in parts:
         row = part.lineno - code.co_firstlineno
         if part.end_lineno != part.lineno or part.end_col_offset is None or row < 0:
             continue
