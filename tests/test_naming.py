@@ -360,6 +360,33 @@ def test_small_constants_have_no_identity() -> None:
     assert names(lambda: (one, text), 1, "text", None, True) == [[], [], [], []]  # noqa: FBT003
 
 
+def test_an_identity_that_sees_through_a_wrapper() -> None:
+    class View(Value):
+        def __init__(self, memory: int) -> None:
+            self.memory = memory
+
+    def address(obj: object) -> object:
+        return ("memory", obj.memory) if type(obj) is View else id(obj)
+
+    data, other, plain = View(1), View(2), Value()
+
+    def objective(x: object) -> object:
+        return x, data, other, plain
+
+    found = name_values(
+        objective,
+        [View(2), plain, View(1), View(3)],
+        is_leaf=lambda obj: type(obj) in (View, Value),
+        identity=address,
+    )
+    assert [[name.name for name in names] for names in found] == [
+        ["other"],
+        ["plain"],
+        ["data"],
+        [],
+    ]
+
+
 def test_framework_internals_are_not_entered_but_wrappers_are() -> None:
     w, secret = Value(), Value()
     framework = types.ModuleType("framework")
@@ -398,6 +425,23 @@ def test_cycles() -> None:
 
     assert names(objective, w)[0][0] == "tree['a']['list'][2]"
     assert not any(".me" in name or "'up'" in name for name in names(objective, w)[0])
+
+
+def test_callables_in_cycles() -> None:
+    w = Value()
+    fun = functools.partial(lambda x: x)
+    fun.__setstate__((fun, (w,), {}, None))  # type: ignore[attr-defined]
+    assert names(fun, w) == [["args[0]"]]
+
+    def first() -> object:
+        return w
+
+    first.__wrapped__ = first  # type: ignore[attr-defined]
+    assert names(first, w) == [["w"]]
+    looped = Model()
+    looped.__wrapped__ = looped  # type: ignore[attr-defined]
+    assert function_name(looped) == "<Model object>"
+    assert names(looped, looped.scale) == [["self.scale"]]
 
 
 class Hostile(Value):
@@ -550,6 +594,7 @@ def test_nothing_is_kept() -> None:
         (Model(), "<Model object>"),
         (Model, "Model"),
         (len, "len"),
+        (functools.lru_cache(Model().loss), "Model.loss"),
     ],
 )
 def test_function_names(fun: object, expected: str) -> None:

@@ -22,25 +22,30 @@ __all__ = [
 ]
 
 _DEEPEST = 200  # wrappers around wrappers
+_DEEPEST_NAME = 8  # partials around partials in a name
 
 
-def function_name(fun: object) -> str:  # noqa: PLR0911 (one return for each kind of callable)
+def function_name(fun: object) -> str:
     """A short name for any callable: ``Model.loss``, ``partial(loss)``, ``<Model object>``."""
+    return _named(fun, _DEEPEST_NAME)
+
+
+def _named(fun: object, depth: int) -> str:
+    wrapped: Any = None
+    if type(fun) is MethodType:
+        wrapped = fun.__func__
+    elif not is_a(fun, type):
+        attrs = instance_dict(fun)
+        wrapped = attrs.get("__wrapped__", attrs.get("__func__"))
     if type(fun) is FunctionType:
         return fun.__qualname__.rpartition("<locals>.")[2]
-    if type(fun) is MethodType:
-        return function_name(fun.__func__)
-    if is_a(fun, functools.partial):
-        return f"partial({function_name(partial_parts(fun)[0])})"
-    if is_a(fun, type):
-        return class_name(fun)
+    if depth and is_a(fun, functools.partial):
+        return f"partial({_named(partial_parts(fun)[0], depth - 1)})"
+    if depth and wrapped is not None:
+        return _named(wrapped, depth - 1)
     if type(fun) is BuiltinFunctionType:
         return fun.__name__
-    attrs = instance_dict(fun)
-    for inner in (attrs.get("__wrapped__"), attrs.get("__func__")):
-        if inner is not None and inner is not fun:
-            return function_name(inner) if type(inner) is FunctionType else class_name(type(inner))
-    return f"<{class_name(type(fun))} object>"
+    return class_name(fun) if is_a(fun, type) else f"<{class_name(type(fun))} object>"
 
 
 def home_name(fun: object) -> str:
@@ -88,13 +93,13 @@ def unwrapped(fun: object) -> object:
     return fun
 
 
-def positional(fun: object) -> list[str]:
+def positional(fun: object, depth: int = _DEEPEST_NAME) -> list[str]:
     """The parameters that positional arguments fill, in order, as far as they are known."""
-    if is_a(fun, functools.partial):
+    if depth and is_a(fun, functools.partial):
         func, args, keywords = partial_parts(fun)
-        return [name for name in positional(func)[len(args) :] if name not in keywords]
-    if type(fun) is MethodType:
-        return positional(fun.__func__)[1:]
+        return [name for name in positional(func, depth - 1)[len(args) :] if name not in keywords]
+    if depth and type(fun) is MethodType:
+        return positional(fun.__func__, depth - 1)[1:]
     inner = unwrapped(fun)
     if type(inner) is not FunctionType:
         return []

@@ -101,7 +101,7 @@ def instance_dict(obj: object) -> dict[str, Any]:
 def slot_values(obj: object) -> Iterator[tuple[str, Any]]:
     """Name and value of each ``__slots__`` entry that is set."""
     for cls in mro(type(obj)):
-        for name, member in class_dict(cls).items():
+        for name, member in list(class_dict(cls).items()):
             if type(member) is MemberDescriptorType and not name.startswith("__"):
                 try:
                     yield name, member.__get__(obj)

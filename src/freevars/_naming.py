@@ -8,7 +8,7 @@ names.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from types import CodeType, FunctionType, ModuleType
@@ -49,19 +49,22 @@ def name_values(
     values: Sequence[object],
     *,
     is_leaf: Callable[[object], bool] | None = None,
+    identity: Callable[[object], Hashable] = id,
     opaque: frozenset[str] = FRAMEWORKS,
 ) -> list[tuple[Name, ...]]:
     """The names under which ``fun`` reaches each of ``values``, in the order of the values.
 
     The shortest honest path comes first, and a value reachable under several names lists up to
     four; an unreachable one gets an empty tuple. Values are compared by identity, so pass the very
-    objects that the function can reach. Integers, strings, booleans and ``None`` have no identity
-    and are never named. Nothing that the walk meets is called, compared, hashed or iterated with
-    its own code.
+    objects that the function can reach, or an ``identity`` that sees through what is around them.
+    Integers, strings, booleans and ``None`` have no identity and are never named. Nothing that the
+    walk meets is called, compared, hashed or iterated with its own code.
 
     Arguments: ``fun``, any callable; ``values``, the objects to name; ``is_leaf``, says of an
     object whether it is an array that the walk must not enter (it is called with every object, so
-    it must look at ``type(obj)`` alone); ``opaque``, the root packages whose functions and
+    it must look at ``type(obj)`` alone); ``identity``, what tells one array from another, for a
+    host that wraps arrays afresh: the address of their memory, say (it is called with leaves only);
+    ``opaque``, the root packages whose functions and
     instances are not entered (``__wrapped__`` is followed, and so are containers, partials and
     modules of layers).
 
@@ -70,18 +73,22 @@ def name_values(
     >>> name_values(lambda x: (x, params), [w])[0][0].name
     "params['dense']['kernel']"
     """
-    walk = _Walk(fun, values, is_leaf, opaque)
+    walk = _Walk(fun, values, is_leaf or _never, identity, opaque)
     walk.run()
-    found = [tuple(walk.found.get(id(value), ())) for value in values]
-    users: dict[str, set[int]] = {}
-    for value, names in zip(values, found, strict=True):
+    found = [tuple(walk.found.get(key, ())) for key in walk.keys]
+    users: dict[str, set[Hashable]] = {}
+    for key, names in zip(walk.keys, found, strict=True):
         for name in names:
-            users.setdefault(name.name, set()).add(id(value))
+            users.setdefault(name.name, set()).add(key)
 
     def told_apart(name: Name) -> Name:  # two values under one name: only the paths tell them apart
         return name if len(users[name.name]) == 1 else Name(name.path, name.path)
 
     return [tuple(told_apart(name) for name in names) for names in found]
+
+
+def _never(obj: object) -> bool:  # noqa: ARG001 (stands for a host's `is_leaf`)
+    return False
 
 
 class _ExhaustedError(Exception):
@@ -95,12 +102,17 @@ class _Walk:
         self,
         fun: Callable[..., object],
         values: Sequence[object],
-        is_leaf: Callable[[object], bool] | None,
+        is_leaf: Callable[[object], bool],
+        identity: Callable[[object], Hashable],
         opaque: frozenset[str],
     ) -> None:
         self.is_leaf = is_leaf
-        self.found: dict[int, list[Name]] = {
-            id(value): [] for value in values if id(type(value)) not in _NO_IDENTITY
+        self.identity = identity
+        self.keys = [identity(value) if is_leaf(value) else id(value) for value in values]
+        self.found: dict[Hashable, list[Name]] = {
+            key: []
+            for key, value in zip(self.keys, values, strict=True)
+            if id(type(value)) not in _NO_IDENTITY
         }
         self.unnamed = len(self.found)
         self.budget = _BUDGET
@@ -126,11 +138,11 @@ class _Walk:
         if self.budget < 0:
             raise _ExhaustedError
         obj = node.obj
-        names = self.found.get(id(obj))
+        is_leaf = self.is_leaf(obj)
+        names = self.found.get(self.identity(obj) if is_leaf else id(obj))
         if names is not None:
             self.match(node, names)
-            return
-        if id(type(obj)) in _ATOMS or (self.is_leaf is not None and self.is_leaf(obj)):
+        if names is not None or is_leaf or id(type(obj)) in _ATOMS:
             return
         visits = self.visits.get(id(obj), 0)
         if visits:

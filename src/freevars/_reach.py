@@ -219,7 +219,7 @@ class Reach:
         base = next(cls for cls in (list, tuple, deque) if is_a(obj, cls))
         fields = next((d["_fields"] for d in map(class_dict, mro(type(obj))) if "_fields" in d), ())
         named = base is tuple and type(fields) is tuple and all(type(f) is str for f in fields)
-        for index, value in enumerate(islice(base.__iter__(obj), _WIDEST)):
+        for index, value in enumerate(list(islice(base.__iter__(obj), _WIDEST))):
             link = f".{fields[index]}" if named and index < len(fields) else f"[{index}]"
             yield Node(value, node, link, link)
 

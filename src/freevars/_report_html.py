@@ -125,7 +125,8 @@ def _badge(text: str, kind: str) -> str:
 def _sites(value: "CapturedValue") -> str:
     if not value.sites:
         return ""
-    more = f" and on {len(value.sites) - 1} more" if len(value.sites) > 1 else ""
+    others = len(value.sites) - 1
+    more = f" and on {others} more line{'s' * (others > 1)}" if others else ""
     lines = "".join(f"<li>{_site(site)}</li>" for site in value.sites)
     first = _text(str(value.sites[0]))
     return f"<details><summary>read at {first}{more}</summary><ul>{lines}</ul></details>"
