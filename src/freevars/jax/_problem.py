@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+
 from freevars.jax._closure import Closure
 
 __all__ = ["Problem"]
@@ -31,9 +33,16 @@ class Problem(NamedTuple):
         return Problem(fun if isinstance(fun, Closure) else Closure(fun, x0), (), {})
 
     def value(self, x: Any, *, has_aux: bool) -> Any:
-        """The value of the function, without its aux."""
+        """The value of the function, without its aux.
+
+        A solver with aux may be given a function with aux or one without. With it, the result is a
+        pair; a pair of unknowns is told apart by being like x.
+        """
         out = self.as_given()(x, *self.args, **self.kwargs)
-        return out[0] if has_aux else out
+        is_pair = isinstance(out, tuple) and len(out) == 2
+        if has_aux and is_pair and jax.tree.structure(out) != jax.tree.structure(x):
+            return out[0]
+        return out
 
     def as_given(self) -> Callable[..., Any]:
         """The function as the solver calls it."""

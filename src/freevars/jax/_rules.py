@@ -128,7 +128,7 @@ class ImplicitSolver:
         options = tree_util.tree_unflatten(call.tree, _join(arrays, call.statics))
         if isinstance(self._solver, HostSolver):
             equations = self._condition is not _stationary
-            out = self._solver.solve(problem, x0, options, equations=equations, has_aux=False)
+            out = self._solver.solve(problem, x0, options, equations=equations, has_aux=self._has_aux)
         else:
             out = _call_solver(self._signature, self._solver, problem, x0, options)
         x, aux = out if self._has_aux else (out, None)
