@@ -1,8 +1,8 @@
 """Solvers that are not JAX code: scipy's, or any C or Fortran library that takes callbacks.
 
 Where all values are known the solver is simply called. Inside a program (`jit`, `vmap`, `scan`) it
-runs in a thread beside the program, which answers its questions (`_session`). Not here: derivatives;
-the decorators `root`, `argmin` and `fixed_point` above add them.
+runs in a thread beside the program, which answers its questions (`_in_program`). Not here:
+derivatives; the decorators `root`, `argmin` and `fixed_point` above add them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from jax import tree_util
 
 from freevars.jax import _compat
 from freevars.jax._host_function import HostFunction, Layout, PytreeForm, Question, ask_compiled
+from freevars.jax._in_program import solve_in_program
 from freevars.jax._problem import Problem
-from freevars.jax._session import Solve, solve_in_program
+from freevars.jax._session import Solve
 from freevars.jax._vector import to_vector
 
 __all__ = ["HostSolver", "on_host", "scipy_status"]
@@ -28,6 +29,8 @@ Vmap = Literal["sequential", "threads", "whole"]
 
 class HostSolver:
     """A NumPy solver that runs inside JAX programs; made by `on_host`."""
+
+    __name__: str
 
     def __init__(self, solver: Callable[..., Any], *, flat: bool, aux: Any, vmap: Vmap) -> None:
         if vmap not in ("sequential", "threads", "whole"):
@@ -44,7 +47,7 @@ class HostSolver:
         self._vmap = vmap
 
     def __call__(self, fun: Callable[..., Any], x0: Any, **options: Any) -> Any:
-        """Solve without a derivative rule; a scalar function is an objective, any other equations."""
+        """Solve without a rule; a function of one number is an objective, any other equations."""
         problem = Problem.of(fun, x0, (), {})
         leaves = jax.tree.leaves(problem.fun.out_struct)
         equations = not (len(leaves) == 1 and leaves[0].shape == ())
@@ -56,7 +59,7 @@ class HostSolver:
     def solve(
         self, problem: Problem, x0: Any, options: dict[str, Any], *, equations: bool, has_aux: bool
     ) -> Any:
-        """What the solver returns: `x`, or `(x, aux)`. `has_aux` says whether the function has one."""
+        """What the solver returns: `x`, or `(x, aux)`; `has_aux`: the function may have one too."""
         question = Question(Layout.of(x0), equations, has_aux)
         leaves, tree = tree_util.tree_flatten(options)
         is_array = [isinstance(x, (_compat.Array, np.ndarray, _compat.Tracer)) for x in leaves]
@@ -64,9 +67,9 @@ class HostSolver:
 
         def with_arrays(arrays: Any) -> dict[str, Any]:
             left = iter(arrays)
-            given = [next(left) if is_one else x for x, is_one in zip(leaves, is_array, strict=True)]
-            restored: dict[str, Any] = tree.unflatten(given)
-            return restored
+            pairs = zip(leaves, is_array, strict=True)
+            restored = tree_util.tree_unflatten(tree, [next(left) if a else x for x, a in pairs])
+            return dict(restored)
 
         def run(ask: Any, v0: Any, arrays: Any) -> tuple[Any, list[Any]]:
             return self._call(ask, question, v0, with_arrays(arrays))
@@ -83,7 +86,9 @@ class HostSolver:
         else:
             v, aux = self._at_once(run, question, problem, v0, arrays)
         x = to_vector(x0)[1](v)
-        return (x, jax.tree.structure(self._aux).unflatten(aux)) if self._has_aux else x
+        if not self._has_aux:
+            return x
+        return x, tree_util.tree_unflatten(jax.tree.structure(self._aux), aux)
 
     def _call(
         self, ask: Any, question: Question, v0: Any, options: dict[str, Any]
@@ -112,7 +117,7 @@ class HostSolver:
         leaves, tree = tree_util.tree_flatten(aux)
         examples, expected = tree_util.tree_flatten(self._aux)
         if tree != expected:
-            msg = f"{self.__name__}: the solver returned aux {tree}, expected {expected}, the example's."
+            msg = f"{self.__name__}: the solver returned aux {tree}, expected {expected}."
             raise TypeError(msg)
         types = [jax.numpy.result_type(e) for e in examples]
         return [np.asarray(leaf, t) for leaf, t in zip(leaves, types, strict=True)]
@@ -173,13 +178,14 @@ class HostSolver:
 
         one = _batched_by(None if self._vmap == "sequential" else together, alone)
         try:
-            return one(problem, v0, arrays)
+            solution: tuple[Any, list[Any]] = one(problem, v0, arrays)
         except jax.errors.JaxRuntimeError:
-            # Only where JAX runs the program right here; inside a user's `jit` its error carries ours
-            # as text.
+            # Only where JAX runs the program right here; inside a user's `jit` its error carries
+            # ours as text.
             if failures:
                 raise failures[0] from None
             raise
+        return solution
 
 
 def _on_batch_of_one(ask: Any) -> Any:
@@ -191,14 +197,19 @@ def _on_batch_of_one(ask: Any) -> Any:
 
 def _batched_by(rule: Callable[..., Any] | None, fun: Callable[..., Any]) -> Callable[..., Any]:
     """`fun`, with `rule(size, batched, *args)` for what it gives on a batch; None: one by one."""
-    whole = jax.custom_batching.custom_vmap(fun)
+    whole: Any = jax.custom_batching.custom_vmap(fun)
 
-    @whole.def_vmap
-    def _(size: int, batched: Any, *args: Any) -> Any:
-        out = _one_by_one(whole, batched, args) if rule is None else rule(size, batched, *args)
+    def one_by_one(size: int, batched: Any, *args: Any) -> Any:
+        del size
+        return _one_by_one(whole, batched, args)
+
+    def batch(size: int, batched: Any, *args: Any) -> Any:
+        out = (rule or one_by_one)(size, batched, *args)
         return out, jax.tree.map(lambda _: True, out)
 
-    return whole
+    whole.def_vmap(batch)
+    wrapped: Callable[..., Any] = whole
+    return wrapped
 
 
 def _one_by_one(fun: Callable[..., Any], batched: Any, args: Any) -> Any:
@@ -209,7 +220,7 @@ def _one_by_one(fun: Callable[..., Any], batched: Any, args: Any) -> Any:
     def body(members: list[Any]) -> Any:
         left = iter(members)
         merged = [next(left) if b else x for x, b in zip(leaves, is_batched, strict=True)]
-        return fun(*tree.unflatten(merged))
+        return fun(*tree_util.tree_unflatten(tree, merged))
 
     return jax.lax.map(body, [x for x, b in zip(leaves, is_batched, strict=True) if b])
 
@@ -229,7 +240,7 @@ def on_host(
     aux: Any = None,
     vmap: Vmap = "sequential",
 ) -> Any:
-    """Let a NumPy solver be the solver in JAX programs: scipy's, or any that takes Python callbacks.
+    """Let a NumPy solver, scipy's or any that takes Python callbacks, be the solver in JAX.
 
     The solver never sees a JAX value. Where all values are known, it is called as it stands. Inside
     `jit`, `vmap` or `scan` it runs in a thread of its own, and the program answers what it asks of
@@ -240,13 +251,15 @@ def on_host(
       solver: `solver(fun, x0, **options)` gives x. `x0` and x are float64 vectors of shape (n,), and
         `fun` is a NumPy function of such a vector (`HostFunction`): for an objective `fun(v)`,
         `fun.value_and_grad(v)`, `fun.grad(v)`, `fun.hessian(v)` and `fun.hvp(v, d)`; for equations
-        `fun(v)`, `fun.jacobian(v)` and `fun.hvp(v, d)`. Options that are arrays arrive as NumPy ones.
+        `fun(v)`, `fun.jacobian(v)` and `fun.hvp(v, d)`. Options that are arrays arrive as NumPy
+        ones.
       flat: False gives the solver pytrees of NumPy arrays, of the dtypes of `x0`, for vectors.
       aux: an example, a pytree of arrays or numbers, of what the solver returns beside x: it then
         returns `(x, aux)`, and aux has the types of the example.
-      vmap: what a batch does. "sequential": one solve after the other. "threads": one solver for each
-        member, in step, with their questions answered together. "whole": `solver` takes batches, and
-        every vector, value and matrix has a leading axis over the batch, of size 1 outside `vmap`.
+      vmap: what a batch does. "sequential": one solve after the other. "threads": one solver for
+        each member, in step, with their questions answered together. "whole": `solver` takes
+        batches, and every vector, value and matrix has a leading axis over the batch, of size 1
+        outside `vmap`.
 
     Raises:
       What the solver raises, with a note that names it; inside `jit`, where only JAX can raise, as
@@ -274,8 +287,8 @@ def scipy_status(result: Any = None) -> dict[str, Any]:
     """What an `OptimizeResult` of scipy says of its own success, as an aux for `on_host`.
 
     Returns a dict of `success` (bool), `iterations` (int32; function evaluations where the method
-    counts no iterations) and `status` (int32, scipy's code of its message). Without an argument it is
-    the example that `on_host(aux=scipy_status())` asks for.
+    counts no iterations) and `status` (int32, scipy's code of its message). Without an argument it
+    is the example that `on_host(aux=scipy_status())` asks for.
 
     >>> import scipy.optimize, freevars.jax as fv
     >>> fv.scipy_status(scipy.optimize.minimize(lambda x: x @ x, [0.0]))["success"].item()

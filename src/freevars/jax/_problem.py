@@ -39,7 +39,7 @@ class Problem(NamedTuple):
         pair; a pair of unknowns is told apart by being like x.
         """
         out = self.as_given()(x, *self.args, **self.kwargs)
-        is_pair = isinstance(out, tuple) and len(out) == 2
+        is_pair = isinstance(out, tuple) and len(out) == 2  # noqa: PLR2004 (a pair)
         if has_aux and is_pair and jax.tree.structure(out) != jax.tree.structure(x):
             return out[0]
         return out
