@@ -248,8 +248,8 @@ def on_host(
     `argmin` or `fixed_point` above it for derivatives.
 
     Args:
-      solver: `solver(fun, x0, **options)` gives x. `x0` and x are float64 vectors of shape (n,), and
-        `fun` is a NumPy function of such a vector (`HostFunction`): for an objective `fun(v)`,
+      solver: `solver(fun, x0, **options)` gives x. `x0` and x are float64 vectors of shape (n,),
+        and `fun` is a NumPy function of such a vector (`HostFunction`): for an objective `fun(v)`,
         `fun.value_and_grad(v)`, `fun.grad(v)`, `fun.hessian(v)` and `fun.hvp(v, d)`; for equations
         `fun(v)`, `fun.jacobian(v)` and `fun.hvp(v, d)`. Options that are arrays arrive as NumPy
         ones.
