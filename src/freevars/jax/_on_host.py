@@ -8,8 +8,9 @@ derivatives; the decorators `root`, `argmin` and `fixed_point` above add them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, Literal
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -45,6 +46,7 @@ class HostSolver:
         self._aux = aux
         self._has_aux = aux is not None
         self._vmap = vmap
+        self._program = jax.jit(self._traced, static_argnums=(0, 1))
 
     def __call__(self, fun: Callable[..., Any], x0: Any, **options: Any) -> Any:
         """Solve without a rule; a function of one number is an objective, any other equations."""
@@ -61,30 +63,13 @@ class HostSolver:
     ) -> Any:
         """What the solver returns: `x`, or `(x, aux)`; `has_aux`: the function may have one too."""
         question = Question(Layout.of(x0), equations, has_aux)
-        leaves, tree = tree_util.tree_flatten(options)
-        is_array = [isinstance(x, (_compat.Array, np.ndarray, _compat.Tracer)) for x in leaves]
-        arrays = [x for x, is_one in zip(leaves, is_array, strict=True) if is_one]
-
-        def with_arrays(arrays: Any) -> dict[str, Any]:
-            left = iter(arrays)
-            pairs = zip(leaves, is_array, strict=True)
-            restored = tree_util.tree_unflatten(tree, [next(left) if a else x for x, a in pairs])
-            return dict(restored)
-
-        def run(ask: Any, v0: Any, arrays: Any) -> tuple[Any, list[Any]]:
-            return self._call(ask, question, v0, with_arrays(arrays))
-
+        given, arrays = Options.split(options)
         v0 = to_vector(x0)[0]
         values = (*jax.tree.leaves(problem), v0, *arrays)
         if any(isinstance(x, _compat.Tracer) for x in values) or not _compat.computes_now():
-            aux_leaves = tuple(
-                jax.ShapeDtypeStruct(np.shape(a), jax.numpy.result_type(a))
-                for a in jax.tree.leaves(self._aux)
-            )
-            solve = Solve(run, aux_leaves, self.__name__)
-            v, aux = self._in_program(solve, question, problem, v0, arrays)
+            v, aux = self._in_program(given, question, problem, v0, arrays)
         else:
-            v, aux = self._at_once(run, question, problem, v0, arrays)
+            v, aux = self._at_once(given, question, problem, v0, arrays)
         x = to_vector(x0)[1](v)
         if not self._has_aux:
             return x
@@ -123,69 +108,111 @@ class HostSolver:
         return [np.asarray(leaf, t) for leaf, t in zip(leaves, types, strict=True)]
 
     def _at_once(
-        self, run: Any, question: Question, problem: Problem, v0: Any, arrays: list[Any]
+        self, given: Options, question: Question, problem: Problem, v0: Any, arrays: list[Any]
     ) -> tuple[Any, list[Any]]:
         """Call the solver, here and now."""
         ask = ask_compiled(question, problem)
-        given = [np.asarray(a) for a in (v0, *arrays)]
+        start, *rest = (np.asarray(a) for a in (v0, *arrays))
         if self._vmap == "whole":  # a batch of one
-            v, aux = run(_on_batch_of_one(ask), given[0][None], [a[None] for a in given[1:]])
+            rest = [a[None] for a in rest]
+            v, aux = self._call(_on_batch_of_one(ask), question, start[None], given.join(rest))
             v, aux = v[0], [leaf[0] for leaf in aux]
         else:
-            v, aux = run(ask, given[0], given[1:])
+            v, aux = self._call(ask, question, start, given.join(rest))
         return jax.numpy.asarray(v, v0.dtype), aux
 
     def _in_program(
-        self, solve: Solve, question: Question, problem: Problem, v0: Any, arrays: list[Any]
+        self, given: Options, question: Question, problem: Problem, v0: Any, arrays: list[Any]
     ) -> tuple[Any, list[Any]]:
-        failures: list[BaseException] = []
+        """Let the program under way run the solver."""
+        number = next(_CALLS)
+        errors = _ERRORS[number] = []
+        try:
+            out: tuple[Any, list[Any]] = self._program(
+                given, question, problem, v0, arrays, np.int32(number)
+            )
+        except jax.errors.JaxRuntimeError:
+            # Only where JAX runs the program right here; inside a user's `jit` its error carries
+            # ours as text.
+            if errors:
+                raise errors[0] from None
+            raise
+        finally:
+            del _ERRORS[number]
+        return out
 
-        def run(ask: Any, v0: Any, arrays: Any) -> Any:
+    def _traced(
+        self,
+        given: Options,
+        question: Question,
+        problem: Problem,
+        v0: Any,
+        arrays: list[Any],
+        number: Any,
+    ) -> tuple[Any, list[Any]]:
+        """What is compiled, once for all closures of one structure."""
+        whole = self._vmap == "whole"
+
+        def run(ask: Any, v0: Any, arrays: Any) -> tuple[Any, list[Any]]:
+            *rest, number = arrays
             try:
-                return solve.run(ask, v0, arrays)
+                return self._call(ask, question, v0, given.join(rest))
             except Exception as error:
-                failures.append(error)
+                _ERRORS.get(int(np.ravel(number)[0]), []).append(error)
                 raise
 
-        noted = solve._replace(run=run)
-
-        whole = self._vmap == "whole"
+        aux = [
+            jax.ShapeDtypeStruct(np.shape(a), jax.numpy.result_type(a))
+            for a in jax.tree.leaves(self._aux)
+        ]
+        enter = functools.partial(
+            solve_in_program, Solve(run, tuple(aux), self.__name__), question, whole=whole
+        )
 
         def alone(problem: Problem, v0: Any, arrays: list[Any]) -> Any:
             if not whole:
-                return solve_in_program(noted, question, problem, v0, arrays)
-            given = jax.tree.map(lambda a: a[None], (v0, arrays))
-            out = solve_in_program(noted, question, problem, *given, lanes=1, whole=True)
+                return enter(problem, v0, arrays)
+            out = enter(problem, *jax.tree.map(lambda a: a[None], (v0, arrays)), lanes=1)
             return jax.tree.map(lambda a: a[0], out)
 
         def together(size: int, batched: Any, problem: Problem, v0: Any, arrays: list[Any]) -> Any:
             axes = jax.tree.map(lambda b: 0 if b else None, batched[0])
             v0, arrays = _broadcast(size, tuple(batched[1:]), (v0, arrays))
-
-            def lanes(problem: Problem, v0: Any, arrays: list[Any]) -> Any:
-                return solve_in_program(
-                    noted,
-                    question,
-                    problem,
-                    v0,
-                    arrays,
-                    lanes=size,
-                    whole=whole,
-                    problem_axes=axes,
-                )
-
+            lanes = functools.partial(enter, lanes=size, problem_axes=axes)
             return _batched_by(None, lanes)(problem, v0, arrays)
 
         one = _batched_by(None if self._vmap == "sequential" else together, alone)
-        try:
-            solution: tuple[Any, list[Any]] = one(problem, v0, arrays)
-        except jax.errors.JaxRuntimeError:
-            # Only where JAX runs the program right here; inside a user's `jit` its error carries
-            # ours as text.
-            if failures:
-                raise failures[0] from None
-            raise
-        return solution
+        out: tuple[Any, list[Any]] = one(problem, v0, [*arrays, number])
+        return out
+
+
+# The errors of solvers in the programs that run for a call under way, by the number of the call. A
+# number that is compiled into a user's program is gone from here by the time the program runs.
+_ERRORS: dict[int, list[BaseException]] = {}
+_CALLS = itertools.count(1)
+
+
+class Options(NamedTuple):
+    """The options of a solver without those that are arrays; hashable, so that it can be static."""
+
+    tree: Any  # PyTreeDef
+    statics: tuple[tuple[int, Any], ...]
+
+    @staticmethod
+    def split(options: dict[str, Any]) -> tuple[Options, list[Any]]:
+        """The options, and the arrays among them. A Python number stays one."""
+        leaves, tree = tree_util.tree_flatten(options)
+        kinds = (_compat.Array, np.ndarray, _compat.Tracer)
+        arrays = [x for x in leaves if isinstance(x, kinds)]
+        statics = tuple((i, x) for i, x in enumerate(leaves) if not isinstance(x, kinds))
+        return Options(tree, statics), arrays
+
+    def join(self, arrays: Sequence[Any]) -> dict[str, Any]:
+        """The options with these arrays."""
+        leaves = list(arrays)
+        for position, leaf in self.statics:
+            leaves.insert(position, leaf)
+        return dict(tree_util.tree_unflatten(self.tree, leaves))
 
 
 def _on_batch_of_one(ask: Any) -> Any:
