@@ -274,8 +274,10 @@ TRANSFORMATIONS = [
 
 # The whole table for the conversions themselves. What takes a converted function meets each case
 # under the transformations that meet it in another way.
-FULL = [traced, everything, closure, nested]
+FULL = [traced, closure]
 THROUGH = [
+    everything,
+    nested,
     custom_vjp_trailing,
     custom_vjp_closure,
     custom_jvp_trailing,

@@ -219,7 +219,12 @@ EQUATION: type = _core.JaxprEqn
 def function_parts(x: Any) -> tuple[Any, ...] | None:
     """What decides the meaning of one of JAX's wrappers, or None when `x` is not such a wrapper."""
     if isinstance(x, _linear_util.WrappedFun):
-        return (x.f, x.transforms, x.params)
+        # Lists among the arguments of a transformation are JAX's own and never change.
+        transforms = tuple(
+            (made_by, *(tuple(a) if type(a) is list else a for a in args))
+            for made_by, args in x.transforms
+        )
+        return (x.f, transforms, x.params)
     if isinstance(x, _IGNORED):
         return ()
     if isinstance(x, _WRAPPED):
@@ -227,7 +232,7 @@ def function_parts(x: Any) -> tuple[Any, ...] | None:
     if isinstance(x, _util.HashableFunction):
         return (x.f, x.closure)
     if isinstance(x, _util.HashablePartial):
-        return (x.f, x.args, x.kwargs)
+        return (x.f, x.args, tuple(x.kwargs.items()))
     if isinstance(x, (jax.custom_jvp, jax.custom_vjp)):
         return tuple(sorted((k, v) for k, v in vars(x).items() if not k.startswith("__")))
     name = getattr(x, "__qualname__", "")
