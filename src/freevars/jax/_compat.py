@@ -18,6 +18,7 @@ except ImportError as error:  # pragma: no cover (tested in a process of its own
 import numpy as np
 from jax._src import config as _config
 from jax._src import core as _core
+from jax._src import hijax as _hijax
 from jax._src import linear_util as _linear_util
 from jax._src import source_info_util as _source_info_util
 from jax._src import util as _util
@@ -210,6 +211,10 @@ _IGNORED = (
 )
 
 
+# Some of JAX's own rules are objects made for each use (`jax_custom_vjp3` and its like).
+_HIGH_PRIMITIVES = tuple(
+    getattr(_hijax, name) for name in ("HiPrim", "VJPHiPrimitive") if hasattr(_hijax, name)
+)
 _WRAPPED = tuple(
     getattr(_util, name) for name in ("Hashable", "Unhashable", "HashableWrapper") if hasattr(_util, name)
 )
@@ -233,6 +238,9 @@ def function_parts(x: Any) -> tuple[Any, ...] | None:
         return (x.f, x.closure)
     if isinstance(x, _util.HashablePartial):
         return (x.f, x.args, tuple(x.kwargs.items()))
+    if isinstance(x, _HIGH_PRIMITIVES) and type(x).__module__.startswith("jax."):
+        types = tuple(x.in_avals_flat), tuple(x.out_avals_flat)
+        return (*types, x.in_tree, x.out_tree, x.effects, tuple(x.params.items()))
     if isinstance(x, (jax.custom_jvp, jax.custom_vjp)):
         return tuple(sorted((k, v) for k, v in vars(x).items() if not k.startswith("__")))
     name = getattr(x, "__qualname__", "")
