@@ -90,7 +90,17 @@ def drop_dead_code(jaxpr: Any, keep_inputs: Sequence[bool]) -> tuple[Any, list[b
 
     JAX's own rules for nested programs are the only complete ones, and they have no public name.
     """
+    if _SCAN3 is not None and _SCAN3.value:
+        msg = (
+            "jax_scan3 is on: it says nothing of what its loops write, so that JAX itself drops them"
+            " as dead code and computes something else. Turn it off: jax.config.update('jax_scan3',"
+            " False)."
+        )
+        raise NotImplementedError(msg)
     return _partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), list(keep_inputs))
+
+
+_SCAN3: Any = getattr(_config, "scan3", None)
 
 
 def replace(jaxpr: Any, **changes: Any) -> Any:
@@ -241,6 +251,9 @@ def function_parts(x: Any) -> tuple[Any, ...] | None:
     if isinstance(x, _HIGH_PRIMITIVES) and type(x).__module__.startswith("jax."):
         types = tuple(x.in_avals_flat), tuple(x.out_avals_flat)
         return (*types, x.in_tree, x.out_tree, x.effects, tuple(x.params.items()))
+    if isinstance(x, jax.stages.Traced):
+        params = tuple((k, v) for k, v in x._params.items() if k != "name")  # noqa: SLF001
+        return (params, x._in_tree, x.out_tree, tuple(x._consts))  # noqa: SLF001
     if isinstance(x, (jax.custom_jvp, jax.custom_vjp)):
         return tuple(sorted((k, v) for k, v in vars(x).items() if not k.startswith("__")))
     name = getattr(x, "__qualname__", "")
