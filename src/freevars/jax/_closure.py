@@ -64,7 +64,7 @@ class Closure(Generic[R]):
     [ 9. 16.]
     """
 
-    __slots__ = ("_origin", "_program", "_values")
+    __slots__ = ("__weakref__", "_origin", "_program", "_values")
 
     _program: Program
     _values: tuple[Any, ...]

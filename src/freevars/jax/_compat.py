@@ -119,17 +119,27 @@ def cast(x: Any, expected: Any) -> Any:
 
 
 def converts_weak_values(jaxpr: Any) -> bool:
-    """Whether a program, or one nested in it, turns a weakly typed value into another dtype of its
-    kind: the one place where a value of strong type could have led to other numbers."""
+    """Whether a program, or one nested in it, turns a weakly typed value into a dtype that a value of
+    strong type would not have led to: `1.0 * bfloat16` is computed in bfloat16, and
+    `float32(1) * bfloat16` in float32."""
     for eqn in jaxpr.eqns:
         if eqn.primitive is _convert_p:
-            source = eqn.invars[0].aval
-            if source.weak_type and source.dtype.kind == eqn.params["new_dtype"].kind:
+            source, to = eqn.invars[0].aval, eqn.params["new_dtype"]
+            # Promotion never turns a float into an integer: that is a cast, the same for both.
+            promoted = kind(source.dtype) <= kind(to)
+            if source.weak_type and promoted and jax.numpy.promote_types(source.dtype, to) != to:
                 return True
         for nested in nested_programs(eqn):
             if converts_weak_values(getattr(nested, "jaxpr", nested)):
                 return True
     return False
+
+
+def kind(dtype: Any) -> int:
+    """The place of a dtype among bool, integer, floating, complex and other. NumPy's own `kind` does
+    not know the dtypes that JAX adds."""
+    kinds = (np.bool_, np.integer, np.floating, np.complexfloating)
+    return next((i for i, k in enumerate(kinds) if jax.dtypes.issubdtype(dtype, k)), len(kinds))
 
 
 def is_live(tracer: Tracer) -> bool:
