@@ -27,6 +27,11 @@ class Spec(NamedTuple):
     types: tuple[Any, ...]  # one abstract value for each array leaf
     statics: tuple[tuple[int, Any], ...]  # position among all leaves, leaf
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it holds no object of the user's: no static leaf, and built-in containers alone."""
+        return not self.statics and _is_plain(self.tree)
+
     def struct(self) -> Any:
         """The pytree with a `jax.ShapeDtypeStruct` for each array."""
         shapes = [
@@ -43,6 +48,13 @@ class Spec(NamedTuple):
         for position, leaf in self.statics:  # in rising order, so each lands where it was
             leaves.insert(position, leaf)
         return leaves
+
+
+def _is_plain(tree: Any) -> bool:
+    node = tree.node_data()  # None for a leaf
+    return (node is None or node[0] in (tuple, list, dict, type(None))) and all(
+        map(_is_plain, tree.children())
+    )
 
 
 def split(tree: Any) -> tuple[list[Any], Any, tuple[tuple[int, Any], ...]]:

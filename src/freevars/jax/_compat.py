@@ -276,7 +276,13 @@ def function_parts(x: Any) -> tuple[Any, ...] | None:
 
 
 # Compared by value: two that are equal mean the same.
-VALUES: tuple[type, ...] = (_core.AbstractValue, jax.tree_util.PyTreeDef)
+VALUES: tuple[type, ...] = (
+    _core.AbstractValue,
+    jax.tree_util.PyTreeDef,
+    jax.sharding.Mesh,
+    jax.sharding.AbstractMesh,
+    jax.sharding.Sharding,
+)
 
 # What `jax.jit` returns; the type has no public name.
 JITTED: type = type(jax.jit(lambda: None))

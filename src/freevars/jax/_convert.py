@@ -64,7 +64,9 @@ def convert(fun: Callable[..., Any], example_args: Sequence[Any]) -> Conversion:
     n = len(values)
     value_types = tuple([v.aval for v in jaxpr.invars[len(fixed) : len(fixed) + n]])
     program = Program.intern(
-        key, lambda: Program(jaxpr, fixed, value_types, inputs, outputs, _name(fun))
+        key,
+        lambda: Program(jaxpr, fixed, value_types, inputs, outputs, _name(fun)),
+        keep=not fingerprint.foreign and inputs.is_plain and outputs.is_plain,
     )
     return Conversion(program, tuple(values))
 

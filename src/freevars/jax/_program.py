@@ -1,9 +1,10 @@
 """A traced function without its captured values: the static part of every closure.
 
 Programs are interned: two that compute the same thing are one object, so that they compare and hash
-by identity, as fast as anything can, and share one compiled version. The table holds them weakly; it
-keeps no array, no function and no program alive. Not here: tracing a user's function, and who holds
-the captured values.
+by identity, as fast as anything can, and share one compiled version. The table holds them weakly.
+The last few that hold nothing of the user's, neither an array nor a function, are kept beside it, so
+that a loop which makes, calls and drops a closure in each turn compiles once. Not here: tracing a
+user's function, and who holds the captured values.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -25,6 +27,8 @@ __all__ = ["Program"]
 
 _LOCK = threading.Lock()
 _PROGRAMS: weakref.WeakValueDictionary[Hashable, Program] = weakref.WeakValueDictionary()
+_RECENT: OrderedDict[Program, None] = OrderedDict()
+_RECENT_SIZE = 256
 
 
 class Program:
@@ -53,12 +57,18 @@ class Program:
         self.flat = bool(inputs.statics) or not _hashable(inputs.tree)
 
     @classmethod
-    def intern(cls, key: Hashable, make: Callable[[], Program]) -> Program:
-        """The program of this key, made now if there is none."""
+    def intern(cls, key: Hashable, make: Callable[[], Program], *, keep: bool) -> Program:
+        """The program of this key, made now if there is none; `keep` says that it may outlive its
+        last use, because it holds nothing of the user's."""
         with _LOCK:
             program = _PROGRAMS.get(key)
             if program is None:
                 program = _PROGRAMS[key] = make()
+            if keep:
+                _RECENT[program] = None
+                _RECENT.move_to_end(program)
+                if len(_RECENT) > _RECENT_SIZE:
+                    _RECENT.popitem(last=False)
             return program
 
     def __repr__(self) -> str:
