@@ -19,7 +19,12 @@ class FreevarsError(Exception):
 
 class StructureError(FreevarsError, TypeError):
     """A call brought another structure, shape, dtype, static leaf or number of values than the
-    example arguments of the conversion had."""
+    example arguments of the conversion had.
+
+    ``captured`` is the position of the captured value that does not fit, if it is one.
+    """
+
+    captured: int | None = None
 
 
 class CaptureError(FreevarsError, TypeError):

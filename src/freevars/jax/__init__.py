@@ -1,7 +1,8 @@
 """Closures as values in JAX: ``import freevars.jax as fv``."""
 
+from freevars.jax._captures import captures
 from freevars.jax._closure import Closure
 from freevars.jax._convert import closure_convert
 from freevars.jax._rules import argmin, fixed_point, root
 
-__all__ = ["Closure", "argmin", "closure_convert", "fixed_point", "root"]
+__all__ = ["Closure", "argmin", "captures", "closure_convert", "fixed_point", "root"]
