@@ -7,6 +7,7 @@ derive from the built-in class that a user would expect to catch. Not here: deci
 __all__ = [
     "CaptureError",
     "FreevarsError",
+    "LeakError",
     "NotASolutionError",
     "SingularError",
     "StructureError",
@@ -29,6 +30,11 @@ class StructureError(FreevarsError, TypeError):
 
 class CaptureError(FreevarsError, TypeError):
     """A captured value cannot be made an explicit argument without risking a lost derivative."""
+
+
+class LeakError(FreevarsError, TypeError):
+    """A traced value was used outside the transformation that it belongs to: a function captures
+    it that a custom derivative rule calls, or that is called too late. The cause is JAX's error."""
 
 
 class NotASolutionError(FreevarsError, RuntimeError):

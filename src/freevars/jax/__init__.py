@@ -3,6 +3,7 @@
 from freevars.jax._captures import captures
 from freevars.jax._closure import Closure
 from freevars.jax._convert import closure_convert
+from freevars.jax._leaks import explain_leaks
 from freevars.jax._rules import argmin, fixed_point, root
 
-__all__ = ["Closure", "argmin", "captures", "closure_convert", "fixed_point", "root"]
+__all__ = ["Closure", "argmin", "captures", "closure_convert", "explain_leaks", "fixed_point", "root"]

@@ -22,6 +22,7 @@ from jax._src import config as _config
 from jax._src import core as _core
 from jax._src import linear_util as _linear_util
 from jax._src import source_info_util as _source_info_util
+from jax._src import traceback_util as _traceback_util
 from jax._src import util as _util
 from jax._src.ad_util import Zero as _Zero
 from jax._src.interpreters import ad as _ad
@@ -242,6 +243,77 @@ def made_by(tracer: Any) -> Any:
         if info is not None:
             return info
     return None
+
+
+def variable(tracer: Any) -> Any:
+    """The variable that stands for a tracer in the program that is being traced, or None."""
+    return tracer.val if isinstance(tracer, _partial_eval.DynamicJaxprTracer) else None
+
+
+def argument_of(tracer: Any) -> tuple[str, str]:
+    """The argument that a tracer is, and of which function, `("w", "loss at model.py:41")`; empty
+    strings where it is none, or nobody knows."""
+    x: Any = tracer
+    while isinstance(x, Tracer):
+        if isinstance(x, _partial_eval.DynamicJaxprTracer):
+            frame: Any = x._trace.frame  # noqa: SLF001
+            return _argument(frame.invars, frame.debug_info, x.val)
+        _, x, _ = layer(x)
+    return "", ""
+
+
+def argument_in(jaxpr: Any, variable: Any) -> tuple[str, str]:
+    """As `argument_of`, for a variable of a program."""
+    if not isinstance(jaxpr, JAXPR_TYPES):
+        return "", ""
+    opened: Any = getattr(jaxpr, "jaxpr", jaxpr)
+    return _argument(opened.invars, opened.debug_info, variable)
+
+
+def _argument(variables: Any, debug_info: Any, variable: Any) -> tuple[str, str]:
+    names = getattr(debug_info, "arg_names", None) or ()
+    for name, other in zip(names, variables, strict=False):
+        if other is variable and name:
+            fun, _, place = str(debug_info.func_src_info).partition(" at ")
+            return str(name), f"{fun} at {Path(place).name}"
+    return "", ""
+
+
+def programs_in(frame: dict[str, Any]) -> list[tuple[Any, list[Any]]]:
+    """The programs among the local variables of one of JAX's frames, open, each with the values of
+    its leading inputs."""
+    found = [
+        separate_constants(x)
+        for x in frame.values()
+        if isinstance(x, ClosedJaxpr) and getattr(x, "consts", None)
+    ]
+    params = getattr(frame.get("p"), "params", None)  # of a call of `jit` that is being made
+    if isinstance(params, dict) and isinstance(frame.get("args_flat"), (list, tuple)):
+        jaxpr = params.get("jaxpr")
+        if isinstance(jaxpr, JAXPR_TYPES):
+            found.append((getattr(jaxpr, "jaxpr", jaxpr), list(frame["args_flat"])))
+    return found
+
+
+def unfiltered_tracebacks() -> Any:
+    """A context, of this thread, in which JAX leaves its own frames in tracebacks."""
+    return _config.traceback_filtering("off")
+
+
+def filter_traceback(error: BaseException) -> None:
+    """Take JAX's frames out of an error's traceback, as it does itself unless told otherwise."""
+    if _config.traceback_filtering.value != "off" and error.__traceback__ is not None:
+        error.__traceback__ = _traceback_util.filter_traceback(error.__traceback__)
+
+
+def is_users(file: str) -> bool:
+    """Whether a file is neither JAX's nor Python's nor this library's own."""
+    return _source_info_util.is_user_filename(file) and not file.startswith(_OWN_FILES)
+
+
+def is_rule_machinery(file: str) -> bool:
+    """Whether a file of JAX's is one of those that call custom derivative rules."""
+    return not is_users(file) and Path(file).name in ("custom_derivatives.py", "hijax.py")
 
 
 def typed_sharding(x: Any) -> Any:
