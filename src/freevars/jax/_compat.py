@@ -379,7 +379,7 @@ _WRAPPED = tuple(
     for name in ("Hashable", "Unhashable", "HashableWrapper")
     if hasattr(_util, name)
 )
-EQUATION: type = _core.JaxprEqn
+EQUATION: Any = _core.JaxprEqn
 
 
 def function_parts(x: Any) -> tuple[Any, ...] | None:
@@ -407,7 +407,7 @@ def function_parts(x: Any) -> tuple[Any, ...] | None:
 VALUES: tuple[type, ...] = (_core.AbstractValue, jax.tree_util.PyTreeDef)
 
 # What `jax.jit` returns; the type has no public name.
-JITTED: type = type(jax.jit(lambda: None))
+JITTED: Any = type(jax.jit(lambda: None))
 
 
 def nothing_traced() -> bool:
