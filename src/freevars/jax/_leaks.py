@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from freevars._naming import function_name
-from freevars._source import ReadSite
+from freevars._source import ReadSite, read_site, source_of
 from freevars.errors import LeakError
 from freevars.jax import _compat
 from freevars.jax._frames import (
@@ -159,7 +159,17 @@ def _described(
     variable = _compat.variable(tracer)
     if not sites and closed is not None and variable in closed:
         sites = closed[variable].lines()
-    return replace(value, sites=sites or read_lines(frames, tracer))
+    sites = sites or read_lines(frames, tracer) or _mentions(candidate.fun, value.names[0])
+    return replace(value, sites=sites)
+
+
+def _mentions(fun: Any, name: str) -> tuple[ReadSite, ...]:
+    """The first line of a function's source that reads a name."""
+    source = source_of(fun)
+    for read in source.reads if source is not None else ():
+        if source is not None and read.text == name:
+            return (read_site(source.file, source.line + read.row),)
+    return ()
 
 
 def _from_jax(tracer: Any, frames: Frames) -> CapturedValue:
