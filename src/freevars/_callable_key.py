@@ -93,8 +93,10 @@ class CallableKeys:
             return ("method", self.of(x.__func__), self.of(x.__self__))
         if isinstance(x, functools.partial):
             return ("partial", self.of(x.func), self._all(x.args), self._of_dict(x.keywords))
-        if type(x) in (tuple, frozenset):
-            return (type(x), self._all(x) if type(x) is tuple else frozenset(self._all(x)))
+        if isinstance(x, tuple) and not hasattr(x, "__dict__"):
+            return (type(x), self._all(x))
+        if type(x) is frozenset:
+            return (type(x), frozenset(self._all(x)))
         if isinstance(x, (type, types.ModuleType, types.BuiltinFunctionType, enum.Enum)):
             return Same(x)
         # Mutable: two that are alike now can differ tomorrow, and the same one can have changed since

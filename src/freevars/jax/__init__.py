@@ -4,6 +4,16 @@ from freevars.jax._captures import captures
 from freevars.jax._closure import Closure
 from freevars.jax._convert import closure_convert
 from freevars.jax._leaks import explain_leaks
+from freevars.jax._on_host import on_host
 from freevars.jax._rules import argmin, fixed_point, root
 
-__all__ = ["Closure", "argmin", "captures", "closure_convert", "explain_leaks", "fixed_point", "root"]
+__all__ = [
+    "Closure",
+    "argmin",
+    "captures",
+    "closure_convert",
+    "explain_leaks",
+    "fixed_point",
+    "on_host",
+    "root",
+]

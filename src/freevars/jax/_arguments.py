@@ -82,18 +82,11 @@ def fit(x: Any, expected: Any, *, weak_matters: bool) -> Any:
         return None
     if got.dtype == expected.dtype and got.weak_type == expected.weak_type:
         return x
-    if got.weak_type and got.shape == () and _kind(got.dtype) == _kind(expected.dtype):
+    if got.weak_type and got.shape == () and _compat.kind(got.dtype) == _compat.kind(expected.dtype):
         return _compat.cast(x, expected)
     if got.dtype == expected.dtype and expected.weak_type and not weak_matters:
         return _compat.cast(x, expected)
     return None
-
-
-def _kind(dtype: Any) -> str:
-    for kind in ("bool_", "integer", "floating", "complexfloating"):
-        if jax.numpy.issubdtype(dtype, getattr(jax.numpy, kind)):
-            return kind
-    return str(dtype)
 
 
 def describe(x: Any) -> str:
@@ -178,5 +171,5 @@ def _take_apart(x: Any) -> Node | None:
     children, _ = tree_util.tree_flatten_with_path(x, is_leaf=lambda y: y is not x)
     if len(children) == 1 and children[0][0] == ():
         return None
-    kind = "None" if x is None else f"a {type(x).__name__} of {len(children)}"
+    kind = "None" if x is None else f"a {type(x).__name__}"
     return Node(kind, [(tree_util.keystr(path), child) for path, child in children])

@@ -20,6 +20,7 @@ except ImportError as error:  # pragma: no cover (tested in a process of its own
 import numpy as np
 from jax._src import config as _config
 from jax._src import core as _core
+from jax._src import hijax as _hijax
 from jax._src import linear_util as _linear_util
 from jax._src import source_info_util as _source_info_util
 from jax._src import traceback_util as _traceback_util
@@ -32,6 +33,7 @@ from jax._src.lax.lax import _convert_element_type
 from jax._src.lax.lax import convert_element_type_p as _convert_p
 from jax._src.sharding_impls import UNSPECIFIED
 from jax.custom_derivatives import SymbolicZero
+from jax.experimental.buffer_callback import buffer_callback
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var, jaxpr_as_fun
 
 if TYPE_CHECKING:
@@ -96,7 +98,17 @@ def drop_dead_code(jaxpr: Any, keep_inputs: Sequence[bool]) -> tuple[Any, list[b
 
     JAX's own rules for nested programs are the only complete ones, and they have no public name.
     """
+    if _SCAN3 is not None and _SCAN3.value:
+        msg = (
+            "jax_scan3 is on: it says nothing of what its loops write, so that JAX itself drops them"
+            " as dead code and computes something else. Turn it off: jax.config.update('jax_scan3',"
+            " False)."
+        )
+        raise NotImplementedError(msg)
     return _partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), list(keep_inputs))
+
+
+_SCAN3: Any = getattr(_config, "scan3", None)
 
 
 def replace(jaxpr: Any, **changes: Any) -> Any:
@@ -115,17 +127,27 @@ def cast(x: Any, expected: Any) -> Any:
 
 
 def converts_weak_values(jaxpr: Any) -> bool:
-    """Whether a program, or one nested in it, turns a weakly typed value into another dtype of its
-    kind: the one place where a value of strong type could have led to other numbers."""
+    """Whether a program, or one nested in it, turns a weakly typed value into a dtype that a value of
+    strong type would not have led to: `1.0 * bfloat16` is computed in bfloat16, and
+    `float32(1) * bfloat16` in float32."""
     for eqn in jaxpr.eqns:
         if eqn.primitive is _convert_p:
-            source = eqn.invars[0].aval
-            if source.weak_type and source.dtype.kind == eqn.params["new_dtype"].kind:
+            source, to = eqn.invars[0].aval, eqn.params["new_dtype"]
+            # Promotion never turns a float into an integer: that is a cast, the same for both.
+            promoted = kind(source.dtype) <= kind(to)
+            if source.weak_type and promoted and jax.numpy.promote_types(source.dtype, to) != to:
                 return True
         for nested in nested_programs(eqn):
             if converts_weak_values(getattr(nested, "jaxpr", nested)):
                 return True
     return False
+
+
+def kind(dtype: Any) -> int:
+    """The place of a dtype among bool, integer, floating, complex and other. NumPy's own `kind` does
+    not know the dtypes that JAX adds."""
+    kinds = (np.bool_, np.integer, np.floating, np.complexfloating)
+    return next((i for i, k in enumerate(kinds) if jax.dtypes.issubdtype(dtype, k)), len(kinds))
 
 
 def is_live(tracer: Tracer) -> bool:
@@ -374,6 +396,10 @@ _IGNORED = (
 )
 
 
+# Some of JAX's own rules are objects made for each use (`jax_custom_vjp3` and its like).
+_HIGH_PRIMITIVES = tuple(
+    getattr(_hijax, name) for name in ("HiPrim", "VJPHiPrimitive") if hasattr(_hijax, name)
+)
 _WRAPPED = tuple(
     getattr(_util, name)
     for name in ("Hashable", "Unhashable", "HashableWrapper")
@@ -385,7 +411,12 @@ EQUATION: Any = _core.JaxprEqn
 def function_parts(x: Any) -> tuple[Any, ...] | None:
     """What decides the meaning of one of JAX's wrappers, or None when `x` is not such a wrapper."""
     if isinstance(x, _linear_util.WrappedFun):
-        return (x.f, x.transforms, x.params)
+        # Lists among the arguments of a transformation are JAX's own and never change.
+        transforms = tuple(
+            (made_by, *(tuple(a) if type(a) is list else a for a in args))
+            for made_by, args in x.transforms
+        )
+        return (x.f, transforms, x.params)
     if isinstance(x, _IGNORED):
         return ()
     if isinstance(x, _WRAPPED):
@@ -393,7 +424,13 @@ def function_parts(x: Any) -> tuple[Any, ...] | None:
     if isinstance(x, _util.HashableFunction):
         return (x.f, x.closure)
     if isinstance(x, _util.HashablePartial):
-        return (x.f, x.args, x.kwargs)
+        return (x.f, x.args, tuple(x.kwargs.items()))
+    if isinstance(x, _HIGH_PRIMITIVES) and type(x).__module__.startswith("jax."):
+        types = tuple(x.in_avals_flat), tuple(x.out_avals_flat)
+        return (*types, x.in_tree, x.out_tree, x.effects, tuple(x.params.items()))
+    if isinstance(x, jax.stages.Traced):
+        params = tuple((k, v) for k, v in x._params.items() if k != "name")  # noqa: SLF001
+        return (params, x._in_tree, x.out_tree, tuple(x._consts))  # noqa: SLF001
     if isinstance(x, (jax.custom_jvp, jax.custom_vjp)):
         return tuple(sorted((k, v) for k, v in vars(x).items() if not k.startswith("__")))
     name = getattr(x, "__qualname__", "")
@@ -434,3 +471,31 @@ def has_custom_vjp(jaxpr: Any) -> bool:
         or any(has_custom_vjp(getattr(j, "jaxpr", j)) for j in nested_programs(eqn))
         for eqn in jaxpr.eqns
     )
+
+
+def host_call(callback: Any, results: Sequence[Any], *args: Any) -> list[Any]:
+    """Call `callback(*args) -> arrays` on NumPy arrays from inside a program.
+
+    `jax.pure_callback` first makes JAX arrays of the operands, and waiting for these inside a callback
+    is one of the ways to a deadlock. On a CPU the experimental `buffer_callback` hands the memory over
+    as it is; elsewhere the operands have to be copied from the device anyway.
+    """
+    results = tuple(results)
+    if jax.default_backend() != "cpu":
+        return list(jax.pure_callback(lambda *a: _checked(callback(*a), results), results, *args))
+
+    def on_buffers(_: Any, out: Any, *buffers: Any) -> None:
+        values = callback(*[np.asarray(b) for b in buffers])
+        for target, value in zip(out, values, strict=True):
+            np.asarray(target)[...] = value
+
+    return list(buffer_callback(on_buffers, results)(*args))
+
+
+def _checked(values: Sequence[Any], results: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(np.asarray(v, r.dtype) for v, r in zip(values, results, strict=True))
+
+
+def computes_now() -> bool:
+    """Whether an operation on known values gives a value, and not a step of a program under way."""
+    return not isinstance(jax.lax.neg(np.float32(0)), Tracer)

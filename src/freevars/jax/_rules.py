@@ -31,35 +31,13 @@ from freevars.errors import NotASolutionError, SingularError
 from freevars.jax import _compat, _linear
 from freevars.jax._arguments import Spec, mismatch, split
 from freevars.jax._closure import Closure
+from freevars.jax._on_host import HostSolver
+from freevars.jax._problem import Problem
 from freevars.jax._vector import to_vector
 
 __all__ = ["ImplicitSolver", "argmin", "fixed_point", "root"]
 
 OnFailure = Literal["raise", "nan", "least_squares"]
-
-
-class Problem(NamedTuple):
-    """What a solver is given and its derivatives flow into."""
-
-    fun: Closure[Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def value(self, x: Any, *, has_aux: bool) -> Any:
-        """The value of the function, without its aux."""
-        out = self.fun(x, self.args, self.kwargs) if self.extended else self.fun(x)
-        return out[0] if has_aux else out
-
-    @property
-    def extended(self) -> bool:
-        """Whether the closure takes the extra arguments as one tuple and one dict after x."""
-        return bool(self.args or self.kwargs)
-
-    def as_given(self) -> Callable[..., Any]:
-        """The function as the solver calls it."""
-        if not self.extended:
-            return self.fun
-        return lambda x, *args, **kwargs: self.fun(x, args, kwargs)
 
 
 def _root(problem: Problem, x: Any, *, has_aux: bool) -> Any:
@@ -124,8 +102,10 @@ class ImplicitSolver:
         self._linear_solve = linear_solve
         self._on_failure = on_failure
         self._check = check
-        self._run = jax.jit(self._run_solver, static_argnums=0) if jit else self._run_solver
-        self._jit = jit
+        self._jit = jit and not isinstance(solver, HostSolver)
+        self._run = (
+            jax.jit(self._run_solver, static_argnums=0) if self._jit else self._run_solver
+        )
         self._tangent = jax.jit(self._tangent_map, static_argnums=(0, 1))
         self._implicit = jax.custom_jvp(self._forward, nondiff_argnums=(0,))
         self._implicit.defjvp(self._rule, symbolic_zeros=True)
@@ -134,13 +114,7 @@ class ImplicitSolver:
         bound = self._signature.bind(fun, x0, *args, **kwargs)
         fun_args, fun_kwargs, options = _sort_arguments(bound)
         x0 = _as_unknown(x0, self.__name__)
-        if not (fun_args or fun_kwargs):
-            closure = fun if isinstance(fun, Closure) else Closure(fun, x0)
-        else:
-            closure = Closure(
-                lambda x, args, kwargs: fun(x, *args, **kwargs), x0, fun_args, fun_kwargs
-            )
-        problem = Problem(closure, fun_args, fun_kwargs)
+        problem = Problem.of(fun, x0, fun_args, fun_kwargs)
         call, arrays = _split_options(options)
         own = self._own_captures(call, problem, x0, arrays)
         return self._implicit(call, problem, x0, arrays, own)
@@ -152,7 +126,11 @@ class ImplicitSolver:
 
     def _run_solver(self, call: Call, problem: Problem, x0: Any, arrays: list[Any]) -> Any:
         options = tree_util.tree_unflatten(call.tree, _join(arrays, call.statics))
-        out = _call_solver(self._signature, self._solver, problem, x0, options)
+        if isinstance(self._solver, HostSolver):
+            equations = self._condition is not _stationary
+            out = self._solver.solve(problem, x0, options, equations=equations, has_aux=self._has_aux)
+        else:
+            out = _call_solver(self._signature, self._solver, problem, x0, options)
         x, aux = out if self._has_aux else (out, None)
         x = _like(x, x0, self.__name__)
         return (x, aux) if self._has_aux else x
