@@ -4,7 +4,7 @@ from freevars.jax._captures import captures
 from freevars.jax._closure import Closure
 from freevars.jax._convert import closure_convert
 from freevars.jax._leaks import explain_leaks
-from freevars.jax._on_host import on_host
+from freevars.jax._on_host import on_host, scipy_status
 from freevars.jax._rules import argmin, fixed_point, root
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "fixed_point",
     "on_host",
     "root",
+    "scipy_status",
 ]
