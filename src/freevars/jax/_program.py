@@ -22,6 +22,7 @@ from jax import tree_util
 from freevars.errors import StructureError
 from freevars.jax import _compat
 from freevars.jax._arguments import Spec, describe, fit, join, mismatch, same_static, split
+from freevars.jax._reads import first_read
 
 __all__ = ["Program"]
 
@@ -151,10 +152,13 @@ class Program:
         for i, (value, expected) in enumerate(zip(values, self.value_types, strict=True)):
             if not _compat.is_array(value) or fit(value, expected, weak_matters=weak) is None:
                 msg = (
-                    f"captured value {i} of {self.name}: expected {describe(expected)},"
-                    f" got {describe(value)}. Pass a value of the type that was captured."
+                    f"captured value {i} of {self.name}{first_read(self.jaxpr, len(self.fixed) + i)}:"
+                    f" expected {describe(expected)}, got {describe(value)}. Pass a value of the type"
+                    " that was captured."
                 )
-                raise StructureError(msg)
+                mismatched = StructureError(msg)
+                mismatched.captured = i
+                raise mismatched
 
 
 def _equal_statics(got: tuple[tuple[int, Any], ...], expected: tuple[tuple[int, Any], ...]) -> bool:
