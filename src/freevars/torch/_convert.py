@@ -1,0 +1,240 @@
+"""Closure conversion: the tensors that a function reads from outside become explicit arguments.
+
+    converted, hoisted = closure_convert(fun, *example_args)
+    converted(*args, *hoisted) == fun(*args)
+
+`fun` runs once on the example under a watch (`_discover.py`). `converted` runs it again under another,
+which gives it the hoisted values (`_substitute.py`); Python control flow is kept. Not here: the
+conversion as one value (`_closure.py`).
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from freevars.errors import StructureError
+from freevars.torch import _api, _compat
+from freevars.torch._compat import Watch, pytree
+from freevars.torch._discover import Discovery
+from freevars.torch._names import called, describe
+from freevars.torch._structure import Structure
+from freevars.torch._substitute import CarefulSubstitution, MadeMemory, Substitution, check_tape
+
+__all__ = ["Converted", "closure_convert"]
+
+Rng = Literal["allow", "error", "replay"]
+Hoist = Literal["differentiable", "all"] | Callable[[Tensor], bool]
+
+
+def closure_convert(
+    fun: Callable[..., Any], *example_args: Any, hoist: Hoist = "differentiable", rng: Rng = "allow"
+) -> tuple["Converted", tuple[Tensor, ...]]:
+    """Makes the tensors that `fun` reads from outside explicit arguments.
+
+    ``converted(*args, *hoisted)`` equals ``fun(*args)``, in value and in derivatives of any order. Each
+    hoisted value has a partial derivative of its own, and a derivative that reaches it flows on to the
+    captured tensor.
+
+    Args:
+        fun: anything callable. It runs once here, on the example, and again at every call.
+        *example_args: any pytree of tensors, numbers and other values.
+        hoist: `"differentiable"` hoists the tensors that a derivative could flow into now (they require
+            grad, a torch.func transform wraps them, or they carry a forward-mode tangent); `"all"` every
+            tensor read; or a function that decides for each tensor.
+        rng: `"allow"` lets `fun` draw random numbers afresh at each call; `"replay"` gives every call the
+            draws of the example run; `"error"` refuses. The conversion leaves the generators as they were.
+
+    Returns:
+        `converted` and the tuple of hoisted values, each captured tensor once, in order of first use.
+
+    Raises:
+        CaptureError: `fun` writes in place to a captured tensor, to its argument or to a running
+            statistic, calls `.backward()`, or reads a captured tensor where it cannot be replaced.
+        StructureError: (from `converted`) a call with another structure, type, shape or number of values.
+
+    Example:
+        >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> converted, hoisted = closure_convert(lambda x: (w * x).sum(), torch.ones(2))
+        >>> converted(torch.ones(2), torch.tensor([5.0, 7.0]))
+        tensor(12.)
+    """
+    if not callable(fun):
+        message = f"expected a function to convert, got {type(fun).__name__}."
+        raise StructureError(message)
+    _compat.install_hooks()
+    convert = _compat.eagerly(_convert) if torch.compiler.is_compiling() else _convert
+    return convert(fun, example_args, _policy(hoist), rng)
+
+
+def _policy(hoist: Hoist) -> Callable[[Tensor], bool]:
+    if hoist == "differentiable":
+        return _differentiable
+    if hoist == "all":
+        return lambda _: True
+    if callable(hoist):
+        return lambda t: bool(hoist(resolve(t)))
+    message = f"expected hoist='differentiable', hoist='all' or a function of a tensor, got {hoist!r}."
+    raise StructureError(message)
+
+
+def resolve(t: Tensor) -> Tensor:
+    """What `t` stands for in the calls of converted functions that are running on this thread."""
+    for watch in _compat.active():
+        t = watch.table.get(id(t), t) if isinstance(watch, Substitution) else t
+    return t
+
+
+def _differentiable(t: Tensor) -> bool:
+    return _api.may_carry_derivative(resolve(t))
+
+
+def _convert(
+    fun: Callable[..., Any], example: tuple[Any, ...], policy: Callable[[Tensor], bool], rng: Rng
+) -> tuple["Converted", tuple[Tensor, ...]]:
+    structure = Structure(example)
+    leaves, spec = pytree.tree_flatten(example)
+    # Aliases tell an argument from the same tensor captured.
+    arguments = [_api.alias(x) if isinstance(x, Tensor) else x for x in leaves]
+    given = [x for x in arguments if isinstance(x, Tensor)]
+    discovery = Discovery(fun, given, policy, rng=rng)
+    state = torch.get_rng_state()
+    try:
+        with discovery.watching():
+            out = fun(*pytree.tree_unflatten(arguments, spec))
+            discovery.replace(tuple(outputs_of(out)))
+    finally:
+        if discovery.drew is not None:
+            torch.set_rng_state(state)
+            for generator, before in discovery.generators.values():
+                generator.set_state(before)
+    captured = tuple(t for t in discovery.captured.values() if policy(t))
+    check_tape(outputs_of(out), [*given, *(resolve(t) for t in captured)], discovery.has_made, fun)
+    replay = None
+    if rng == "replay" and discovery.drew is not None:
+        replay = (state, tuple(discovery.generators.values()))
+    converted = Converted(fun, structure, captured, replay, makes_leaves=discovery.makes_leaves)
+    return converted, tuple(_api.alias(t) for t in captured)
+
+
+class Converted:
+    """`fun` with its captured tensors as trailing arguments; made by `closure_convert`."""
+
+    def __init__(
+        self,
+        fun: Callable[..., Any],
+        structure: Structure,
+        captured: tuple[Tensor, ...],
+        replay: tuple[Tensor, tuple[tuple[torch.Generator, Tensor], ...]] | None,
+        *,
+        makes_leaves: bool,
+    ) -> None:
+        functools.update_wrapper(self, fun, updated=())
+        self._fun = fun
+        self._structure = structure
+        self._captured = captured
+        self._keys = tuple(id(t) for t in captured)
+        self._types = tuple((t.shape, t.dtype) for t in captured)
+        self._replay = replay
+        self._makes_leaves = makes_leaves
+
+    def __repr__(self) -> str:
+        return f"<{called(self._fun)} with {len(self._keys)} captured values as trailing arguments>"
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._eagerly(*args)
+        return self._call(args)
+
+    @_compat.eagerly
+    def _eagerly(self, *args: Any) -> Any:
+        return self._call(args)
+
+    def _call(self, args: tuple[Any, ...]) -> Any:
+        n = len(args) - len(self._keys)
+        table = self._table(args, n)
+        arguments = args[:n]
+        leaves = self._structure.check(arguments, called(self._fun))
+        if any(id(x) in table for x in leaves):
+            arguments = self._aliased(arguments, table)
+            leaves = pytree.tree_leaves(arguments)
+        known = [x for x in leaves if isinstance(x, Tensor)]
+        mode = self._mode(table, known)
+        with self._memory(mode), mode.telling():
+            if self._replay is None:
+                out = self._fun(*arguments)
+            else:
+                out = self._replayed(arguments)
+        if type(out) is Tensor:
+            out = table.get(id(out), out)
+        else:
+            out = _replace_outputs(out, mode)
+        check_tape(outputs_of(out), [*known, *table.values()], mode.has_made, self._fun)
+        return out
+
+    def _memory(self, mode: Substitution) -> AbstractContextManager[Any]:
+        if not self._makes_leaves:
+            return nullcontext()
+        mode.memory = MadeMemory()
+        return mode.memory
+
+    def _mode(self, table: dict[int, Tensor], known: Sequence[Tensor]) -> Substitution:
+        if torch.is_grad_enabled() and not _compat.transforms_active():
+            return Substitution(self._fun, table)
+        return CarefulSubstitution(self._fun, table, known)
+
+    def _table(self, args: tuple[Any, ...], n: int) -> dict[int, Tensor]:
+        """Which tensor to give for which captured one; raises where the hoisted values do not fit."""
+        keys = self._keys
+        if n != self._structure.count:
+            message = (
+                f"{called(self._fun)} expected {self._structure.count} arguments and {len(keys)} hoisted "
+                f"values, got {len(args)} values in all."
+            )
+            raise StructureError(message)
+        values = args[n:]
+        for i, (value, (shape, dtype)) in enumerate(zip(values, self._types, strict=True)):
+            if not isinstance(value, Tensor) or value.shape != shape or value.dtype is not dtype:
+                captured = describe(self._captured[i], self._fun)
+                message = f"hoisted value {i} expected like {captured}, got {Structure.shown(value)}."
+                raise StructureError(message)
+        table = dict(zip(keys, values, strict=True))
+        for key, value in table.items():
+            if id(value) in table:  # a captured tensor itself, which reading would replace again
+                table[key] = _api.alias(value)
+        return table
+
+    def _aliased(self, arguments: tuple[Any, ...], table: dict[int, Tensor]) -> tuple[Any, ...]:
+        aliased: tuple[Any, ...] = pytree.tree_map_only(
+            Tensor, lambda t: _api.alias(t) if id(t) in table else t, arguments
+        )
+        return aliased
+
+    def _replayed(self, arguments: tuple[Any, ...]) -> Any:
+        assert self._replay is not None  # noqa: S101 (for the type checker)
+        state, generators = self._replay
+        before = torch.get_rng_state()
+        others = [(generator, generator.get_state()) for generator, _ in generators]
+        try:
+            torch.set_rng_state(state)
+            for generator, first in generators:
+                generator.set_state(first)
+            return self._fun(*arguments)
+        finally:
+            torch.set_rng_state(before)
+            for generator, now in others:
+                generator.set_state(now)
+
+
+def outputs_of(out: Any) -> list[Tensor]:
+    """The tensors that a function returned."""
+    if isinstance(out, Tensor):
+        return [out]
+    return [x for x in pytree.tree_leaves(out) if isinstance(x, Tensor)]
+
+
+def _replace_outputs(out: Any, mode: Watch) -> Any:
+    return pytree.tree_map_only(Tensor, mode.replace, out)
