@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freevars.torch._compat import Watch, dual_tangent, is_wrapped, unwrap
+from freevars.torch._compat import Watch, dual_tangent, is_wrapped, parts, unwrap
 from freevars.torch._names import called, caller
 
 __all__ = [
@@ -111,23 +111,17 @@ def tensors(value: Any) -> Iterator[Tensor]:
             yield from tensors(x)
 
 
-def inner(t: Tensor) -> Iterator[Tensor]:
+def inner(t: Tensor) -> list[Tensor]:
     """Every plain tensor that reading `t` may read: under transforms, tangents, parts of subclasses."""
+    found: list[Tensor] = []
     for u in unwrap(t):
-        yield u
+        found.append(u)
         tangent = dual_tangent(u)
         if tangent is not None:
-            yield from unwrap(tangent)
-        if u.layout is torch.sparse_coo:
-            yield from (u._values(), u._indices())
-        elif u.layout in {torch.sparse_csr, torch.sparse_bsr}:
-            yield from (u.values(), u.crow_indices(), u.col_indices())
-        elif u.layout in {torch.sparse_csc, torch.sparse_bsc}:
-            yield from (u.values(), u.ccol_indices(), u.row_indices())
-        flatten = getattr(u, "__tensor_flatten__", None)
-        if flatten is not None:
-            for name in flatten()[0]:
-                yield from inner(getattr(u, name))
+            found.extend(unwrap(tangent))
+        if u.layout is not torch.strided or hasattr(u, "__tensor_flatten__"):
+            found.extend(part for x in parts(u) for part in inner(x))
+    return found
 
 
 def may_carry_derivative(t: Tensor) -> bool:

@@ -35,7 +35,9 @@ __all__ = [
     "install_hooks",
     "is_higher_order",
     "is_wrapped",
+    "parts",
     "pytree",
+    "resolve",
     "self_test",
     "storage_key",
     "transforms_active",
@@ -85,6 +87,10 @@ class Watch(TorchFunctionMode):
         """What `fun` shall get where it reads `value` (any nest of containers)."""
         raise NotImplementedError
 
+    def given(self, t: Tensor) -> Tensor:
+        """What stands for `t`; unlike `replace`, asking is no read."""
+        return t
+
     def note(self, value: Any) -> None:
         """`value` was made while `fun` ran, on a road that function modes do not see."""
 
@@ -120,6 +126,13 @@ def active() -> list[Watch]:
     return [mode for mode in stack if isinstance(mode, Watch)]
 
 
+def resolve(t: Tensor) -> Tensor:
+    """What `t` stands for in the converted calls that run on this thread."""
+    for watch in active():
+        t = watch.given(t)
+    return t
+
+
 # --- reading a tensor's insides ----------------------------------------------------------------------
 
 
@@ -150,12 +163,30 @@ def dual_tangent(t: Tensor) -> Tensor | None:
     return tangent
 
 
+def parts(t: Tensor) -> list[Tensor]:
+    """The tensors that a sparse tensor or a wrapper subclass is made of, read without being watched."""
+    names: tuple[str, ...] = ()
+    if t.layout is torch.sparse_coo:
+        names = ("_values", "_indices")
+    elif t.layout in {torch.sparse_csr, torch.sparse_bsr}:
+        names = ("values", "crow_indices", "col_indices")
+    elif t.layout in {torch.sparse_csc, torch.sparse_bsc}:
+        names = ("values", "ccol_indices", "row_indices")
+    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+        if names:
+            return [getattr(t, name)() for name in names]
+        flatten = getattr(t, "__tensor_flatten__", None)
+        return [getattr(t, name) for name in flatten()[0]] if flatten is not None else []
+
+
 def storage_key(t: Tensor) -> int:
     """A number that two live plain tensors share when they share memory."""
     try:
-        return int(t.untyped_storage()._cdata)
+        with torch._C.DisableTorchFunction():  # our own look is no read
+            return int(t.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # sparse and other tensors without one storage
-        return id(t)
+        inside = parts(t)
+        return storage_key(inside[0]) if inside else id(t)
 
 
 def in_backward() -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from freevars.errors import StructureError
 from freevars.torch import _api, _compat
-from freevars.torch._compat import Watch, pytree
+from freevars.torch._compat import Watch, pytree, resolve
 from freevars.torch._discover import Discovery
 from freevars.torch._names import called, describe
 from freevars.torch._structure import Structure
@@ -67,7 +67,7 @@ def closure_convert(
         raise StructureError(message)
     _compat.install_hooks()
     convert = _compat.eagerly(_convert) if torch.compiler.is_compiling() else _convert
-    return convert(fun, example_args, _policy(hoist), rng)
+    return convert(fun, example_args, hoist, rng)
 
 
 def _policy(hoist: Hoist) -> Callable[[Tensor], bool]:
@@ -81,26 +81,20 @@ def _policy(hoist: Hoist) -> Callable[[Tensor], bool]:
     raise StructureError(message)
 
 
-def resolve(t: Tensor) -> Tensor:
-    """What `t` stands for in the calls of converted functions that are running on this thread."""
-    for watch in _compat.active():
-        t = watch.table.get(id(t), t) if isinstance(watch, Substitution) else t
-    return t
-
-
 def _differentiable(t: Tensor) -> bool:
     return _api.may_carry_derivative(resolve(t))
 
 
 def _convert(
-    fun: Callable[..., Any], example: tuple[Any, ...], policy: Callable[[Tensor], bool], rng: Rng
+    fun: Callable[..., Any], example: tuple[Any, ...], hoist: Hoist, rng: Rng
 ) -> tuple["Converted", tuple[Tensor, ...]]:
     structure = Structure(example)
     leaves, spec = pytree.tree_flatten(example)
     # Aliases tell an argument from the same tensor captured.
     arguments = [_api.alias(x) if isinstance(x, Tensor) else x for x in leaves]
     given = [x for x in arguments if isinstance(x, Tensor)]
-    discovery = Discovery(fun, given, policy, rng=rng)
+    policy = _policy(hoist)
+    discovery = Discovery(fun, given, policy, rng=rng, constants=policy is not _differentiable)
     state = torch.get_rng_state()
     try:
         with discovery.watching():
@@ -112,11 +106,15 @@ def _convert(
             for generator, before in discovery.generators.values():
                 generator.set_state(before)
     captured = tuple(t for t in discovery.captured.values() if policy(t))
-    check_tape(outputs_of(out), [*given, *(resolve(t) for t in captured)], discovery.has_made, fun)
+    hoisted_ids = {id(t) for t in captured}
+    # What the policy leaves out although a derivative could flow: the caller's declared constants.
+    declared = [t for t in discovery.captured.values() if id(t) not in hoisted_ids and _differentiable(t)]
+    read = [resolve(t) for t in (*captured, *declared)]
+    check_tape(outputs_of(out), [*given, *read], discovery.has_made, fun)
     replay = None
     if rng == "replay" and discovery.drew is not None:
         replay = (state, tuple(discovery.generators.values()))
-    converted = Converted(fun, structure, captured, replay, makes_leaves=discovery.makes_leaves)
+    converted = Converted(fun, structure, captured, declared, replay, makes_leaves=discovery.makes_leaves)
     return converted, tuple(_api.alias(t) for t in captured)
 
 
@@ -128,6 +126,7 @@ class Converted:
         fun: Callable[..., Any],
         structure: Structure,
         captured: tuple[Tensor, ...],
+        declared: list[Tensor],
         replay: tuple[Tensor, tuple[tuple[torch.Generator, Tensor], ...]] | None,
         *,
         makes_leaves: bool,
@@ -138,6 +137,7 @@ class Converted:
         self._captured = captured
         self._keys = tuple(id(t) for t in captured)
         self._types = tuple((t.shape, t.dtype) for t in captured)
+        self._declared = declared
         self._replay = replay
         self._makes_leaves = makes_leaves
 
@@ -162,6 +162,7 @@ class Converted:
             arguments = self._aliased(arguments, table)
             leaves = pytree.tree_leaves(arguments)
         known = [x for x in leaves if isinstance(x, Tensor)]
+        known += [resolve(t) for t in self._declared]
         mode = self._mode(table, known)
         with self._memory(mode), mode.telling():
             if self._replay is None:

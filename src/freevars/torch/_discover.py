@@ -30,8 +30,11 @@ Hoist = Callable[[Tensor], bool]
 class Discovery(Watch):
     """One watched run. After it, `captured` holds what was read, in order of first use."""
 
-    def __init__(self, fun: Any, arguments: Sequence[Tensor], hoist: Hoist, *, rng: str) -> None:
+    def __init__(
+        self, fun: Any, arguments: Sequence[Tensor], hoist: Hoist, *, rng: str, constants: bool
+    ) -> None:
         self.fun = fun
+        self.constants = constants  # whether tensors without derivatives may be hoisted too
         self.hoist = hoist
         self.rng = rng
         self.drew: str | None = None  # the first random operation
@@ -39,10 +42,11 @@ class Discovery(Watch):
         self.captured: dict[int, Tensor] = {}
         self.where: dict[int, str | None] = {}
         self.arguments = {id(t): t for t in arguments}
-        self.argument_keys = {storage_key(u) for t in arguments for u in _api.inner(t)}
-        self.captured_keys: set[int] = set()
+        self.argument_keys = {storage_key(u): t for t in arguments for u in _api.inner(t)}
+        self.captured_keys: dict[int, Tensor] = {}
         self.made_keys: set[int] = set()
         self._made: dict[int, weakref.ref[Tensor]] = {}
+        self.leaves: list[Tensor] = []  # made by `fun` as function modes see it, and those they do not:
         self.makes_leaves = False
         self._call: set[int] | None = None  # memory that the running operation was given
 
@@ -62,7 +66,7 @@ class Discovery(Watch):
         kwargs = kwargs or {}
         if func in _api.METADATA or func == _api.REQUIRES_GRAD:
             return func(*args, **kwargs)
-        if func in _api.BACKWARD:
+        if func in _api.BACKWARD and not _compat.in_backward():
             self.refuse(_api.backward_message(self.fun))
         if _compat.is_higher_order(func):
             self.refuse(_api.higher_order_message(func, self.fun))
@@ -86,6 +90,8 @@ class Discovery(Watch):
         finally:
             self.end(token)
         self.note(out)
+        if func in _api.MAKES_LEAF or kwargs.get("requires_grad"):
+            self.leaves.append(args[0] if func in _api.MAKES_LEAF else out)
         if not given and _api.is_factory(func):
             self.made_keys.update(storage_key(t) for t in _api.tensors(out))
         if func is Tensor.__deepcopy__:
@@ -97,20 +103,29 @@ class Discovery(Watch):
         key = id(t)
         if key in self.captured or key in self.arguments or self._is_made(t):
             return
-        bases = list(_api.inner(t))
-        if storage_key(bases[-1] if _compat.is_wrapped(t) else t) in self.made_keys:
+        bases = self._inner(t)
+        plain = list(_compat.unwrap(t))[-1]
+        if storage_key(plain) in self.made_keys:
             self._made[key] = weakref.ref(t)
             return
         self.captured[key] = t
-        self.captured_keys.update(storage_key(u) for u in bases)
+        self.captured_keys |= {storage_key(u): t for u in bases}
         if self.hoist(t):
             self.where[key] = caller()
+
+    def _inner(self, t: Tensor) -> list[Tensor]:
+        """Every plain tensor that reading `t` may read, where converted calls stand below us too."""
+        found = _api.inner(t)
+        given = _compat.resolve(t)
+        return found if given is t else found + _api.inner(given)
 
     def is_foreign(self, t: Tensor) -> bool:
         return not self._is_made(t) and storage_key(t) not in self.made_keys
 
     def has_made(self, leaf: Tensor) -> bool:
         """Whether `fun` made the tensor that its tape ends in."""
+        if any(leaf is t for t in self.leaves):
+            return True
         made = any(storage_key(u) in self.made_keys for u in _api.inner(leaf))
         self.makes_leaves |= made
         return made
@@ -164,9 +179,9 @@ class Discovery(Watch):
 
     def begin(self, args: Sequence[Any]) -> set[int] | None:
         before = self._call
-        self._call = {storage_key(u) for t in _api.tensors(args) for u in _api.inner(t)}
+        self._call = {storage_key(u) for t in _api.tensors(args) for u in self._inner(t)}
         if _compat.transforms_active():  # tangents of tensors seen before
-            self._call |= self.captured_keys
+            self._call |= self.captured_keys.keys()
         return before
 
     def end(self, token: set[int] | None) -> None:
@@ -202,7 +217,7 @@ class Discovery(Watch):
             # Outside any call of the Python API: TorchScript reads the captured tensor itself, while
             # leaving a torch.func transform reads views of what was seen before.
             seen = key in self.captured_keys and id(t) not in self.captured
-        if not seen and (t.requires_grad or (t.dim() > 0 and self.hoist(t))):
+        if not seen and (t.requires_grad or (self.constants and t.dim() > 0 and self.hoist(t))):
             message = (
                 f"expected every read of a captured tensor to go through PyTorch's Python API, got {func} "
                 f"reading {describe(t, self.fun)} below it, where it cannot be replaced. Pass that tensor "
@@ -224,12 +239,9 @@ class Discovery(Watch):
 
     def _write_message(self, func: Any, t: Tensor) -> str:
         key = storage_key(t)
-        kind = "a captured tensor"
-        found: Tensor = t
-        for candidates, label in ((self.arguments, "its argument"), (self.captured, "a captured tensor")):
-            for candidate in candidates.values():
-                if any(storage_key(u) == key for u in _api.inner(candidate)):
-                    found, kind = candidate, label
+        argument = self.argument_keys.get(key)
+        found = self.captured_keys.get(key, t) if argument is None else argument
+        kind = "a captured tensor" if argument is None else "its argument"
         return (
             f"expected a function that writes to its own intermediates only, got {func} writing in place to "
             f"{kind}: {describe(found, self.fun, caller())}. Nothing was written. Write to a clone."

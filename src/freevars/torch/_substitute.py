@@ -53,7 +53,7 @@ class Substitution(Watch):
         kind = _SPECIAL.get(func)
         if kind == "metadata":
             return func(*args, **kwargs)
-        if kind == "backward":
+        if kind == "backward" and not _compat.in_backward():
             self.refuse(_api.backward_message(self.fun))
         if _compat.is_higher_order(func):
             self.refuse(_api.higher_order_message(func, self.fun))
@@ -69,10 +69,8 @@ class Substitution(Watch):
         if _api.is_python(func):
             new_args, new_kwargs = _api.resumed(self, new_args), _api.resumed(self, new_kwargs)
         out = func(*new_args, **new_kwargs)
-        if kind == "leaf":
-            self.leaves.append(new_args[0])
-        elif kwargs.get("requires_grad"):
-            self.leaves.append(out)
+        if kind == "leaf" or kwargs.get("requires_grad"):
+            self.leaves.append(new_args[0] if kind == "leaf" else out)
         if _compat.is_custom_function_call(func):
             _compat.keep_watching_backward(out, self)
         return out
@@ -92,6 +90,9 @@ class Substitution(Watch):
                 return value
             return type(value)((k, self.replace(x)) for k, x in value.items())
         return value
+
+    def given(self, t: Tensor) -> Tensor:
+        return self.table.get(id(t), t)
 
     def has_made(self, leaf: Tensor) -> bool:
         if self.memory is not None and self.memory.holds(leaf):
