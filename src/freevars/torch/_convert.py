@@ -65,6 +65,9 @@ def closure_convert(
     if not callable(fun):
         message = f"expected a function to convert, got {type(fun).__name__}."
         raise StructureError(message)
+    if rng not in {"allow", "error", "replay"}:
+        message = f"expected rng='allow', rng='error' or rng='replay', got {rng!r}."
+        raise StructureError(message)
     _compat.install_hooks()
     convert = _compat.eagerly(_convert) if torch.compiler.is_compiling() else _convert
     return convert(fun, example_args, hoist, rng)

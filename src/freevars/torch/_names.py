@@ -88,7 +88,7 @@ def _of_object(value: Any, name: str) -> Iterator[tuple[Any, str]]:
     if isinstance(value, torch.nn.Module):
         for prefix, module in value.named_modules():
             stem = name + "".join(_step(part) for part in prefix.split(".") if part)
-            for key, x in (module._parameters | module._buffers).items():
+            for key, x in (*module._parameters.items(), *module._buffers.items()):
                 yield x, f"{stem}.{key}"
             for key, x in vars(module).items():
                 if key not in {"_parameters", "_buffers", "_modules"}:
