@@ -7,8 +7,9 @@ except ImportError as error:  # pragma: no cover (tested in a process of its own
     raise ImportError(_message) from error
 
 from freevars.errors import CaptureError, FreevarsError, StructureError
+from freevars.torch._closure import Closure
 from freevars.torch._convert import closure_convert
 
-__all__ = ["CaptureError", "FreevarsError", "StructureError", "closure_convert"]
+__all__ = ["CaptureError", "Closure", "FreevarsError", "StructureError", "closure_convert"]
 
 del _torch

@@ -21,13 +21,13 @@ from freevars.torch import _api, _compat
 from freevars.torch._compat import Watch, pytree, resolve
 from freevars.torch._discover import Discovery
 from freevars.torch._names import called, describe
-from freevars.torch._structure import Structure
+from freevars.torch._structure import Structure, struct_of
 from freevars.torch._substitute import CarefulSubstitution, MadeMemory, Substitution, check_tape
 
 __all__ = ["Converted", "closure_convert"]
 
 Rng = Literal["allow", "error", "replay"]
-Hoist = Literal["differentiable", "all"] | Callable[[Tensor], bool]
+Hoist = Literal["differentiable", "floating", "all"] | Callable[[Tensor], bool]
 
 
 def closure_convert(
@@ -43,8 +43,9 @@ def closure_convert(
         fun: anything callable. It runs once here, on the example, and again at every call.
         *example_args: any pytree of tensors, numbers and other values.
         hoist: `"differentiable"` hoists the tensors that a derivative could flow into now (they require
-            grad, a torch.func transform wraps them, or they carry a forward-mode tangent); `"all"` every
-            tensor read; or a function that decides for each tensor.
+            grad, a torch.func transform wraps them, or they carry a forward-mode tangent); `"floating"`
+            also every tensor of floating or complex type; `"all"` every tensor read; or a function that
+            decides for each tensor. A differentiable tensor that it leaves out is a declared constant.
         rng: `"allow"` lets `fun` draw random numbers afresh at each call; `"replay"` gives every call the
             draws of the example run; `"error"` refuses. The conversion leaves the generators as they were.
 
@@ -76,16 +77,20 @@ def closure_convert(
 def _policy(hoist: Hoist) -> Callable[[Tensor], bool]:
     if hoist == "differentiable":
         return _differentiable
+    if hoist == "floating":
+        return lambda t: t.is_floating_point() or t.is_complex() or _differentiable(t)
     if hoist == "all":
         return lambda _: True
     if callable(hoist):
         return lambda t: bool(hoist(resolve(t)))
-    message = f"expected hoist='differentiable', hoist='all' or a function of a tensor, got {hoist!r}."
+    message = f"expected hoist='differentiable', 'floating', 'all' or a function of a tensor, got {hoist!r}."
     raise StructureError(message)
 
 
 def _differentiable(t: Tensor) -> bool:
-    return _api.may_carry_derivative(resolve(t))
+    # What a running converted call gives in place of `t` counts as well: `t` itself is not read there.
+    given = resolve(t)
+    return given is not t or _api.may_carry_derivative(given)
 
 
 def _convert(
@@ -117,8 +122,10 @@ def _convert(
     replay = None
     if rng == "replay" and discovery.drew is not None:
         replay = (state, tuple(discovery.generators.values()))
-    converted = Converted(fun, structure, captured, declared, replay, makes_leaves=discovery.makes_leaves)
-    return converted, tuple(_api.alias(t) for t in captured)
+    converted = Converted(
+        fun, structure, captured, declared, replay, makes_leaves=discovery.makes_leaves, out=out
+    )
+    return converted, converted.aliases()
 
 
 class Converted:
@@ -127,12 +134,13 @@ class Converted:
     def __init__(
         self,
         fun: Callable[..., Any],
-        structure: Structure,
+        structure: Structure | None,
         captured: tuple[Tensor, ...],
-        declared: list[Tensor],
-        replay: tuple[Tensor, tuple[tuple[torch.Generator, Tensor], ...]] | None,
+        declared: Sequence[Tensor] = (),
+        replay: tuple[Tensor, tuple[tuple[torch.Generator, Tensor], ...]] | None = None,
         *,
-        makes_leaves: bool,
+        makes_leaves: bool = False,
+        out: Any = None,
     ) -> None:
         functools.update_wrapper(self, fun, updated=())
         self._fun = fun
@@ -143,6 +151,12 @@ class Converted:
         self._declared = declared
         self._replay = replay
         self._makes_leaves = makes_leaves
+        self.in_struct = None if structure is None else structure.struct
+        self.out_struct = struct_of(out)
+
+    def aliases(self) -> tuple[Tensor, ...]:
+        """The captured tensors, each with a place of its own on the tape."""
+        return tuple(_api.alias(t) for t in self._captured)
 
     def __repr__(self) -> str:
         return f"<{called(self._fun)} with {len(self._keys)} captured values as trailing arguments>"
@@ -160,7 +174,10 @@ class Converted:
         n = len(args) - len(self._keys)
         table = self._table(args, n)
         arguments = args[:n]
-        leaves = self._structure.check(arguments, called(self._fun))
+        if self._structure is None:
+            leaves = pytree.tree_leaves(arguments)
+        else:
+            leaves = self._structure.check(arguments, called(self._fun))
         if any(id(x) in table for x in leaves):
             arguments = self._aliased(arguments, table)
             leaves = pytree.tree_leaves(arguments)
@@ -193,9 +210,10 @@ class Converted:
     def _table(self, args: tuple[Any, ...], n: int) -> dict[int, Tensor]:
         """Which tensor to give for which captured one; raises where the hoisted values do not fit."""
         keys = self._keys
-        if n != self._structure.count:
+        expected = max(n, 0) if self._structure is None else self._structure.count
+        if n != expected:
             message = (
-                f"{called(self._fun)} expected {self._structure.count} arguments and {len(keys)} hoisted "
+                f"{called(self._fun)} expected {expected} arguments and {len(keys)} hoisted "
                 f"values, got {len(args)} values in all."
             )
             raise StructureError(message)

@@ -8,7 +8,7 @@ from torch import Tensor
 from freevars.errors import StructureError
 from freevars.torch._compat import pytree
 
-__all__ = ["Structure"]
+__all__ = ["Structure", "struct_of"]
 
 _NUMBERS = (int, float, complex)
 
@@ -19,6 +19,7 @@ class Structure:
     def __init__(self, example: tuple[Any, ...]) -> None:
         leaves, self.spec = pytree.tree_flatten(example)
         self.count = len(example)
+        self.struct = struct_of(example)
         self._leaves = [_Leaf(x) for x in leaves]
         self._flat = len(leaves) == len(example) and all(isinstance(x, Tensor) for x in example)
 
@@ -109,5 +110,6 @@ def _first_difference(expected: Any, got: Any, path: str) -> tuple[str, str, str
     return path, str(pytree.tree_structure(expected)), str(pytree.tree_structure(got))
 
 
-def device_of(x: Any) -> torch.device | None:
-    return x.device if isinstance(x, Tensor) else None
+def struct_of(tree: Any) -> Any:
+    """`tree` with a tensor without memory (on the device "meta") in place of each tensor."""
+    return pytree.tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"), tree)
