@@ -4,7 +4,7 @@ Each message says what was expected, what came instead, where, and what to do ne
 derive from the built-in class that a user would expect to catch. Not here: deciding when to raise.
 """
 
-__all__ = ["CaptureError", "FreevarsError", "StructureError"]
+__all__ = ["CaptureError", "FreevarsError", "SolveError", "StructureError"]
 
 
 class FreevarsError(Exception):
@@ -18,3 +18,7 @@ class StructureError(FreevarsError, TypeError):
 
 class CaptureError(FreevarsError, TypeError):
     """A captured value cannot be made an explicit argument without risking a lost derivative."""
+
+
+class SolveError(FreevarsError, RuntimeError):
+    """A solver did not solve its problem, or the linear system of its derivative is singular."""

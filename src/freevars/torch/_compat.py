@@ -31,6 +31,7 @@ __all__ = [
     "active",
     "dual_tangent",
     "eagerly",
+    "functorch_active",
     "in_backward",
     "install_hooks",
     "is_higher_order",
@@ -39,6 +40,7 @@ __all__ = [
     "pytree",
     "resolve",
     "self_test",
+    "solver_running",
     "storage_key",
     "transforms_active",
     "unwrap",
@@ -63,6 +65,7 @@ class Watch(TorchFunctionMode):
     """A function mode that the hooks of this file talk to."""
 
     refused: CaptureError | None = None
+    solvers: int = 0  # how many solvers of a rule run now: theirs may call `.backward()`
 
     def refuse(self, message: str) -> NoReturn:
         """Raises `CaptureError`, and remembers it: Python's operators turn a `TypeError` into
@@ -126,6 +129,19 @@ def active() -> list[Watch]:
     return [mode for mode in stack if isinstance(mode, Watch)]
 
 
+@contextmanager
+def solver_running() -> Iterator[None]:
+    """A solver of a rule runs, on tensors without history: its `.backward()` reaches only its own."""
+    watches = active()
+    for watch in watches:
+        watch.solvers += 1
+    try:
+        yield
+    finally:
+        for watch in watches:
+            watch.solvers -= 1
+
+
 def resolve(t: Tensor) -> Tensor:
     """What `t` stands for in the converted calls that run on this thread."""
     for watch in active():
@@ -143,7 +159,12 @@ def is_wrapped(t: Tensor) -> bool:
 
 def transforms_active() -> bool:
     """Whether a torch.func transform or a forward-mode level is open on this thread."""
-    return _functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
+    return functorch_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def functorch_active() -> bool:
+    """Whether a torch.func transform is open on this thread."""
+    return _functorch.maybe_current_level() is not None
 
 
 def unwrap(t: Tensor) -> Iterator[Tensor]:

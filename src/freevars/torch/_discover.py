@@ -66,7 +66,7 @@ class Discovery(Watch):
         kwargs = kwargs or {}
         if func in _api.METADATA or func == _api.REQUIRES_GRAD:
             return func(*args, **kwargs)
-        if func in _api.BACKWARD and not _compat.in_backward():
+        if func in _api.BACKWARD and not (_compat.in_backward() or self.solvers):
             self.refuse(_api.backward_message(self.fun))
         if _compat.is_higher_order(func):
             self.refuse(_api.higher_order_message(func, self.fun))

@@ -16,7 +16,8 @@ _NUMBERS = (int, float, complex)
 class Structure:
     """A pytree's structure with the shape and dtype of each tensor and every static leaf."""
 
-    def __init__(self, example: tuple[Any, ...]) -> None:
+    def __init__(self, example: tuple[Any, ...], root: str | None = None) -> None:
+        self._root = root  # what to call the only value of `example` in a path
         leaves, self.spec = pytree.tree_flatten(example)
         self.count = len(example)
         self.struct = struct_of(example)
@@ -34,14 +35,22 @@ class Structure:
         for i, (leaf, x) in enumerate(zip(self._leaves, leaves, strict=True)):
             if not leaf.fits(x):
                 path = pytree.tree_flatten_with_path(args)[0][i][0]
-                message = f"{name}: {shown_path(path)} expected {leaf}, got {self.shown(x)}."
+                message = f"{name}: {self._path(path)} expected {leaf}, got {self.shown(x)}."
                 raise StructureError(message)
         return leaves
 
     def _differs(self, args: tuple[Any, ...], name: str) -> str:
         placeholders = pytree.tree_unflatten(list(range(len(self._leaves))), self.spec)
         path, expected, got = _first_difference(placeholders, args, "args")
+        if self._root is not None:
+            path = self._root + path.removeprefix("args[0]")
         return f"{name}: {path} expected {expected}, got {got}."
+
+    def _path(self, path: tuple[Any, ...]) -> str:
+        """`args[0]['w']`."""
+        if self._root is not None:
+            return self._root + "".join(str(key) for key in path[1:])
+        return "args" + "".join(str(key) for key in path)
 
     @staticmethod
     def shown(x: Any) -> str:
@@ -81,11 +90,6 @@ def _equal(a: Any, b: Any) -> bool:
         return bool(a == b)
     except Exception:  # noqa: BLE001 (an object whose == fails equals only itself)
         return False
-
-
-def shown_path(path: tuple[Any, ...]) -> str:
-    """`args[0]['w']`."""
-    return "args" + "".join(str(key) for key in path)
 
 
 def _first_difference(expected: Any, got: Any, path: str) -> tuple[str, str, str]:

@@ -53,7 +53,7 @@ class Substitution(Watch):
         kind = _SPECIAL.get(func)
         if kind == "metadata":
             return func(*args, **kwargs)
-        if kind == "backward" and not _compat.in_backward():
+        if kind == "backward" and not (_compat.in_backward() or self.solvers):
             self.refuse(_api.backward_message(self.fun))
         if _compat.is_higher_order(func):
             self.refuse(_api.higher_order_message(func, self.fun))
