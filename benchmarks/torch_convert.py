@@ -88,7 +88,9 @@ def layers(width: int, n: int) -> list[Tensor]:
     return [t for _ in range(n) for t in nn.Linear(width, width).parameters()]
 
 
-def both(explicit: Any, x: Tensor, values: list[Tensor], *, backward: bool = True) -> dict[str, Timed]:
+def both(
+    explicit: Any, x: Tensor, values: list[Tensor], *, backward: bool = True
+) -> dict[str, Timed]:
     """The explicit function, and the conversion of the closure over the same values."""
     converted, hoisted = closure_convert(lambda x: explicit(x, *values), x)
     assert len(hoisted) == len(values)
@@ -118,14 +120,18 @@ def main() -> None:
     values = [p for m in d.children() for p in m.parameters()]
     x = torch.randn(2, 64, 512)
     ratio("transformer block, d = 512", 1.05, both(block, x, values), 41)
-    ratio("MLP, 3 layers of 512, batch 32", 1.15, both(mlp, torch.randn(32, 512), layers(512, 3)), 201)
+    ratio(
+        "MLP, 3 layers of 512, batch 32", 1.15, both(mlp, torch.randn(32, 512), layers(512, 3)), 201
+    )
     ratio("MLP, 3 layers of 64, batch 32", 1.6, both(mlp, torch.randn(32, 64), layers(64, 3)), 1001)
     m = medians(both(*elementwise(8, 200), backward=False), 501)
     added = (m["converted"] - m["explicit"]) / 200 * 1e6
     rows.append(("added time per tiny operation, us", added, "<= 3", ""))
     m = medians({"forward": lambda: d(x), "conversion": lambda: closure_convert(d, x)}, 41)
     shown = f"{m['forward'] * 1e6:,.0f} us, {m['conversion'] * 1e6:,.0f} us"
-    rows.append(("conversion of the block, in forwards", m["conversion"] / m["forward"], "<= 1.3", shown))
+    rows.append(
+        ("conversion of the block, in forwards", m["conversion"] / m["forward"], "<= 1.3", shown)
+    )
     print(f"PyTorch {torch.__version__}, one thread; forward and backward unless said otherwise")
     for name, value, limit, detail in rows:
         print(f"{name:<48} {value:6.2f}  {limit:<8} {detail}")

@@ -4,7 +4,13 @@ Each message says what was expected, what came instead, where, and what to do ne
 derive from the built-in class that a user would expect to catch. Not here: deciding when to raise.
 """
 
-__all__ = ["CaptureError", "FreevarsError", "SolveError", "StructureError"]
+__all__ = [
+    "CaptureError",
+    "FreevarsError",
+    "NotASolutionError",
+    "SingularError",
+    "StructureError",
+]
 
 
 class FreevarsError(Exception):
@@ -20,5 +26,9 @@ class CaptureError(FreevarsError, TypeError):
     """A captured value cannot be made an explicit argument without risking a lost derivative."""
 
 
-class SolveError(FreevarsError, RuntimeError):
-    """A solver did not solve its problem, or the linear system of its derivative is singular."""
+class NotASolutionError(FreevarsError, RuntimeError):
+    """What a solver returned does not satisfy the condition that its derivative rule rests on."""
+
+
+class SingularError(FreevarsError, ArithmeticError):
+    """The linear system of a derivative has no unique solution, or none that rounding leaves."""

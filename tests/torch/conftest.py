@@ -7,7 +7,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-with warnings.catch_warnings():  # PyTorch's own: its first forward-mode derivative compiles TorchScript
+with (
+    warnings.catch_warnings()
+):  # PyTorch's own: its first forward-mode derivative compiles TorchScript
     warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
     import torch._decomp.decompositions_for_jvp
 

@@ -12,11 +12,13 @@ Explicit = Callable[..., Any]
 
 
 def fresh(*shape: int, grad: bool = True, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, dtype=dtype, requires_grad=grad)
+    return torch.randn(shape, dtype=dtype, requires_grad=grad)
 
 
 def first(out: Any) -> Tensor:
-    leaves = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad]
+    leaves = [
+        t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad
+    ]
     total = sum((t.abs() ** 2 if t.is_complex() else t * t.cos()).sum() for t in leaves)
     return total if isinstance(total, Tensor) else torch.zeros(())
 
@@ -36,7 +38,10 @@ def derivatives(fun: Explicit, inputs: Sequence[Tensor], order: int) -> list[Any
 
 
 def same(got: Any, expected: Any) -> None:
-    got, expected = list(torch.utils._pytree.tree_leaves(got)), list(torch.utils._pytree.tree_leaves(expected))
+    got, expected = (
+        list(torch.utils._pytree.tree_leaves(got)),
+        list(torch.utils._pytree.tree_leaves(expected)),
+    )
     assert len(got) == len(expected)
     for a, b in zip(got, expected, strict=True):
         if isinstance(b, Tensor):
@@ -46,7 +51,12 @@ def same(got: Any, expected: Any) -> None:
 
 
 def check(
-    explicit: Explicit, args: Sequence[Tensor], values: Sequence[Tensor], *, order: int = 2, count: int | None = None
+    explicit: Explicit,
+    args: Sequence[Tensor],
+    values: Sequence[Tensor],
+    *,
+    order: int = 2,
+    count: int | None = None,
 ) -> None:
     """`explicit(*args, *values)` against the conversion of a closure over `values`, at the captured values
     and at others."""

@@ -52,7 +52,9 @@ def test_is_a_pytree() -> None:
         shapes(x)
 
 
-@pytest.mark.parametrize("transform", ["grad", "vjp", "jvp", "jacrev", "jacfwd", "hessian", "vmap", "vmap of grad"])
+@pytest.mark.parametrize(
+    "transform", ["grad", "vjp", "jvp", "jacrev", "jacfwd", "hessian", "vmap", "vmap of grad"]
+)
 def test_is_an_argument_of_transforms(transform: str) -> None:
     x = fresh(3, grad=False)
     c, w, v = make(x)
@@ -130,7 +132,14 @@ class Scaled(torch.autograd.Function):
         def call(*values: Tensor) -> Tensor:
             return pytree.tree_unflatten(list(values), pytree.tree_structure(ctx.c))(ctx.x)
 
-        return None, None, *(g * t / 2 for t in f.grad(call, tuple(range(len(ctx.saved_tensors))))(*ctx.saved_tensors))
+        return (
+            None,
+            None,
+            *(
+                g * t / 2
+                for t in f.grad(call, tuple(range(len(ctx.saved_tensors))))(*ctx.saved_tensors)
+            ),
+        )
 
 
 def test_through_a_custom_function() -> None:

@@ -101,7 +101,9 @@ def foreach(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
 
 def sparse(x: Tensor, w: Tensor) -> Tensor:
     indices = torch.tensor([[0, 1, 2], [2, 0, 1]])
-    return torch.sparse.mm(torch.sparse_coo_tensor(indices, w, (3, 3), check_invariants=True), x[:, None])[:, 0]
+    return torch.sparse.mm(
+        torch.sparse_coo_tensor(indices, w, (3, 3), check_invariants=True), x[:, None]
+    )[:, 0]
 
 
 def checkpointed(x: Tensor, w: Tensor) -> Tensor:
@@ -136,7 +138,11 @@ CASES: dict[str, tuple[Any, int, int]] = {  # function, captured values, derivat
     "custom Function, prebound": (lambda x, w: PREBOUND(w, x) * w, 1, 2),
     "custom Function of torch.func": (lambda x, w: Cube.apply(x * w) + Cube.apply(w), 1, 2),
     "func.grad": (lambda x, w: torch.func.grad(lambda z: (z**3 * w).sum())(x), 1, 2),
-    "func.grad of a captured value": (lambda x, w: torch.func.grad(lambda z: (z**3 * w).sum())(w) * x, 1, 2),
+    "func.grad of a captured value": (
+        lambda x, w: torch.func.grad(lambda z: (z**3 * w).sum())(w) * x,
+        1,
+        2,
+    ),
     "func.vmap of a captured value": (lambda x, w: torch.func.vmap(lambda z: z * z * x)(w), 1, 2),
     "func.vmap over": (lambda x, w: torch.func.vmap(lambda z: z * z * w)(x), 1, 2),
     "func.vmap returns captured": (lambda x, w: torch.func.vmap(lambda z: w)(x) * x, 1, 2),
@@ -175,7 +181,9 @@ def test_equals_explicit_arguments(name: str) -> None:
     check(explicit, [fresh(3)], [fresh(3) for _ in range(n)], order=order)
 
 
-FUNC_CASES = sorted(set(CASES) - {"custom Function", "custom Function, prebound", "inner autograd", "hook"})
+FUNC_CASES = sorted(
+    set(CASES) - {"custom Function", "custom Function, prebound", "inner autograd", "hook"}
+)
 FUNC_CASES = sorted(set(FUNC_CASES) - {"checkpoint", "leaves of its own", "sparse", "loop on data"})
 
 
@@ -212,7 +220,9 @@ def test_converted_under_torch_func(name: str, transform: str) -> None:
         "vmap": lambda fun: f.vmap(total(fun))(*(torch.stack([t, t * 2]) for t in point)),
         "jacrev": lambda fun: f.jacrev(f.grad(total(fun), every), every)(*point),
         "jacfwd": lambda fun: f.jacfwd(f.grad(total(fun), every), every)(*point),
-        "vmap of grad": lambda fun: f.vmap(f.grad(total(fun), every))(*(torch.stack([t, t * 2]) for t in point)),
+        "vmap of grad": lambda fun: f.vmap(f.grad(total(fun), every))(
+            *(torch.stack([t, t * 2]) for t in point)
+        ),
     }[transform]
     same(apply(ours), apply(explicit))
 
@@ -331,7 +341,11 @@ def test_module_parameters_and_tied_weights() -> None:
 )
 def test_modules(net: Any) -> None:
     net = net().double()
-    x = fresh(2, 5, 8, grad=False) if not isinstance(net, nn.EmbeddingBag) else torch.randint(10, (2, 5))
+    x = (
+        fresh(2, 5, 8, grad=False)
+        if not isinstance(net, nn.EmbeddingBag)
+        else torch.randint(10, (2, 5))
+    )
     converted, hoisted = closure_convert(net, x)
     parameters = list(net.parameters())
     assert len(hoisted) == len(parameters)
@@ -398,7 +412,13 @@ def test_metadata_is_no_capture() -> None:
     def fun(x: Tensor) -> Tensor:
         assert w.requires_grad
         assert w.is_leaf
-        return x * len(w) * w.shape[0] * w.size(0) + w.numel() + w.grad.sum() + w.dim() + w.dtype.itemsize
+        return (
+            x * len(w) * w.shape[0] * w.size(0)
+            + w.numel()
+            + w.grad.sum()
+            + w.dim()
+            + w.dtype.itemsize
+        )
 
     assert closure_convert(fun, fresh(3))[1] == ()
 
@@ -415,7 +435,11 @@ def test_hoisted_values_see_updates_and_backward() -> None:
 
 
 def test_complex() -> None:
-    check(lambda x, w: (x * w.conj()).abs() + w.real, [fresh(3, dtype=torch.complex128)], [fresh(3, dtype=torch.complex128)])
+    check(
+        lambda x, w: (x * w.conj()).abs() + w.real,
+        [fresh(3, dtype=torch.complex128)],
+        [fresh(3, dtype=torch.complex128)],
+    )
 
 
 def test_captured_sparse_tensor() -> None:
@@ -471,7 +495,9 @@ def test_autocast() -> None:
         assert len(hoisted) == 4
         others = [torch.randn_like(h) for h in hoisted]
         got = converted(x, *others)
-        expected = torch.func.functional_call(net, dict(zip(["0.weight", "0.bias", "2.weight", "2.bias"], others, strict=True)), x)
+        expected = torch.func.functional_call(
+            net, dict(zip(["0.weight", "0.bias", "2.weight", "2.bias"], others, strict=True)), x
+        )
         assert got.dtype is torch.bfloat16
         assert torch.equal(got, expected)
         got_grads = torch.autograd.grad(loss(converted(x, *hoisted)), list(net.parameters()))
@@ -484,7 +510,9 @@ def test_autocast() -> None:
 
 def test_reentrant_checkpoint_gives_the_given_values_their_gradient() -> None:
     w, x = fresh(3), fresh(3)
-    converted, _ = closure_convert(lambda x: checkpoint(lambda y: (y * w).sin() * w, x, use_reentrant=True) * w, x)
+    converted, _ = closure_convert(
+        lambda x: checkpoint(lambda y: (y * w).sin() * w, x, use_reentrant=True) * w, x
+    )
     other, expected = fresh(3), None
     converted(x, other).sum().backward()
     expected = torch.autograd.grad(((x * other).sin() * other * other).sum(), [x, other])
@@ -518,7 +546,9 @@ def test_backward_bodies_read_the_given_values() -> None:
     same(torch.autograd.grad(g.sum(), other), [x.sum()])
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the compiler's own look
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor:UserWarning"
+)  # the compiler's own look
 def test_compiled_callee_and_compile_around() -> None:
     count = 0
 
@@ -535,13 +565,19 @@ def test_compiled_callee_and_compile_around() -> None:
     assert len(hoisted) == 1
     same(converted(x, *hoisted), expected)
     other = fresh(3)
-    same(derivatives(converted, [x, other], 2), derivatives(lambda x, w: (x * w).sin(), [x, other], 2))
+    same(
+        derivatives(converted, [x, other], 2),
+        derivatives(lambda x, w: (x * w).sin(), [x, other], 2),
+    )
     same(callee(x), expected)
     assert count == 1
 
     plain, values = closure_convert(lambda x: (x * w).sin(), x)
     around = torch.compile(lambda x, w: plain(x * 2, w) + 1, backend=backend)
-    same(derivatives(around, [x, other], 1), derivatives(lambda x, w: (2 * x * w).sin() + 1, [x, other], 1))
+    same(
+        derivatives(around, [x, other], 1),
+        derivatives(lambda x, w: (2 * x * w).sin() + 1, [x, other], 1),
+    )
 
     @functools.partial(torch.compile, backend=backend)
     def converts(x: Tensor) -> Tensor:
@@ -566,7 +602,10 @@ def test_nested_conversions() -> None:
         converted, hoisted = closure_convert(outer, x, hoist=hoist)
         assert [h.data_ptr() for h in hoisted] == [w.data_ptr(), v.data_ptr()]
         others = [x, fresh(3), fresh(3)]
-        same(derivatives(converted, others, 2), derivatives(lambda x, w, v: (x.sin() * w + v) * w, others, 2))
+        same(
+            derivatives(converted, others, 2),
+            derivatives(lambda x, w, v: (x.sin() * w + v) * w, others, 2),
+        )
 
 
 def test_nested_conversion_sees_what_the_outer_call_gives() -> None:
@@ -589,7 +628,9 @@ def test_threads_do_not_see_each_other() -> None:
         try:
             x = torch.full((3,), float(seed), dtype=torch.float64)
             for k in range(30):
-                converted, hoisted = closure_convert(lambda x: (x * shared).sin() + Square.apply(x, shared), x)
+                converted, hoisted = closure_convert(
+                    lambda x: (x * shared).sin() + Square.apply(x, shared), x
+                )
                 assert len(hoisted) == 1
                 other = torch.full((3,), 0.1 * (k + seed), dtype=torch.float64, requires_grad=True)
                 got = torch.autograd.grad(converted(x, other).sum(), other)
@@ -609,7 +650,7 @@ def test_nothing_is_retained() -> None:
     gc.disable()
     try:
         w = fresh(3)
-        fun = lambda x: (x * w).sin()  # noqa: E731 (a closure to be freed)
+        fun = lambda x: (x * w).sin()
         converted, hoisted = closure_convert(fun, fresh(3))
         converted(fresh(3), *hoisted).sum().backward()
         tensor, function = weakref.ref(w), weakref.ref(fun)
@@ -650,7 +691,11 @@ def test_random_numbers() -> None:
     generator = torch.Generator().manual_seed(5)
 
     def fun(x: Tensor) -> Tensor:
-        return x * w + torch.randn(3, dtype=torch.float64) + torch.rand(3, generator=generator, dtype=torch.float64)
+        return (
+            x * w
+            + torch.randn(3, dtype=torch.float64)
+            + torch.rand(3, generator=generator, dtype=torch.float64)
+        )
 
     before, before_generator = torch.get_rng_state(), generator.get_state()
     converted, hoisted = closure_convert(fun, x)

@@ -52,7 +52,7 @@ def test_a_branch_inside_a_transform(transform: str) -> None:
 
     def run(hidden: Tensor) -> Tensor:
         take = False
-        fun: Callable[[Tensor], Tensor] = lambda x: x * w * hidden if take else x * w  # noqa: E731
+        fun: Callable[[Tensor], Tensor] = lambda x: x * w * hidden if take else x * w
         converted, hoisted = closure_convert(fun, x)
         assert hoisted == ()
         take = True
@@ -218,7 +218,9 @@ def test_torchscript() -> None:
     with pytest.raises(CaptureError, match="below it"):
         closure_convert(lambda x: net(x) + net.weight.sum(), x)
     # And on a branch that only a later call takes.
-    converted, _ = closure_convert(lambda x: net(x) if x.sum() > 0 else x, -torch.ones(3, dtype=torch.float64))
+    converted, _ = closure_convert(
+        lambda x: net(x) if x.sum() > 0 else x, -torch.ones(3, dtype=torch.float64)
+    )
     with pytest.raises(CaptureError, match="not hoisted"):
         converted(torch.ones(3, dtype=torch.float64))
     for p in net.parameters():
@@ -310,19 +312,42 @@ def test_a_failing_function_leaves_nothing_behind() -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (({"x": torch.zeros(4), "y": [1.0]}, "a"), r"args\[0\]\['x'\] expected float32\[3\], got float32\[4\]"),
-        (({"x": torch.zeros(3).double(), "y": [1.0]}, "a"), r"args\[0\]\['x'\] expected float32\[3\], got float64"),
-        (({"x": torch.zeros(3), "y": [1]}, "a"), r"args\[0\]\['y'\]\[0\] expected a Python float, got a Python int"),
+        (
+            ({"x": torch.zeros(4), "y": [1.0]}, "a"),
+            r"args\[0\]\['x'\] expected float32\[3\], got float32\[4\]",
+        ),
+        (
+            ({"x": torch.zeros(3).double(), "y": [1.0]}, "a"),
+            r"args\[0\]\['x'\] expected float32\[3\], got float64",
+        ),
+        (
+            ({"x": torch.zeros(3), "y": [1]}, "a"),
+            r"args\[0\]\['y'\]\[0\] expected a Python float, got a Python int",
+        ),
         (({"x": torch.zeros(3), "y": [1.0]}, "b"), r"args\[1\] expected 'a', got 'b'"),
-        (({"x": torch.zeros(3), "y": [1.0, 2.0]}, "a"), r"args\[0\]\['y'\] expected 1 values, got 2"),
-        (({"x": torch.zeros(3), "y": (1.0,)}, "a"), r"args\[0\]\['y'\] expected a list, got a tuple"),
-        (({"x": torch.zeros(3), "z": [1.0]}, "a"), r"args\[0\] expected the keys \['x', 'y'\], got \['x', 'z'\]"),
-        (({"x": 3.0, "y": [1.0]}, "a"), r"args\[0\]\['x'\] expected float32\[3\], got a Python float"),
+        (
+            ({"x": torch.zeros(3), "y": [1.0, 2.0]}, "a"),
+            r"args\[0\]\['y'\] expected 1 values, got 2",
+        ),
+        (
+            ({"x": torch.zeros(3), "y": (1.0,)}, "a"),
+            r"args\[0\]\['y'\] expected a list, got a tuple",
+        ),
+        (
+            ({"x": torch.zeros(3), "z": [1.0]}, "a"),
+            r"args\[0\] expected the keys \['x', 'y'\], got \['x', 'z'\]",
+        ),
+        (
+            ({"x": 3.0, "y": [1.0]}, "a"),
+            r"args\[0\]\['x'\] expected float32\[3\], got a Python float",
+        ),
     ],
 )
 def test_structure(args: Any, message: str) -> None:
     w = torch.ones(3, requires_grad=True)
-    converted, hoisted = closure_convert(lambda d, mode: d["x"] * w, {"x": torch.zeros(3), "y": [1.0]}, "a")
+    converted, hoisted = closure_convert(
+        lambda d, mode: d["x"] * w, {"x": torch.zeros(3), "y": [1.0]}, "a"
+    )
     with pytest.raises(StructureError, match=message):
         converted(*args, *hoisted)
 
@@ -335,7 +360,9 @@ def test_count_and_types_of_hoisted_values() -> None:
         converted(x)
     with pytest.raises(StructureError, match="got 3 values"):
         converted(x, *hoisted, *hoisted)
-    with pytest.raises(StructureError, match=r"hoisted value 0 expected like w \(float64\[3\]\), got float64\[4\]"):
+    with pytest.raises(
+        StructureError, match=r"hoisted value 0 expected like w \(float64\[3\]\), got float64\[4\]"
+    ):
         converted(x, fresh(4))
     with pytest.raises(StructureError, match="got a Python float"):
         converted(x, 2.0)
@@ -354,5 +381,5 @@ def test_options() -> None:
 
 def test_without_pytorch() -> None:
     code = "import sys; sys.modules['torch'] = None\ntry:\n import freevars.torch\nexcept ImportError as e: print(e)"
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pip install 'freevars[torch]'" in shown.stdout

@@ -9,7 +9,14 @@ import torch
 from explicit import fresh, same
 from torch import Tensor, nn
 
-from freevars.torch import SolveError, StructureError, argmin, fixed_point, root
+from freevars.torch import (
+    NotASolutionError,
+    SingularError,
+    StructureError,
+    argmin,
+    fixed_point,
+    root,
+)
 
 f = torch.func
 pytree = torch.utils._pytree
@@ -29,7 +36,9 @@ def newton(fun: Any, x0: Tensor) -> Tensor:
 def lbfgs(fun: Any, x0: Tensor) -> Tensor:
     """A `torch.optim.LBFGS` loop, with plain `.backward()`."""
     x = x0.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([x], max_iter=500, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [x], max_iter=500, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -50,7 +59,9 @@ def by_scipy(fun: Any, x0: Tensor) -> Tensor:
         value = fun(x)
         return value.item(), torch.autograd.grad(value, x)[0].numpy()
 
-    found = scipy.optimize.minimize(value_and_grad, x0.numpy(), jac=True, method="BFGS", options={"gtol": 1e-11})
+    found = scipy.optimize.minimize(
+        value_and_grad, x0.numpy(), jac=True, method="BFGS", options={"gtol": 1e-11}
+    )
     return torch.from_numpy(found.x)
 
 
@@ -161,10 +172,14 @@ TRANSFORMS: dict[str, Any] = {
     "vmap": lambda g, a, b: f.vmap(g)(*stacked(a, b)),
     "vmap over one": lambda g, a, b: f.vmap(g, in_dims=(0, None))(stacked(a)[0], b),
     "vmap of grad": lambda g, a, b: f.vmap(f.grad(g, (0, 1)))(*stacked(a, b)),
-    "grad of vmap": lambda g, a, b: f.grad(lambda a, b: f.vmap(g)(*stacked(a, b)).sum(), (0, 1))(a, b),
+    "grad of vmap": lambda g, a, b: f.grad(lambda a, b: f.vmap(g)(*stacked(a, b)).sum(), (0, 1))(
+        a, b
+    ),
     "vmap of jvp": lambda g, a, b: f.vmap(lambda a, b: f.jvp(g, (a, b), (b, a)))(*stacked(a, b)),
     "jvp of vmap": lambda g, a, b: f.jvp(f.vmap(g), tuple(stacked(a, b)), tuple(stacked(b, a))),
-    "vmap of vmap": lambda g, a, b: f.vmap(lambda a: f.vmap(lambda b: g(a, b))(stacked(b)[0]))(stacked(a)[0]),
+    "vmap of vmap": lambda g, a, b: f.vmap(lambda a: f.vmap(lambda b: g(a, b))(stacked(b)[0]))(
+        stacked(a)[0]
+    ),
     "hessian": lambda g, a, b: f.hessian(g, (0, 1))(a, b),
     "jacrev of jacrev": lambda g, a, b: f.jacrev(f.jacrev(g, (0, 1)), (0, 1))(a, b),
     "jacrev of jacfwd": lambda g, a, b: f.jacrev(f.jacfwd(g, (0, 1)), (0, 1))(a, b),
@@ -199,7 +214,9 @@ def bilevel(theta: Tensor) -> Tensor:
     """min_y of a function of min_x of a function of y and theta."""
 
     def outer(y: Tensor) -> Tensor:
-        x = by_scipy(lambda x: ((x - y * theta) ** 2).sum() + (x**4).sum() / 4, torch.zeros(2, dtype=F64))
+        x = by_scipy(
+            lambda x: ((x - y * theta) ** 2).sum() + (x**4).sum() / 4, torch.zeros(2, dtype=F64)
+        )
         return ((x - 1) ** 2).sum() + (y**2).sum() / 10
 
     return by_scipy(outer, torch.zeros(2, dtype=F64))
@@ -233,32 +250,32 @@ def test_the_callers_grad_is_left_alone() -> None:
 
 def test_pytrees_complex_and_arguments() -> None:
     @root(has_aux=True)
-    def solve(fun: Any, x0: Any, *args: Any, steps: int, scale: Tensor) -> Any:
+    def solve(fun: Any, x0: Any, *args: Any, steps: int, scale: Tensor, **shift: Any) -> Any:
         x = x0
         for _ in range(steps):
-            r = fun(x, *args)
+            r, _ = fun(x, *args, **shift)
             x = {"u": x["u"] - r["u"] * scale, "z": x["z"] - r["z"] * scale}
         return x, {"steps": steps}
 
-    a, c = fresh(2), fresh(3, dtype=torch.complex128)
+    a, c, shift = fresh(2), fresh(3, dtype=torch.complex128), fresh()
     k = torch.tensor([1, 0])
 
-    def fun(x: Any, c: Tensor, k: Tensor) -> Any:
-        return {"u": x["u"] - a[k] * x["z"][:2].real, "z": 2 * x["z"] - c}
+    def fun(x: Any, c: Tensor, k: Tensor, shift: Tensor) -> Any:
+        return {"u": x["u"] - a[k] * x["z"][:2].real - shift, "z": 2 * x["z"] - c}, "aux"
 
     def exact() -> Any:
         z = c / 2
-        return {"u": a[k] * z[:2].real, "z": z}
+        return {"u": a[k] * z[:2].real + shift, "z": z}
 
     x0 = {"u": torch.zeros(2, dtype=F64), "z": torch.zeros(3, dtype=torch.complex128)}
     scale = torch.tensor(0.5, dtype=F64, requires_grad=True)
-    x, aux = solve(fun, x0, c, k, steps=80, scale=scale)
+    x, aux = solve(fun, x0, c, k, steps=80, scale=scale, shift=shift)
     assert aux == {"steps": 80}
     close(x, exact())
-    total = lambda x: (x["z"].abs() ** 2 * 3).sum() + (x["u"] ** 2).sum()  # noqa: E731
-    got = torch.autograd.grad(total(x), (a, c, scale), allow_unused=True)
-    close(got[:2], torch.autograd.grad(total(exact()), (a, c)))
-    assert got[2] is None
+    total = lambda x: (x["z"].abs() ** 2 * 3).sum() + (x["u"] ** 2).sum()
+    got = torch.autograd.grad(total(x), (a, c, shift, scale), allow_unused=True)
+    close(got[:3], torch.autograd.grad(total(exact()), (a, c, shift)))
+    assert got[3] is None
     assert solve.__name__ == "solve"
 
 
@@ -300,7 +317,9 @@ def test_large_systems_without_a_matrix(kind: str, how: str) -> None:
         return exact(theta).detach()
 
     if kind == "argmin":
-        x = argmin(by_hand, **options)(lambda x: x @ x / 2 + x @ (m @ x) / 2 - x @ theta.sin(), torch.zeros(n, dtype=F64))
+        x = argmin(by_hand, **options)(
+            lambda x: x @ x / 2 + x @ (m @ x) / 2 - x @ theta.sin(), torch.zeros(n, dtype=F64)
+        )
     else:
         x = root(by_hand, **options)(lambda x: x + m @ x - theta.sin(), torch.zeros(n, dtype=F64))
     weights = torch.linspace(0, 1, n, dtype=F64)
@@ -322,18 +341,34 @@ def test_not_converged() -> None:
         return x0
 
     a = fresh(3)
-    with pytest.raises(SolveError, match=r"lazy expected to converge, got a gradient of size"):
-        lazy(lambda x: ((x - a) ** 2).sum(), torch.ones(3, dtype=F64) * 9)
-    x = argmin(lazy.__wrapped__, on_failure="nan")(lambda x: ((x - a) ** 2).sum(), torch.ones(3, dtype=F64))
-    assert torch.isnan(x).all()
-    x = argmin(lazy.__wrapped__, check=False)(lambda x: ((x - a) ** 2).sum(), torch.ones(3, dtype=F64))
+
+    def objective(x: Tensor) -> Tensor:
+        return ((x - a) ** 2).sum()
+
+    far = torch.ones(3, dtype=F64) * 9
+    x = lazy(objective, far)
+    same(x, far)
+    with pytest.raises(NotASolutionError, match=r"lazy: the solver did not converge.*check=False"):
+        torch.autograd.grad(x.sum(), a)
+    with pytest.raises(NotASolutionError, match="did not converge"):
+        f.jvp(lambda a: lazy(lambda x: ((x - a) ** 2).sum(), far), (a.detach(),), (far,))
+    x = argmin(lazy.__wrapped__, on_failure="nan")(objective, far)
+    assert torch.isnan(torch.autograd.grad(x.sum(), a)[0]).all()
+    x = argmin(lazy.__wrapped__, check=False)(objective, far)
     close(torch.autograd.grad(x.sum(), a), [torch.ones(3, dtype=F64)])
+    with pytest.raises(NotASolutionError, match="did not converge"):
+        n = 150
+        w = torch.ones(n, dtype=F64, requires_grad=True)
+        x = root(lazy.__wrapped__)(lambda x: x - w, torch.zeros(n, dtype=F64))
+        torch.autograd.grad(x.sum(), w)
 
 
 def test_not_finite() -> None:
     bad = root(lambda fun, x0: x0 / 0)
-    with pytest.raises(SolveError, match="finite"):
-        bad(lambda x: x - 1, torch.ones(3, dtype=F64))
+    a = fresh(3)
+    x = bad(lambda x: x - a, torch.ones(3, dtype=F64))
+    with pytest.raises(NotASolutionError, match="expected a finite solution"):
+        torch.autograd.grad(x.sum(), a)
 
 
 def test_singular() -> None:
@@ -347,7 +382,7 @@ def test_singular() -> None:
 
     x0 = torch.zeros(2, dtype=F64)
     x = root(solver)(fun, x0)
-    with pytest.raises(SolveError, match="condition number"):
+    with pytest.raises(SingularError, match="condition number"):
         torch.autograd.grad(x.sum(), a)
     x = root(solver, on_failure="nan")(fun, x0)
     assert torch.isnan(torch.autograd.grad(x.sum(), a)[0][0])
@@ -355,9 +390,22 @@ def test_singular() -> None:
     close(torch.autograd.grad(x.sum(), a), [torch.tensor([1.0, 0.0], dtype=F64)])
 
 
+def test_singular_without_a_matrix() -> None:
+    n = 150
+    a = fresh(n)
+    x = root(lambda fun, x0: x0, check=False)(
+        lambda x: x.roll(1) - x + a - a.detach(), torch.zeros(n, dtype=F64)
+    )
+    with pytest.raises(SingularError, match="linear_solve="):
+        torch.autograd.grad(x[0], a)
+
+
 def test_wrong_structures() -> None:
     x0 = torch.zeros(2, dtype=F64)
-    with pytest.raises(StructureError, match=r"result of .*cut: x expected float64\[2\], got float64\[1\]"):
+    with pytest.raises(
+        StructureError, match=r"result of .*cut: x expected float64\[2\], got float64\[1\]"
+    ):
+
         @root
         def cut(fun: Any, x0: Tensor) -> Tensor:
             return x0[:1]
@@ -365,12 +413,18 @@ def test_wrong_structures() -> None:
         cut(lambda x: x, x0)
     with pytest.raises(StructureError, match="real scalar"):
         by_scipy(lambda x: x, x0)
-    with pytest.raises(StructureError, match=r"result of .*<lambda>: x expected float64\[2\], got float64\[\]"):
+    with pytest.raises(
+        StructureError, match=r"result of .*<lambda>: x expected float64\[2\], got float64\[\]"
+    ):
         newton(lambda x: x.sum(), x0)
     with pytest.raises(StructureError, match="x0 expected"):
         newton(lambda x: x, {"n": 3})
-    with pytest.raises(StructureError, match="got {'tols': 1}"):
-        root(lambda fun, x0: x0, tols=1)
+    with pytest.raises(StructureError, match="takes .fun, x0, ...."):
+        root(lambda fun: fun)
+    with pytest.raises(ValueError, match="on_failure"):
+        root(lambda fun, x0: x0, on_failure="ignore")
+    with pytest.raises(StructureError, match="return .value, aux."):
+        root(lambda fun, x0: (x0, None), has_aux=True)(lambda x: x, x0)
 
 
 def test_errors_of_the_solver_reach_the_caller() -> None:

@@ -6,7 +6,13 @@ except ImportError as error:  # pragma: no cover (tested in a process of its own
     _message = "freevars.torch needs PyTorch, which is not installed: pip install 'freevars[torch]'"
     raise ImportError(_message) from error
 
-from freevars.errors import CaptureError, FreevarsError, SolveError, StructureError
+from freevars.errors import (
+    CaptureError,
+    FreevarsError,
+    NotASolutionError,
+    SingularError,
+    StructureError,
+)
 from freevars.torch._closure import Closure
 from freevars.torch._convert import closure_convert
 from freevars.torch._rules import argmin, fixed_point, root
@@ -15,7 +21,8 @@ __all__ = [
     "CaptureError",
     "Closure",
     "FreevarsError",
-    "SolveError",
+    "NotASolutionError",
+    "SingularError",
     "StructureError",
     "argmin",
     "closure_convert",

@@ -23,11 +23,11 @@ __all__ = [
     "backward_message",
     "callables",
     "higher_order_message",
-    "running_statistics_message",
     "inner",
     "is_factory",
     "may_carry_derivative",
     "resumed",
+    "running_statistics_message",
     "tensors",
     "writes_first",
 ]
@@ -43,8 +43,27 @@ def _getters(*names: str) -> set[Func]:
 # Reading these is no capture. `grad` and `is_leaf` stay those of the user's own tensor.
 METADATA: frozenset[Func] = frozenset(
     _getters(
-        *("shape", "dtype", "device", "layout", "ndim", "grad", "_grad", "grad_fn", "is_leaf", "names"),
-        *("_base", "_version", "is_sparse", "is_sparse_csr", "is_quantized", "is_meta", "is_nested"),
+        *(
+            "shape",
+            "dtype",
+            "device",
+            "layout",
+            "ndim",
+            "grad",
+            "_grad",
+            "grad_fn",
+            "is_leaf",
+            "names",
+        ),
+        *(
+            "_base",
+            "_version",
+            "is_sparse",
+            "is_sparse_csr",
+            "is_quantized",
+            "is_meta",
+            "is_nested",
+        ),
         *("is_cpu", "is_cuda", "is_xpu", "is_mps", "is_mkldnn", "itemsize", "nbytes", "output_nr"),
         *("_backward_hooks", "retains_grad", "_is_view", "name", "requires_grad"),
     )
@@ -53,7 +72,11 @@ METADATA: frozenset[Func] = frozenset(
         *(Tensor.element_size, Tensor.is_floating_point, Tensor.is_complex, Tensor.is_signed),
         *(Tensor.is_contiguous, Tensor.storage_offset, Tensor.data_ptr, Tensor.get_device),
         *(Tensor.is_conj, Tensor.is_neg, Tensor.is_inference, Tensor.__len__, Tensor.__hash__),
-        *(Tensor.is_same_size, Tensor.retain_grad, Tensor.zero_grad if hasattr(Tensor, "zero_grad") else ()),
+        *(
+            Tensor.is_same_size,
+            Tensor.retain_grad,
+            Tensor.zero_grad if hasattr(Tensor, "zero_grad") else (),
+        ),
         *(torch.is_floating_point, torch.is_complex, torch.numel, torch.is_signed),
         *(torch.is_same_size, torch.is_inference, torch.is_conj, torch.is_neg),
     }
@@ -68,7 +91,13 @@ BACKWARD = frozenset({Tensor.backward, torch.autograd.backward})
 BATCH_STATISTICS = frozenset(
     getattr(module, name)
     for module in (torch, torch.nn.functional)
-    for name in ("batch_norm", "instance_norm", "native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm")
+    for name in (
+        "batch_norm",
+        "instance_norm",
+        "native_batch_norm",
+        "cudnn_batch_norm",
+        "miopen_batch_norm",
+    )
     if hasattr(module, name)
 )
 _SHARING = frozenset(

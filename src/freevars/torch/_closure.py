@@ -45,7 +45,11 @@ class Closure:
     """
 
     def __init__(
-        self, fun: Callable[..., Any], *example_args: Any, hoist: Hoist = "floating", rng: Rng = "allow"
+        self,
+        fun: Callable[..., Any],
+        *example_args: Any,
+        hoist: Hoist = "floating",
+        rng: Rng = "allow",
     ) -> None:
         self._converted, self._values = closure_convert(fun, *example_args, hoist=hoist, rng=rng)
 
@@ -85,7 +89,9 @@ class Closure:
         return self._converted(*args, *self._values)
 
     def __repr__(self) -> str:
-        return f"Closure({called(self._converted.__wrapped__)}, {len(self._values)} captured values)"
+        return (
+            f"Closure({called(self._converted.__wrapped__)}, {len(self._values)} captured values)"
+        )
 
 
 def _flatten(f: Closure) -> tuple[list[Any], Converted]:
@@ -101,7 +107,11 @@ def _flatten_with_keys(f: Closure) -> tuple[list[tuple[Any, Any]], Converted]:
 
 
 pytree.register_pytree_node(
-    Closure, _flatten, _unflatten, flatten_with_keys_fn=_flatten_with_keys, serialized_type_name="freevars.Closure"
+    Closure,
+    _flatten,
+    _unflatten,
+    flatten_with_keys_fn=_flatten_with_keys,
+    serialized_type_name="freevars.Closure",
 )
 
 if importlib.util.find_spec("optree") is not None:

@@ -56,7 +56,9 @@ eagerly = torch._disable_dynamo
 # Reentrant checkpointing, a custom Function: told apart because its backward runs `fun` once more.
 CheckpointFunction = _checkpoint.CheckpointFunction
 
-_CustomFunctionBase = torch.autograd.function._SingleLevelFunction  # what `Function.apply` calls last
+_CustomFunctionBase = (
+    torch.autograd.function._SingleLevelFunction
+)  # what `Function.apply` calls last
 _custom_function_call = torch._functorch.autograd_function.custom_function_call
 _HigherOrder = torch._ops.HigherOrderOperator
 
@@ -254,7 +256,9 @@ class _WatchedClass:
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._cls, name)
         # PyTorch compares with the base class to find out which of these a user has written.
-        if name in {"backward", "vjp", "jvp"} and value is not getattr(torch.autograd.Function, name):
+        if name in {"backward", "vjp", "jvp"} and value is not getattr(
+            torch.autograd.Function, name
+        ):
             return self._watch.resume(value)
         return value
 

@@ -116,7 +116,9 @@ def _convert(
     captured = tuple(t for t in discovery.captured.values() if policy(t))
     hoisted_ids = {id(t) for t in captured}
     # What the policy leaves out although a derivative could flow: the caller's declared constants.
-    declared = [t for t in discovery.captured.values() if id(t) not in hoisted_ids and _differentiable(t)]
+    declared = [
+        t for t in discovery.captured.values() if id(t) not in hoisted_ids and _differentiable(t)
+    ]
     read = [resolve(t) for t in (*captured, *declared)]
     check_tape(outputs_of(out), [*given, *read], discovery.has_made, fun)
     replay = None
@@ -221,7 +223,9 @@ class Converted:
         for i, (value, (shape, dtype)) in enumerate(zip(values, self._types, strict=True)):
             if not isinstance(value, Tensor) or value.shape != shape or value.dtype is not dtype:
                 captured = describe(self._captured[i], self._fun)
-                message = f"hoisted value {i} expected like {captured}, got {Structure.shown(value)}."
+                message = (
+                    f"hoisted value {i} expected like {captured}, got {Structure.shown(value)}."
+                )
                 raise StructureError(message)
         table = dict(zip(keys, values, strict=True))
         for key, value in table.items():

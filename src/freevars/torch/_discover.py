@@ -46,7 +46,9 @@ class Discovery(Watch):
         self.captured_keys: dict[int, Tensor] = {}
         self.made_keys: set[int] = set()
         self._made: dict[int, weakref.ref[Tensor]] = {}
-        self.leaves: list[Tensor] = []  # made by `fun` as function modes see it, and those they do not:
+        self.leaves: list[
+            Tensor
+        ] = []  # made by `fun` as function modes see it, and those they do not:
         self.makes_leaves = False
         self._call: set[int] | None = None  # memory that the running operation was given
 

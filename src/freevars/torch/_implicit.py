@@ -116,7 +116,9 @@ class _Implicit(torch.autograd.Function):
                 return ctx.problem.residual(x, *_merged(values, wanted, inputs))  # type: ignore[no-any-return]
 
             r = jvp(residual, [values[i] for i in wanted], some, like=x)
-            return implicit(Linear(ctx.problem, transposed=False), torch.zeros_like(r), x, *values, -r)
+            return implicit(
+                Linear(ctx.problem, transposed=False), torch.zeros_like(r), x, *values, -r
+            )
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, problem: Problem, *inputs: Tensor) -> tuple[Tensor, int]:
@@ -159,7 +161,9 @@ def _vjps(fun: Fun, inputs: Sequence[Tensor], cotangent: Tensor) -> Sequence[Ten
         return ()
     if _compat.functorch_active():
         # Not the pullback of `torch.func.vjp`: nothing of this level outlives the call.
-        grads: Sequence[Tensor] = torch.func.grad(lambda xs: (fun(*xs) * cotangent).sum())(tuple(inputs))
+        grads: Sequence[Tensor] = torch.func.grad(lambda xs: (fun(*xs) * cotangent).sum())(
+            tuple(inputs)
+        )
         return grads
     again = torch.is_grad_enabled()
     with torch.enable_grad():
@@ -169,7 +173,9 @@ def _vjps(fun: Fun, inputs: Sequence[Tensor], cotangent: Tensor) -> Sequence[Ten
         out = fun(*aliases)
         if not out.requires_grad:
             return [torch.zeros_like(t) for t in inputs]
-        return torch.autograd.grad(out, aliases, cotangent, create_graph=again, materialize_grads=True)
+        return torch.autograd.grad(
+            out, aliases, cotangent, create_graph=again, materialize_grads=True
+        )
 
 
 def jvp(fun: Fun, inputs: Sequence[Tensor], tangents: Sequence[Tensor], *, like: Tensor) -> Tensor:
@@ -179,7 +185,10 @@ def jvp(fun: Fun, inputs: Sequence[Tensor], tangents: Sequence[Tensor], *, like:
 
     def paired(u: Tensor) -> Tensor:
         grads = _vjps(fun, inputs, u)
-        pairs = ((g.conj() * t).real if g.is_complex() else g * t for g, t in zip(grads, tangents, strict=True))
+        pairs = (
+            (g.conj() * t).real if g.is_complex() else g * t
+            for g, t in zip(grads, tangents, strict=True)
+        )
         return torch.stack([p.sum() for p in pairs]).sum()
 
     if _compat.functorch_active():

@@ -26,7 +26,9 @@ class Structure:
 
     def check(self, args: tuple[Any, ...], name: str) -> list[Any]:
         """The leaves of `args`; raises `StructureError` naming the first path that differs."""
-        if self._flat and all(isinstance(x, Tensor) for x in args):  # no pytree walk for plain tensors
+        if self._flat and all(
+            isinstance(x, Tensor) for x in args
+        ):  # no pytree walk for plain tensors
             leaves = list(args)
         else:
             leaves, spec = pytree.tree_flatten(args)
@@ -116,4 +118,6 @@ def _first_difference(expected: Any, got: Any, path: str) -> tuple[str, str, str
 
 def struct_of(tree: Any) -> Any:
     """`tree` with a tensor without memory (on the device "meta") in place of each tensor."""
-    return pytree.tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"), tree)
+    return pytree.tree_map_only(
+        Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"), tree
+    )

@@ -221,7 +221,12 @@ def check_tape(
                 leaves.add(id(u))
             else:
                 stops.add((node, u.output_nr))
-    stack = [(u.grad_fn, u.output_nr) for t in outputs for u in _compat.unwrap(t) if u.grad_fn is not None]
+    stack = [
+        (u.grad_fn, u.output_nr)
+        for t in outputs
+        for u in _compat.unwrap(t)
+        if u.grad_fn is not None
+    ]
     seen: set[Any] = set()
     while stack:
         edge = stack.pop()
