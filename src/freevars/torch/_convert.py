@@ -9,6 +9,7 @@ conversion as one value (`_closure.py`).
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
@@ -130,6 +131,9 @@ def _convert(
     return converted, converted.aliases()
 
 
+_SIGNATURE = inspect.Signature([inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)])
+
+
 class Converted:
     """`fun` with its captured tensors as trailing arguments; made by `closure_convert`."""
 
@@ -145,6 +149,7 @@ class Converted:
         out: Any = None,
     ) -> None:
         functools.update_wrapper(self, fun, updated=())
+        self.__signature__ = _SIGNATURE  # not that of `fun`: the hoisted values follow
         self._fun = fun
         self._structure = structure
         self._captured = captured
