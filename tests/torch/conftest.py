@@ -1,4 +1,5 @@
-"""What the PyTorch tests share: one thread, a fixed seed, and the comparison with explicit arguments."""
+"""What the PyTorch tests share: one thread, a fixed seed, and the comparison with explicit
+arguments."""
 
 import warnings
 from collections.abc import Iterator

@@ -58,8 +58,8 @@ def check(
     order: int = 2,
     count: int | None = None,
 ) -> None:
-    """`explicit(*args, *values)` against the conversion of a closure over `values`, at the captured values
-    and at others."""
+    """`explicit(*args, *values)` against the conversion of a closure over `values`, at the
+    captured values and at others."""
     converted, hoisted = closure_convert(lambda *xs: explicit(*xs, *values), *args)
     assert len(hoisted) == (len(values) if count is None else count)
     n = len(args)

@@ -116,6 +116,12 @@ def hook(x: Tensor, w: Tensor) -> Tensor:
     return (y * y).sin()
 
 
+def odd_containers(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    named = torch.stack(Pair(w, v)).sum(0)
+    listed = torch.cat([w, *[v]])[torch.tensor([0, 3, 5])]
+    return named * x + listed * torch.einsum("i,i->", [w, v])
+
+
 CASES: dict[str, tuple[Any, int, int]] = {  # function, captured values, derivatives of which order
     "elementwise": (lambda x, w: (x * w).sin(), 1, 2),
     "two values": (lambda x, w, v: (x * w).sin() + v.exp() * w, 2, 2),
@@ -128,6 +134,7 @@ CASES: dict[str, tuple[Any, int, int]] = {  # function, captured values, derivat
     "loop on data": (loop, 1, 2),
     "in place on its own": (in_place, 1, 2),
     "containers": (listed, 2, 2),
+    "odd containers": (odd_containers, 2, 2),
     "inner autograd": (inner_grad, 1, 2),
     "leaves of its own": (own_leaf, 1, 2),
     "foreach": (foreach, 2, 2),
@@ -609,7 +616,8 @@ def test_nested_conversions() -> None:
 
 
 def test_nested_conversion_sees_what_the_outer_call_gives() -> None:
-    """Constants, hoisted by `hoist='all'`, are differentiable where the outer caller differentiates."""
+    """Constants, hoisted by `hoist='all'`, are differentiable where the outer caller
+    differentiates."""
     w, x = fresh(3, grad=False), fresh(3, grad=False)
 
     def outer(x: Tensor) -> Tensor:
@@ -706,3 +714,11 @@ def test_random_numbers() -> None:
     state = torch.get_rng_state()
     assert torch.equal(replayed(x, *hoisted), replayed(x, *hoisted))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_constants_in_slices_and_keywords() -> None:
+    start, table = torch.tensor(1), {"w": fresh(3)}
+    x = fresh(3)
+    converted, hoisted = closure_convert(lambda x: x[start:] * table["w"][start:], x, hoist="all")
+    assert [h.data_ptr() for h in hoisted] == [start.data_ptr(), table["w"].data_ptr()]
+    same(converted(x, torch.tensor(2), hoisted[1]), x[2:] * table["w"][2:])

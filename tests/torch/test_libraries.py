@@ -88,9 +88,7 @@ def test_torchopt() -> None:
 
     parameters = list(net.parameters())
     got = torch.autograd.grad(adam(energy, x0).sum(), parameters, allow_unused=True)
-    expected = torch.autograd.grad(
-        argmin(newton)(energy, x0).sum(), parameters, allow_unused=True
-    )
+    expected = torch.autograd.grad(argmin(newton)(energy, x0).sum(), parameters, allow_unused=True)
     close(got, expected)
     assert all(p.grad is None for p in parameters)
 

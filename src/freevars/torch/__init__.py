@@ -1,4 +1,5 @@
-"""The PyTorch host: the tensors that a function captures become explicit, differentiable arguments."""
+"""The PyTorch host: the tensors that a function captures become explicit, differentiable
+arguments."""
 
 try:
     import torch as _torch

@@ -1,5 +1,5 @@
-"""What the functions of PyTorch's Python API mean to a watch: which read only metadata, which write,
-which must not be called inside `fun` at all. Tables and small questions; no state.
+"""What the functions of PyTorch's Python API mean to a watch: which read only metadata, which
+write, which must not be called inside `fun` at all. Tables and small questions; no state.
 """
 
 import functools
@@ -16,8 +16,8 @@ from freevars.torch._names import called, caller
 __all__ = [
     "BACKWARD",
     "BATCH_STATISTICS",
-    "CONTAINERS",
     "METADATA",
+    "PLAIN",
     "REQUIRES_GRAD",
     "alias",
     "backward_message",
@@ -26,14 +26,16 @@ __all__ = [
     "inner",
     "is_factory",
     "may_carry_derivative",
+    "refuse_running_statistics",
     "resumed",
-    "running_statistics_message",
     "tensors",
     "writes_first",
 ]
 
 Func = Callable[..., Any]
-CONTAINERS = frozenset({tuple, list, dict, set})
+# The types of arguments that hold no tensor, or are one: the hot path looks no further.
+_PLAIN = (Tensor, torch.nn.Parameter, int, float, bool, complex, str, type(None), type(...))
+PLAIN = frozenset({*_PLAIN, torch.Size, torch.dtype, torch.device, torch.layout})
 
 
 def _getters(*names: str) -> set[Func]:
@@ -72,11 +74,7 @@ METADATA: frozenset[Func] = frozenset(
         *(Tensor.element_size, Tensor.is_floating_point, Tensor.is_complex, Tensor.is_signed),
         *(Tensor.is_contiguous, Tensor.storage_offset, Tensor.data_ptr, Tensor.get_device),
         *(Tensor.is_conj, Tensor.is_neg, Tensor.is_inference, Tensor.__len__, Tensor.__hash__),
-        *(
-            Tensor.is_same_size,
-            Tensor.retain_grad,
-            Tensor.zero_grad if hasattr(Tensor, "zero_grad") else (),
-        ),
+        *(Tensor.is_same_size, Tensor.retain_grad),
         *(torch.is_floating_point, torch.is_complex, torch.numel, torch.is_signed),
         *(torch.is_same_size, torch.is_inference, torch.is_conj, torch.is_neg),
     }
@@ -101,7 +99,13 @@ BATCH_STATISTICS = frozenset(
     if hasattr(module, name)
 )
 _SHARING = frozenset(
-    {torch.from_numpy, torch.frombuffer, torch.as_tensor, torch.asarray, torch.from_dlpack}
+    {
+        torch.from_numpy,
+        torch.frombuffer,
+        torch.as_tensor,
+        torch.asarray,
+        torch.utils.dlpack.from_dlpack,
+    }
 )
 
 
@@ -120,7 +124,7 @@ def _writes(name: str) -> bool:
 
 
 def writes_first(func: Func) -> bool:
-    """Whether `func` writes to its first argument. (Asked only where that argument is captured.)"""
+    """Whether `func` writes to its first argument. Asked only where that argument is captured."""
     if func in {Tensor.requires_grad_, Tensor.retain_grad, Tensor.detach_}:
         return func is not Tensor.requires_grad_
     if getattr(func, "__name__", "") == "__set__":
@@ -138,10 +142,13 @@ def tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, dict):
         for x in value.values():
             yield from tensors(x)
+    elif isinstance(value, slice):
+        yield from tensors((value.start, value.stop, value.step))
 
 
 def inner(t: Tensor) -> list[Tensor]:
-    """Every plain tensor that reading `t` may read: under transforms, tangents, parts of subclasses."""
+    """Every plain tensor that reading `t` may read: under transforms, tangents, parts of
+    subclasses."""
     found: list[Tensor] = []
     for u in unwrap(t):
         found.append(u)
@@ -160,16 +167,14 @@ def may_carry_derivative(t: Tensor) -> bool:
 
 def alias(t: Tensor) -> Tensor:
     """`t` under another identity and with a place of its own on the tape, derivative one."""
-    with torch.inference_mode(mode=False), torch.enable_grad():  # type: ignore[no-untyped-call]
+    with torch.inference_mode(mode=False), torch.enable_grad():
         if t.is_inference() or t.layout is not torch.strided or t.is_nested:
             return torch.ops.aten.alias(t) if t.layout is torch.strided else t.clone()
         return t.view_as(t)
 
 
-def running_statistics_message(
-    func: Func, args: Any, kwargs: Any, foreign: Callable[[Tensor], bool]
-) -> str | None:
-    """Why a train-mode normalisation over foreign running statistics is refused: it writes to them, and
+def refuse_running_statistics(watch: Watch, func: Func, args: Any, kwargs: Any) -> None:
+    """Refuses a train-mode normalisation over foreign running statistics: it writes to them, and
     PyTorch declares no mutation."""
     names = ("input", "weight", "bias", "running_mean", "running_var", "training")
     if getattr(func, "__module__", "") == "torch.nn.functional":
@@ -178,13 +183,15 @@ def running_statistics_message(
     default = func is torch.nn.functional.instance_norm
     mean = given.get("running_mean")
     training = given.get("training", given.get("use_input_stats", default))
-    if not (training and isinstance(mean, Tensor) and foreign(mean)):
-        return None
-    return (
+    if not (training and isinstance(mean, Tensor) and watch.is_foreign(mean)):
+        return
+    message = (
         "expected a function that leaves its captured values as they are, got a train-mode "
-        f"{getattr(func, '__name__', func)} that updates captured running statistics in place. Put the "
+        f"{getattr(func, '__name__', func)} that updates captured running statistics in place. "
+        "Put the "
         "module in eval mode (net.eval()), or build it with track_running_stats=False."
     )
+    watch.refuse(message)
 
 
 def callables(value: Any) -> Iterator[Any]:
@@ -218,8 +225,10 @@ def backward_message(fun: Any) -> str:
 
 def higher_order_message(func: Any, fun: Any) -> str:
     return (
-        f"expected operations of PyTorch's Python API, got the higher-order operator {func} at {caller()} "
-        f"in {called(fun)!r}: what its branches read cannot be replaced. Use Python's own if, for, while."
+        f"expected operations of PyTorch's Python API, got the higher-order operator {func} at "
+        f"{caller()} "
+        f"in {called(fun)!r}: what its branches read cannot be replaced. Use Python's own if, "
+        "for, while."
     )
 
 

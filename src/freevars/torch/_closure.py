@@ -23,15 +23,16 @@ __all__ = ["Closure"]
 class Closure:
     """A function together with the tensors it captured, as one differentiable value.
 
-    Calling it equals calling the function, and every torch.func transform takes it as an argument: its
-    leaves are `values`, so a derivative with respect to a Closure is a Closure of derivatives. Closures
-    that came from one another (`tree_map`, a transform) have the same structure; two conversions never do.
+    Calling it equals calling the function, and every torch.func transform takes it as an
+    argument: its leaves are `values`, so a derivative with respect to a Closure is a Closure of
+    derivatives. Closures that came from one another (`tree_map`, a transform) have the same
+    structure; two conversions never do.
 
     Args:
         fun: anything callable. It runs once here, on the example, and again at every call.
         *example_args: any pytree of tensors, numbers and other values.
-        hoist: which captured tensors become leaves. By default every one of floating or complex type, so
-            that a plain tensor can be differentiated too; else as for `closure_convert`.
+        hoist: which captured tensors become leaves. By default every one of floating or complex
+            type, so that a plain tensor can be differentiated too; else as for `closure_convert`.
         rng: as for `closure_convert`.
 
     Raises:
@@ -57,7 +58,8 @@ class Closure:
     def from_module(cls, module: torch.nn.Module) -> Self:
         """The Closure of a module, with its parameters as leaves in `module.parameters()` order.
 
-        Nothing runs, so calls may bring any arguments. `Closure(module, x)` finds what is read instead.
+        Nothing runs, so calls may bring any arguments. `Closure(module, x)` finds what is read
+        instead.
         """
         install_hooks()
         converted = Converted(module, None, tuple(module.parameters()))
@@ -77,7 +79,8 @@ class Closure:
 
     @property
     def in_struct(self) -> Any:
-        """The example arguments with a shape and dtype in place of each tensor, or None if any will do."""
+        """The example arguments with a shape and dtype in place of each tensor, or None if any
+        will do."""
         return self._converted.in_struct
 
     @property
@@ -89,24 +92,24 @@ class Closure:
         return self._converted(*args, *self._values)
 
     def __repr__(self) -> str:
-        return (
-            f"Closure({called(self._converted.__wrapped__)}, {len(self._values)} captured values)"
-        )
+        return f"Closure({called(self._converted)}, {len(self._values)} captured values)"
 
 
 def _flatten(f: Closure) -> tuple[list[Any], Converted]:
-    return list(f._values), f._converted
+    return list(f.values), f._converted  # noqa: SLF001 (of this file)
 
 
 def _unflatten(values: Iterable[Any], converted: Converted) -> Closure:
-    return Closure._of(converted, values)
+    return Closure._of(converted, values)  # noqa: SLF001
 
 
 def _flatten_with_keys(f: Closure) -> tuple[list[tuple[Any, Any]], Converted]:
-    return [(pytree.SequenceKey(i), v) for i, v in enumerate(f._values)], f._converted
+    values, converted = _flatten(f)
+    return [(pytree.SequenceKey(i), v) for i, v in enumerate(values)], converted
 
 
-pytree.register_pytree_node(
+_register: Any = pytree.register_pytree_node  # its types ask for a collection
+_register(
     Closure,
     _flatten,
     _unflatten,
@@ -114,12 +117,18 @@ pytree.register_pytree_node(
     serialized_type_name="freevars.Closure",
 )
 
+
+def _optree_unflatten(converted: Converted, values: Iterable[Any]) -> Closure:
+    return _unflatten(values, converted)
+
+
 if importlib.util.find_spec("optree") is not None:
     import optree
 
-    optree.register_pytree_node(
+    register: Any = optree.register_pytree_node  # its types ask for a collection
+    register(
         Closure,
-        lambda f: (f._values, f._converted),
-        lambda converted, values: Closure._of(converted, values),
+        _flatten,
+        _optree_unflatten,
         namespace=optree.registry.__dict__["__GLOBAL_NAMESPACE"],
     )

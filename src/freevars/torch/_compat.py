@@ -1,10 +1,11 @@
+# ruff: noqa: SLF001 (the one file of this host that may reach for private names)
 """Every private touch point of PyTorch, in one file, each with its reason.
 
-Function modes see the Python API of PyTorch, but not all of it. The gaps are closed here by *stateless
-hooks*: wrappers around a few of PyTorch's own functions that look at the calling thread's stack of
-function modes and do nothing unless one of ours (a `Watch`) is on it. They hold no state, so there is
-nothing to undo when a function fails, and threads do not see each other. `self_test` tries each touch
-point and says which one a new release of PyTorch has broken.
+Function modes see the Python API of PyTorch, but not all of it. The gaps are closed here by
+*stateless hooks*: wrappers around a few of PyTorch's own functions that look at the calling
+thread's stack of function modes and do nothing unless one of ours (a `Watch`) is on it. They hold
+no state, so there is nothing to undo when a function fails, and threads do not see each other.
+`self_test` tries each touch point and says which one a new release of PyTorch has broken.
 
 Not here: what a watch does with what it sees (`_discover.py`, `_substitute.py`).
 """
@@ -46,12 +47,12 @@ __all__ = [
     "unwrap",
 ]
 
-# The pytree module that torch.func itself uses. Its name is private; its functions are the documented
-# way to make torch.func accept a class (`register_pytree_node`).
+# The pytree module that torch.func itself uses. Its name is private; its functions are the
+# documented way to make torch.func accept a class (`register_pytree_node`).
 pytree = torch.utils._pytree
 
 # `torch.compiler.disable` without the import of the compiler, which takes seconds.
-eagerly = torch._disable_dynamo
+eagerly: Any = getattr(torch, "_disable_dynamo")  # noqa: B009 (not exported, says the type checker)
 
 # Reentrant checkpointing, a custom Function: told apart because its backward runs `fun` once more.
 CheckpointFunction = _checkpoint.CheckpointFunction
@@ -92,6 +93,10 @@ class Watch(TorchFunctionMode):
         """What `fun` shall get where it reads `value` (any nest of containers)."""
         raise NotImplementedError
 
+    def is_foreign(self, t: Tensor) -> bool:
+        """Whether `fun` did not make `t`."""
+        raise NotImplementedError
+
     def given(self, t: Tensor) -> Tensor:
         """What stands for `t`; unlike `replace`, asking is no read."""
         return t
@@ -100,8 +105,8 @@ class Watch(TorchFunctionMode):
         """`value` was made while `fun` ran, on a road that function modes do not see."""
 
     def custom_function(self, cls: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The arguments for a custom `autograd.Function`, before its forward runs."""
-        return tuple(self.replace(args))
+        """The arguments for the custom `autograd.Function` `cls`, before its forward runs."""
+        raise NotImplementedError
 
     def begin(self, args: Sequence[Any]) -> Any:
         """An operation on `args` starts that function modes do not see; returns a token."""
@@ -123,7 +128,7 @@ class Watch(TorchFunctionMode):
 
 
 def active() -> list[Watch]:
-    """The watches on this thread, the innermost first. (The stack has no public reader.)"""
+    """The watches on this thread, the innermost first. The stack has no public reader."""
     n = torch._C._len_torch_function_stack()
     if not n:
         return []
@@ -133,7 +138,8 @@ def active() -> list[Watch]:
 
 @contextmanager
 def solver_running() -> Iterator[None]:
-    """A solver of a rule runs, on tensors without history: its `.backward()` reaches only its own."""
+    """A solver of a rule runs, on tensors without history: its `.backward()` reaches only its
+    own."""
     watches = active()
     for watch in watches:
         watch.solvers += 1
@@ -151,7 +157,7 @@ def resolve(t: Tensor) -> Tensor:
     return t
 
 
-# --- reading a tensor's insides ----------------------------------------------------------------------
+# --- reading a tensor's insides -------------------------------------------------------------------
 
 
 def is_wrapped(t: Tensor) -> bool:
@@ -178,16 +184,18 @@ def unwrap(t: Tensor) -> Iterator[Tensor]:
 
 
 def dual_tangent(t: Tensor) -> Tensor | None:
-    """The forward-mode tangent of `t`, where a dual level is open. (Under torch.func the wrapper tells.)"""
+    """The forward-mode tangent of `t`, where a dual level is open; under torch.func the wrapper
+    tells instead."""
     if torch.autograd.forward_ad._current_level < 0 or _functorch.maybe_current_level() is not None:
         return None
     with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
-        tangent: Tensor | None = torch.autograd.forward_ad.unpack_dual(t).tangent
+        tangent: Tensor | None = primal_and_tangent(t).tangent
     return tangent
 
 
 def parts(t: Tensor) -> list[Tensor]:
-    """The tensors that a sparse tensor or a wrapper subclass is made of, read without being watched."""
+    """The tensors that a sparse tensor or a wrapper subclass is made of, read without being
+    watched."""
     names: tuple[str, ...] = ()
     if t.layout is torch.sparse_coo:
         names = ("_values", "_indices")
@@ -200,6 +208,25 @@ def parts(t: Tensor) -> list[Tensor]:
             return [getattr(t, name)() for name in names]
         flatten = getattr(t, "__tensor_flatten__", None)
         return [getattr(t, name) for name in flatten()[0]] if flatten is not None else []
+
+
+primal_and_tangent: Any = torch.autograd.forward_ad.unpack_dual
+
+# Forward mode is off while PyTorch calls a custom Function's `jvp`; this turns it on again.
+forward_mode: Any = torch.autograd.forward_ad._set_fwd_grad_enabled
+
+# Inside, no function mode takes notice: our own look is no read.
+unseen: Any = torch._C.DisableTorchFunction
+
+
+def is_operator(func: object) -> bool:
+    """Whether `func`, as a dispatch mode sees it, is an operator with a schema."""
+    return isinstance(func, torch._ops.OpOverload)
+
+
+def schema(func: Any) -> Any:
+    """An operator's name and arguments, each with what it may write to."""
+    return func._schema
 
 
 def storage_key(t: Tensor) -> int:
@@ -227,7 +254,7 @@ def is_custom_function_call(func: object) -> bool:
     return func is _custom_function_call
 
 
-# --- the hooks ---------------------------------------------------------------------------------------
+# --- the hooks ------------------------------------------------------------------------------------
 
 
 def keep_watching_backward(outputs: Any, watch: Watch) -> None:
@@ -243,7 +270,7 @@ def keep_watching_backward(outputs: Any, watch: Watch) -> None:
         for t in unwrap(output):
             node = t.grad_fn
             if isinstance(node, torch.autograd.function.BackwardCFunction):
-                node._forward_cls = _WatchedClass(node._forward_cls, watch)  # type: ignore[attr-defined]
+                node._forward_cls = _WatchedClass(node._forward_cls, watch)
 
 
 class _WatchedClass:
@@ -281,7 +308,8 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _seen(raw: Callable[..., Any]) -> Callable[..., Any]:
-    """For the functions with which torch.func wraps and unwraps tensors: no function mode sees them."""
+    """For the functions with which torch.func wraps and unwraps tensors: no function mode sees
+    them."""
 
     @functools.wraps(raw)
     def hook(t: Any, *args: Any) -> Any:
@@ -305,9 +333,9 @@ def _seen(raw: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _recomputed(raw: Callable[..., Any]) -> Callable[..., Any]:
-    """For non-reentrant checkpointing, whose recomputation runs in the backward pass: without the watch
-    it would save the captured tensors where the forward pass had saved the given ones, a wrong gradient
-    that no check of PyTorch catches."""
+    """For non-reentrant checkpointing, whose recomputation runs in the backward pass: without the
+    watch it would save the captured tensors where the forward pass had saved the given ones, a
+    wrong gradient that no check of PyTorch catches."""
 
     @functools.wraps(raw)
     def hook(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -320,7 +348,8 @@ def _recomputed(raw: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _run_eagerly(raw: Callable[..., Any]) -> Callable[..., Any]:
-    """For compiled callees: under a watch they run eagerly, and nothing is compiled or recompiled."""
+    """For compiled callees: under a watch they run eagerly, and nothing is compiled or
+    recompiled."""
 
     @functools.wraps(raw)
     def hook(callback: Any) -> Any:
@@ -340,10 +369,10 @@ _HOOKS = (
 
 
 def install_hooks() -> None:
-    """Installs the hooks that are not installed yet. The compiler's module is slow to import, so its
-    hook waits until somebody else has imported it."""
+    """Installs the hooks that are not installed yet. The compiler's module is slow to import, so
+    its hook waits until somebody else has imported it."""
     if _CustomFunctionBase.__dict__.get("apply") is not _APPLY:
-        _CustomFunctionBase.apply = _APPLY  # type: ignore[assignment,method-assign]
+        _CustomFunctionBase.apply = _APPLY  # type: ignore[attr-defined]
         for module, name, hook in _HOOKS:
             setattr(module, name, hook(getattr(module, name)))
     compiler = sys.modules.get("torch._dynamo.eval_frame")
@@ -355,7 +384,7 @@ def install_hooks() -> None:
 _APPLY: Any = classmethod(_apply)
 
 
-# --- the self-test -----------------------------------------------------------------------------------
+# --- the self-test --------------------------------------------------------------------------------
 
 
 def self_test() -> list[str]:

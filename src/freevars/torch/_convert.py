@@ -3,9 +3,9 @@
     converted, hoisted = closure_convert(fun, *example_args)
     converted(*args, *hoisted) == fun(*args)
 
-`fun` runs once on the example under a watch (`_discover.py`). `converted` runs it again under another,
-which gives it the hoisted values (`_substitute.py`); Python control flow is kept. Not here: the
-conversion as one value (`_closure.py`).
+`fun` runs once on the example under a watch (`_discover.py`). `converted` runs it again under
+another, which gives it the hoisted values (`_substitute.py`); Python control flow is kept. Not
+here: the conversion as one value (`_closure.py`).
 """
 
 import functools
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from freevars.errors import StructureError
 from freevars.torch import _api, _compat
-from freevars.torch._compat import Watch, pytree, resolve
+from freevars.torch._compat import pytree, resolve
 from freevars.torch._discover import Discovery
 from freevars.torch._names import called, describe
 from freevars.torch._structure import Structure, struct_of
@@ -36,27 +36,31 @@ def closure_convert(
 ) -> tuple["Converted", tuple[Tensor, ...]]:
     """Makes the tensors that `fun` reads from outside explicit arguments.
 
-    ``converted(*args, *hoisted)`` equals ``fun(*args)``, in value and in derivatives of any order. Each
-    hoisted value has a partial derivative of its own, and a derivative that reaches it flows on to the
-    captured tensor.
+    ``converted(*args, *hoisted)`` equals ``fun(*args)``, in value and in derivatives of any
+    order. Each hoisted value has a partial derivative of its own, and a derivative that reaches
+    it flows on to the captured tensor.
 
     Args:
         fun: anything callable. It runs once here, on the example, and again at every call.
         *example_args: any pytree of tensors, numbers and other values.
-        hoist: `"differentiable"` hoists the tensors that a derivative could flow into now (they require
-            grad, a torch.func transform wraps them, or they carry a forward-mode tangent); `"floating"`
-            also every tensor of floating or complex type; `"all"` every tensor read; or a function that
-            decides for each tensor. A differentiable tensor that it leaves out is a declared constant.
-        rng: `"allow"` lets `fun` draw random numbers afresh at each call; `"replay"` gives every call the
-            draws of the example run; `"error"` refuses. The conversion leaves the generators as they were.
+        hoist: `"differentiable"` hoists the tensors that a derivative could flow into now (they
+            require grad, a torch.func transform wraps them, or they carry a forward-mode
+            tangent); `"floating"` also every tensor of floating or complex type; `"all"` every
+            tensor read; or a function that decides for each tensor. A differentiable tensor that
+            it leaves out is a declared constant.
+        rng: `"allow"` lets `fun` draw random numbers afresh at each call; `"replay"` gives every
+            call the draws of the example run; `"error"` refuses. The conversion leaves the
+            generators as they were.
 
     Returns:
-        `converted` and the tuple of hoisted values, each captured tensor once, in order of first use.
+        `converted` and the tuple of hoisted values, each captured tensor once, in order of first
+        use.
 
     Raises:
         CaptureError: `fun` writes in place to a captured tensor, to its argument or to a running
             statistic, calls `.backward()`, or reads a captured tensor where it cannot be replaced.
-        StructureError: (from `converted`) a call with another structure, type, shape or number of values.
+        StructureError: (from `converted`) a call with another structure, type, shape or number of
+        values.
 
     Example:
         >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -84,12 +88,14 @@ def _policy(hoist: Hoist) -> Callable[[Tensor], bool]:
         return lambda _: True
     if callable(hoist):
         return lambda t: bool(hoist(resolve(t)))
-    message = f"expected hoist='differentiable', 'floating', 'all' or a function of a tensor, got {hoist!r}."
+    expected = "hoist='differentiable', 'floating', 'all' or a function of a tensor"
+    message = f"expected {expected}, got {hoist!r}."
     raise StructureError(message)
 
 
 def _differentiable(t: Tensor) -> bool:
-    # What a running converted call gives in place of `t` counts as well: `t` itself is not read there.
+    # What a running converted call gives in place of `t` counts as well: `t` itself is not read
+    # there.
     given = resolve(t)
     return given is not t or _api.may_carry_derivative(given)
 
@@ -173,7 +179,7 @@ class Converted:
             return self._eagerly(*args)
         return self._call(args)
 
-    @_compat.eagerly
+    @_compat.eagerly  # type: ignore[untyped-decorator]
     def _eagerly(self, *args: Any) -> Any:
         return self._call(args)
 
@@ -188,19 +194,13 @@ class Converted:
         if any(id(x) in table for x in leaves):
             arguments = self._aliased(arguments, table)
             leaves = pytree.tree_leaves(arguments)
-        known = [x for x in leaves if isinstance(x, Tensor)]
-        known += [resolve(t) for t in self._declared]
+        read = [*(x for x in leaves if isinstance(x, Tensor)), *self._declared, *table.values()]
+        known = [resolve(t) for t in read]  # within another converted call, what that gives
         mode = self._mode(table, known)
         with self._memory(mode), mode.telling():
-            if self._replay is None:
-                out = self._fun(*arguments)
-            else:
-                out = self._replayed(arguments)
-        if type(out) is Tensor:
-            out = table.get(id(out), out)
-        else:
-            out = _replace_outputs(out, mode)
-        check_tape(outputs_of(out), [*known, *table.values()], mode.has_made, self._fun)
+            run = self._fun if self._replay is None else self._replayed
+            out = pytree.tree_map_only(Tensor, mode.replace, run(*arguments))
+        check_tape(outputs_of(out), known, mode.has_made, self._fun)
         return out
 
     def _memory(self, mode: Substitution) -> AbstractContextManager[Any]:
@@ -215,7 +215,8 @@ class Converted:
         return CarefulSubstitution(self._fun, table, known)
 
     def _table(self, args: tuple[Any, ...], n: int) -> dict[int, Tensor]:
-        """Which tensor to give for which captured one; raises where the hoisted values do not fit."""
+        """Which tensor to give for which captured one; raises where the hoisted values do not
+        fit."""
         keys = self._keys
         expected = max(n, 0) if self._structure is None else self._structure.count
         if n != expected:
@@ -244,7 +245,7 @@ class Converted:
         )
         return aliased
 
-    def _replayed(self, arguments: tuple[Any, ...]) -> Any:
+    def _replayed(self, *arguments: Any) -> Any:
         assert self._replay is not None  # noqa: S101 (for the type checker)
         state, generators = self._replay
         before = torch.get_rng_state()
@@ -265,7 +266,3 @@ def outputs_of(out: Any) -> list[Tensor]:
     if isinstance(out, Tensor):
         return [out]
     return [x for x in pytree.tree_leaves(out) if isinstance(x, Tensor)]
-
-
-def _replace_outputs(out: Any, mode: Watch) -> Any:
-    return pytree.tree_map_only(Tensor, mode.replace, out)

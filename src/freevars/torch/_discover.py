@@ -68,14 +68,7 @@ class Discovery(Watch):
         kwargs = kwargs or {}
         if func in _api.METADATA or func == _api.REQUIRES_GRAD:
             return func(*args, **kwargs)
-        if func in _api.BACKWARD and not (_compat.in_backward() or self.solvers):
-            self.refuse(_api.backward_message(self.fun))
-        if _compat.is_higher_order(func):
-            self.refuse(_api.higher_order_message(func, self.fun))
-        if func in _api.BATCH_STATISTICS:
-            message = _api.running_statistics_message(func, args, kwargs, self.is_foreign)
-            if message:
-                self.refuse(message)
+        self._refuse(func, args, kwargs)
         given = list(_api.tensors((args, kwargs)))
         for t in given:
             self.read(t)
@@ -92,13 +85,23 @@ class Discovery(Watch):
         finally:
             self.end(token)
         self.note(out)
+        self._note_memory(func, args, kwargs, out, factory=not given)
+        return out
+
+    def _refuse(self, func: Any, args: Any, kwargs: Any) -> None:
+        if func in _api.BACKWARD and not (_compat.in_backward() or self.solvers):
+            self.refuse(_api.backward_message(self.fun))
+        if _compat.is_higher_order(func):
+            self.refuse(_api.higher_order_message(func, self.fun))
+        if func in _api.BATCH_STATISTICS:
+            _api.refuse_running_statistics(self, func, args, kwargs)
+
+    def _note_memory(self, func: Any, args: Any, kwargs: Any, out: Any, *, factory: bool) -> None:
+        """Leaves that `fun` makes, and memory that the dispatch mode does not see being made."""
         if func in _api.MAKES_LEAF or kwargs.get("requires_grad"):
             self.leaves.append(args[0] if func in _api.MAKES_LEAF else out)
-        if not given and _api.is_factory(func):
+        if (factory and _api.is_factory(func)) or func is Tensor.__deepcopy__:
             self.made_keys.update(storage_key(t) for t in _api.tensors(out))
-        if func is Tensor.__deepcopy__:
-            self.made_keys.update(storage_key(t) for t in _api.tensors(out))
-        return out
 
     def read(self, t: Tensor) -> None:
         """The first read of a foreign tensor captures it."""
@@ -116,7 +119,8 @@ class Discovery(Watch):
             self.where[key] = caller()
 
     def _inner(self, t: Tensor) -> list[Tensor]:
-        """Every plain tensor that reading `t` may read, where converted calls stand below us too."""
+        """Every plain tensor that reading `t` may read, where converted calls stand below us
+        too."""
         found = _api.inner(t)
         given = _compat.resolve(t)
         return found if given is t else found + _api.inner(given)
@@ -138,10 +142,11 @@ class Discovery(Watch):
 
     def _refuse_new_leaf(self, func: Any, args: Any) -> None:
         t = args[0]
-        if id(t) in self.captured and not t.requires_grad and (len(args) < 2 or args[1]):
+        if id(t) in self.captured and not t.requires_grad and (args[1:] in {(), (True,)}):
             message = (
                 f"expected a function that leaves its captured values as they are, got "
-                f"{func.__name__} on {describe(t, self.fun, caller())}. Use t.detach().requires_grad_()."
+                f"{func.__name__} on {describe(t, self.fun, caller())}. Use "
+                "t.detach().requires_grad_()."
             )
             self.refuse(message)
 
@@ -216,13 +221,15 @@ class Discovery(Watch):
         if self._call is not None:
             seen = key in self._call
         else:
-            # Outside any call of the Python API: TorchScript reads the captured tensor itself, while
-            # leaving a torch.func transform reads views of what was seen before.
+            # Outside any call of the Python API: TorchScript reads the captured tensor itself,
+            # while leaving a torch.func transform reads views of what was seen before.
             seen = key in self.captured_keys and id(t) not in self.captured
         if not seen and (t.requires_grad or (self.constants and t.dim() > 0 and self.hoist(t))):
             message = (
-                f"expected every read of a captured tensor to go through PyTorch's Python API, got {func} "
-                f"reading {describe(t, self.fun)} below it, where it cannot be replaced. Pass that tensor "
+                "expected every read of a captured tensor to go through PyTorch's Python API, "
+                f"got {func} "
+                f"reading {describe(t, self.fun)} below it, where it cannot be replaced. Pass "
+                "that tensor "
                 "as an argument, or detach it to declare it constant."
             )
             self.refuse(message)
@@ -245,24 +252,25 @@ class Discovery(Watch):
         found = self.captured_keys.get(key, t) if argument is None else argument
         kind = "a captured tensor" if argument is None else "its argument"
         return (
-            f"expected a function that writes to its own intermediates only, got {func} writing in place to "
+            f"expected a function that writes to its own intermediates only, got {func} writing "
+            "in place to "
             f"{kind}: {describe(found, self.fun, caller())}. Nothing was written. Write to a clone."
         )
 
 
-class _Below(TorchDispatchMode):
+class _Below(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The dispatch mode, below autograd and torch.func."""
 
     supports_higher_order_operators = True
 
     def __init__(self, discovery: Discovery) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.discovery = discovery
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not isinstance(func, torch._ops.OpOverload):
+        if not _compat.is_operator(func):
             return func(*args, **(kwargs or {}))
-        with torch._C.DisableTorchFunction():
+        with _compat.unseen():
             return self.discovery.below(func, args, kwargs or {})
 
 
@@ -270,7 +278,7 @@ class _Below(TorchDispatchMode):
 def _written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
     """Position and name of the arguments that an operator writes to."""
     found = []
-    for i, argument in enumerate(func._schema.arguments):
+    for i, argument in enumerate(_compat.schema(func).arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             found.append((i, argument.name))
     return tuple(found)
@@ -280,8 +288,8 @@ def written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
     """The tensors that an operator is about to write to."""
     for i, name in _written_arguments(func):
         yield from _api.tensors(args[i] if i < len(args) else kwargs.get(name))
-    if "batch_norm" in func._schema.name and "backward" not in func._schema.name:
-        names = [argument.name for argument in func._schema.arguments]
+    if "batch_norm" in _compat.schema(func).name and "backward" not in _compat.schema(func).name:
+        names = [argument.name for argument in _compat.schema(func).arguments]
         given = dict(zip(names, args, strict=False)) | kwargs
         if given.get("training", given.get("train")):  # updates these, and declares no mutation
             yield from _api.tensors((given.get("running_mean"), given.get("running_var")))

@@ -28,18 +28,20 @@ class Flat:
         self._like = [(t.shape, t.dtype, t.numel() * (2 if t.is_complex() else 1)) for t in leaves]
 
     def ravel(self, x: Any, name: str) -> Tensor:
-        """One real vector of all parts of `x`; `name` is for the error where `x` is of another structure."""
+        """One real vector of all parts of `x`; `name` is for the error where `x` is of another
+        structure."""
         leaves = self.check(x, name)
         return torch.cat(
             [(torch.view_as_real(t) if t.is_complex() else t).reshape(-1) for t in leaves]
         )
 
     def check(self, x: Any, name: str) -> list[Tensor]:
-        """The parts of `x`; raises `StructureError` where they are not like those of the unknown."""
+        """The parts of `x`; raises `StructureError` where they are not like those of the
+        unknown."""
         return self._structure.check((x,), name)
 
     def unravel(self, x: Tensor) -> Any:
-        parts = x.split([n for _, _, n in self._like])
+        parts = torch.split(x, [n for _, _, n in self._like])
         leaves = []
         for part, (shape, dtype, _) in zip(parts, self._like, strict=True):
             leaves.append(

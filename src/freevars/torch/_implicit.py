@@ -1,18 +1,20 @@
 """The implicit function theorem as one differentiable operation.
 
-A problem has a residual `F(x, *values)` and a way to find `x` with `F = 0`. Where `F_x` is regular, `x`
-is a function of the values (Blondel et al. 2022, "Efficient and Modular Implicit Differentiation",
-eq. 2): `F_x dx + F_v dv = 0`. Hence, with cotangent `g` of `x` and tangents `t` of the values,
+A problem has a residual `F(x, *values)` and a way to find `x` with `F = 0`. Where `F_x` is
+regular, `x` is a function of the values (Blondel et al. 2022, "Efficient and Modular Implicit
+Differentiation", eq. 2): `F_x dx + F_v dv = 0`. Hence, with cotangent `g` of `x` and tangents `t`
+of the values,
 
     reverse:  F_x^T u = g,        cotangent of v = -F_v^T u
     forward:  F_x dx  = -F_v t
 
-Both linear systems are problems again, linear in the unknown, with values `(x, *values, g)`. So they are
-solved by the same operation, which makes derivatives of any order: nothing here is differentiated by
-hand twice. `x` in the formulas is the operation's own output, which depends on the values.
+Both linear systems are problems again, linear in the unknown, with values `(x, *values, g)`. So
+they are solved by the same operation, which makes derivatives of any order: nothing here is
+differentiated by hand twice. `x` in the formulas is the operation's own output, which depends on
+the values.
 
-The unknown is one real vector here. Not here: user functions, pytrees, checks (`_rules.py`), and how a
-linear system is solved (`_linear.py`).
+The unknown is one real vector here. Not here: user functions, pytrees, checks (`_rules.py`), and
+how a linear system is solved (`_linear.py`).
 """
 
 from collections.abc import Callable, Sequence
@@ -34,7 +36,7 @@ class Problem(Protocol):
     constants: frozenset[int]
     """The positions of values that the residual does not depend on, or not continuously."""
 
-    def residual(self, x: Tensor, *values: Tensor) -> Tensor:
+    def residual(self, x: Tensor, /, *values: Tensor) -> Tensor:
         """The optimality function, differentiable to any order."""
 
     def solve(self, x0: Tensor, values: tuple[Tensor, ...]) -> Tensor:
@@ -46,7 +48,7 @@ class Problem(Protocol):
 
 def implicit(problem: Problem, x0: Tensor, *values: Tensor) -> Tensor:
     """The root of `problem`, differentiable in the values to any order and in forward mode."""
-    out: Tensor = _Implicit.apply(problem, x0, *values)
+    out: Tensor = _Implicit.apply(problem, x0, *values)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -58,8 +60,8 @@ class Linear:
         self.transposed = transposed
         self.constants = frozenset(i + 1 for i in of.constants)
 
-    def residual(self, u: Tensor, x: Tensor, *rest: Tensor) -> Tensor:
-        values, b = rest[:-1], rest[-1]
+    def residual(self, u: Tensor, /, *given: Tensor) -> Tensor:
+        x, *values, b = given
         product = vjp if self.transposed else _product
         return product(lambda z: self.of.residual(z, *values), x, u) - b
 
@@ -73,13 +75,14 @@ class Linear:
 
 
 class _Implicit(torch.autograd.Function):
-    """Takes `(problem, x0, *values)`, gives `x`. `x0` gets no derivative: the root does not depend on it."""
+    """Takes `(problem, x0, *values)`, gives `x`. `x0` gets no derivative: the root does not
+    depend on it."""
 
     @staticmethod
     def forward(problem: Problem, x0: Tensor, *values: Tensor) -> Tensor:
         # The solver may use autograd as it likes: it sees copies without history.
         plain = tuple(v.detach() for v in values)
-        with _compat.solver_running(), torch.inference_mode(mode=False), torch.enable_grad():  # type: ignore[no-untyped-call]
+        with _compat.solver_running(), torch.inference_mode(mode=False), torch.enable_grad():
             return problem.solve(x0.detach(), plain).detach()
 
     @staticmethod
@@ -104,10 +107,11 @@ class _Implicit(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        # PyTorch calls this with forward mode off, which would also lose the tangents of every outer
-        # transform. On again, the tangents of this one must be taken off, or this rule calls itself.
-        primal = torch.autograd.forward_ad.unpack_dual
-        with torch.autograd.forward_ad._set_fwd_grad_enabled(True):
+        # PyTorch calls this with forward mode off, which would also lose the tangents of every
+        # outer transform. On again, the tangents of this one must be taken off, or this rule
+        # calls itself.
+        primal = _compat.primal_and_tangent
+        with _compat.forward_mode(True):
             x, *values = (primal(t).primal for t in ctx.saved_tensors)
             wanted = [i for i in _continuous(ctx.problem, values) if tangents[i + 2] is not None]
             some = [primal(tangents[i + 2]).primal for i in wanted]
@@ -167,7 +171,8 @@ def _vjps(fun: Fun, inputs: Sequence[Tensor], cotangent: Tensor) -> Sequence[Ten
         return grads
     again = torch.is_grad_enabled()
     with torch.enable_grad():
-        # A tensor of a transform that is over may say that it requires grad while its alias does not.
+        # A tensor of a transform that is over may say that it requires grad while its alias does
+        # not.
         aliases = [t.view_as(t) for t in inputs]
         aliases = [t if t.requires_grad else t.detach().requires_grad_() for t in aliases]
         out = fun(*aliases)
@@ -179,7 +184,8 @@ def _vjps(fun: Fun, inputs: Sequence[Tensor], cotangent: Tensor) -> Sequence[Ten
 
 
 def jvp(fun: Fun, inputs: Sequence[Tensor], tangents: Sequence[Tensor], *, like: Tensor) -> Tensor:
-    """`J t`, as the derivative of `u -> J^T u`, which is linear; `like` has the shape of the result."""
+    """`J t`, as the derivative of `u -> J^T u`, which is linear; `like` has the shape of the
+    result."""
     if not inputs:
         return torch.zeros_like(like)
 

@@ -1,7 +1,7 @@
 """Linear systems `A u = b` of a rule: direct while small, matrix-free beyond.
 
-Around n = 100 unknowns on a CPU, n products with a derivative and one factorisation cost as much as an
-iteration without the matrix. A singular matrix is an error, or what the user chose.
+Around n = 100 unknowns on a CPU, n products with a derivative and one factorisation cost as much
+as an iteration without the matrix. A singular matrix is an error, or what the user chose.
 
 Not here: where `A` comes from (`_rules.py`), derivatives of the solution (`_implicit.py`).
 """
@@ -66,16 +66,18 @@ class Dense:
 
     def solve(self, b: Tensor, *, transposed: bool) -> Tensor:
         if self._factors is None:
-            return (self._pseudo_inverse.T if transposed else self._pseudo_inverse) @ b
-        return torch.linalg.lu_solve(*self._factors, b[:, None], adjoint=transposed)[:, 0]
+            inverse: Tensor = self._pseudo_inverse
+            return (inverse.T if transposed else inverse) @ b
+        u: Tensor = torch.linalg.lu_solve(*self._factors, b[:, None], adjoint=transposed)
+        return u[:, 0]
 
     def size_of_step(self, f: Tensor) -> float:
         return float(torch.linalg.vector_norm(self.solve(f, transposed=False)))
 
 
 class MatrixFree:
-    """A system by its products: conjugate gradients where it is symmetric and positive, GMRES elsewhere,
-    or the user's own solver."""
+    """A system by its products: conjugate gradients where it is symmetric and positive, GMRES
+    elsewhere, or the user's own solver."""
 
     def __init__(
         self,
@@ -103,8 +105,10 @@ class MatrixFree:
         if left <= tolerance(b.dtype):
             return u
         message = (
-            f"{self._name}: expected the system of the derivative, with {len(b)} unknowns, to be solved "
-            f"to a relative residual of {tolerance(b.dtype):.1e}, got {left:.1e}. It may be singular; "
+            f"{self._name}: expected the system of the derivative, with {len(b)} unknowns, to "
+            "be solved "
+            f"to a relative residual of {tolerance(b.dtype):.1e}, got {left:.1e}. It may be "
+            "singular; "
             "else give linear_solve=, a solver that suits it."
         )
         raise SingularError(message)
@@ -121,8 +125,8 @@ class MatrixFree:
 
 
 def conjugate_gradients(matvec: MatVec, b: Tensor, relative: float) -> Tensor | None:
-    """Hestenes and Stiefel 1952, to a residual relative to |b|. None where the matrix shows itself not
-    positive."""
+    """Hestenes and Stiefel 1952, to a residual relative to |b|. None where the matrix shows
+    itself not positive."""
     u, r = torch.zeros_like(b), b
     p, rr = r, torch.dot(r, r)
     stop = relative**2 * float(rr)
@@ -162,7 +166,8 @@ def gmres(
 def _arnoldi(
     matvec: MatVec, first: Tensor, steps: int, small: float
 ) -> tuple[list[Tensor], Tensor]:
-    """An orthonormal basis of the Krylov space and the Hessenberg matrix, one row longer than wide."""
+    """An orthonormal basis of the Krylov space and the Hessenberg matrix, one row longer than
+    wide."""
     basis = [first]
     h = torch.zeros(steps + 1, steps, dtype=first.dtype, device=first.device)
     for j in range(steps):

@@ -36,7 +36,7 @@ def reachable(fun: Any) -> dict[int, tuple[str, Tensor]]:
     return names
 
 
-def _children(value: Any, name: str) -> Iterator[tuple[Any, str]]:
+def _children(value: Any, name: str) -> Iterator[tuple[Any, str]]:  # noqa: C901 (a case a line)
     if isinstance(value, types.FunctionType):
         yield from _of_function(value)
     elif isinstance(value, types.MethodType):
@@ -88,7 +88,7 @@ def _of_object(value: Any, name: str) -> Iterator[tuple[Any, str]]:
     if isinstance(value, torch.nn.Module):
         for prefix, module in value.named_modules():
             stem = name + "".join(_step(part) for part in prefix.split(".") if part)
-            for key, x in (*module._parameters.items(), *module._buffers.items()):
+            for key, x in (*module._parameters.items(), *module._buffers.items()):  # noqa: SLF001
                 yield x, f"{stem}.{key}"
             for key, x in vars(module).items():
                 if key not in {"_parameters", "_buffers", "_modules"}:
@@ -100,7 +100,7 @@ def _of_object(value: Any, name: str) -> Iterator[tuple[Any, str]]:
         slot = getattr(type(value), key, None)
         if isinstance(slot, types.MemberDescriptorType) and hasattr(value, key):
             yield getattr(value, key), f"{name or 'self'}.{key}"
-    call = getattr(type(value), "__call__", None)
+    call = vars(type(value)).get("__call__")
     if isinstance(call, types.FunctionType):
         yield call, name
 
@@ -119,7 +119,7 @@ def describe(value: Tensor, fun: Any, where: str | None = None) -> str:
 
 def caller() -> str | None:
     """`file:line` of the innermost frame that is neither PyTorch's nor ours."""
-    frame = sys._getframe(1)
+    frame = sys._getframe(1)  # noqa: SLF001 (no public way to walk frames is as cheap)
     step: types.FrameType | None = frame
     while step is not None:
         file = step.f_code.co_filename

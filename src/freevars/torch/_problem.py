@@ -76,7 +76,8 @@ class Problem:
     # --- the function
 
     def _arguments(self, values: Sequence[Tensor]) -> tuple[Any, Any, dict[str, Any]]:
-        """Positional and keyword arguments of `fun`, and the solver's options, with the given values."""
+        """Positional and keyword arguments of `fun`, and the solver's options, with the given
+        values."""
         leaves = list(self._leaves)
         for i, t in zip(self._where, values, strict=False):
             leaves[i] = t
@@ -88,7 +89,7 @@ class Problem:
         out = self.converted(self.unknown.unravel(x), args, kwargs, *values[len(self._where) :])
         return out[0] if self.rule.has_aux else out
 
-    def residual(self, x: Tensor, *values: Tensor) -> Tensor:
+    def residual(self, x: Tensor, /, *values: Tensor) -> Tensor:
         """The optimality function: `fun`, its gradient, or the step of its iteration."""
         if self.rule.kind == "argmin":
             return vjp(
@@ -98,17 +99,20 @@ class Problem:
         return out - x if self.rule.kind == "fixed_point" else out
 
     def _check_result(self) -> None:
-        """What `fun` returned on the example, against what the rule needs, before the solver runs."""
+        """What `fun` returned on the example, against what the rule needs, before the solver
+        runs."""
         out, name = self.converted.out_struct, called(self.converted)
         if self.rule.has_aux:
             if not isinstance(out, tuple) or len(out) != 2:  # noqa: PLR2004
-                message = f"has_aux=True expected {name} to return (value, aux), got {Structure.shown(out)}."
+                got = Structure.shown(out)
+                message = f"has_aux=True expected {name} to return (value, aux), got {got}."
                 raise StructureError(message)
             out = out[0]
         if self.rule.kind != "argmin":
             self.unknown.check(out, f"the result of {name}")
         elif not isinstance(out, Tensor) or out.shape != () or not out.is_floating_point():
-            message = f"argmin expected {name} to return a real scalar tensor, got {Structure.shown(out)}."
+            got = Structure.shown(out)
+            message = f"argmin expected {name} to return a real scalar tensor, got {got}."
             raise StructureError(message)
 
     # --- the solver
@@ -133,7 +137,7 @@ class Problem:
                 parameter.name == "args" and args
             ):
                 given[parameter.name] = args
-        call = inspect.BoundArguments(self.bound.signature, given)  # type: ignore[arg-type]
+        call = inspect.BoundArguments(self.bound.signature, given)
         out = self.rule.solver(*call.args, **call.kwargs)
         if self.rule.has_aux:
             out, self.aux = out
@@ -152,7 +156,8 @@ class Problem:
             return torch.full_like(b, float("nan"))
 
     def _system(self, x: Tensor, values: tuple[Tensor, ...]) -> System:
-        """The derivative of the residual at `x`, checked; the backward passes of one call share it."""
+        """The derivative of the residual at `x`, checked; the backward passes of one call share
+        it."""
         key = (x, *values)
         if self._known is not None and all(map(torch.equal, self._known[0], key)):
             return self._known[1]
@@ -174,9 +179,11 @@ class Problem:
         step = system.size_of_step(f) / max(1.0, float(torch.linalg.vector_norm(x)))
         if not step <= tolerance(x.dtype):
             message = (
-                f"{self.rule.name}: the solver did not converge: a Newton step from its result would still "
+                f"{self.rule.name}: the solver did not converge: a Newton step from its result "
+                "would still "
                 f"move it by {step:.1e}, relative to its norm (absolute below norm 1); up to "
-                f"{tolerance(x.dtype):.1e} is accepted. Let it run longer, or declare the result good with "
+                f"{tolerance(x.dtype):.1e} is accepted. Let it run longer, or declare the "
+                "result good with "
                 "check=False."
             )
             raise NotASolutionError(message)

@@ -3,9 +3,9 @@
     @argmin
     def minimize(objective, x0): ...          # torch.optim, scipy, by hand: anything
 
-The decorated solver converts the function it is given, runs the solver on tensors without history, and
-attaches the implicit function theorem (`_implicit.py`) at the solution. Not here: one call of a solver
-as a problem (`_problem.py`), linear systems (`_linear.py`).
+The decorated solver converts the function it is given, runs the solver on tensors without
+history, and attaches the implicit function theorem (`_implicit.py`) at the solution. Not here:
+one call of a solver as a problem (`_problem.py`), linear systems (`_linear.py`).
 """
 
 import functools
@@ -36,8 +36,9 @@ class ImplicitSolver:
         functools.update_wrapper(self, solver, updated=())
         self._rule = Rule(kind, solver, called(solver), **options)
         self._signature = inspect.signature(solver)
-        if len(self._signature.parameters) < 2:
-            message = f"expected a solver that takes (fun, x0, ...), got {called(solver)}{self._signature}."
+        if len(self._signature.parameters) < len(("fun", "x0")):
+            got = f"{called(solver)}{self._signature}"
+            message = f"expected a solver that takes (fun, x0, ...), got {got}."
             raise StructureError(message)
 
     def __repr__(self) -> str:
@@ -65,8 +66,8 @@ def _sort_arguments(
 ) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
     """The extra arguments of `fun`, and the solver's own options.
 
-    What a solver collects in `*args` and `**kwargs`, or takes as a tuple named `args` as scipy's do, it
-    passes on to `fun`; what it names is its own.
+    What a solver collects in `*args` and `**kwargs`, or takes as a tuple named `args` as scipy's
+    do, it passes on to `fun`; what it names is its own.
     """
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
@@ -99,26 +100,29 @@ def argmin(
 ) -> Any:
     """Attaches the derivative of a minimiser `x = argmin fun(x, *args)` to a solver.
 
-    The decorated solver is called as before and returns what it returned before, now a differentiable
-    function of everything that `fun` captures and of the extra arguments that the solver passes on to
-    `fun`: what its signature collects in `*args` and `**kwargs`, or a tuple named `args`. To any order,
-    in reverse and forward mode, under every torch.func transform. Everything else in its signature is an
-    option of its own and gets no derivative, and neither does `x0`. The solver sees tensors without
-    history, so its own use of autograd touches no `.grad` of the caller.
+    The decorated solver is called as before and returns what it returned before, now a
+    differentiable function of everything that `fun` captures and of the extra arguments that the
+    solver passes on to `fun`: what its signature collects in `*args` and `**kwargs`, or a tuple
+    named `args`. To any order, in reverse and forward mode, under every torch.func transform.
+    Everything else in its signature is an option of its own and gets no derivative, and neither
+    does `x0`. The solver sees tensors without history, so its own use of autograd touches no
+    `.grad` of the caller.
 
     Args:
-        solver: `solver(fun, x0, ...)` takes any pytree of real or complex tensors and returns `x` of the
-            structure of `x0`. It may leave PyTorch. `torch.func.vmap` runs it once for each element.
-        has_aux: the solver returns `(x, aux)`, and `fun` returns `(value, aux)`; aux has no derivative.
-        linear_solve: a callable `solve(matvec, b)` on real vectors (a complex unknown counts as two) for
-            the systems of the derivative. By default a factorisation up to 100 unknowns; beyond,
-            conjugate gradients for `argmin`, GMRES else.
-        on_failure: what happens where a derivative is taken that cannot be trusted: the solver did not
-            converge (a Newton step from its result would move it by more than the fourth root of the
-            dtype's spacing, relative to the norm of x, absolute below 1), the result is not finite, or
-            the system is singular (reciprocal condition number below 10 n eps). "raise": an error. "nan":
-            a derivative of NaN. "least_squares": the shortest solution of a singular system of up to 100
-            unknowns, and as "raise" for the rest.
+        solver: `solver(fun, x0, ...)` takes any pytree of real or complex tensors and returns `x`
+            of the structure of `x0`. It may leave PyTorch. `torch.func.vmap` runs it once for
+            each element.
+        has_aux: the solver returns `(x, aux)`, and `fun` returns `(value, aux)`; aux has no
+        derivative.
+        linear_solve: a callable `solve(matvec, b)` on real vectors (a complex unknown counts as
+            two) for the systems of the derivative. By default a factorisation up to 100 unknowns;
+            beyond, conjugate gradients for `argmin`, GMRES else.
+        on_failure: what happens where a derivative is taken that cannot be trusted: the solver
+            did not converge (a Newton step from its result would move it by more than the fourth
+            root of the dtype's spacing, relative to the norm of x, absolute below 1), the result
+            is not finite, or the system is singular (reciprocal condition number below 10 n eps).
+            "raise": an error. "nan": a derivative of NaN. "least_squares": the shortest solution
+            of a singular system of up to 100 unknowns, and as "raise" for the rest.
         check: False leaves the first two out; it costs one more right-hand side.
 
     Raises:
@@ -126,8 +130,8 @@ def argmin(
         StructureError: the solver or `fun` returned another structure than expected.
         CaptureError: as `closure_convert` does.
 
-    The mathematics: the implicit function theorem; Blondel et al. 2022, "Efficient and Modular Implicit
-    Differentiation".
+    The mathematics: the implicit function theorem; Blondel et al. 2022, "Efficient and Modular
+    Implicit Differentiation".
 
     Example:
         >>> @argmin

@@ -60,7 +60,8 @@ class Structure:
 
 
 class _Leaf:
-    """What one leaf must be like: a tensor's shape, dtype and device; a number's type; else a value."""
+    """What one leaf must be like: a tensor's shape, dtype and device; a number's type; else a
+    value."""
 
     def __init__(self, x: Any) -> None:
         self.kind = type(x)

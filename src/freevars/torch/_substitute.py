@@ -1,14 +1,14 @@
 """Substitution: run `fun` with other tensors where it reads the captured ones.
 
 One function mode replaces arguments by identity, for the time of one call and on one thread. What
-happens later, in a backward pass, runs under the same mode again (`Watch.resume`). A tape walk after
-the call catches what came past it.
+happens later, in a backward pass, runs under the same mode again (`Watch.resume`). A tape walk
+after the call catches what came past it.
 
 Not here: finding out what is captured (`_discover.py`).
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ class Substitution(Watch):
         if func in _SPECIAL or kwargs or type(func) not in _BUILTINS:
             return self._special(func, args, kwargs or {})
         get = self.table.get
-        given = [self.replace(a) if type(a) in _api.CONTAINERS else get(id(a), a) for a in args]
+        given = [get(id(a), a) if type(a) in _api.PLAIN else self.replace(a) for a in args]
         if given and given[0] is not args[0]:
             self._refuse_write(func, args[0])
         return func(*given)
@@ -57,15 +57,10 @@ class Substitution(Watch):
             self.refuse(_api.backward_message(self.fun))
         if _compat.is_higher_order(func):
             self.refuse(_api.higher_order_message(func, self.fun))
-        new_args, new_kwargs = self.replace(args), self.replace(kwargs)
         if kind == "statistics":
-            message = _api.running_statistics_message(func, args, kwargs, self.is_foreign)
-            if message:
-                self.refuse(message)
-        if args and self._differs(new_args[0], args[0]):
-            self._refuse_write(func, args[0])
-        if self._differs(new_kwargs.get("out"), kwargs.get("out")):
-            self._refuse_write(None, kwargs["out"])
+            _api.refuse_running_statistics(self, func, args, kwargs)
+        new_args, new_kwargs = self.replace(args), self.replace(kwargs)
+        self._refuse_writes(func, (args, kwargs), (new_args, new_kwargs))
         if _api.is_python(func):
             new_args, new_kwargs = _api.resumed(self, new_args), _api.resumed(self, new_kwargs)
         out = func(*new_args, **new_kwargs)
@@ -75,20 +70,28 @@ class Substitution(Watch):
             _compat.keep_watching_backward(out, self)
         return out
 
+    def _refuse_writes(self, func: Any, old: Any, new: Any) -> None:
+        (args, kwargs), (new_args, new_kwargs) = old, new
+        if args and self._differs(new_args[0], args[0]):
+            self._refuse_write(func, args[0])
+        if self._differs(new_kwargs.get("out"), kwargs.get("out")):
+            self._refuse_write(None, kwargs["out"])
+
     def replace(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             return self.table.get(id(value), value)
-        if isinstance(value, tuple):
+        if isinstance(value, tuple | list):
             new = [self.replace(x) for x in value]
             if all(a is b for a, b in zip(new, value, strict=True)):
                 return value
-            return type(value)(*new) if hasattr(value, "_fields") else _rebuilt(value, new)
-        if type(value) is list:
-            return [self.replace(x) for x in value]
+            if hasattr(value, "_fields"):
+                return type(value)(*new)
+            return new if isinstance(value, list) else type(value)(new)
         if isinstance(value, dict):
-            if all(not isinstance(x, Tensor | tuple | list | dict) for x in value.values()):
-                return value
-            return type(value)((k, self.replace(x)) for k, x in value.items())
+            changed = {k: y for k, x in value.items() if (y := self.replace(x)) is not x}
+            return value | changed if changed else value
+        if isinstance(value, slice):
+            return slice(*(self.replace(x) for x in (value.start, value.stop, value.step)))
         return value
 
     def given(self, t: Tensor) -> Tensor:
@@ -129,7 +132,8 @@ class Substitution(Watch):
         return tuple(_api.resumed(self, self.replace(args)))
 
     def _checkpointed(self, fun: Any, preserve: Any, *inputs: Any) -> tuple[Any, ...]:
-        """Reentrant checkpointing returns derivatives of its inputs only: the given values become some."""
+        """Reentrant checkpointing returns derivatives of its inputs only: the given values become
+        some."""
         keys = tuple(self.table)
         given = tuple(self.table.values())
 
@@ -142,8 +146,8 @@ class Substitution(Watch):
 
 
 class CarefulSubstitution(Substitution):
-    """Also refuses to read a tensor that is differentiable and not hoisted, where no tape would tell:
-    without gradient mode, in forward mode, under a torch.func transform."""
+    """Also refuses to read a tensor that is differentiable and not hoisted, where no tape would
+    tell: without gradient mode, in forward mode, under a torch.func transform."""
 
     def __init__(self, fun: Any, table: dict[int, Tensor], known: Iterable[Tensor]) -> None:
         super().__init__(fun, table)
@@ -181,12 +185,12 @@ class CarefulSubstitution(Substitution):
         return tuple(_api.resumed(self, (fun, preserve, *self.replace(inputs))))
 
 
-class MadeMemory(TorchDispatchMode):
-    """Which memory was made while `fun` ran. Dear, so only for functions that make leaves of their own
-    in a way that function modes do not see (`torch.nn.Parameter`)."""
+class MadeMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Which memory was made while `fun` ran. Dear, so only for functions that make leaves of
+    their own in a way that function modes do not see (`torch.nn.Parameter`)."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._keys: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -202,16 +206,12 @@ class MadeMemory(TorchDispatchMode):
 _BUILTINS = frozenset({type(torch.add), type(Tensor.add), type(Tensor.__add__), type(len)})
 
 
-def _rebuilt(value: tuple[Any, ...], new: Sequence[Any]) -> Any:
-    return tuple(new) if type(value) is tuple else type(value)(new)  # type: ignore[call-arg]
-
-
 def check_tape(
     outputs: Iterable[Tensor], known: Iterable[Tensor], made: Callable[[Tensor], bool], fun: Any
 ) -> None:
-    """Refuses outputs whose tape ends in a tensor that is neither one of `known` nor `made` by `fun`: a
-    captured tensor that was read where nothing could see or replace it. With torch.func there is one
-    tape a level."""
+    """Refuses outputs whose tape ends in a tensor that is neither one of `known` nor `made` by
+    `fun`: a captured tensor that was read where nothing could see or replace it. With torch.func
+    there is one tape a level."""
     stops: set[tuple[Any, int]] = set()
     leaves: set[int] = set()
     for t in known:
@@ -221,7 +221,7 @@ def check_tape(
                 leaves.add(id(u))
             else:
                 stops.add((node, u.output_nr))
-    stack = [
+    stack: list[tuple[Any, int]] = [
         (u.grad_fn, u.output_nr)
         for t in outputs
         for u in _compat.unwrap(t)
@@ -245,7 +245,10 @@ def check_tape(
 
 def not_hoisted(t: Tensor, fun: Any) -> str:
     return (
-        "expected to read the hoisted values and the arguments only, got a tensor that could carry a "
-        f"derivative and was not hoisted: {describe(t, fun, caller())}. The example arguments did not lead "
-        "to this branch: convert again with arguments that do, or detach the tensor to declare it constant."
+        "expected to read the hoisted values and the arguments only, got a tensor that could "
+        "carry a "
+        f"derivative and was not hoisted: {describe(t, fun, caller())}. The example arguments "
+        "did not lead "
+        "to this branch: convert again with arguments that do, or detach the tensor to declare "
+        "it constant."
     )
