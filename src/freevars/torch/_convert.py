@@ -199,7 +199,11 @@ class Converted:
         mode = self._mode(table, known)
         with self._memory(mode), mode.telling():
             run = self._fun if self._replay is None else self._replayed
-            out = pytree.tree_map_only(Tensor, mode.replace, run(*arguments))
+            out = run(*arguments)
+        if type(out) is Tensor:  # no pytree walk for a plain tensor
+            out = table.get(id(out), out)
+        else:
+            out = pytree.tree_map_only(Tensor, mode.replace, out)
         check_tape(outputs_of(out), known, mode.has_made, self._fun)
         return out
 

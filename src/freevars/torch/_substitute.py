@@ -212,35 +212,34 @@ def check_tape(
     """Refuses outputs whose tape ends in a tensor that is neither one of `known` nor `made` by
     `fun`: a captured tensor that was read where nothing could see or replace it. With torch.func
     there is one tape a level."""
+    levels = _compat.unwrap if _compat.functorch_active() else _only
     stops: set[tuple[Any, int]] = set()
     leaves: set[int] = set()
     for t in known:
-        for u in _compat.unwrap(t):
+        for u in levels(t):
             node = u.grad_fn
             if node is None:
                 leaves.add(id(u))
             else:
                 stops.add((node, u.output_nr))
-    stack: list[tuple[Any, int]] = [
-        (u.grad_fn, u.output_nr)
-        for t in outputs
-        for u in _compat.unwrap(t)
-        if u.grad_fn is not None
-    ]
-    seen: set[Any] = set()
-    while stack:
-        edge = stack.pop()
-        if edge in stops or edge[0] in seen:
-            continue
+    edges: list[tuple[Any, int]] = [(u.grad_fn, u.output_nr) for t in outputs for u in levels(t)]
+    seen: set[Any] = {None}
+    for edge in edges:  # grows while it is walked
         node = edge[0]
+        if node in seen or edge in stops:
+            continue
         seen.add(node)
         following = node.next_functions
         if following:
-            stack.extend(e for e in following if e[0] is not None)
+            edges += following
         elif hasattr(node, "variable"):
-            t = node.variable
-            if id(t) not in leaves and not made(t):
-                raise CaptureError(not_hoisted(t, fun))
+            leaf = node.variable
+            if id(leaf) not in leaves and not made(leaf):
+                raise CaptureError(not_hoisted(leaf, fun))
+
+
+def _only(t: Tensor) -> tuple[Tensor]:
+    return (t,)
 
 
 def not_hoisted(t: Tensor, fun: Any) -> str:
