@@ -44,9 +44,18 @@ class System(NamedTuple):
     asymmetry: Any
 
 
-def check_linear_solve(linear_solve: LinearSolve) -> None:
-    """Refuse what is neither a lineax solver nor a function."""
-    if linear_solve is None or _is_lineax(linear_solve):
+def check_linear_solve(linear_solve: LinearSolve, *, least_squares: bool) -> None:
+    """Refuse what is neither a lineax solver nor a function, or finds no shortest solution."""
+    if linear_solve is None:
+        return
+    if _is_lineax(linear_solve):
+        lx = _lineax()
+        if least_squares and not isinstance(linear_solve, (lx.SVD, lx.LSMR)):
+            msg = (
+                'on_failure="least_squares" needs a linear solver that finds the shortest solution of'
+                f" a singular system: None, lineax.SVD() or lineax.LSMR(...), got {linear_solve!r}."
+            )
+            raise ValueError(msg)
         return
     if isinstance(linear_solve, type) or not callable(linear_solve):
         msg = (
@@ -71,7 +80,9 @@ def prepare(
     know it, and is checked; `least_squares` says that there may be no exact solution.
     """
     if linear_solve is not None and not _is_lineax(linear_solve):
-        return _matrix_free(matvec, example, linear_solve, check=check)
+        return _matrix_free(
+            matvec, example, linear_solve, check=check, least_squares=least_squares
+        )
     lx = _lineax()
     solver = linear_solve
     if solver is None:
@@ -81,7 +92,7 @@ def prepare(
     if not isinstance(solver, (lx.CG, lx.BiCGStab, lx.GMRES, lx.LSMR, lx.Normal)):
         check = check and not least_squares
         return _direct(matvec, example, solver, symmetric=symmetric, check=check)
-    # Only a solver for symmetric systems rests on symmetry, and only its transpose may.
+    # Only a solver for symmetric systems rests on symmetry.
     symmetric = symmetric and isinstance(solver, lx.CG)
     tags = lx.positive_semidefinite_tag if symmetric else frozenset()
 
@@ -172,25 +183,39 @@ def _matrix_free(
         return jnp.where(good, x, jnp.nan)
 
     def linear(b: Vector) -> Vector:
-        return jax.lax.custom_linear_solve(matvec, b, checked, checked, symmetric=symmetric)
+        # Not told to be symmetric: then the solution of the transposed system is checked in that.
+        return jax.lax.custom_linear_solve(matvec, b, checked, checked)
 
+    nan = jnp.full((), jnp.nan, dtype)
+    if not check:
+        return System(linear, lambda _: nan, nan, nan, nan, nan)
     constant = jax.lax.stop_gradient
-    nan = asymmetry = jnp.full((), jnp.nan, dtype)
     u, v = _probe(example.size, dtype, 0), _probe(example.size, dtype, 1)
-    au = constant(matvec(u))
-    if check and symmetric:
-        av = constant(matvec(v))
+    au, av = constant(matvec(u)), constant(matvec(v))
+    size = jnp.linalg.norm(au) / jnp.linalg.norm(u)
+    asymmetry = rcond = residual = nan
+    if symmetric:
         scale = jnp.linalg.norm(u) * jnp.linalg.norm(av) + jnp.linalg.norm(v) * jnp.linalg.norm(au)
         asymmetry = jnp.where(scale > 0, jnp.abs(u @ av - v @ au) / scale, 0.0)
-    size = jnp.linalg.norm(au) / jnp.linalg.norm(u)
-    # The size of a solution is only estimated here: a solve would cost as much as the derivative.
-    return System(linear, lambda b: jnp.linalg.norm(b) / size, size, nan, nan, asymmetry)
+    if least_squares:
+        inverse_size = 1 / size
+    else:
+        x = constant(jax.lax.custom_linear_solve(matvec, v, solve, solve))
+        inverse_size = jnp.linalg.norm(x) / jnp.linalg.norm(v)
+        rcond = 1 / (size * inverse_size)
+        residual = jnp.linalg.norm(constant(matvec(x)) - v) / jnp.linalg.norm(v)
+        residual = jnp.where(jnp.isfinite(residual), residual, jnp.inf)
+
+    def size_of(b: Vector) -> Any:
+        # Estimated: a solve of its own would cost as much as the derivative.
+        return jnp.linalg.norm(b) * inverse_size
+
+    return System(linear, size_of, size, rcond, residual, asymmetry)
 
 
 def _probe(n: int, dtype: Any, seed: int) -> Vector:
-    """A fixed vector of random signs: no direction is special to it."""
-    bits = jax.random.bernoulli(jax.random.key(seed, impl="threefry2x32"), shape=(n,))
-    return jnp.where(bits, 1.0, -1.0).astype(dtype)
+    """A fixed random vector: no direction is special to it."""
+    return jax.random.normal(jax.random.key(seed, impl="threefry2x32"), (n,), dtype)
 
 
 def _lineax() -> Any:

@@ -72,7 +72,7 @@ class ImplicitSolver:
         if on_failure not in ("raise", "nan", "least_squares"):
             msg = f'on_failure: expected "raise", "nan" or "least_squares", got {on_failure!r}.'
             raise ValueError(msg)
-        _linear.check_linear_solve(linear_solve)
+        _linear.check_linear_solve(linear_solve, least_squares=on_failure == "least_squares")
         self._signature = SolverSignature(solver)
         functools.update_wrapper(self, solver, updated=())
         if not hasattr(solver, "__name__"):  # a partial, or an object that is called
