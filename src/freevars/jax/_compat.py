@@ -26,6 +26,7 @@ from jax._src.lax.lax import _convert_element_type
 from jax._src.lax.lax import convert_element_type_p as _convert_p
 from jax._src.sharding_impls import UNSPECIFIED
 from jax.custom_derivatives import SymbolicZero
+from jax.experimental.buffer_callback import buffer_callback
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var, jaxpr_as_fun
 
 if TYPE_CHECKING:
@@ -274,3 +275,31 @@ def has_custom_vjp(jaxpr: Any) -> bool:
         or any(has_custom_vjp(getattr(j, "jaxpr", j)) for j in nested_programs(eqn))
         for eqn in jaxpr.eqns
     )
+
+
+def host_call(callback: Any, results: Sequence[Any], *args: Any) -> list[Any]:
+    """Call `callback(*args) -> arrays` on NumPy arrays from inside a program.
+
+    `jax.pure_callback` first makes JAX arrays of the operands, and waiting for these inside a callback
+    is one of the ways to a deadlock. On a CPU the experimental `buffer_callback` hands the memory over
+    as it is; elsewhere the operands have to be copied from the device anyway.
+    """
+    results = tuple(results)
+    if jax.default_backend() != "cpu":
+        return list(jax.pure_callback(lambda *a: _checked(callback(*a), results), results, *args))
+
+    def on_buffers(_: Any, out: Any, *buffers: Any) -> None:
+        values = callback(*[np.asarray(b) for b in buffers])
+        for target, value in zip(out, values, strict=True):
+            np.asarray(target)[...] = value
+
+    return list(buffer_callback(on_buffers, results)(*args))
+
+
+def _checked(values: Sequence[Any], results: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(np.asarray(v, r.dtype) for v, r in zip(values, results, strict=True))
+
+
+def computes_now() -> bool:
+    """Whether an operation on known values gives a value, and not a step of a program under way."""
+    return not isinstance(jax.lax.neg(np.float32(0)), Tracer)

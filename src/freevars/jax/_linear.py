@@ -52,8 +52,9 @@ def check_linear_solve(linear_solve: LinearSolve, *, least_squares: bool) -> Non
         lx = _lineax()
         if least_squares and not isinstance(linear_solve, (lx.SVD, lx.LSMR)):
             msg = (
-                'on_failure="least_squares" needs a linear solver that finds the shortest solution of'
-                f" a singular system: None, lineax.SVD() or lineax.LSMR(...), got {linear_solve!r}."
+                'on_failure="least_squares" needs a linear solver that finds the shortest solution'
+                " of a singular system: None, lineax.SVD() or lineax.LSMR(...), got"
+                f" {linear_solve!r}."
             )
             raise ValueError(msg)
         return
@@ -80,9 +81,7 @@ def prepare(
     know it, and is checked; `least_squares` says that there may be no exact solution.
     """
     if linear_solve is not None and not _is_lineax(linear_solve):
-        return _matrix_free(
-            matvec, example, linear_solve, check=check, least_squares=least_squares
-        )
+        return _matrix_free(matvec, example, linear_solve, check=check, least_squares=least_squares)
     lx = _lineax()
     solver = linear_solve
     if solver is None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jax import tree_util
 
 from freevars.jax import _compat
 from freevars.jax._closure import Closure
 from freevars.jax._sealed import seal, unseal
 
-__all__ = ["Problem"]
+__all__ = ["Problem", "count"]
 
 
 class Problem(NamedTuple):
@@ -50,6 +51,11 @@ class Problem(NamedTuple):
         args, kwargs = unseal((self.args, self.kwargs))
         return args, kwargs
 
+    def has_aux(self, wanted: int) -> bool:
+        """Whether the function returns `(value, aux)`, with a value of so many real numbers."""
+        out = self.fun.out_struct
+        return isinstance(out, tuple) and len(out) == 2 and count(out[0]) == wanted  # noqa: PLR2004
+
     def value(self, x: Any, *, has_aux: bool) -> Any:
         """The value of the function, without its aux."""
         args, kwargs = self.extra()
@@ -59,3 +65,8 @@ class Problem(NamedTuple):
 
 def _with_kwargs(closure: Closure[Any], x: Any, *args: Any, **kwargs: Any) -> Any:
     return closure(x, args, kwargs)
+
+
+def count(tree: Any) -> int:
+    """How many real numbers a pytree of arrays or of their types holds."""
+    return sum(a.size * (1 if jnp.isrealobj(a) else 2) for a in tree_util.tree_leaves(tree))

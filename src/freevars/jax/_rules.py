@@ -27,7 +27,9 @@ import jax.numpy as jnp
 from freevars.errors import SingularError, StructureError
 from freevars.jax import _compat, _linear
 from freevars.jax._closure import Closure
-from freevars.jax._problem import Problem
+from freevars.jax._on_host import HostSolver
+from freevars.jax._problem import Problem, count
+from freevars.jax._sealed import unseal
 from freevars.jax._solver_call import SolverSignature, as_unknown, like
 from freevars.jax._trust import Evidence, OnFailure, failure
 from freevars.jax._vector import to_vector
@@ -73,6 +75,7 @@ class ImplicitSolver:
             msg = f'on_failure: expected "raise", "nan" or "least_squares", got {on_failure!r}.'
             raise ValueError(msg)
         _linear.check_linear_solve(linear_solve, least_squares=on_failure == "least_squares")
+        self._solver = solver
         self._signature = SolverSignature(solver)
         functools.update_wrapper(self, solver, updated=())
         if not hasattr(solver, "__name__"):  # a partial, or an object that is called
@@ -84,8 +87,8 @@ class ImplicitSolver:
         self._linear_solve = linear_solve
         self._on_failure = on_failure
         self._check = check
-        self._jit = jit
-        self._run = jax.jit(self._run_solver) if jit else self._run_solver
+        self._jit = jit and not isinstance(solver, HostSolver)
+        self._run = jax.jit(self._run_solver) if self._jit else self._run_solver
         self._tangent = jax.jit(self._tangent_map, static_argnums=(0, 1))
         self._implicit = jax.custom_jvp(self._forward)
         self._implicit.defjvp(self._rule, symbolic_zeros=True)
@@ -103,7 +106,16 @@ class ImplicitSolver:
     # Running the solver.
 
     def _run_solver(self, problem: Problem, x0: Any, options: dict[str, Any]) -> Any:
-        out = self._signature.call(problem, x0, options)
+        if isinstance(self._solver, HostSolver):
+            out = self._solver.solve(
+                problem,
+                x0,
+                unseal(options),
+                equations=self._condition is not _stationary,
+                has_aux=self._fun_has_aux(problem, count(x0)),
+            )
+        else:
+            out = self._signature.call(problem, x0, options)
         if not self._has_aux:
             return like(out, x0, f"{self.__name__}: the returned x")
         if not (isinstance(out, tuple) and len(out) == 2):  # noqa: PLR2004
@@ -178,19 +190,16 @@ class ImplicitSolver:
 
     def _optimality(self, problem: Problem, v: Any, to_x: ToX) -> Any:
         """The vector F, one number for each unknown."""
-        objective = self._condition is _stationary
-        out = problem.fun.out_struct
-        # With aux, `fun` may have one too: its value is then what is of the right size.
-        has_aux = self._has_aux and isinstance(out, tuple) and len(out) == 2  # noqa: PLR2004
-        has_aux = has_aux and _components(out[0]) == (1 if objective else v.size)
-        value = out[0] if has_aux else out
-        if objective:
+        has_aux = self._fun_has_aux(problem, v.size)
+        value = problem.fun.out_struct
+        value = value[0] if has_aux else value
+        if self._condition is _stationary:
             if jax.tree.map(lambda a: (a.shape, jnp.isrealobj(a)), value) != ((), True):
                 msg = f"{self.__name__}: the objective is a real number of shape (), got {value}."
                 raise TypeError(msg)
-        elif _components(value) != v.size:
+        elif count(value) != v.size:
             msg = (
-                f"{self.__name__}: the function has {_components(value)} components for {v.size}"
+                f"{self.__name__}: the function has {count(value)} components for {v.size}"
                 " unknowns. A derivative exists where there is one equation for each unknown."
             )
             raise TypeError(msg)
@@ -199,6 +208,11 @@ class ImplicitSolver:
             raise StructureError(msg)
         f = self._condition(lambda x: problem.value(x, has_aux=has_aux), v, to_x)
         return f.astype(v.dtype)
+
+    def _fun_has_aux(self, problem: Problem, n: int) -> bool:
+        """With aux, `fun` may have one too: its value is then what is of the right size."""
+        wanted = 1 if self._condition is _stationary else n
+        return self._has_aux and problem.has_aux(wanted)
 
     @staticmethod
     def _evidence(system: _linear.System, v: Any, f: Any) -> Evidence:
@@ -239,11 +253,6 @@ def _push(f: Callable[[Any], Any], x: Any) -> tuple[Any, Callable[[Any], Any]]:
     value, pull = jax.vjp(f, x)
     transpose = jax.linear_transpose(pull, value)
     return value, lambda dot: transpose((dot,))[0]
-
-
-def _components(tree: Any) -> int:
-    """How many real numbers a pytree of arrays or of their types holds."""
-    return sum(a.size * (1 if jnp.isrealobj(a) else 2) for a in jax.tree.leaves(tree))
 
 
 def _shapes(tree: Any) -> Any:

@@ -69,8 +69,7 @@ def failure(evidence: Evidence, n: int, name: str) -> FreevarsError:
         return SingularError(
             f"{name}: the system of the derivative is singular (reciprocal condition number about"
             f" {rcond:.1e}), so the solution is not a differentiable function of the captured"
-            " values"
-            ' there. on_failure="least_squares" takes the shortest solution.'
+            ' values there. on_failure="least_squares" takes the shortest solution.'
         )
     if asymmetry > tol:
         return SingularError(
@@ -81,8 +80,8 @@ def failure(evidence: Evidence, n: int, name: str) -> FreevarsError:
     if residual > tol:
         return SingularError(
             f"{name}: the linear solver leaves a residual of {residual:.1e}, relative; up to"
-            f" {tol:.1e} is accepted. The system is singular, or not of the kind that this"
-            " linear_solve is for (symmetric and positive definite, say)."
+            f" {tol:.1e} is accepted. The system is singular, or linear_solve needs more steps, or a"
+            " system of another kind (a symmetric positive definite one, say)."
         )
     return NotASolutionError(
         f"{name}: the solver did not converge: a Newton step from its result would still move it by"

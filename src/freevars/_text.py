@@ -1,0 +1,64 @@
+"""Text for people: sizes, and strings that may hold anything made safe to print and cut to a width.
+
+Not here: what is said.
+"""
+
+import unicodedata
+
+__all__ = ["clean", "columns", "fit", "size"]
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+_STEP = 1024
+
+
+def size(nbytes: int) -> str:
+    """``12 B``, ``1.5 KiB``, ``8.0 MiB``."""
+    amount: float = nbytes
+    unit = 0
+    while amount >= _STEP and unit < len(_UNITS) - 1:
+        amount /= _STEP
+        unit += 1
+    return f"{nbytes} B" if unit == 0 else f"{amount:.1f} {_UNITS[unit]}"
+
+
+def clean(text: str) -> str:
+    """The text with escapes for what does not print: line ends, controls, changes of direction."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def columns(text: str) -> int:
+    """How many columns of a terminal the text takes."""
+    if text.isascii():
+        return len(text)
+    return sum(_columns(character) for character in text)
+
+
+def _columns(character: str) -> int:
+    if unicodedata.combining(character):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def fit(text: str, width: int, *, keep_end: bool = False) -> str:
+    """The text cleaned and cut to ``width`` columns; what is left out shows as ``…``.
+
+    ``keep_end`` cuts in the middle: the end of ``params['encoder']['layer']['kernel']`` says most.
+    """
+    text = clean(text)
+    if columns(text) <= width:
+        return text
+    tail = ""
+    if keep_end:
+        for character in reversed(text):
+            if columns(tail) + _columns(character) > (width - 1) * 2 // 3:
+                break
+            tail = character + tail
+    head = ""
+    room = width - 1 - columns(tail)
+    for character in text:
+        if columns(head) + _columns(character) > room:
+            break
+        head += character
+    return f"{head}…{tail}"

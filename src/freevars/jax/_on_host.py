@@ -1,0 +1,289 @@
+"""Solvers that are not JAX code: scipy's, or any C or Fortran library that takes callbacks.
+
+Where all values are known the solver is simply called. Inside a program (`jit`, `vmap`, `scan`) it
+runs in a thread beside the program, which answers its questions (`_session`). Not here: derivatives;
+the decorators `root`, `argmin` and `fixed_point` above add them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax import tree_util
+
+from freevars.jax import _compat
+from freevars.jax._host_function import HostFunction, Layout, PytreeForm, Question, ask_compiled
+from freevars.jax._problem import Problem
+from freevars.jax._session import Solve, solve_in_program
+from freevars.jax._vector import to_vector
+
+__all__ = ["HostSolver", "on_host", "scipy_status"]
+
+Vmap = Literal["sequential", "threads", "whole"]
+
+
+class HostSolver:
+    """A NumPy solver that runs inside JAX programs; made by `on_host`."""
+
+    def __init__(self, solver: Callable[..., Any], *, flat: bool, aux: Any, vmap: Vmap) -> None:
+        if vmap not in ("sequential", "threads", "whole"):
+            msg = f'vmap: expected "sequential", "threads" or "whole", got {vmap!r}.'
+            raise ValueError(msg)
+        if vmap == "whole" and not flat:
+            msg = 'vmap="whole" needs flat=True: a batch of pytrees has no one form.'
+            raise ValueError(msg)
+        functools.update_wrapper(self, solver, updated=())
+        self._solver = solver
+        self._flat = flat
+        self._aux = aux
+        self._has_aux = aux is not None
+        self._vmap = vmap
+
+    def __call__(self, fun: Callable[..., Any], x0: Any, **options: Any) -> Any:
+        """Solve without a derivative rule; a scalar function is an objective, any other equations."""
+        problem = Problem.of(fun, x0, (), {})
+        leaves = jax.tree.leaves(problem.fun.out_struct)
+        equations = not (len(leaves) == 1 and leaves[0].shape == ())
+        return self.solve(problem, x0, options, equations=equations, has_aux=False)
+
+    def __repr__(self) -> str:
+        return f"<{self.__name__} on the host>"
+
+    def solve(
+        self, problem: Problem, x0: Any, options: dict[str, Any], *, equations: bool, has_aux: bool
+    ) -> Any:
+        """What the solver returns: `x`, or `(x, aux)`. `has_aux` says whether the function has one."""
+        question = Question(Layout.of(x0), equations, has_aux)
+        leaves, tree = tree_util.tree_flatten(options)
+        is_array = [isinstance(x, (_compat.Array, np.ndarray, _compat.Tracer)) for x in leaves]
+        arrays = [x for x, is_one in zip(leaves, is_array, strict=True) if is_one]
+
+        def with_arrays(arrays: Any) -> dict[str, Any]:
+            left = iter(arrays)
+            given = [next(left) if is_one else x for x, is_one in zip(leaves, is_array, strict=True)]
+            restored: dict[str, Any] = tree.unflatten(given)
+            return restored
+
+        def run(ask: Any, v0: Any, arrays: Any) -> tuple[Any, list[Any]]:
+            return self._call(ask, question, v0, with_arrays(arrays))
+
+        v0 = to_vector(x0)[0]
+        values = (*jax.tree.leaves(problem), v0, *arrays)
+        if any(isinstance(x, _compat.Tracer) for x in values) or not _compat.computes_now():
+            aux_leaves = tuple(
+                jax.ShapeDtypeStruct(np.shape(a), jax.numpy.result_type(a))
+                for a in jax.tree.leaves(self._aux)
+            )
+            solve = Solve(run, aux_leaves, self.__name__)
+            v, aux = self._in_program(solve, question, problem, v0, arrays)
+        else:
+            v, aux = self._at_once(run, question, problem, v0, arrays)
+        x = to_vector(x0)[1](v)
+        return (x, jax.tree.structure(self._aux).unflatten(aux)) if self._has_aux else x
+
+    def _call(
+        self, ask: Any, question: Question, v0: Any, options: dict[str, Any]
+    ) -> tuple[Any, list[Any]]:
+        """Run the solver, in whatever thread this is."""
+        form = None if self._flat else PytreeForm(question.layout)
+        fun = HostFunction(ask, equations=question.equations, pytrees=form)
+        v0 = np.asarray(v0, np.float64)
+        x0 = form.to_tree(v0) if form else v0
+        try:
+            out = self._solver(fun, x0, **options)
+        except Exception as error:
+            error.add_note(f"raised by the solver {self.__name__} on the host")
+            raise
+        x, aux = out if self._has_aux else (out, None)
+        v = form.to_vector(x) if form else np.asarray(x, np.float64)
+        if v.shape != v0.shape:
+            msg = (
+                f"{self.__name__}: the solver returned a vector of shape {v.shape}, expected"
+                f" {v0.shape}, like its starting point."
+            )
+            raise TypeError(msg)
+        return v, self._aux_leaves(aux)
+
+    def _aux_leaves(self, aux: Any) -> list[Any]:
+        leaves, tree = tree_util.tree_flatten(aux)
+        examples, expected = tree_util.tree_flatten(self._aux)
+        if tree != expected:
+            msg = f"{self.__name__}: the solver returned aux {tree}, expected {expected}, the example's."
+            raise TypeError(msg)
+        types = [jax.numpy.result_type(e) for e in examples]
+        return [np.asarray(leaf, t) for leaf, t in zip(leaves, types, strict=True)]
+
+    def _at_once(
+        self, run: Any, question: Question, problem: Problem, v0: Any, arrays: list[Any]
+    ) -> tuple[Any, list[Any]]:
+        """Call the solver, here and now."""
+        ask = ask_compiled(question, problem)
+        given = [np.asarray(a) for a in (v0, *arrays)]
+        if self._vmap == "whole":  # a batch of one
+            v, aux = run(_on_batch_of_one(ask), given[0][None], [a[None] for a in given[1:]])
+            v, aux = v[0], [leaf[0] for leaf in aux]
+        else:
+            v, aux = run(ask, given[0], given[1:])
+        return jax.numpy.asarray(v, v0.dtype), aux
+
+    def _in_program(
+        self, solve: Solve, question: Question, problem: Problem, v0: Any, arrays: list[Any]
+    ) -> tuple[Any, list[Any]]:
+        failures: list[BaseException] = []
+
+        def run(ask: Any, v0: Any, arrays: Any) -> Any:
+            try:
+                return solve.run(ask, v0, arrays)
+            except Exception as error:
+                failures.append(error)
+                raise
+
+        noted = solve._replace(run=run)
+
+        whole = self._vmap == "whole"
+
+        def alone(problem: Problem, v0: Any, arrays: list[Any]) -> Any:
+            if not whole:
+                return solve_in_program(noted, question, problem, v0, arrays)
+            given = jax.tree.map(lambda a: a[None], (v0, arrays))
+            out = solve_in_program(noted, question, problem, *given, lanes=1, whole=True)
+            return jax.tree.map(lambda a: a[0], out)
+
+        def together(size: int, batched: Any, problem: Problem, v0: Any, arrays: list[Any]) -> Any:
+            axes = jax.tree.map(lambda b: 0 if b else None, batched[0])
+            v0, arrays = _broadcast(size, tuple(batched[1:]), (v0, arrays))
+
+            def lanes(problem: Problem, v0: Any, arrays: list[Any]) -> Any:
+                return solve_in_program(
+                    noted,
+                    question,
+                    problem,
+                    v0,
+                    arrays,
+                    lanes=size,
+                    whole=whole,
+                    problem_axes=axes,
+                )
+
+            return _batched_by(None, lanes)(problem, v0, arrays)
+
+        one = _batched_by(None if self._vmap == "sequential" else together, alone)
+        try:
+            return one(problem, v0, arrays)
+        except jax.errors.JaxRuntimeError:
+            # Only where JAX runs the program right here; inside a user's `jit` its error carries ours
+            # as text.
+            if failures:
+                raise failures[0] from None
+            raise
+
+
+def _on_batch_of_one(ask: Any) -> Any:
+    def asked(kind: str, v: Any, d: Any = None) -> Any:
+        return tuple(np.asarray(a)[None] for a in ask(kind, v[0], None if d is None else d[0]))
+
+    return asked
+
+
+def _batched_by(rule: Callable[..., Any] | None, fun: Callable[..., Any]) -> Callable[..., Any]:
+    """`fun`, with `rule(size, batched, *args)` for what it gives on a batch; None: one by one."""
+    whole = jax.custom_batching.custom_vmap(fun)
+
+    @whole.def_vmap
+    def _(size: int, batched: Any, *args: Any) -> Any:
+        out = _one_by_one(whole, batched, args) if rule is None else rule(size, batched, *args)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return whole
+
+
+def _one_by_one(fun: Callable[..., Any], batched: Any, args: Any) -> Any:
+    """Call `fun` for each member of a batch in turn."""
+    leaves, tree = tree_util.tree_flatten(args)
+    is_batched = tree_util.tree_leaves(batched)
+
+    def body(members: list[Any]) -> Any:
+        left = iter(members)
+        merged = [next(left) if b else x for x, b in zip(leaves, is_batched, strict=True)]
+        return fun(*tree.unflatten(merged))
+
+    return jax.lax.map(body, [x for x, b in zip(leaves, is_batched, strict=True) if b])
+
+
+def _broadcast(size: int, batched: Any, args: Any) -> Any:
+    def lead(b: bool, x: Any) -> Any:  # noqa: FBT001
+        return x if b else jax.numpy.broadcast_to(x, (size, *np.shape(x)))
+
+    return jax.tree.map(lead, batched, args)
+
+
+def on_host(
+    solver: Callable[..., Any] | None = None,
+    /,
+    *,
+    flat: bool = True,
+    aux: Any = None,
+    vmap: Vmap = "sequential",
+) -> Any:
+    """Let a NumPy solver be the solver in JAX programs: scipy's, or any that takes Python callbacks.
+
+    The solver never sees a JAX value. Where all values are known, it is called as it stands. Inside
+    `jit`, `vmap` or `scan` it runs in a thread of its own, and the program answers what it asks of
+    `fun`; no JAX code runs inside a callback, and captured values stay on their device. Put `root`,
+    `argmin` or `fixed_point` above it for derivatives.
+
+    Args:
+      solver: `solver(fun, x0, **options)` gives x. `x0` and x are float64 vectors of shape (n,), and
+        `fun` is a NumPy function of such a vector (`HostFunction`): for an objective `fun(v)`,
+        `fun.value_and_grad(v)`, `fun.grad(v)`, `fun.hessian(v)` and `fun.hvp(v, d)`; for equations
+        `fun(v)`, `fun.jacobian(v)` and `fun.hvp(v, d)`. Options that are arrays arrive as NumPy ones.
+      flat: False gives the solver pytrees of NumPy arrays, of the dtypes of `x0`, for vectors.
+      aux: an example, a pytree of arrays or numbers, of what the solver returns beside x: it then
+        returns `(x, aux)`, and aux has the types of the example.
+      vmap: what a batch does. "sequential": one solve after the other. "threads": one solver for each
+        member, in step, with their questions answered together. "whole": `solver` takes batches, and
+        every vector, value and matrix has a leading axis over the batch, of size 1 outside `vmap`.
+
+    Raises:
+      What the solver raises, with a note that names it; inside `jit`, where only JAX can raise, as
+      `jax.errors.JaxRuntimeError` with the original's traceback as text.
+      TypeError: the solver returns a vector of another shape, or another aux, than expected.
+
+    >>> import jax, jax.numpy as jnp, scipy.optimize, freevars.jax as fv
+    >>> @fv.argmin
+    ... @fv.on_host
+    ... def minimize(fun, x0):
+    ...     return scipy.optimize.minimize(fun.value_and_grad, x0, jac=True, method="BFGS").x
+    >>> def nearest(a):
+    ...     return minimize(lambda x: jnp.sum((x - a) ** 4 + (x - a) ** 2), jnp.zeros(2)).sum()
+    >>> print(f"{jax.jit(jax.grad(nearest))(3.0):.3f}")
+    2.000
+    """
+
+    def decorate(solver: Callable[..., Any]) -> HostSolver:
+        return HostSolver(solver, flat=flat, aux=aux, vmap=vmap)
+
+    return decorate if solver is None else decorate(solver)
+
+
+def scipy_status(result: Any = None) -> dict[str, Any]:
+    """What an `OptimizeResult` of scipy says of its own success, as an aux for `on_host`.
+
+    Returns a dict of `success` (bool), `iterations` (int32; function evaluations where the method
+    counts no iterations) and `status` (int32, scipy's code of its message). Without an argument it is
+    the example that `on_host(aux=scipy_status())` asks for.
+
+    >>> import scipy.optimize, freevars.jax as fv
+    >>> fv.scipy_status(scipy.optimize.minimize(lambda x: x @ x, [0.0]))["success"].item()
+    True
+    """
+    count = getattr(result, "nit", getattr(result, "nfev", 0))
+    return {
+        "success": np.bool_(getattr(result, "success", False)),
+        "iterations": np.int32(count),
+        "status": np.int32(getattr(result, "status", 0)),
+    }
