@@ -1,15 +1,16 @@
 """The linear system of an implicit derivative: which solver, and how its failure shows.
 
-The solvers are lineax's. A small system is written out as a matrix and factorised once, for the
-solution and its transpose; a large one is only ever applied to vectors. Either way the solve sits
-in `jax.lax.custom_linear_solve`, so that its derivatives of any order and its transpose come from
-the system and not from the steps of a solver. A solver that was told a system is symmetric, and one
-that stops short, give numbers in any case; so what they give is put back into the system. Not here:
-where the system comes from, and what is done about a failure.
+A small system is written out as a matrix and factorised once, for the solution and its transpose; a
+large one is only ever applied to vectors, by a solver of lineax's. Either way the solve sits in
+`jax.lax.custom_linear_solve`, so that its derivatives of any order and its transpose come from the
+system and not from the steps of a solver. A solver that was told a system is symmetric, and one that
+stops short, give numbers in any case; so what they give is put back into the system. Not here: where
+the system comes from, and what is done about a failure.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -22,6 +23,7 @@ __all__ = ["DIRECT_LIMIT", "LinearSolve", "System", "check_linear_solve", "prepa
 
 Vector: TypeAlias = Any  # Float[Array, "n"]
 MatVec: TypeAlias = Callable[[Vector], Vector]
+Solve: TypeAlias = Callable[[Vector], Vector]  # b -> x
 LinearSolve: TypeAlias = Any  # None, a lineax solver, or a callable solve(matvec, b) -> x
 
 # Up to this size the matrix is written out. Below it a factorisation costs less than an iteration's
@@ -82,22 +84,24 @@ def prepare(
     """
     if linear_solve is not None and not _is_lineax(linear_solve):
         return _matrix_free(matvec, example, linear_solve, check=check, least_squares=least_squares)
+    n, dtype = example.size, example.dtype
+    if linear_solve is None and n <= DIRECT_LIMIT and not least_squares:
+        return _direct(matvec, example, _lu, check=check)
     lx = _lineax()
     solver = linear_solve
     if solver is None:
-        solver = _default(
-            example.size, example.dtype, symmetric=symmetric, least_squares=least_squares
-        )
+        solver = _default(n, dtype, symmetric=symmetric, least_squares=least_squares)
     if not isinstance(solver, (lx.CG, lx.BiCGStab, lx.GMRES, lx.LSMR, lx.Normal)):
-        check = check and not least_squares
-        return _direct(matvec, example, solver, symmetric=symmetric, check=check)
+        factorise = functools.partial(_by_lineax, solver, symmetric)
+        return _direct(matvec, example, factorise, check=check and not least_squares)
     # Only a solver for symmetric systems rests on symmetry.
     symmetric = symmetric and isinstance(solver, lx.CG)
     tags = lx.positive_semidefinite_tag if symmetric else frozenset()
 
     def solve(apply: MatVec, b: Vector) -> Vector:
-        operator = lx.FunctionLinearOperator(apply, jax.eval_shape(lambda: b), tags)
-        return lx.linear_solve(operator, b, solver, throw=False).value
+        struct = jax.ShapeDtypeStruct(b.shape, b.dtype)  # type: ignore[no-untyped-call]
+        operator = lx.FunctionLinearOperator(apply, struct, tags)
+        return solver.compute(solver.init(operator, {}), b, {})[0]
 
     return _matrix_free(
         matvec, example, solve, check=check, symmetric=symmetric, least_squares=least_squares
@@ -107,7 +111,7 @@ def prepare(
 def _default(n: int, dtype: Any, *, symmetric: bool, least_squares: bool) -> Any:
     lx = _lineax()
     if n <= DIRECT_LIMIT:
-        return lx.SVD() if least_squares else lx.LU()
+        return lx.SVD()
     rtol = tolerance(dtype) ** 3  # eps ** 0.75
     if least_squares:
         return lx.LSMR(rtol=rtol, atol=0.0)
@@ -116,44 +120,58 @@ def _default(n: int, dtype: Any, *, symmetric: bool, least_squares: bool) -> Any
     return lx.GMRES(rtol=rtol, atol=0.0, restart=50, stagnation_iters=50)
 
 
+def _lu(matrix: Any) -> tuple[Solve, Solve]:
+    # Not lineax's, which inside shard_map takes two vectors of one type for different.
+    lu = jax.scipy.linalg.lu_factor(matrix)
+    return (
+        lambda b: jax.scipy.linalg.lu_solve(lu, b),
+        lambda b: jax.scipy.linalg.lu_solve(lu, b, trans=1),
+    )
+
+
+def _by_lineax(solver: Any, symmetric: bool, matrix: Any) -> tuple[Solve, Solve]:  # noqa: FBT001
+    lx = _lineax()
+    # Only a solver that asks for a definite matrix is told that it is one; the residual shows if
+    # it is not.
+    tags = lx.positive_semidefinite_tag if symmetric and isinstance(solver, lx.Cholesky) else ()
+    state = solver.init(lx.MatrixLinearOperator(matrix, tags), {})
+    transposed_state, options = solver.transpose(state, {})
+    return (
+        lambda b: solver.compute(state, b, {})[0],
+        lambda b: solver.compute(transposed_state, b, options)[0],
+    )
+
+
 def _direct(
-    matvec: MatVec, example: Vector, solver: Any, *, symmetric: bool, check: bool
+    matvec: MatVec,
+    example: Vector,
+    factorise: Callable[[Any], tuple[Solve, Solve]],
+    *,
+    check: bool,
 ) -> System:
     """Write the matrix out and factorise it once."""
-    lx = _lineax()
     n, dtype = example.size, example.dtype
-    matrix = jax.vmap(matvec, in_axes=1, out_axes=1)(jnp.eye(n, dtype=dtype))
+    # Zeros like the example bring along over which axes of an enclosing shard_map it varies.
+    columns = jnp.eye(n, dtype=dtype) + jnp.zeros_like(example)
+    matrix = jax.vmap(matvec, in_axes=1, out_axes=1)(columns)
     constant = jax.lax.stop_gradient(matrix)
-    # Only a solver that asks for a definite matrix is told that it is one; the residual shows if
-    # not.
-    tags = lx.positive_semidefinite_tag if symmetric and isinstance(solver, lx.Cholesky) else ()
-    operator = lx.MatrixLinearOperator(constant, tags)
-    state = solver.init(operator, {})
-    transposed_state, transposed_options = solver.transpose(state, {})
-
-    def solve(_: MatVec, b: Vector) -> Vector:
-        return lx.linear_solve(operator, b, solver, state=state, throw=False).value
-
-    def transpose_solve(_: MatVec, b: Vector) -> Vector:
-        return lx.linear_solve(
-            operator.T, b, solver, options=transposed_options, state=transposed_state, throw=False
-        ).value
+    solve, transpose_solve = factorise(constant)
 
     def linear(b: Vector) -> Vector:
-        return jax.lax.custom_linear_solve(lambda v: matrix @ v, b, solve, transpose_solve)
+        return jax.lax.custom_linear_solve(
+            lambda v: matrix @ v, b, lambda _, b: solve(b), lambda _, b: transpose_solve(b)
+        )
 
     nan = jnp.full((), jnp.nan, dtype)
     size, rcond, residual = jnp.linalg.norm(constant), nan, nan
     if check:
         # |A^-1 v| / |v| for a random v is within a factor of about sqrt(n) of |A^-1|.
-        v = _probe(n, dtype, 0)
-        x = solve(matvec, v)
+        v = _probe(example, 0)
+        x = solve(v)
         rcond = jnp.linalg.norm(v) / (jnp.linalg.norm(x) * size)
         rcond = jnp.where(jnp.isfinite(rcond), rcond, 0.0)
         residual = jnp.linalg.norm(constant @ x - v) / jnp.linalg.norm(v)
-    return System(
-        linear, lambda b: jnp.linalg.norm(solve(matvec, b)), size, rcond, residual, asymmetry=nan
-    )
+    return System(linear, lambda b: jnp.linalg.norm(solve(b)), size, rcond, residual, asymmetry=nan)
 
 
 def _matrix_free(
@@ -189,7 +207,7 @@ def _matrix_free(
     if not check:
         return System(linear, lambda _: nan, nan, nan, nan, nan)
     constant = jax.lax.stop_gradient
-    u, v = _probe(example.size, dtype, 0), _probe(example.size, dtype, 1)
+    u, v = _probe(example, 0), _probe(example, 1)
     au, av = constant(matvec(u)), constant(matvec(v))
     size = jnp.linalg.norm(au) / jnp.linalg.norm(u)
     asymmetry = rcond = residual = nan
@@ -212,9 +230,11 @@ def _matrix_free(
     return System(linear, size_of, size, rcond, residual, asymmetry)
 
 
-def _probe(n: int, dtype: Any, seed: int) -> Vector:
-    """A fixed random vector: no direction is special to it."""
-    return jax.random.normal(jax.random.key(seed, impl="threefry2x32"), (n,), dtype)
+def _probe(example: Vector, seed: int) -> Vector:
+    """A fixed vector with a bit of every direction. A random one would take longer to compile than
+    all the rest."""
+    k = jnp.arange(example.size, dtype=example.dtype)
+    return jnp.sin((k + (seed + 1)) ** 2) + jnp.zeros_like(example)
 
 
 def _lineax() -> Any:

@@ -80,8 +80,8 @@ def failure(evidence: Evidence, n: int, name: str) -> FreevarsError:
     if residual > tol:
         return SingularError(
             f"{name}: the linear solver leaves a residual of {residual:.1e}, relative; up to"
-            f" {tol:.1e} is accepted. The system is singular, or linear_solve needs more steps, or a"
-            " system of another kind (a symmetric positive definite one, say)."
+            f" {tol:.1e} is accepted. The system is singular, or linear_solve needs more steps, or"
+            " a system of another kind (a symmetric positive definite one, say)."
         )
     return NotASolutionError(
         f"{name}: the solver did not converge: a Newton step from its result would still move it by"
