@@ -114,8 +114,13 @@ def describe(x: Any) -> str:
     return repr(x)
 
 
-def mismatch(spec: Spec, got: Any, *, name: str, weak_matters: bool) -> StructureError | None:
-    """The error for the first path at which `got` is not as `spec` says, or None if it fits."""
+def mismatch(
+    spec: Spec, got: Any, *, name: str, weak_matters: bool, hint: str = ""
+) -> StructureError | None:
+    """The error for the first path at which `got` is not as `spec` says, or None if it fits.
+
+    `hint` says what to do next, if that is not to convert again.
+    """
 
     def differ(expected: Any, leaf: Any) -> tuple[str, str] | None:
         if isinstance(expected, _Static):
@@ -137,7 +142,7 @@ def mismatch(spec: Spec, got: Any, *, name: str, weak_matters: bool) -> Structur
             return None
         found = Difference("", str(spec.tree), str(treedef))
     weak = found.expected.startswith("weak ") and not found.got.startswith("weak ")
-    hint = (
+    hint = hint or (
         " The example was a Python number or another weakly typed value, and the result depends on"
         " that: pass one here, or convert with an example of a definite dtype."
         if weak and found.expected.removeprefix("weak ") == found.got

@@ -469,6 +469,11 @@ def is_symbolic_zero(x: Any) -> bool:
     return isinstance(x, SymbolicZero) or getattr(x, "dtype", None) == jax.dtypes.float0
 
 
+def symbolic_zero(x: Any) -> Any:
+    """The tangent of `x` that is known to be zero."""
+    return SymbolicZero.from_primal_value(x)
+
+
 def has_custom_vjp(jaxpr: Any) -> bool:
     """Whether a program, or one nested in it, has a rule for reverse mode only."""
     return any(
