@@ -56,6 +56,7 @@ class Program:
         # JAX flattens arguments faster than any Python code, and on a call that it has seen before it
         # checks their types as well; so hand them over as they are wherever it takes them.
         self.flat = bool(inputs.statics) or not _hashable(inputs.tree)
+        self._direct = not self.flat and not outputs.statics
 
     @classmethod
     def intern(cls, key: Hashable, make: Callable[[], Program], *, keep: bool) -> Program:
@@ -92,7 +93,7 @@ class Program:
     def __call__(self, values: Sequence[Any], args: tuple[Any, ...]) -> Any:
         """The result of the function for these captured values and arguments."""
         try:
-            if not self.flat and not self.outputs.statics:
+            if self._direct:
                 return self._run(values, *args)
             return self._call_with_statics(values, args)
         except TypeError as error:
