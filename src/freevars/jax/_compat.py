@@ -7,6 +7,7 @@ idea of closure conversion.
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -432,7 +433,9 @@ def function_parts(x: Any) -> tuple[Any, ...] | None:
         params = tuple((k, v) for k, v in x._params.items() if k != "name")  # noqa: SLF001
         return (params, x._in_tree, x.out_tree, tuple(x._consts))  # noqa: SLF001
     if isinstance(x, (jax.custom_jvp, jax.custom_vjp)):
-        return tuple(sorted((k, v) for k, v in vars(x).items() if not k.startswith("__")))
+        # Its attributes without those that it copied from the function.
+        copied = {"__wrapped__", *vars(functools.update_wrapper(lambda: None, x.fun))}
+        return tuple(sorted((k, v) for k, v in vars(x).items() if k not in copied))
     name = getattr(x, "__qualname__", "")
     if name == "_memoize.<locals>.memoized" and x.__module__ == _partial_eval.__name__:
         # Its other cell remembers what was traced so far: a cache, not a meaning.
