@@ -60,6 +60,7 @@ class CallableKeys:
 
     def __init__(self, look: Look) -> None:
         self._look = look
+        self.foreign = False  # whether anything but the functions of installed libraries was met
         self._left = _LIMIT
         # The objects are kept beside their keys so that no id is used again during the walk.
         self._known: dict[int, tuple[object, Hashable]] = {}
@@ -99,6 +100,7 @@ class CallableKeys:
             return (type(x), frozenset(self._all(x)))
         if isinstance(x, (type, types.ModuleType, types.BuiltinFunctionType, enum.Enum)):
             return Same(x)
+        self.foreign = True
         # Mutable: two that are alike now can differ tomorrow, and the same one can have changed since
         # yesterday. So both identity and content count.
         if type(x) in (list, set):
@@ -118,6 +120,7 @@ class CallableKeys:
         installed = fun.__code__.co_filename.startswith(_INSTALLED)
         if installed and fun.__closure__ is None:
             return Same(fun)
+        self.foreign |= not installed
         cells = []
         for cell in fun.__closure__ or ():
             try:

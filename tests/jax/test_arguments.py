@@ -286,3 +286,14 @@ def test_shapes_of_arguments_and_results() -> None:
     assert f.in_struct == ({"x": jax.ShapeDtypeStruct((3,), jnp.float32)}, "text")
     assert f.out_struct == {"y": jax.ShapeDtypeStruct((3,), jnp.float32), "s": "text"}
     assert fv.Closure(lambda x: x, 1.0).in_struct[0].weak_type
+
+
+def test_metadata_that_does_not_hash_inside_a_rule() -> None:
+    @jax.custom_vjp
+    def rule(box):
+        return box.value * W
+
+    rule.defvjp(lambda box: (rule(box), box), lambda box, ct: (Box(2 * ct, box.meta),))
+    for f in both(lambda x: rule(Box(x, ["m"])), X):
+        np.testing.assert_array_equal(f(X), X * W)
+        np.testing.assert_array_equal(jax.grad(lambda x: jnp.sum(f(x)))(X), 2.0)

@@ -27,6 +27,11 @@ class Spec(NamedTuple):
     types: tuple[Any, ...]  # one abstract value for each array leaf
     statics: tuple[tuple[int, Any], ...]  # position among all leaves, leaf
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it holds no object of the user's: no static leaf, and built-in containers alone."""
+        return not self.statics and _is_plain(self.tree)
+
     def struct(self) -> Any:
         """The pytree with a `jax.ShapeDtypeStruct` for each array."""
         shapes = [
@@ -43,6 +48,13 @@ class Spec(NamedTuple):
         for position, leaf in self.statics:  # in rising order, so each lands where it was
             leaves.insert(position, leaf)
         return leaves
+
+
+def _is_plain(tree: Any) -> bool:
+    node = tree.node_data()  # None for a leaf
+    return (node is None or node[0] in (tuple, list, dict, type(None))) and all(
+        map(_is_plain, tree.children())
+    )
 
 
 def split(tree: Any) -> tuple[list[Any], Any, tuple[tuple[int, Any], ...]]:
@@ -102,8 +114,13 @@ def describe(x: Any) -> str:
     return repr(x)
 
 
-def mismatch(spec: Spec, got: Any, *, name: str, weak_matters: bool) -> StructureError | None:
-    """The error for the first path at which `got` is not as `spec` says, or None if it fits."""
+def mismatch(
+    spec: Spec, got: Any, *, name: str, weak_matters: bool, hint: str = ""
+) -> StructureError | None:
+    """The error for the first path at which `got` is not as `spec` says, or None if it fits.
+
+    `hint` says what to do next, if that is not to convert again.
+    """
 
     def differ(expected: Any, leaf: Any) -> tuple[str, str] | None:
         if isinstance(expected, _Static):
@@ -125,7 +142,7 @@ def mismatch(spec: Spec, got: Any, *, name: str, weak_matters: bool) -> Structur
             return None
         found = Difference("", str(spec.tree), str(treedef))
     weak = found.expected.startswith("weak ") and not found.got.startswith("weak ")
-    hint = (
+    hint = hint or (
         " The example was a Python number or another weakly typed value, and the result depends on"
         " that: pass one here, or convert with an example of a definite dtype."
         if weak and found.expected.removeprefix("weak ") == found.got

@@ -452,7 +452,13 @@ def function_parts(x: Any) -> tuple[Any, ...] | None:
 
 
 # Compared by value: two that are equal mean the same.
-VALUES: tuple[type, ...] = (_core.AbstractValue, jax.tree_util.PyTreeDef)
+VALUES: tuple[type, ...] = (
+    _core.AbstractValue,
+    jax.tree_util.PyTreeDef,
+    jax.sharding.Mesh,
+    jax.sharding.AbstractMesh,
+    jax.sharding.Sharding,
+)
 
 # What `jax.jit` returns; the type has no public name.
 JITTED: Any = type(jax.jit(lambda: None))
@@ -472,6 +478,11 @@ def captured_tracers(jitted: Any, *args: Any) -> list[Any]:
 def is_symbolic_zero(x: Any) -> bool:
     """Whether a tangent is known to be zero without looking at numbers."""
     return isinstance(x, SymbolicZero) or getattr(x, "dtype", None) == jax.dtypes.float0
+
+
+def symbolic_zero(x: Any) -> Any:
+    """The tangent of `x` that is known to be zero."""
+    return SymbolicZero.from_primal_value(x)
 
 
 def has_custom_vjp(jaxpr: Any) -> bool:

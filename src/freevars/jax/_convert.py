@@ -80,7 +80,9 @@ def convert(fun: Callable[..., Any], example_args: Sequence[Any]) -> Conversion:
     n = len(values)
     value_types = tuple([v.aval for v in jaxpr.invars[len(fixed) : len(fixed) + n]])
     program = Program.intern(
-        key, lambda: Program(jaxpr, fixed, value_types, inputs, outputs, _name(fun))
+        key,
+        lambda: Program(jaxpr, fixed, value_types, inputs, outputs, _name(fun)),
+        keep=not fingerprint.foreign and inputs.is_plain and outputs.is_plain,
     )
     return Conversion(program, tuple(values))
 
@@ -192,24 +194,21 @@ class Converted(Generic[R]):
         self.__signature__ = _SIGNATURE
         self._program = program
         self._hoisted = hoisted
-        self._n_hoisted = len(hoisted)
         self._n_args = len(program.inputs.tree.children())
+        self._n_all = self._n_args + len(hoisted)
         # What stays inside: the values that are not hoisted, at their places among all.
-        self._all_hoisted = len(hoisted) == len(values)
-        self._constants: list[Any] = [] if self._all_hoisted else list(values)
-        for i in hoisted if self._constants else ():
-            self._constants[i] = None
+        inside = [] if len(hoisted) == len(values) else list(values)
+        for i in hoisted if inside else ():
+            inside[i] = None
+        self._constants = tuple(inside)
 
     def __call__(self, *args_and_hoisted: Any) -> R:
         n = self._n_args
-        if len(args_and_hoisted) != n + self._n_hoisted:
+        if len(args_and_hoisted) != self._n_all:
             self._refuse_count(len(args_and_hoisted))
         values: Any = args_and_hoisted[n:]
-        if not self._all_hoisted:
-            merged = self._constants.copy()
-            for i, value in zip(self._hoisted, values, strict=True):
-                merged[i] = value
-            values = tuple(merged)
+        if self._constants:
+            values = self._with_constants(values)
         try:
             result: R = self._program(values, args_and_hoisted[:n])
         except StructureError as error:
@@ -217,10 +216,18 @@ class Converted(Generic[R]):
             raise
         return result
 
+    def _with_constants(self, hoisted: tuple[Any, ...]) -> Sequence[Any]:
+        if not hoisted:
+            return self._constants
+        merged = list(self._constants)
+        for i, value in zip(self._hoisted, hoisted, strict=True):
+            merged[i] = value
+        return tuple(merged)
+
     def _refuse_count(self, got: int) -> None:
         msg = (
-            f"{self.__name__}, converted, takes {self._n_args} arguments and {self._n_hoisted} hoisted"
-            f" values, {self._n_args + self._n_hoisted} in all, got {got}. Call it as"
+            f"{self.__name__}, converted, takes {self._n_args} arguments and {len(self._hoisted)} hoisted"
+            f" values, {self._n_all} in all, got {got}. Call it as"
             " converted(*args, *hoisted)."
         )
         raise StructureError(msg)

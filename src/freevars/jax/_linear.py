@@ -1,25 +1,29 @@
 """The linear system of an implicit derivative: which solver, and how its failure shows.
 
-The solvers are lineax's. A small system is written out as a matrix and factorised once, for the
-solution and its transpose; a large one is only ever applied to vectors. Either way the solve sits in
+A small system is written out as a matrix and factorised once, for the solution and its transpose; a
+large one is only ever applied to vectors, by a solver of lineax's. Either way the solve sits in
 `jax.lax.custom_linear_solve`, so that its derivatives of any order and its transpose come from the
-system and not from the steps of a solver. A failure cannot raise inside a compiled program: it turns
-the result into NaN there, and `Health` carries what is needed to raise outside. Not here: where the
-system comes from.
+system and not from the steps of a solver. A solver that was told a system is symmetric, and one that
+stops short, give numbers in any case; so what they give is put back into the system. Not here: where
+the system comes from, and what is done about a failure.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
-__all__ = ["Health", "LinearSolve", "Solver", "prepare"]
+from freevars.jax._trust import tolerance
+
+__all__ = ["DIRECT_LIMIT", "LinearSolve", "System", "check_linear_solve", "prepare"]
 
 Vector: TypeAlias = Any  # Float[Array, "n"]
 MatVec: TypeAlias = Callable[[Vector], Vector]
+Solve: TypeAlias = Callable[[Vector], Vector]  # b -> x
 LinearSolve: TypeAlias = Any  # None, a lineax solver, or a callable solve(matvec, b) -> x
 
 # Up to this size the matrix is written out. Below it a factorisation costs less than an iteration's
@@ -27,26 +31,41 @@ LinearSolve: TypeAlias = Any  # None, a lineax solver, or a callable solve(matve
 DIRECT_LIMIT = 512
 
 
-class Health(NamedTuple):
-    """What says whether a linear system can be trusted; every entry depends on primals alone."""
+class System(NamedTuple):
+    """A system A x = b, prepared for any number of b.
 
-    rcond: Any  # Float[Array, ""]: estimated reciprocal condition number; NaN where not estimated
-    asymmetry: Any  # Float[Array, ""]: |u.Av - v.Au| relative to |u||Av|; 0 where nothing rests on it
-
-
-class Solver(NamedTuple):
-    """A prepared system. `solve(b)` is linear in b and differentiable; `size_of(b)` estimates the norm
-    of the solution without a derivative; `health` tells whether to trust them."""
+    `solve(b)` is linear in b and differentiable. The rest is for the check and depends on A alone:
+    see `_trust.Evidence`, NaN where it was not measured. `size_of(b)` is the norm of the solution.
+    """
 
     solve: Callable[[Vector], Vector]
     size_of: Callable[[Vector], Any]
-    health: Health
+    size: Any  # of A, in some norm: finite if A is
+    rcond: Any
+    residual: Any
+    asymmetry: Any
 
 
-def tolerance(dtype: Any) -> float:
-    """The relative error up to which a computed derivative counts as one: the fourth root of the
-    spacing of the dtype, 1.2e-4 for float64 and 1.9e-2 for float32."""
-    return float(jnp.finfo(dtype).eps) ** 0.25
+def check_linear_solve(linear_solve: LinearSolve, *, least_squares: bool) -> None:
+    """Refuse what is neither a lineax solver nor a function, or finds no shortest solution."""
+    if linear_solve is None:
+        return
+    if _is_lineax(linear_solve):
+        lx = _lineax()
+        if least_squares and not isinstance(linear_solve, (lx.SVD, lx.LSMR)):
+            msg = (
+                'on_failure="least_squares" needs a linear solver that finds the shortest solution'
+                " of a singular system: None, lineax.SVD() or lineax.LSMR(...), got"
+                f" {linear_solve!r}."
+            )
+            raise ValueError(msg)
+        return
+    if isinstance(linear_solve, type) or not callable(linear_solve):
+        msg = (
+            "linear_solve: expected None, a lineax solver such as lineax.LU(), or a function"
+            f" solve(matvec, b), got {linear_solve!r}."
+        )
+        raise TypeError(msg)
 
 
 def prepare(
@@ -57,87 +76,102 @@ def prepare(
     linear_solve: LinearSolve = None,
     least_squares: bool = False,
     check: bool = True,
-) -> Solver:
-    """A solver for `matvec(x) = b`, with x and b like `example`, a real vector."""
-    if callable(linear_solve) and not _is_lineax(linear_solve):
-        return _matrix_free(matvec, example, _plain(linear_solve), symmetric=False, check=check)
+) -> System:
+    """The system of `matvec`, on real vectors like `example`.
+
+    `symmetric` says that the system is a second derivative. That is told to a solver which needs to
+    know it, and is checked; `least_squares` says that there may be no exact solution.
+    """
+    if linear_solve is not None and not _is_lineax(linear_solve):
+        return _matrix_free(matvec, example, linear_solve, check=check, least_squares=least_squares)
+    n, dtype = example.size, example.dtype
+    if linear_solve is None and n <= DIRECT_LIMIT and not least_squares:
+        return _direct(matvec, example, _lu, check=check)
     lx = _lineax()
-    n = example.size
     solver = linear_solve
     if solver is None:
-        solver = _default(n, example.dtype, symmetric=symmetric, least_squares=least_squares)
-    if isinstance(solver, _iterative_types()):
-        tags = lx.positive_semidefinite_tag if symmetric else frozenset()
+        solver = _default(n, dtype, symmetric=symmetric, least_squares=least_squares)
+    if not isinstance(solver, (lx.CG, lx.BiCGStab, lx.GMRES, lx.LSMR, lx.Normal)):
+        factorise = functools.partial(_by_lineax, solver, symmetric)
+        return _direct(matvec, example, factorise, check=check and not least_squares)
+    # Only a solver for symmetric systems rests on symmetry.
+    symmetric = symmetric and isinstance(solver, lx.CG)
+    tags = lx.positive_semidefinite_tag if symmetric else frozenset()
 
-        def solve(apply: MatVec, b: Vector) -> Vector:
-            operator = lx.FunctionLinearOperator(apply, jax.eval_shape(lambda: b), tags)
-            return lx.linear_solve(operator, b, solver, throw=False).value
+    def solve(apply: MatVec, b: Vector) -> Vector:
+        struct = jax.ShapeDtypeStruct(b.shape, b.dtype)  # type: ignore[no-untyped-call]
+        operator = lx.FunctionLinearOperator(apply, struct, tags)
+        return solver.compute(solver.init(operator, {}), b, {})[0]
 
-        return _matrix_free(
-            matvec, example, solve, symmetric=symmetric, check=check and not least_squares
-        )
-    return _direct(matvec, example, solver, symmetric=symmetric, check=check and not least_squares)
+    return _matrix_free(
+        matvec, example, solve, check=check, symmetric=symmetric, least_squares=least_squares
+    )
 
 
 def _default(n: int, dtype: Any, *, symmetric: bool, least_squares: bool) -> Any:
     lx = _lineax()
     if n <= DIRECT_LIMIT:
-        return lx.SVD() if least_squares else lx.LU()
-    rtol = float(jnp.finfo(dtype).eps) ** 0.75
+        return lx.SVD()
+    rtol = tolerance(dtype) ** 3  # eps ** 0.75
     if least_squares:
         return lx.LSMR(rtol=rtol, atol=0.0)
     if symmetric:
         return lx.CG(rtol=rtol, atol=0.0)
-    return lx.GMRES(rtol=rtol, atol=0.0, restart=min(n, 50), stagnation_iters=50)
+    return lx.GMRES(rtol=rtol, atol=0.0, restart=50, stagnation_iters=50)
+
+
+def _lu(matrix: Any) -> tuple[Solve, Solve]:
+    # Not lineax's, which inside shard_map takes two vectors of one type for different.
+    lu = jax.scipy.linalg.lu_factor(matrix)
+    return (
+        lambda b: jax.scipy.linalg.lu_solve(lu, b),
+        lambda b: jax.scipy.linalg.lu_solve(lu, b, trans=1),
+    )
+
+
+def _by_lineax(solver: Any, symmetric: bool, matrix: Any) -> tuple[Solve, Solve]:  # noqa: FBT001
+    lx = _lineax()
+    # Only a solver that asks for a definite matrix is told that it is one; the residual shows if
+    # it is not.
+    tags = lx.positive_semidefinite_tag if symmetric and isinstance(solver, lx.Cholesky) else ()
+    state = solver.init(lx.MatrixLinearOperator(matrix, tags), {})
+    transposed_state, options = solver.transpose(state, {})
+    return (
+        lambda b: solver.compute(state, b, {})[0],
+        lambda b: solver.compute(transposed_state, b, options)[0],
+    )
 
 
 def _direct(
-    matvec: MatVec, example: Vector, solver: Any, *, symmetric: bool, check: bool
-) -> Solver:
+    matvec: MatVec,
+    example: Vector,
+    factorise: Callable[[Any], tuple[Solve, Solve]],
+    *,
+    check: bool,
+) -> System:
     """Write the matrix out and factorise it once."""
-    lx = _lineax()
-    n = example.size
-    matrix = jax.vmap(matvec, in_axes=1, out_axes=1)(jnp.eye(n, dtype=example.dtype))
+    n, dtype = example.size, example.dtype
+    # Zeros like the example bring along over which axes of an enclosing shard_map it varies.
+    columns = jnp.eye(n, dtype=dtype) + jnp.zeros_like(example)
+    matrix = jax.vmap(matvec, in_axes=1, out_axes=1)(columns)
     constant = jax.lax.stop_gradient(matrix)
-    # Only a solver that asks for a definite matrix is told that it is one; the residual is checked.
-    tags = lx.positive_semidefinite_tag if symmetric and isinstance(solver, lx.Cholesky) else ()
-    operator = lx.MatrixLinearOperator(constant, tags)
-    state = solver.init(operator, {})
-    transposed_state, options = solver.transpose(state, {})
-
-    def solve(_: MatVec, b: Vector) -> Vector:
-        return lx.linear_solve(operator, b, solver, state=state, throw=False).value
-
-    def transpose_solve(_: MatVec, b: Vector) -> Vector:
-        return lx.linear_solve(
-            operator.T, b, solver, state=transposed_state, options=options, throw=False
-        ).value
-
-    rcond = jnp.asarray(jnp.nan, example.dtype)
-    scale = jnp.ones((), example.dtype)
-    if check:
-        # |A^-1 v| / |v| for a random v is within a factor of about sqrt(n) of |A^-1|.
-        v = _probe(n, example.dtype, 0)
-        size = jnp.linalg.norm(constant)
-        rcond = jnp.linalg.norm(v) / (jnp.linalg.norm(solve(matvec, v)) * size)
-        rcond = jnp.where(jnp.isfinite(rcond), rcond, 0.0)
-        scale = jnp.where(rcond > least_rcond(n, example.dtype), 1.0, jnp.nan).astype(example.dtype)
-    scale = jax.lax.stop_gradient(scale)
+    solve, transpose_solve = factorise(constant)
 
     def linear(b: Vector) -> Vector:
-        x = jax.lax.custom_linear_solve(lambda v: matrix @ v, b, solve, transpose_solve)
-        return x * scale if check else x
+        return jax.lax.custom_linear_solve(
+            lambda v: matrix @ v, b, lambda _, b: solve(b), lambda _, b: transpose_solve(b)
+        )
 
-    def size_of(b: Vector) -> Any:
-        return jnp.linalg.norm(solve(matvec, b))
-
-    health = Health(jax.lax.stop_gradient(rcond), jnp.zeros((), example.dtype))
-    return Solver(linear, size_of, health)
-
-
-def least_rcond(n: int, dtype: Any) -> float:
-    """Below this reciprocal condition number rounding alone decides the solution."""
-    return 10 * n * float(jnp.finfo(dtype).eps)
+    nan = jnp.full((), jnp.nan, dtype)
+    size, rcond, residual = jnp.linalg.norm(constant), nan, nan
+    if check:
+        # |A^-1 v| / |v| for a random v is within a factor of about sqrt(n) of |A^-1|.
+        v = _probe(example, 0)
+        x = solve(v)
+        rcond = jnp.linalg.norm(v) / (jnp.linalg.norm(x) * size)
+        rcond = jnp.where(jnp.isfinite(rcond), rcond, 0.0)
+        residual = jnp.linalg.norm(constant @ x - v) / jnp.linalg.norm(v)
+    return System(linear, lambda b: jnp.linalg.norm(solve(b)), size, rcond, residual, asymmetry=nan)
 
 
 def _matrix_free(
@@ -145,52 +179,68 @@ def _matrix_free(
     example: Vector,
     solve: Callable[[MatVec, Vector], Vector],
     *,
-    symmetric: bool,
     check: bool,
-) -> Solver:
-    """Apply the system to vectors only; check each solution by applying it once more."""
+    symmetric: bool = False,
+    least_squares: bool = False,
+) -> System:
+    """Apply the system to vectors only; a solution that does not solve it is NaN."""
     dtype = example.dtype
     tol = tolerance(dtype)
 
     def checked(apply: MatVec, b: Vector) -> Vector:
         x = solve(apply, b)
-        error = jnp.linalg.norm(apply(x) - b)
-        return jnp.where(error <= tol * jnp.linalg.norm(b), x, jnp.nan)
-
-    use = checked if check else solve
-    asymmetry = jnp.zeros((), dtype)
-    if check and symmetric:
-        u, v = _probe(example.size, dtype, 1), _probe(example.size, dtype, 2)
-        au, av = matvec(u), matvec(v)
-        size = jnp.linalg.norm(u) * jnp.linalg.norm(av) + jnp.linalg.norm(v) * jnp.linalg.norm(au)
-        asymmetry = jnp.abs(u @ av - v @ au) / jnp.maximum(size, jnp.finfo(dtype).tiny)
-        asymmetry = jax.lax.stop_gradient(asymmetry)
-    scale = jnp.where(asymmetry <= tol, 1.0, jnp.nan).astype(dtype)
+        if not check:
+            return x
+        residual = apply(x) - b
+        good = jnp.linalg.norm(residual) <= tol * jnp.linalg.norm(b)
+        if least_squares:  # then the normal equations hold
+            transpose = jax.linear_transpose(apply, b)
+            normal, scale = (jnp.linalg.norm(transpose(r)[0]) for r in (residual, b))
+            good |= normal <= tol * scale
+        return jnp.where(good, x, jnp.nan)
 
     def linear(b: Vector) -> Vector:
-        x = jax.lax.custom_linear_solve(matvec, b, use, use, symmetric=symmetric)
-        return x * scale if check and symmetric else x
+        # Not told to be symmetric: then the solution of the transposed system is checked in that.
+        return jax.lax.custom_linear_solve(matvec, b, checked, checked)
+
+    nan = jnp.full((), jnp.nan, dtype)
+    if not check:
+        return System(linear, lambda _: nan, nan, nan, nan, nan)
+    constant = jax.lax.stop_gradient
+    u, v = _probe(example, 0), _probe(example, 1)
+    au, av = constant(matvec(u)), constant(matvec(v))
+    size = jnp.linalg.norm(au) / jnp.linalg.norm(u)
+    asymmetry = rcond = residual = nan
+    if symmetric:
+        scale = jnp.linalg.norm(u) * jnp.linalg.norm(av) + jnp.linalg.norm(v) * jnp.linalg.norm(au)
+        asymmetry = jnp.where(scale > 0, jnp.abs(u @ av - v @ au) / scale, 0.0)
+    if least_squares:
+        inverse_size = 1 / size
+    else:
+        x = constant(jax.lax.custom_linear_solve(matvec, v, solve, solve))
+        inverse_size = jnp.linalg.norm(x) / jnp.linalg.norm(v)
+        rcond = 1 / (size * inverse_size)
+        residual = jnp.linalg.norm(constant(matvec(x)) - v) / jnp.linalg.norm(v)
+        residual = jnp.where(jnp.isfinite(residual), residual, jnp.inf)
 
     def size_of(b: Vector) -> Any:
-        v = _probe(example.size, dtype, 0)
-        return jnp.linalg.norm(b) * jnp.linalg.norm(v) / jnp.linalg.norm(matvec(v))
+        # Estimated: a solve of its own would cost as much as the derivative.
+        return jnp.linalg.norm(b) * inverse_size
 
-    return Solver(linear, size_of, Health(jnp.asarray(jnp.nan, dtype), asymmetry))
-
-
-def _probe(n: int, dtype: Any, seed: int) -> Vector:
-    """A fixed vector of random signs: no direction is special to it."""
-    bits = jax.random.bernoulli(jax.random.key(seed, impl="threefry2x32"), shape=(n,))
-    return jnp.where(bits, 1.0, -1.0).astype(dtype)
+    return System(linear, size_of, size, rcond, residual, asymmetry)
 
 
-def _plain(linear_solve: Callable[..., Any]) -> Callable[[MatVec, Vector], Vector]:
-    return lambda matvec, b: linear_solve(matvec, b)
+def _probe(example: Vector, seed: int) -> Vector:
+    """A fixed vector with a bit of every direction. A random one would take longer to compile than
+    all the rest."""
+    k = jnp.arange(example.size, dtype=example.dtype)
+    return jnp.sin((k + (seed + 1)) ** 2) + jnp.zeros_like(example)
 
 
 def _lineax() -> Any:
     try:
-        import lineax  # noqa: PLC0415 (an extra: importing freevars.jax needs only JAX)
+        # An extra: importing freevars.jax needs only JAX.
+        import lineax  # type: ignore[import-untyped] # noqa: PLC0415
     except ImportError as error:
         msg = (
             "the linear system of an implicit derivative is solved by lineax:"
@@ -202,8 +252,3 @@ def _lineax() -> Any:
 
 def _is_lineax(x: Any) -> bool:
     return any(kind.__module__.split(".")[0] == "lineax" for kind in type(x).__mro__)
-
-
-def _iterative_types() -> tuple[type, ...]:
-    lx = _lineax()
-    return (lx.CG, lx.BiCGStab, lx.GMRES, lx.LSMR, lx.Normal)

@@ -8,15 +8,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
+import jax.numpy as jnp
+from jax import tree_util
 
+from freevars.jax import _compat
 from freevars.jax._closure import Closure
+from freevars.jax._sealed import seal, unseal
 
-__all__ = ["Problem"]
+__all__ = ["Problem", "count"]
 
 
 class Problem(NamedTuple):
-    """A closure and the extra arguments of the function: everything that derivatives flow into."""
+    """A closure and the extra arguments of the function: everything that derivatives flow into.
+
+    Its leaves are arrays; what is no array among the extra arguments is sealed into the structure.
+    """
 
     fun: Closure[Any]
     args: tuple[Any, ...]
@@ -27,25 +33,40 @@ class Problem(NamedTuple):
         fun: Callable[..., Any], x0: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Problem:
         """Convert `fun`, unless it is a closure already."""
-        if args or kwargs:
+        if kwargs:
             closure = Closure(lambda x, args, kwargs: fun(x, *args, **kwargs), x0, args, kwargs)
-            return Problem(closure, args, kwargs)
-        return Problem(fun if isinstance(fun, Closure) else Closure(fun, x0), (), {})
-
-    def value(self, x: Any, *, has_aux: bool) -> Any:
-        """The value of the function, without its aux.
-
-        A solver with aux may be given a function with aux or one without. With it, the result is a
-        pair; a pair of unknowns is told apart by being like x.
-        """
-        out = self.as_given()(x, *self.args, **self.kwargs)
-        is_pair = isinstance(out, tuple) and len(out) == 2  # noqa: PLR2004 (a pair)
-        if has_aux and is_pair and jax.tree.structure(out) != jax.tree.structure(x):
-            return out[0]
-        return out
+        elif args or not isinstance(fun, Closure):
+            closure = Closure(fun, x0, *args)
+        else:
+            closure = fun
+        return Problem(closure, *seal((args, kwargs), _compat.is_array))
 
     def as_given(self) -> Callable[..., Any]:
-        """The function as the solver calls it."""
-        if not (self.args or self.kwargs):
-            return self.fun
-        return lambda x, *args, **kwargs: self.fun(x, args, kwargs)
+        """The function as the solver calls it: a pytree too, so that a solver may jit."""
+        partial: Any = tree_util.Partial
+        return partial(_with_kwargs, self.fun) if self.kwargs else self.fun
+
+    def extra(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The extra arguments as the solver is given them."""
+        args, kwargs = unseal((self.args, self.kwargs))
+        return args, kwargs
+
+    def has_aux(self, wanted: int) -> bool:
+        """Whether the function returns `(value, aux)`, with a value of so many real numbers."""
+        out = self.fun.out_struct
+        return isinstance(out, tuple) and len(out) == 2 and count(out[0]) == wanted  # noqa: PLR2004
+
+    def value(self, x: Any, *, has_aux: bool) -> Any:
+        """The value of the function, without its aux."""
+        args, kwargs = self.extra()
+        out = self.as_given()(x, *args, **kwargs)
+        return out[0] if has_aux else out
+
+
+def _with_kwargs(closure: Closure[Any], x: Any, *args: Any, **kwargs: Any) -> Any:
+    return closure(x, args, kwargs)
+
+
+def count(tree: Any) -> int:
+    """How many real numbers a pytree of arrays or of their types holds."""
+    return sum(a.size * (1 if jnp.isrealobj(a) else 2) for a in tree_util.tree_leaves(tree))

@@ -6,136 +6,124 @@ values and its extra arguments. Differentiate the condition along a direction t'
     dF/dx x' + dF/dt t' = 0,    so    x' = -(dF/dx)^-1 (dF/dt t').
 
 This holds for the exact solution of a regular system, however it was found, so the rule never looks
-inside the solver. F is `fun` for a root, `grad fun` for a minimum, `fun(x) - x` for a fixed point. The
-map t' -> x' is linear: JAX transposes it for reverse mode, and since the rule calls the decorated
-solver again for x, it differentiates itself to any order.
+inside the solver. F is `fun` for a root, `grad fun` for a minimum, `fun(x) - x` for a fixed point.
+The map t' -> x' is linear: JAX transposes it for reverse mode, and since the rule calls the
+decorated solver again for x, it differentiates itself to any order.
 
 Source: the implicit function theorem; in this form Blondel et al. 2022, "Efficient and Modular
-Implicit Differentiation". Not here: how the linear system is solved (`_linear`), and how solvers that
-are not JAX code are run (`_on_host`).
+Implicit Differentiation". Not here: how the linear system is solved (`_linear`), when the result
+counts (`_trust`), and how a call is taken apart (`_solver_call`).
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, TypeAlias, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import tree_util
 
-from freevars.errors import NotASolutionError, SingularError
+from freevars.errors import SingularError, StructureError
 from freevars.jax import _compat, _linear
-from freevars.jax._arguments import Spec, mismatch, split
 from freevars.jax._closure import Closure
 from freevars.jax._on_host import HostSolver
-from freevars.jax._problem import Problem
+from freevars.jax._problem import Problem, count
+from freevars.jax._sealed import unseal
+from freevars.jax._solver_call import SolverSignature, as_unknown, like
+from freevars.jax._trust import Evidence, OnFailure, failure
 from freevars.jax._vector import to_vector
 
 __all__ = ["ImplicitSolver", "argmin", "fixed_point", "root"]
 
-OnFailure = Literal["raise", "nan", "least_squares"]
+Value: TypeAlias = Callable[[Any], Any]  # the function of x, without aux
+ToX: TypeAlias = Callable[[Any], Any]  # the pytree x of a vector
+Condition: TypeAlias = Callable[[Value, Any, ToX], Any]  # the vector F at a vector
 
 
-def _root(problem: Problem, x: Any, *, has_aux: bool) -> Any:
-    return problem.value(x, has_aux=has_aux)
+def _zero(value: Value, v: Any, to_x: ToX) -> Any:
+    return to_vector(value(to_x(v)))[0]
 
 
-def _stationary(problem: Problem, x: Any, *, has_aux: bool) -> Any:
-    return jax.grad(lambda x: problem.value(x, has_aux=has_aux))(x)
+def _stationary(value: Value, v: Any, to_x: ToX) -> Any:
+    # On vectors, not on x: in the real and imaginary parts of x the second derivative is symmetric.
+    return jax.grad(lambda v: value(to_x(v)))(v)
 
 
-def _unchanged(problem: Problem, x: Any, *, has_aux: bool) -> Any:
-    return jax.tree.map(jnp.subtract, problem.value(x, has_aux=has_aux), x)
-
-
-class State(NamedTuple):
-    """What tells whether a derivative can be trusted; every entry depends on primals alone."""
-
-    error: Any  # Float[Array, ""]: the norm of a Newton step, relative to the norm of x, absolute below 1
-    rcond: Any  # Float[Array, ""]: see `_linear.Health`
-    asymmetry: Any  # Float[Array, ""]: see `_linear.Health`
-    finite: Any  # Bool[Array, ""]: x and the condition at x
-
-    @staticmethod
-    def of(solver: _linear.Solver, f: Any, x: Any) -> State:
-        f = jax.lax.stop_gradient(f)
-        error = solver.size_of(f) / jnp.maximum(jnp.linalg.norm(x), 1.0)
-        finite = jnp.all(jnp.isfinite(x)) & jnp.all(jnp.isfinite(f))
-        state = State(error, solver.health.rcond, solver.health.asymmetry, finite)
-        return State(*(jax.lax.stop_gradient(entry) for entry in state))
-
-
-class Call(NamedTuple):
-    """The part of one call that is not differentiated and does not change what is compiled: which
-    options came, and the values of those that are not arrays."""
-
-    tree: Any
-    statics: tuple[tuple[int, Any], ...]
+def _unchanged(value: Value, v: Any, to_x: ToX) -> Any:
+    x = to_x(v)
+    return to_vector(jax.tree.map(jnp.subtract, value(x), x))[0]
 
 
 class ImplicitSolver:
     """A solver with a derivative rule; made by `root`, `argmin` and `fixed_point`."""
 
+    __name__: str
+
     def __init__(
         self,
         solver: Callable[..., Any],
-        condition: Callable[..., Any],
+        condition: Condition,
         *,
-        has_aux: bool,
-        linear_solve: Any,
-        on_failure: OnFailure,
-        check: bool,
-        jit: bool,
+        has_aux: bool = False,
+        linear_solve: _linear.LinearSolve = None,
+        on_failure: OnFailure = "raise",
+        check: bool = True,
+        jit: bool = True,
     ) -> None:
         if on_failure not in ("raise", "nan", "least_squares"):
             msg = f'on_failure: expected "raise", "nan" or "least_squares", got {on_failure!r}.'
             raise ValueError(msg)
-        functools.update_wrapper(self, solver, updated=())
+        _linear.check_linear_solve(linear_solve, least_squares=on_failure == "least_squares")
         self._solver = solver
-        self._signature = _solver_signature(solver)
+        self._signature = SolverSignature(solver)
+        functools.update_wrapper(self, solver, updated=())
+        if not hasattr(solver, "__name__"):  # a partial, or an object that is called
+            self.__name__ = getattr(
+                getattr(solver, "func", None), "__name__", type(solver).__name__
+            )
         self._condition = condition
         self._has_aux = has_aux
         self._linear_solve = linear_solve
         self._on_failure = on_failure
         self._check = check
         self._jit = jit and not isinstance(solver, HostSolver)
-        self._run = (
-            jax.jit(self._run_solver, static_argnums=0) if self._jit else self._run_solver
-        )
+        self._run = jax.jit(self._run_solver) if self._jit else self._run_solver
         self._tangent = jax.jit(self._tangent_map, static_argnums=(0, 1))
-        self._implicit = jax.custom_jvp(self._forward, nondiff_argnums=(0,))
+        self._implicit = jax.custom_jvp(self._forward)
         self._implicit.defjvp(self._rule, symbolic_zeros=True)
 
-    def __call__(self, fun: Callable[..., Any], x0: Any, *args: Any, **kwargs: Any) -> Any:
-        bound = self._signature.bind(fun, x0, *args, **kwargs)
-        fun_args, fun_kwargs, options = _sort_arguments(bound)
-        x0 = _as_unknown(x0, self.__name__)
-        problem = Problem.of(fun, x0, fun_args, fun_kwargs)
-        call, arrays = _split_options(options)
-        own = self._own_captures(call, problem, x0, arrays)
-        return self._implicit(call, problem, x0, arrays, own)
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        call = self._signature.take_apart(args, kwargs)
+        x0 = as_unknown(call.x0, self.__name__)
+        problem = Problem.of(call.fun, x0, call.args, call.kwargs)
+        own = self._own_captures(problem, x0, call.options)
+        return self._implicit(problem, x0, call.options, own)
 
     def __repr__(self) -> str:
         return f"<{self.__name__} with an implicit derivative rule>"
 
     # Running the solver.
 
-    def _run_solver(self, call: Call, problem: Problem, x0: Any, arrays: list[Any]) -> Any:
-        options = tree_util.tree_unflatten(call.tree, _join(arrays, call.statics))
+    def _run_solver(self, problem: Problem, x0: Any, options: dict[str, Any]) -> Any:
         if isinstance(self._solver, HostSolver):
-            equations = self._condition is not _stationary
-            out = self._solver.solve(problem, x0, options, equations=equations, has_aux=self._has_aux)
+            out = self._solver.solve(
+                problem,
+                x0,
+                unseal(options),
+                equations=self._condition is not _stationary,
+                has_aux=self._fun_has_aux(problem, count(x0)),
+            )
         else:
-            out = _call_solver(self._signature, self._solver, problem, x0, options)
-        x, aux = out if self._has_aux else (out, None)
-        x = _like(x, x0, self.__name__)
-        return (x, aux) if self._has_aux else x
+            out = self._signature.call(problem, x0, options)
+        if not self._has_aux:
+            return like(out, x0, f"{self.__name__}: the returned x")
+        if not (isinstance(out, tuple) and len(out) == 2):  # noqa: PLR2004
+            msg = f"{self.__name__}: with has_aux=True a solver returns (x, aux), got {out!r}."
+            raise StructureError(msg)
+        return like(out[0], x0, f"{self.__name__}: the returned x"), out[1]
 
-    def _own_captures(self, call: Call, problem: Problem, x0: Any, arrays: list[Any]) -> Any:
+    def _own_captures(self, problem: Problem, x0: Any, options: dict[str, Any]) -> Any:
         """The solver itself as a closure if it captures traced values, otherwise None.
 
         They have to become arguments too, or the rule could not be crossed; the solution does not
@@ -144,314 +132,251 @@ class ImplicitSolver:
         """
         if not self._jit or _compat.nothing_traced():
             return None
-        if not _compat.captured_tracers(self._run, call, problem, x0, arrays):
+        if not _compat.captured_tracers(self._run, problem, x0, options):
             return None
-        return Closure(functools.partial(self._run_solver, call), problem, x0, arrays)
+        return Closure(self._run_solver, problem, x0, options)
 
-    def _forward(self, call: Call, problem: Problem, x0: Any, arrays: list[Any], own: Any) -> Any:
-        if own is not None:
-            return own(problem, x0, arrays)
-        return self._run(call, problem, x0, arrays)
+    def _forward(self, problem: Problem, x0: Any, options: dict[str, Any], own: Any) -> Any:
+        run = self._run if own is None else own
+        return run(problem, x0, options)
 
     # The rule.
 
-    def _rule(self, call: Call, primals: Any, tangents: Any) -> Any:
-        out = self._implicit(call, *primals)
+    def _rule(self, primals: Any, tangents: Any) -> Any:
+        out = self._implicit(*primals)
         x, aux = out if self._has_aux else (out, None)
-        leaves, tree = tree_util.tree_flatten(primals[0])
-        dots = tree_util.tree_leaves(tangents[0], is_leaf=_compat.is_symbolic_zero)
+        leaves, tree = jax.tree.flatten(primals[0])
+        dots = jax.tree.leaves(tangents[0], is_leaf=_compat.is_symbolic_zero)
         moving = tuple(i for i, dot in enumerate(dots) if not _compat.is_symbolic_zero(dot))
         if moving:
-            dx, state = self._tangent(tree, moving, leaves, x, [dots[i] for i in moving])
+            dx, evidence = self._tangent(tree, moving, leaves, x, [dots[i] for i in moving])
             if self._check and self._on_failure != "nan":
-                self._raise_failure(state, to_vector(x)[0].size)
+                self._raise_failure(evidence, dx)
         else:
-            dx = jax.tree.map(jnp.zeros_like, x)
+            dx = jax.tree.map(_compat.symbolic_zero, x)
         if not self._has_aux:
             return x, dx
-        return (x, aux), (dx, jax.tree.map(_zero_tangent, aux))
+        return out, (dx, jax.tree.map(_compat.symbolic_zero, aux))
 
     def _tangent_map(
         self, tree: Any, moving: tuple[int, ...], leaves: list[Any], x: Any, dots: list[Any]
     ) -> Any:
-        """The direction x' for the direction `dots` of the moving leaves, and what tells whether to
-        trust it. Linear in `dots`."""
-        xv, to_x = to_vector(x)
-        problem = tree_util.tree_unflatten(tree, leaves)
+        """The direction x' for the direction `dots` of the moving leaves, which is linear in
+        `dots`, and what tells whether to trust it."""
+        v, to_x = to_vector(x)
 
-        def optimality(xv: Any, moved: list[Any]) -> Any:
-            with_moved = list(leaves)
+        def optimality(v: Any, moved: list[Any]) -> Any:
+            all_leaves = list(leaves)
             for i, leaf in zip(moving, moved, strict=True):
-                with_moved[i] = leaf
-            problem = tree_util.tree_unflatten(tree, with_moved)
-            value = self._condition(problem, to_x(xv), has_aux=self._has_aux)
-            return self._square(to_vector(value)[0], xv)
+                all_leaves[i] = leaf
+            return self._optimality(jax.tree.unflatten(tree, all_leaves), v, to_x)
 
         moved = [leaves[i] for i in moving]
-        push = _push_of(problem.fun, self._condition)
-        f, matvec = push(lambda xv: optimality(xv, moved), xv)
-        solver = _linear.prepare(
-            matvec,
-            xv,
+        f, by_x = _push(lambda v: optimality(v, moved), v)
+        _, by_moved = _push(lambda moved: optimality(v, moved), moved)
+        system = _linear.prepare(
+            by_x,
+            v,
             symmetric=self._condition is _stationary,
             linear_solve=self._linear_solve,
             least_squares=self._on_failure == "least_squares",
             check=self._check,
         )
-        _, by_moved = push(lambda moved: optimality(xv, moved), moved)
-        dx = -solver.solve(by_moved(dots))
+        dv = -system.solve(by_moved(dots))
         if not self._check:
-            return to_x(dx), None
-        state = State.of(solver, f, jax.lax.stop_gradient(xv))
-        good = state.finite & (state.error <= _linear.tolerance(xv.dtype))
-        return to_x(dx * jnp.where(good, 1.0, jnp.nan).astype(dx.dtype)), state
+            return to_x(dv), None
+        evidence = self._evidence(system, *map(jax.lax.stop_gradient, (v, f)))
+        return to_x(dv * jnp.where(evidence.good, 1, jnp.nan).astype(dv.dtype)), evidence
 
-    def _square(self, f: Any, x: Any) -> Any:
-        if f.size != x.size:
+    def _optimality(self, problem: Problem, v: Any, to_x: ToX) -> Any:
+        """The vector F, one number for each unknown."""
+        has_aux = self._fun_has_aux(problem, v.size)
+        value = problem.fun.out_struct
+        value = value[0] if has_aux else value
+        if self._condition is _stationary:
+            if jax.tree.map(lambda a: (a.shape, jnp.isrealobj(a)), value) != ((), True):
+                msg = f"{self.__name__}: the objective is a real number of shape (), got {value}."
+                raise TypeError(msg)
+        elif count(value) != v.size:
             msg = (
-                f"{self.__name__}: the optimality function has {f.size} components for {x.size}"
+                f"{self.__name__}: the function has {count(value)} components for {v.size}"
                 " unknowns. A derivative exists where there is one equation for each unknown."
             )
             raise TypeError(msg)
-        return f.astype(x.dtype)
+        if self._condition is _unchanged and _shapes(value) != _shapes(to_x(v)):
+            msg = f"{self.__name__}: the function returns {value} for a fixed point {to_x(v)}."
+            raise StructureError(msg)
+        f = self._condition(lambda x: problem.value(x, has_aux=has_aux), v, to_x)
+        return f.astype(v.dtype)
 
-    def _raise_failure(self, state: State, n: int) -> None:
-        if any(isinstance(s, _compat.Tracer) for s in state):
-            return  # inside a compiled program NaN tells
-        error, rcond, asymmetry = (float(s) for s in state[:3])
-        name, dtype = self.__name__, state.error.dtype
-        tol = _linear.tolerance(dtype)
-        if not state.finite:
-            msg = f"{name}: the solver returned a value that is not finite, or at which its condition is not."
-        elif rcond <= _linear.least_rcond(n, dtype) and self._on_failure != "least_squares":
-            msg = (
-                f"{name}: the system of the derivative is singular (reciprocal condition number about"
-                f" {rcond:.1e}), so the solution is not a differentiable function of the captured"
-                ' values there. on_failure="least_squares" takes the shortest solution.'
-            )
-            raise SingularError(msg)
-        elif asymmetry > tol:
-            msg = (
-                f"{name}: the second derivative of the objective is not symmetric (by {asymmetry:.1e},"
-                " relative): a custom rule in it is not a gradient. Give linear_solve=lineax.GMRES(...)."
-            )
-            raise SingularError(msg)
-        elif error > tol:
-            msg = (
-                f"{name}: the solver did not converge: a Newton step from its result would still move"
-                f" it by {error:.1e}, relative to its norm (absolute below norm 1); up to {tol:.1e} is"
-                " accepted. Let it run longer, or declare the result good with check=False."
-            )
-        else:
+    def _fun_has_aux(self, problem: Problem, n: int) -> bool:
+        """With aux, `fun` may have one too: its value is then what is of the right size."""
+        wanted = 1 if self._condition is _stationary else n
+        return self._has_aux and problem.has_aux(wanted)
+
+    @staticmethod
+    def _evidence(system: _linear.System, v: Any, f: Any) -> Evidence:
+        evidence = Evidence.of(
+            v.size,
+            finite=jnp.all(jnp.isfinite(v)) & jnp.all(jnp.isfinite(f)) & jnp.isfinite(system.size),
+            error=system.size_of(f) / jnp.maximum(jnp.linalg.norm(v), 1.0),
+            rcond=system.rcond,
+            residual=system.residual,
+            asymmetry=system.asymmetry,
+        )
+        return Evidence(*map(jax.lax.stop_gradient, evidence))
+
+    def _raise_failure(self, evidence: Evidence, dx: Any) -> None:
+        """Raise what can be raised now: inside a compiled program NaN tells."""
+        if isinstance(evidence.good, _compat.Tracer):
             return
-        raise NotASolutionError(msg)
+        dv = to_vector(dx)[0]
+        if not evidence.good:
+            raise failure(evidence, dv.size, self.__name__)
+        if not isinstance(dv, _compat.Tracer) and not jnp.all(jnp.isfinite(dv)):
+            msg = (
+                f"{self.__name__}: the derivative is not finite: the iterative linear solver"
+                " stopped short, or the direction of differentiation is not finite itself. Give"
+                " another linear_solve, or more steps."
+            )
+            raise SingularError(msg)
 
 
-def _push_of(closure: Closure[Any], condition: Callable[..., Any]) -> Callable[..., Any]:
-    """How to push a direction through the condition: `push(f, x)` is f(x) and its derivative there.
+def _push(f: Callable[[Any], Any], x: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """The value of `f` at x, and how it pushes a direction forward.
 
     A function with a `custom_vjp` in it has no forward mode. But its pullback is linear, and the
     transpose of that is the derivative again.
     """
-    if condition is _stationary or not _compat.has_custom_vjp(closure._program.jaxpr):  # noqa: SLF001
-        return jax.linearize
-
-    def push(f: Callable[[Any], Any], x: Any) -> tuple[Any, Callable[[Any], Any]]:
-        value, pull = jax.vjp(f, x)
-        transpose = jax.linear_transpose(pull, value)
-        return value, lambda dot: transpose((dot,))[0]
-
-    return push
+    if not _compat.has_custom_vjp(jax.make_jaxpr(f)(x).jaxpr):
+        return jax.linearize(f, x)
+    value, pull = jax.vjp(f, x)
+    transpose = jax.linear_transpose(pull, value)
+    return value, lambda dot: transpose((dot,))[0]
 
 
-def _solver_signature(solver: Callable[..., Any]) -> inspect.Signature:
-    signature = inspect.signature(solver)
-    positional = [
-        p
-        for p in signature.parameters.values()
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    if len(positional) < 2:
-        msg = f"a solver takes at least (fun, x0), got {solver!r} with the signature {signature}."
-        raise TypeError(msg)
-    return signature
+def _shapes(tree: Any) -> Any:
+    return jax.tree.map(jnp.shape, tree)
 
 
-def _sort_arguments(
-    bound: inspect.BoundArguments,
-) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
-    """The extra arguments of the function, and the options of the solver.
+class Options(TypedDict, total=False):
+    """The keyword arguments of `root`, `argmin` and `fixed_point`; see `root`."""
 
-    What a solver collects in `*args` and `**kwargs`, or takes as a tuple named `args` as scipy's do,
-    it passes on to the function; what it names is its own.
-    """
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-    options: dict[str, Any] = {}
-    parameters = bound.signature.parameters
-    for name, value in list(bound.arguments.items())[2:]:
-        kind = parameters[name].kind
-        if kind is inspect.Parameter.VAR_KEYWORD:
-            kwargs = dict(value)
-        elif kind is inspect.Parameter.VAR_POSITIONAL or name == "args":
-            args = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-        else:
-            options[name] = value
-    return args, kwargs, options
+    has_aux: bool  # False
+    linear_solve: _linear.LinearSolve  # None
+    on_failure: OnFailure  # "raise"
+    check: bool  # True
+    jit: bool  # True
 
 
-def _call_solver(
-    signature: inspect.Signature,
-    solver: Callable[..., Any],
-    problem: Problem,
-    x0: Any,
-    options: dict[str, Any],
-) -> Any:
-    """Call the solver as its user did, with the converted function."""
-    given: dict[str, Any] = dict(options)
-    for i, (name, parameter) in enumerate(signature.parameters.items()):
-        if i == 0:
-            given[name] = problem.as_given()
-        elif i == 1:
-            given[name] = x0
-        elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            given[name] = problem.kwargs
-        elif parameter.kind is inspect.Parameter.VAR_POSITIONAL or (name == "args" and problem.args):
-            given[name] = problem.args
-    bound = inspect.BoundArguments(signature, given)  # type: ignore[arg-type]
-    return solver(*bound.args, **bound.kwargs)
+Decorator: TypeAlias = Callable[[Callable[..., Any]], ImplicitSolver]
 
 
-def _split_options(options: dict[str, Any]) -> tuple[Call, list[Any]]:
-    """The options that are arrays, and the rest. A Python number stays one: solvers count with it."""
-    leaves, tree = tree_util.tree_flatten(options)
-    arrays = [x for x in leaves if isinstance(x, (_compat.Array, np.ndarray, _compat.Tracer))]
-    statics = tuple(
-        (i, x)
-        for i, x in enumerate(leaves)
-        if not isinstance(x, (_compat.Array, np.ndarray, _compat.Tracer))
-    )
-    return Call(tree, statics), arrays
-
-
-def _join(arrays: list[Any], statics: tuple[tuple[int, Any], ...]) -> list[Any]:
-    return Spec(None, (), statics).join(arrays)
-
-
-def _as_unknown(x0: Any, name: str) -> Any:
-    """`x0` as arrays of definite floating or complex dtypes."""
-
-    def convert(path: Any, leaf: Any) -> Any:
-        where = f"{name}: x0{tree_util.keystr(path)}"
-        if not _compat.is_array(leaf):
-            msg = f"{where} is {leaf!r}; an unknown is a floating or complex array or number."
-            raise TypeError(msg)
-        dtype = jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.inexact):
-            msg = (
-                f"{where} has dtype {dtype}; an unknown is floating or complex, or the solution could"
-                " not have a derivative. Start from a float, 1.0 for 1."
-            )
-            raise TypeError(msg)
-        return jnp.asarray(leaf, dtype=dtype)
-
-    return tree_util.tree_map_with_path(convert, x0)
-
-
-def _like(x: Any, x0: Any, name: str) -> Any:
-    """What a solver returned, if it is of the structure and types of `x0`."""
-    arrays, tree, statics = split(x0)
-    spec = Spec(tree, tuple(_compat.example_type(a) for a in arrays), statics)
-    error = mismatch(spec, x, name=f"{name}: the returned x", weak_matters=False)
-    if error is not None:
-        raise error
-    return jax.tree.map(lambda a, b: jnp.asarray(a, dtype=b.dtype), x, x0)
-
-
-def _zero_tangent(x: Any) -> Any:
-    if jnp.issubdtype(jnp.result_type(x), jnp.inexact):
-        return jnp.zeros_like(x)
-    return np.zeros(np.shape(x), jax.dtypes.float0)
-
-
-def _decorator(condition: Callable[..., Any], solver: Any, options: dict[str, Any]) -> Any:
+def _decorate(
+    solver: Callable[..., Any] | None, condition: Condition, options: Options
+) -> ImplicitSolver | Decorator:
     def decorate(solver: Callable[..., Any]) -> ImplicitSolver:
         return ImplicitSolver(solver, condition, **options)
 
     return decorate if solver is None else decorate(solver)
 
 
-_DOC = """{first}
+@overload
+def root(solver: Callable[..., Any], /, **options: Unpack[Options]) -> ImplicitSolver: ...
+@overload
+def root(**options: Unpack[Options]) -> Decorator: ...
+def root(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]) -> Any:
+    """Derivatives for a solver whose result x satisfies `fun(x, *args, **kwargs) = 0`.
 
     The decorated solver is called as before, `solver(fun, x0, ...)`, and returns what it returned
-    before, {x}. Derivatives, forward and reverse and of any order, flow into
-    every value that `fun` captures and into the extra arguments that the solver passes on to `fun`:
-    what its signature collects in `*args` and `**kwargs`, or a tuple named `args`. Everything else in
-    its signature is an option of its own and gets derivative zero, and so does `x0`.
+    before. Derivatives, forward and reverse and of any order, flow into every value that `fun`
+    captures and into the extra arguments that the solver passes on to `fun`: what its signature
+    collects in `*args` and `**kwargs`, or a tuple named `args`. Everything else in its signature is
+    an option of its own; options and `x0` get derivative zero, because the solution does not depend
+    on them.
 
     Args:
-      solver: `solver(fun, x0, ...)` in JAX, pure; it is given a `Closure` of `fun`.
-      has_aux: the solver returns `(x, aux)`, and `fun` returns `(value, aux)`. This declares aux
-        constant: it has derivative zero.
-      linear_solve: how the system of the derivative is solved: a lineax solver, or a callable
-        `solve(matvec, b)` on real vectors (a complex unknown counts as two real ones). None:
-        factorise up to {limit} unknowns, beyond that {iterative}.
-      on_failure: what happens where the derivative cannot be trusted: the solver did not converge (a
-        Newton step from its result would move it by more than the fourth root of the dtype's spacing,
-        1.2e-4 for float64 and 1.9e-2 for float32, relative to the norm of x, absolute below 1), the
-        result is not finite, the system is singular (reciprocal condition number below 10 n eps) or an
-        iterative solve stopped short (residual above the same tolerance, relative). "raise": an error
-        where the values are known, NaN inside `jit` and `vmap` and in the backward pass of an iterative
-        solve. "nan": NaN always. "least_squares": the shortest solution of a singular system, and as
-        "raise" for the rest.
-      check: False leaves all of this out; it costs one more right-hand side.
-      jit: False runs the solver as it is, for one that cannot be traced; it then needs known values.
+      solver: `solver(fun, x0, ...)` in JAX, pure. `x0` is a pytree of floating or complex arrays,
+        and so is the x that it returns. `fun` reaches it as a `Closure`.
+      has_aux: the solver returns `(x, aux)`, and `fun` may return `(value, aux)`. This declares the
+        aux constant: it has derivative zero.
+      linear_solve: how the system of the derivative is solved: a lineax solver, or a function
+        `solve(matvec, b)` on real vectors, where a complex unknown counts as two. None: factorise
+        up to 512 unknowns, beyond that GMRES (CG for `argmin`).
+      on_failure: what happens where the derivative cannot be trusted. That is: the solver did not
+        converge (a Newton step from its result would move it by more than the fourth root of the
+        dtype's spacing, 1.2e-4 for float64 and 1.9e-2 for float32, relative to the norm of x,
+        absolute below norm 1; an iterative linear solver only estimates the step), something is not
+        finite, the system is singular (reciprocal condition number below 10 n eps), or it was not
+        solved (residual above the same tolerance, relative). "raise": an error where values are
+        known; NaN inside `jit` and `vmap`, and in a backward pass where an iterative linear solver
+        stopped short. "nan": NaN always. "least_squares": the shortest solution of a singular
+        system, else as "raise".
+      check: False leaves all of that out. It costs two more right-hand sides.
+      jit: False runs the solver as it is, for one that cannot be traced; it then needs known
+        values.
 
     Raises:
       freevars.errors.NotASolutionError, freevars.errors.SingularError: see `on_failure`.
-      freevars.errors.StructureError: the solver returns another structure, shape or dtype than `x0`.
-      TypeError: an unknown is not floating or complex.
+      freevars.errors.StructureError: the solver returns another structure, shape or dtype than
+        `x0`.
+      TypeError: an unknown is neither floating nor complex, or there is not one equation for each.
 
-    Source: implicit function theorem; Blondel et al. 2022, "Efficient and Modular Implicit
+    Source: the implicit function theorem; Blondel et al. 2022, "Efficient and Modular Implicit
     Differentiation".
 
-{example}
+    >>> import jax, freevars.jax as fv
+    >>> @fv.root
+    ... def newton(fun, x0):
+    ...     return jax.lax.fori_loop(0, 20, lambda _, x: x - fun(x) / jax.grad(fun)(x), x0)
+    >>> square_root = lambda a: newton(lambda x: x**2 - a, 1.0)
+    >>> print(square_root(4.0), jax.grad(square_root)(4.0))
+    2.0 0.25
     """
+    return _decorate(solver, _zero, options)
 
 
-def _rule(
-    name: str, condition: Callable[..., Any], first: str, x: str, iterative: str, example: str
-) -> Callable[..., Any]:
-    def decorator(
-        solver: Callable[..., Any] | None = None,
-        /,
-        *,
-        has_aux: bool = False,
-        linear_solve: Any = None,
-        on_failure: OnFailure = "raise",
-        check: bool = True,
-        jit: bool = True,
-    ) -> Any:
-        def decorate(solver: Callable[..., Any]) -> ImplicitSolver:
-            return ImplicitSolver(
-                solver,
-                condition,
-                has_aux=has_aux,
-                linear_solve=linear_solve,
-                on_failure=on_failure,
-                check=check,
-                jit=jit,
-            )
+@overload
+def argmin(solver: Callable[..., Any], /, **options: Unpack[Options]) -> ImplicitSolver: ...
+@overload
+def argmin(**options: Unpack[Options]) -> Decorator: ...
+def argmin(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]) -> Any:
+    """Derivatives for a solver whose result x satisfies `grad(fun)(x, *args, **kwargs) = 0`.
 
-        return decorate if solver is None else decorate(solver)
+    A minimum, a maximum or a saddle of a real function of shape (), without constraints: x has to
+    be where the gradient vanishes, and the second derivative there has to be regular. Everything
+    else is as for `root`, which also says what may be given as options.
 
-    decorator.__name__ = decorator.__qualname__ = name
-    decorator.__doc__ = _DOC.format(
-        first=first, x=x, iterative=iterative, limit=_linear.DIRECT_LIMIT, example=example
-    )
-    return decorator
+    >>> import jax, jax.numpy as jnp, freevars.jax as fv
+    >>> @fv.argmin
+    ... def descend(fun, x0, steps=200):
+    ...     return jax.lax.fori_loop(0, steps, lambda _, x: x - 0.3 * jax.grad(fun)(x), x0)
+    >>> data = jnp.array([1.0, 2.0, 6.0])
+    >>> def center(penalty):
+    ...     return descend(lambda m: jnp.mean((data - m) ** 2) + penalty * m**2, 0.0)
+    >>> print(f"{center(0.5):.3f} {jax.grad(center)(0.5):.3f}")  # 3 / (1 + p), -3 / (1 + p)^2
+    2.000 -1.333
+    """
+    return _decorate(solver, _stationary, options)
 
 
-root = _rule("root", _root, "Give a root finder derivatives", "x", "g", "")
-argmin = _rule("argmin", _stationary, "", "x", "g", "")
-fixed_point = _rule("fixed_point", _unchanged, "", "x", "g", "")
+@overload
+def fixed_point(solver: Callable[..., Any], /, **options: Unpack[Options]) -> ImplicitSolver: ...
+@overload
+def fixed_point(**options: Unpack[Options]) -> Decorator: ...
+def fixed_point(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]) -> Any:
+    """Derivatives for a solver whose result x satisfies `fun(x, *args, **kwargs) = x`.
+
+    `fun` returns the structure and shapes of x. Everything else is as for `root`, which also says
+    what may be given as options.
+
+    >>> import jax, jax.numpy as jnp, freevars.jax as fv
+    >>> @fv.fixed_point
+    ... def iterate(fun, x0):
+    ...     return jax.lax.fori_loop(0, 100, lambda _, x: fun(x), x0)
+    >>> def kepler(eccentricity):  # E = M + e sin E
+    ...     return iterate(lambda angle: 1.0 + eccentricity * jnp.sin(angle), 1.0)
+    >>> print(f"{kepler(0.1):.4f} {jax.grad(kepler)(0.1):.4f}")  # sin E / (1 - e cos E)
+    1.0886 0.9291
+    """
+    return _decorate(solver, _unchanged, options)

@@ -1,7 +1,7 @@
 """A pytree of floating and complex arrays as one real vector, and back.
 
-A complex number counts as two real ones, because what is solved for need not be holomorphic. Not here:
-anything about solving.
+A complex number counts as two real ones, because what is solved for need not be holomorphic. Not
+here: anything about solving.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import tree_util
 from jax.flatten_util import ravel_pytree
 
 __all__ = ["to_vector"]
@@ -21,13 +22,13 @@ def to_vector(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
     is_complex = [jnp.iscomplexobj(x) for x in jax.tree.leaves(tree)]
     if not any(is_complex):
         return ravel_pytree(tree)
-    leaves, treedef = jax.tree.flatten(tree)
+    leaves, treedef = tree_util.tree_flatten(tree)
     parts = [(x.real, x.imag) if c else x for x, c in zip(leaves, is_complex, strict=True)]
     vector, from_vector = ravel_pytree(parts)
 
     def back(vector: Any) -> Any:
         parts = from_vector(vector)
         joined = [jax.lax.complex(*p) if c else p for p, c in zip(parts, is_complex, strict=True)]
-        return treedef.unflatten(joined)
+        return tree_util.tree_unflatten(treedef, joined)
 
     return vector, back
