@@ -23,6 +23,7 @@ from jax._src import config as _config
 from jax._src import core as _core
 from jax._src import hijax as _hijax
 from jax._src import linear_util as _linear_util
+from jax._src import literals as _literals
 from jax._src import source_info_util as _source_info_util
 from jax._src import traceback_util as _traceback_util
 from jax._src import util as _util
@@ -233,9 +234,19 @@ def _is_zero(tangent: Any) -> bool:
 
 
 def lowered(x: Any) -> Any:
-    """The value that JAX captures where a function reads `x`: without tracers that add nothing."""
+    """The value behind `x`: without tracers that add nothing, and without the object that JAX put
+    around a NumPy array until 0.10."""
+    if type(x) in _NUMPY_WRAPPERS:
+        return x.val
     lower: Any = getattr(x, "full_lower", None) if isinstance(x, Tracer) else None
     return x if lower is None else lower()
+
+
+_NUMPY_WRAPPERS = tuple(
+    cls
+    for cls in (getattr(_literals, "TypedNdArray", None),)
+    if cls is not None and not issubclass(cls, np.ndarray)
+)
 
 
 def was_computed(tracer: Any) -> bool | None:
