@@ -356,7 +356,7 @@ def test_not_converged() -> None:
     assert torch.isnan(torch.autograd.grad(x.sum(), a)[0]).all()
     x = argmin(lazy.__wrapped__, check=False)(objective, far)
     close(torch.autograd.grad(x.sum(), a), [torch.ones(3, dtype=F64)])
-    with pytest.raises(NotASolutionError, match="did not converge"):
+    with pytest.raises(NotASolutionError, match="did not converge"):  # noqa: PT012
         n = 150
         w = torch.ones(n, dtype=F64, requires_grad=True)
         x = root(lazy.__wrapped__)(lambda x: x - w, torch.zeros(n, dtype=F64))
@@ -402,7 +402,7 @@ def test_singular_without_a_matrix() -> None:
 
 def test_wrong_structures() -> None:
     x0 = torch.zeros(2, dtype=F64)
-    with pytest.raises(
+    with pytest.raises(  # noqa: PT012
         StructureError, match=r"result of .*cut: x expected float64\[2\], got float64\[1\]"
     ):
 
@@ -419,11 +419,11 @@ def test_wrong_structures() -> None:
         newton(lambda x: x.sum(), x0)
     with pytest.raises(StructureError, match="x0 expected"):
         newton(lambda x: x, {"n": 3})
-    with pytest.raises(StructureError, match="takes .fun, x0, ...."):
+    with pytest.raises(StructureError, match=r"takes .fun, x0, ...."):
         root(lambda fun: fun)
     with pytest.raises(ValueError, match="on_failure"):
         root(lambda fun, x0: x0, on_failure="ignore")
-    with pytest.raises(StructureError, match="return .value, aux."):
+    with pytest.raises(StructureError, match=r"return .value, aux."):
         root(lambda fun, x0: (x0, None), has_aux=True)(lambda x: x, x0)
 
 
