@@ -722,3 +722,10 @@ def test_constants_in_slices_and_keywords() -> None:
     converted, hoisted = closure_convert(lambda x: x[start:] * table["w"][start:], x, hoist="all")
     assert [h.data_ptr() for h in hoisted] == [start.data_ptr(), table["w"].data_ptr()]
     same(converted(x, torch.tensor(2), hoisted[1]), x[2:] * table["w"][2:])
+
+
+def test_metadata_of_an_alias_may_be_written() -> None:
+    def explicit(x: Tensor, w: Tensor) -> Tensor:
+        return w.detach().unsqueeze_(0).t_().squeeze_() * x.detach().unsqueeze_(0) * w
+
+    check(explicit, [fresh(3)], [fresh(3)], order=1)

@@ -33,6 +33,7 @@ __all__ = [
     "dual_tangent",
     "eagerly",
     "functorch_active",
+    "hook_compiler",
     "in_backward",
     "install_hooks",
     "is_higher_order",
@@ -369,12 +370,16 @@ _HOOKS = (
 
 
 def install_hooks() -> None:
-    """Installs the hooks that are not installed yet. The compiler's module is slow to import, so
-    its hook waits until somebody else has imported it."""
+    """Installs the hooks that are not installed yet."""
     if _CustomFunctionBase.__dict__.get("apply") is not _APPLY:
         _CustomFunctionBase.apply = _APPLY  # type: ignore[attr-defined]
         for module, name, hook in _HOOKS:
             setattr(module, name, hook(getattr(module, name)))
+    hook_compiler()
+
+
+def hook_compiler() -> None:
+    """The compiler's hook waits until somebody else has imported the compiler, which is slow."""
     compiler = sys.modules.get("torch._dynamo.eval_frame")
     raw = getattr(compiler, "_callback_from_stance", None)
     if raw is not None and not hasattr(raw, "__freevars__"):

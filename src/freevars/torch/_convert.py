@@ -187,6 +187,7 @@ class Converted:
         return self._call(args)
 
     def _call(self, args: tuple[Any, ...]) -> Any:
+        _compat.hook_compiler()
         n = len(args) - len(self._keys)
         table = self._table(args, n)
         arguments = args[:n]
@@ -208,6 +209,7 @@ class Converted:
         else:
             refuse_hidden(out, lambda t: id(t) in table, self._fun)
             out = pytree.tree_map_only(Tensor, mode.replace, out)
+        mode.known = ()  # a graph may keep the mode, but not the arguments
         check_tape(outputs_of(out), known, mode.has_made, self._fun)
         return out
 
@@ -219,7 +221,7 @@ class Converted:
 
     def _mode(self, table: dict[int, Tensor], known: Sequence[Tensor]) -> Substitution:
         if torch.is_grad_enabled() and not _compat.transforms_active():
-            return Substitution(self._fun, table)
+            return Substitution(self._fun, table, known)
         return CarefulSubstitution(self._fun, table, known)
 
     def _table(self, args: tuple[Any, ...], n: int) -> dict[int, Tensor]:

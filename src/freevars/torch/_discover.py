@@ -202,7 +202,10 @@ class Discovery(Watch):
         if func is torch.ops.aten.lift_fresh.default:
             self.made_keys.update(keys)  # memory of a literal, `torch.tensor([1.0])`
         for t in written(func, args, kwargs):
-            if storage_key(t) not in self.made_keys:
+            own = storage_key(t) in self.made_keys
+            if torch.Tag.inplace_view in func.tags:  # metadata: an alias is its own
+                own = id(t) not in self.captured and id(t) not in self.arguments
+            if not own:
                 self.refuse(self._write_message(func, t))
         if torch.Tag.nondeterministic_seeded in func.tags:
             self._draw(func, kwargs)
