@@ -1,5 +1,7 @@
 """`argmin`, `root`, `fixed_point`: the derivative of a solution, whatever solver found it."""
 
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
@@ -243,6 +245,20 @@ def test_the_callers_grad_is_left_alone() -> None:
     close(x, (net(data).mean() / 2).expand(2))
     got = torch.autograd.grad(x.sum(), list(net.parameters()))
     close(got, torch.autograd.grad(net(data).mean(), list(net.parameters())))
+
+
+def test_nothing_is_retained() -> None:
+    gc.disable()
+    try:
+        big = torch.ones(1000, dtype=F64, requires_grad=True)
+        x = by_scipy(lambda x: ((x - big.mean()) ** 2).sum(), torch.zeros(2, dtype=F64))  # noqa: F821 (deleted below)
+        torch.autograd.grad(x.sum(), big)
+        tensor, solution = weakref.ref(big), weakref.ref(x)
+        del big, x
+        assert solution() is None
+        assert tensor() is None
+    finally:
+        gc.enable()
 
 
 # --- structures

@@ -23,11 +23,13 @@ import torch.utils.checkpoint as _checkpoint
 from torch import Tensor
 from torch._C import _functorch
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from freevars.errors import CaptureError
 
 __all__ = [
     "CheckpointFunction",
+    "DispatchWatch",
     "Watch",
     "active",
     "dual_tangent",
@@ -126,6 +128,20 @@ class Watch(TorchFunctionMode):
                 return fun(*args, **kwargs)
 
         return resumed
+
+
+class DispatchWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A dispatch mode that does not wrap its handler for the compiler, which would import it: under
+    a watch nothing is compiled."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
 
 
 def active() -> list[Watch]:

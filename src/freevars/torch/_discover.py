@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from freevars.torch import _api, _compat
-from freevars.torch._compat import Watch, storage_key
+from freevars.torch._compat import DispatchWatch, Watch, storage_key
 from freevars.torch._names import caller, describe, reachable
 
 __all__ = ["Discovery"]
@@ -261,13 +260,11 @@ class Discovery(Watch):
         )
 
 
-class _Below(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Below(DispatchWatch):  # type: ignore[no-untyped-call]
     """The dispatch mode, below autograd and torch.func."""
 
-    supports_higher_order_operators = True
-
     def __init__(self, discovery: Discovery) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.discovery = discovery
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from freevars.errors import CaptureError
 from freevars.torch import _api, _compat
-from freevars.torch._compat import CheckpointFunction, Watch, storage_key
+from freevars.torch._compat import CheckpointFunction, DispatchWatch, Watch, storage_key
 from freevars.torch._names import caller, describe, reachable
 
 __all__ = ["CarefulSubstitution", "MadeMemory", "Substitution", "check_tape"]
@@ -186,12 +185,12 @@ class CarefulSubstitution(Substitution):
         return tuple(_api.resumed(self, (fun, preserve, *self.replace(inputs))))
 
 
-class MadeMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class MadeMemory(DispatchWatch):  # type: ignore[no-untyped-call]
     """Which memory was made while `fun` ran. Dear, so only for functions that make leaves of
     their own in a way that function modes do not see (`torch.nn.Parameter`)."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._keys: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
