@@ -3,9 +3,9 @@
     python examples/torch_hyperparameters.py
 
 The inner problem fits a linear softmax classifier to scikit-learn's digits, read batch by batch
-from a DataLoader. The outer problem moves the 64 regularisers so that the fitted classifier does well on
-validation data. `fv.argmin` finds what the objective captured and carries the gradient through the
-solver, which knows nothing of it.
+from a DataLoader. The outer problem moves the 64 regularisers so that the fitted classifier does
+well on validation data. `fv.argmin` finds what the objective captured and carries the gradient
+through the solver, which knows nothing of it.
 """
 
 import argparse
