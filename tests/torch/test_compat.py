@@ -1,5 +1,8 @@
 """The private touch points of PyTorch: each works, and the self-test notices when one does not."""
 
+import subprocess
+import sys
+
 import torch
 
 from freevars.torch import _compat
@@ -28,3 +31,15 @@ def test_hooks_are_installed_once() -> None:
     raw = torch._functorch.vmap._add_batch_dim
     _compat.install_hooks()
     assert torch._functorch.vmap._add_batch_dim is raw
+
+
+def test_nothing_here_imports_the_compiler() -> None:
+    code = (
+        "import sys, torch, freevars.torch as fv\n"
+        "w = torch.ones(2, requires_grad=True)\n"
+        "c, h = fv.closure_convert(lambda x: x * w, w)\n"
+        "c(w, *h).sum().backward()\n"
+        "print('torch._dynamo' in sys.modules)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "False"
