@@ -1,8 +1,18 @@
 """Closures as values in JAX: ``import freevars.jax as fv``."""
 
+from freevars.jax import testing
 from freevars.jax._closure import Closure
 from freevars.jax._convert import closure_convert
 from freevars.jax._on_host import on_host, scipy_status
 from freevars.jax._rules import argmin, fixed_point, root
 
-__all__ = ["Closure", "argmin", "closure_convert", "fixed_point", "on_host", "root", "scipy_status"]
+__all__ = [
+    "Closure",
+    "argmin",
+    "closure_convert",
+    "fixed_point",
+    "on_host",
+    "root",
+    "scipy_status",
+    "testing",
+]
