@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 PIP = -m pip -qq --disable-pip-version-check
 
-.PHONY: demo test bench lint types docs test-newest test-oldest clean
+.PHONY: demo demo-torch test bench lint types docs test-newest test-oldest clean
 
 $(READY): pyproject.toml
 	@echo 'Setting up $(VENV), once.' >&2
@@ -16,6 +16,9 @@ $(READY): pyproject.toml
 
 demo: $(READY)
 	@$(BIN)/python examples/hyperparameters.py
+
+demo-torch: $(READY)
+	@$(BIN)/python examples/torch_hyperparameters.py
 
 test: $(READY)
 	@$(BIN)/python -m pytest -n auto
@@ -32,27 +35,27 @@ types: $(READY)
 
 # Every code block that a reader may paste: in docstrings, in the README, in docs/.
 docs: $(READY)
-	@$(BIN)/python -m pytest --doctest-modules src/freevars --ignore=src/freevars/torch
+	@$(BIN)/python -m pytest -n0 --doctest-modules src/freevars
 	@$(BIN)/python tools/check_docs.py
 
-# The newest JAX on the newest Python (on this one, if the machine has none newer), and the oldest
-# supported JAX on this one. Each has its own environment, and tests the built wheel rather than the
-# source folder.
+# The tests of the JAX host with the newest JAX on the newest Python (on this one, if the machine has
+# none newer), and with the oldest supported JAX on this one. Each has its own environment, and tests
+# the built wheel rather than the source folder.
 test-newest: .venv-newest/.ready
 test-oldest: .venv-oldest/.ready
 test-newest test-oldest: test-%:
 	@.venv-$*/bin/python $(PIP) install --no-deps --force-reinstall .
 	@.venv-$*/bin/python -c 'import jax, sys; print("$*:", sys.version.split()[0], "jax", jax.__version__)'
-	@.venv-$*/bin/python -m pytest -n auto
+	@.venv-$*/bin/python -m pytest -n auto --ignore=tests/torch
 
 .venv-newest/.ready: pyproject.toml
 	@"$$($(PYTHON) tools/newest_python.py || echo $(PYTHON))" -m venv .venv-newest
-	@.venv-newest/bin/python $(PIP) install --upgrade --upgrade-strategy eager '.[dev]'
+	@.venv-newest/bin/python $(PIP) install --upgrade --upgrade-strategy eager '.[test-jax]'
 	@touch $@
 
 .venv-oldest/.ready: pyproject.toml
 	@$(PYTHON) -m venv .venv-oldest
-	@.venv-oldest/bin/python $(PIP) install '.[dev]' "$$($(PYTHON) tools/oldest_jax.py)"
+	@.venv-oldest/bin/python $(PIP) install '.[test-jax]' "$$($(PYTHON) tools/oldest_jax.py)"
 	@touch $@
 
 clean:

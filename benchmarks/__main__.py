@@ -7,11 +7,12 @@ import platform
 import jax
 import jaxlib
 
-from benchmarks import _table, call, convert, gradient, memory, solver
+from benchmarks import _table, call, captures, convert, gradient, memory, solver
 
 TABLES = {
     "convert": convert,
     "call": call,
+    "captures": captures,
     "gradient": gradient,
     "solver": solver,
     "memory": memory,

@@ -60,6 +60,7 @@ class CallableKeys:
 
     def __init__(self, look: Look) -> None:
         self._look = look
+        self.foreign = False  # whether anything but the functions of installed libraries was met
         self._left = _LIMIT
         # The objects are kept beside their keys so that no id is used again during the walk.
         self._known: dict[int, tuple[object, Hashable]] = {}
@@ -93,10 +94,13 @@ class CallableKeys:
             return ("method", self.of(x.__func__), self.of(x.__self__))
         if isinstance(x, functools.partial):
             return ("partial", self.of(x.func), self._all(x.args), self._of_dict(x.keywords))
-        if type(x) in (tuple, frozenset):
-            return (type(x), self._all(x) if type(x) is tuple else frozenset(self._all(x)))
+        if isinstance(x, tuple) and not hasattr(x, "__dict__"):
+            return (type(x), self._all(x))
+        if type(x) is frozenset:
+            return (type(x), frozenset(self._all(x)))
         if isinstance(x, (type, types.ModuleType, types.BuiltinFunctionType, enum.Enum)):
             return Same(x)
+        self.foreign = True
         # Mutable: two that are alike now can differ tomorrow, and the same one can have changed since
         # yesterday. So both identity and content count.
         if type(x) in (list, set):
@@ -116,6 +120,7 @@ class CallableKeys:
         installed = fun.__code__.co_filename.startswith(_INSTALLED)
         if installed and fun.__closure__ is None:
             return Same(fun)
+        self.foreign |= not installed
         cells = []
         for cell in fun.__closure__ or ():
             try:

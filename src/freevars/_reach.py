@@ -260,6 +260,10 @@ class Reach:
             elif is_a(value, FunctionType, MethodType, functools.partial):
                 # Such as the two rules of a custom derivative.
                 yield Node(value, node, f".{key}", f".{key}")
+        if class_module(type(node.obj)).partition(".")[0] == "freevars":  # a `Closure`
+            for key, value in slot_values(node.obj):
+                if key == "_values" and type(value) is tuple:
+                    yield Node(value, node, ".values", ".values")
 
     def attributes(
         self, node: Node, attrs: dict[str, object], skip: tuple[str, ...] = ()

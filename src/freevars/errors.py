@@ -7,6 +7,7 @@ derive from the built-in class that a user would expect to catch. Not here: deci
 __all__ = [
     "CaptureError",
     "FreevarsError",
+    "LeakError",
     "NotASolutionError",
     "SingularError",
     "StructureError",
@@ -19,11 +20,21 @@ class FreevarsError(Exception):
 
 class StructureError(FreevarsError, TypeError):
     """A call brought another structure, shape, dtype, static leaf or number of values than the
-    example arguments of the conversion had."""
+    example arguments of the conversion had.
+
+    ``captured`` is the position of the captured value that does not fit, if it is one.
+    """
+
+    captured: int | None = None
 
 
 class CaptureError(FreevarsError, TypeError):
     """A captured value cannot be made an explicit argument without risking a lost derivative."""
+
+
+class LeakError(FreevarsError, TypeError):
+    """A traced value was used outside the transformation that it belongs to: a function captures
+    it that a custom derivative rule calls, or that is called too late. The cause is JAX's error."""
 
 
 class NotASolutionError(FreevarsError, RuntimeError):

@@ -46,7 +46,7 @@ class CapturedValue:
         traced_by: the transformations that trace it, outermost first; empty for a concrete array.
         differentiable: whether a derivative can flow to it.
         hoisted: whether the conversion makes it an explicit argument.
-        policy: the rule that decided so, such as ``"traced"`` or ``"all"``.
+        policy: the rule that decided so, such as ``"traced"`` or ``"all"``, or a reason in words.
         reads: how many operations read it.
         sites: the lines that do, each once, in order of first use.
         captured_by: the capturing function and where it is written, ``objective at model.py:41``.
@@ -92,12 +92,15 @@ def describe(value: CapturedValue) -> str:
     """One captured value in one line, as every error message about one says it.
 
     >>> site = ReadSite("/home/me/model.py", 44, "y = x @ w")
-    >>> w = CapturedValue(names=("w",), dtype="float32", shape=(3,), sites=(site,),
-    ...                   captured_by="loss at model.py:41")
-    >>> describe(w)
-    "w (float32[3], captured by loss at model.py:41, first read at model.py:44: 'y = x @ w')"
+    >>> w = CapturedValue(names=("w",), paths=("f.__closure__['w']",), dtype="float32",
+    ...                   captured_by="f at model.py:41", sites=(site,))
+    >>> describe(w)  # doctest: +NORMALIZE_WHITESPACE
+    "w (float32[] at f.__closure__['w'], captured by f at model.py:41,
+     first read at model.py:44: 'y = x @ w')"
     """
     facts = [value.type_text]
+    if value.paths and value.paths[0] != value.name:
+        facts[0] += f" at {clean(value.paths[0])}"
     if value.captured_by:
         facts.append(f"captured by {clean(value.captured_by)}")
     if value.sites:
@@ -278,6 +281,8 @@ def _details(value: CapturedValue, *, show_device: bool) -> Iterator[str]:
         yield _detail("also", name)
     if show_device and value.device:
         yield _detail("on", value.device)
+    if not value.hoisted and " " in value.policy:  # a reason in words
+        yield _detail("kept", value.policy)
     for site in value.sites[:_SITES]:
         yield _detail("read", f"{site}  {site.text}")
     if len(value.sites) > _SITES:

@@ -9,7 +9,7 @@ import pytest
 import scipy.optimize as so
 
 import freevars.jax as fv
-from freevars.jax import _session
+from freevars.jax import _in_program
 
 KEY = jax.random.key(0)
 N = 20  # more than one block of columns
@@ -19,7 +19,7 @@ N = 20  # more than one block of columns
 def _double_precision():
     with jax.enable_x64(True):
         yield
-    assert not _session._LANES, "a solve left its sessions behind"
+    assert not _in_program._RUNNING, "a solve left its sessions behind"
 
 
 def lbfgs(fun, x0):
@@ -107,7 +107,9 @@ TABLE = [("lbfgs", way) for way in WAYS] + [
 ]
 
 
-@pytest.mark.parametrize(("name", "way"), [*TABLE, ("threads", "vmap(vmap)"), ("whole", "vmap(vmap)")])
+@pytest.mark.parametrize(
+    ("name", "way"), [*TABLE, ("threads", "vmap(vmap)"), ("whole", "vmap(vmap)")]
+)
 def test_a_host_solver_under_every_transformation_gives_the_closed_form(name, way):
     got = WAYS[way](lambda lam: ridge(MINIMIZERS[name], lam))
     np.testing.assert_allclose(got, WAYS[way](ridge_exact), rtol=1e-5, atol=1e-7)
@@ -287,9 +289,9 @@ def test_wrong_returns_are_refused():
     equations = fv.root(fv.on_host(lambda fun, x0: fun.grad(x0)))
     with pytest.raises(TypeError, match="system of equations"):
         equations(lambda x: x**2, jnp.ones(2))
+    decorate = fv.on_host(vmap="sideways")
     with pytest.raises(ValueError, match='"sequential", "threads" or "whole"'):
-        fv.on_host(vmap="sideways")
-        fv.on_host(vmap="sideways")(lbfgs)
+        decorate(lbfgs)
 
 
 def test_a_solve_inside_a_solve():
@@ -364,8 +366,7 @@ def test_stress_large_captures_nested_solves_and_threads():
 
     def work():
         with jax.enable_x64(True):  # a setting of each thread
-            for i in range(40):
-                results.append(float(solve(float(i))))
+            results.extend(float(solve(float(i))) for i in range(40))
 
     threads = [threading.Thread(target=work, daemon=True) for _ in range(4)]
     for thread in threads:

@@ -27,6 +27,11 @@ class Spec(NamedTuple):
     types: tuple[Any, ...]  # one abstract value for each array leaf
     statics: tuple[tuple[int, Any], ...]  # position among all leaves, leaf
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it holds no object of the user's: no static leaf, and built-in containers alone."""
+        return not self.statics and _is_plain(self.tree)
+
     def struct(self) -> Any:
         """The pytree with a `jax.ShapeDtypeStruct` for each array."""
         shapes = [
@@ -43,6 +48,13 @@ class Spec(NamedTuple):
         for position, leaf in self.statics:  # in rising order, so each lands where it was
             leaves.insert(position, leaf)
         return leaves
+
+
+def _is_plain(tree: Any) -> bool:
+    node = tree.node_data()  # None for a leaf
+    return (node is None or node[0] in (tuple, list, dict, type(None))) and all(
+        map(_is_plain, tree.children())
+    )
 
 
 def split(tree: Any) -> tuple[list[Any], Any, tuple[tuple[int, Any], ...]]:
@@ -82,18 +94,11 @@ def fit(x: Any, expected: Any, *, weak_matters: bool) -> Any:
         return None
     if got.dtype == expected.dtype and got.weak_type == expected.weak_type:
         return x
-    if got.weak_type and got.shape == () and _kind(got.dtype) == _kind(expected.dtype):
+    if got.weak_type and got.shape == () and _compat.kind(got.dtype) == _compat.kind(expected.dtype):
         return _compat.cast(x, expected)
     if got.dtype == expected.dtype and expected.weak_type and not weak_matters:
         return _compat.cast(x, expected)
     return None
-
-
-def _kind(dtype: Any) -> str:
-    for kind in ("bool_", "integer", "floating", "complexfloating"):
-        if jax.numpy.issubdtype(dtype, getattr(jax.numpy, kind)):
-            return kind
-    return str(dtype)
 
 
 def describe(x: Any) -> str:
@@ -183,5 +188,5 @@ def _take_apart(x: Any) -> Node | None:
     children, _ = tree_util.tree_flatten_with_path(x, is_leaf=lambda y: y is not x)
     if len(children) == 1 and children[0][0] == ():
         return None
-    kind = "None" if x is None else f"a {type(x).__name__} of {len(children)}"
+    kind = "None" if x is None else f"a {type(x).__name__}"
     return Node(kind, [(tree_util.keystr(path), child) for path, child in children])

@@ -19,6 +19,7 @@ from freevars.jax import _compat
 from freevars.jax._arguments import describe
 from freevars.jax._convert import convert
 from freevars.jax._program import Program
+from freevars.report import CaptureReport
 
 __all__ = ["Closure"]
 
@@ -42,6 +43,7 @@ class Closure(Generic[R]):
         traced, concrete or NumPy.
       constants: concrete arrays that a custom derivative rule or a callback inside `fun` holds as
         well. They cannot be replaced, so they are part of the structure and not leaves.
+      captures: a report of what is captured, by name (`freevars.report.CaptureReport`).
       in_struct: the example arguments, a tuple, with a `jax.ShapeDtypeStruct` for each array.
       out_struct: the same for the result.
 
@@ -87,6 +89,17 @@ class Closure(Generic[R]):
         return self._program.fixed
 
     @property
+    def captures(self) -> CaptureReport:
+        """What is captured, with names; made anew each time, by tracing the function once more.
+
+        A closure that came out of a transformation no longer knows its Python function, and so has
+        types and lines but no names.
+        """
+        from freevars.jax._captures import captures_of  # noqa: PLC0415 (used by few, and above)
+
+        return captures_of(self)
+
+    @property
     def in_struct(self) -> Any:
         """The example arguments, a tuple, with a `jax.ShapeDtypeStruct` for each array."""
         return self._program.inputs.struct()
@@ -118,8 +131,12 @@ class Closure(Generic[R]):
             )
             raise pickle.PicklingError(msg)
         fun, example_args = self._origin
-        if any(isinstance(x, _compat.Tracer) for x in jax.tree.leaves((self._values, example_args))):
-            msg = f"{self!r} captures a traced value, which exists only while a transformation runs."
+        if any(
+            isinstance(x, _compat.Tracer) for x in jax.tree.leaves((self._values, example_args))
+        ):
+            msg = (
+                f"{self!r} captures a traced value, which exists only while a transformation runs."
+            )
             raise pickle.PicklingError(msg)
         return Closure, (fun, *example_args)
 

@@ -7,6 +7,8 @@ idea of closure conversion.
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 try:
@@ -18,9 +20,14 @@ except ImportError as error:  # pragma: no cover (tested in a process of its own
 import numpy as np
 from jax._src import config as _config
 from jax._src import core as _core
+from jax._src import hijax as _hijax
 from jax._src import linear_util as _linear_util
 from jax._src import source_info_util as _source_info_util
+from jax._src import traceback_util as _traceback_util
 from jax._src import util as _util
+from jax._src.ad_util import Zero as _Zero
+from jax._src.interpreters import ad as _ad
+from jax._src.interpreters import batching as _batching
 from jax._src.interpreters import partial_eval as _partial_eval
 from jax._src.lax.lax import _convert_element_type
 from jax._src.lax.lax import convert_element_type_p as _convert_p
@@ -91,7 +98,17 @@ def drop_dead_code(jaxpr: Any, keep_inputs: Sequence[bool]) -> tuple[Any, list[b
 
     JAX's own rules for nested programs are the only complete ones, and they have no public name.
     """
+    if _SCAN3 is not None and _SCAN3.value:
+        msg = (
+            "jax_scan3 is on: it says nothing of what its loops write, so that JAX itself drops them"
+            " as dead code and computes something else. Turn it off: jax.config.update('jax_scan3',"
+            " False)."
+        )
+        raise NotImplementedError(msg)
     return _partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), list(keep_inputs))
+
+
+_SCAN3: Any = getattr(_config, "scan3", None)
 
 
 def replace(jaxpr: Any, **changes: Any) -> Any:
@@ -110,12 +127,15 @@ def cast(x: Any, expected: Any) -> Any:
 
 
 def converts_weak_values(jaxpr: Any) -> bool:
-    """Whether a program, or one nested in it, turns a weakly typed value into another dtype of its
-    kind: the one place where a value of strong type could have led to other numbers."""
+    """Whether a program, or one nested in it, turns a weakly typed value into a dtype that a value of
+    strong type would not have led to: `1.0 * bfloat16` is computed in bfloat16, and
+    `float32(1) * bfloat16` in float32."""
     for eqn in jaxpr.eqns:
         if eqn.primitive is _convert_p:
-            source = eqn.invars[0].aval
-            if source.weak_type and source.dtype.kind == eqn.params["new_dtype"].kind:
+            source, to = eqn.invars[0].aval, eqn.params["new_dtype"]
+            # Promotion never turns a float into an integer: that is a cast, the same for both.
+            promoted = kind(source.dtype) <= kind(to)
+            if source.weak_type and promoted and jax.numpy.promote_types(source.dtype, to) != to:
                 return True
         for nested in nested_programs(eqn):
             if converts_weak_values(getattr(nested, "jaxpr", nested)):
@@ -123,14 +143,27 @@ def converts_weak_values(jaxpr: Any) -> bool:
     return False
 
 
+def kind(dtype: Any) -> int:
+    """The place of a dtype among bool, integer, floating, complex and other. NumPy's own `kind` does
+    not know the dtypes that JAX adds."""
+    kinds = (np.bool_, np.integer, np.floating, np.complexfloating)
+    return next((i for i, k in enumerate(kinds) if jax.dtypes.issubdtype(dtype, k)), len(kinds))
+
+
 def is_live(tracer: Tracer) -> bool:
     """Whether the transformation that made a tracer is still under way."""
     return bool(tracer._trace.is_valid())  # noqa: SLF001
 
 
-def where_read(eqn: Eqn) -> str:
-    """The user's line that an equation was traced from, as `file:line (function)`."""
-    return str(_source_info_util.summarize(eqn.source_info))
+def user_line(source_info: Any) -> tuple[str, int] | None:
+    """The innermost line outside JAX and this library that `source_info` was recorded on."""
+    for frame in _source_info_util.user_frames(source_info.traceback):
+        if not frame.file_name.startswith(_OWN_FILES):
+            return (frame.file_name, frame.start_line)
+    return None
+
+
+_OWN_FILES = str(Path(__file__).parent.parent) + os.sep
 
 
 def example_type(x: Any) -> Any:
@@ -177,6 +210,157 @@ def trace_context() -> Hashable:
 _AXIS_ENV = _config.trace_context_names().index("axis_env_state")
 
 
+# What a tracer is made of: nothing public tells one kind from another, or looks inside.
+
+
+def layer(tracer: Any) -> tuple[str, Any, bool | None]:
+    """The transformation that made a tracer, the value that it wraps (None where that is not known
+    yet, as under `jit`), and whether it is perturbed (None where it is as its value is)."""
+    if isinstance(tracer, _batching.BatchTracer):
+        return ("vmap", tracer.val, None)
+    if isinstance(tracer, _ad.LinearizeTracer):
+        is_vjp = getattr(tracer._trace, "is_vjp", True)  # noqa: SLF001
+        return ("grad" if is_vjp else "jvp", tracer.primal, not _is_zero(tracer.tangent))
+    if isinstance(tracer, _ad.JVPTracer):
+        return ("jvp", tracer.primal, not _is_zero(tracer.tangent))
+    traced_for = getattr(getattr(tracer, "_debug_info", None), "traced_for", None)
+    return (str(traced_for or type(tracer).__name__.removesuffix("Tracer")), None, True)
+
+
+def _is_zero(tangent: Any) -> bool:
+    return isinstance(tangent, _Zero) or is_symbolic_zero(tangent)
+
+
+def lowered(x: Any) -> Any:
+    """The value that JAX captures where a function reads `x`: without tracers that add nothing."""
+    lower: Any = getattr(x, "full_lower", None) if isinstance(x, Tracer) else None
+    return x if lower is None else lower()
+
+
+def was_computed(tracer: Any) -> bool | None:
+    """Whether an operation made a tracer, or None where nothing tells. The other ones are the inputs
+    of their transformation."""
+    if isinstance(tracer, _partial_eval.DynamicJaxprTracer):
+        return getattr(tracer, "parent", None) is not None
+    if isinstance(tracer, _batching.BatchTracer):
+        traceback = getattr(tracer.source_info, "traceback", None)
+        for code in traceback.raw_frames()[0] if traceback is not None else ():
+            if _source_info_util.is_user_filename(code.co_filename):
+                return True  # an operation that the user wrote, with nothing of `vmap` in between
+            if code.co_name == "_batch_inner":
+                return False
+        return None
+    for part in (getattr(tracer, "tangent", None), getattr(tracer, "primal", None)):
+        if isinstance(part, Tracer):
+            return was_computed(part)
+    return None
+
+
+def made_by(tracer: Any) -> Any:
+    """The source information of what made a tracer, or None."""
+    if not was_computed(tracer):
+        return None
+    for part in (tracer, getattr(tracer, "tangent", None), getattr(tracer, "primal", None)):
+        info = getattr(part, "_line_info", None) or getattr(part, "source_info", None)
+        if info is not None:
+            return info
+    return None
+
+
+def variable(tracer: Any) -> Any:
+    """The variable that stands for a tracer in the program that is being traced, or None."""
+    return tracer.val if isinstance(tracer, _partial_eval.DynamicJaxprTracer) else None
+
+
+def argument_of(tracer: Any) -> tuple[str, str]:
+    """The argument that a tracer is, and of which function, `("w", "loss at model.py:41")`; empty
+    strings where it is none, or nobody knows."""
+    x: Any = tracer
+    while isinstance(x, Tracer):
+        if isinstance(x, _partial_eval.DynamicJaxprTracer):
+            frame: Any = x._trace.frame  # noqa: SLF001
+            return _argument(frame.invars, frame.debug_info, x.val)
+        _, x, _ = layer(x)
+    return "", ""
+
+
+def argument_in(jaxpr: Any, variable: Any) -> tuple[str, str]:
+    """As `argument_of`, for a variable of a program."""
+    if not isinstance(jaxpr, JAXPR_TYPES):
+        return "", ""
+    opened: Any = getattr(jaxpr, "jaxpr", jaxpr)
+    return _argument(opened.invars, opened.debug_info, variable)
+
+
+def _argument(variables: Any, debug_info: Any, variable: Any) -> tuple[str, str]:
+    names = getattr(debug_info, "arg_names", None) or ()
+    for name, other in zip(names, variables, strict=False):
+        if other is variable and name:
+            fun, _, place = str(debug_info.func_src_info).partition(" at ")
+            return str(name), f"{fun} at {Path(place).name}"
+    return "", ""
+
+
+def programs_in(frame: dict[str, Any]) -> list[tuple[Any, list[Any]]]:
+    """The programs among the local variables of one of JAX's frames, open, each with the values of
+    its leading inputs."""
+    found = [
+        separate_constants(x)
+        for x in frame.values()
+        if isinstance(x, ClosedJaxpr) and getattr(x, "consts", None)
+    ]
+    params = getattr(frame.get("p"), "params", None)  # of a call of `jit` that is being made
+    if isinstance(params, dict) and isinstance(frame.get("args_flat"), (list, tuple)):
+        jaxpr = params.get("jaxpr")
+        if isinstance(jaxpr, JAXPR_TYPES):
+            found.append((getattr(jaxpr, "jaxpr", jaxpr), list(frame["args_flat"])))
+    return found
+
+
+def unfiltered_tracebacks() -> Any:
+    """A context, of this thread, in which JAX leaves its own frames in tracebacks."""
+    return _config.traceback_filtering("off")
+
+
+def filter_traceback(error: BaseException) -> None:
+    """Take JAX's frames out of an error's traceback, as it does itself unless told otherwise."""
+    if _config.traceback_filtering.value != "off" and error.__traceback__ is not None:
+        error.__traceback__ = _traceback_util.filter_traceback(error.__traceback__)
+
+
+def is_users(file: str) -> bool:
+    """Whether a file is neither JAX's nor Python's nor this library's own."""
+    return _source_info_util.is_user_filename(file) and not file.startswith(_OWN_FILES)
+
+
+def is_rule_machinery(file: str) -> bool:
+    """Whether a file of JAX's is one of those that call custom derivative rules."""
+    return not is_users(file) and Path(file).name in ("custom_derivatives.py", "hijax.py")
+
+
+def typed_sharding(x: Any) -> Any:
+    """The sharding that is part of a traced value's type, or None where its type has none."""
+    sharding = getattr(jax.typeof(x), "sharding", None)
+    return None if sharding is None or sharding.mesh.empty else sharding
+
+
+def is_opaque(x: Any) -> bool:
+    """Whether the elements of an array are of one of JAX's own types, such as PRNG keys."""
+    return bool(jax.numpy.issubdtype(x.dtype, jax.dtypes.extended))
+
+
+# For `issubclass(type(x), ...)`: `isinstance` would ask `x` itself, which may be anybody's object.
+ARRAY_TYPES: tuple[type, ...] = (Tracer, np.ndarray, Array, _Ref)
+
+
+def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
+    """How many constants a `scan` has, and how many values it carries; see `scan_with_constants`."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    constants, carry, _ = params["ft_in"].unpack()
+    return len(constants), len(carry)
+
+
 def prepend_operands(eqn: Eqn, operands: Sequence[Any], params: dict[str, Any]) -> Eqn:
     """`eqn` with `operands` before its own, `params` replaced, and whatever else says one thing for
     each operand extended to match (only `jit` has such parameters)."""
@@ -212,16 +396,27 @@ _IGNORED = (
 )
 
 
-_WRAPPED = tuple(
-    getattr(_util, name) for name in ("Hashable", "Unhashable", "HashableWrapper") if hasattr(_util, name)
+# Some of JAX's own rules are objects made for each use (`jax_custom_vjp3` and its like).
+_HIGH_PRIMITIVES = tuple(
+    getattr(_hijax, name) for name in ("HiPrim", "VJPHiPrimitive") if hasattr(_hijax, name)
 )
-EQUATION: type = _core.JaxprEqn
+_WRAPPED = tuple(
+    getattr(_util, name)
+    for name in ("Hashable", "Unhashable", "HashableWrapper")
+    if hasattr(_util, name)
+)
+EQUATION: Any = _core.JaxprEqn
 
 
 def function_parts(x: Any) -> tuple[Any, ...] | None:
     """What decides the meaning of one of JAX's wrappers, or None when `x` is not such a wrapper."""
     if isinstance(x, _linear_util.WrappedFun):
-        return (x.f, x.transforms, x.params)
+        # Lists among the arguments of a transformation are JAX's own and never change.
+        transforms = tuple(
+            (made_by, *(tuple(a) if type(a) is list else a for a in args))
+            for made_by, args in x.transforms
+        )
+        return (x.f, transforms, x.params)
     if isinstance(x, _IGNORED):
         return ()
     if isinstance(x, _WRAPPED):
@@ -229,7 +424,13 @@ def function_parts(x: Any) -> tuple[Any, ...] | None:
     if isinstance(x, _util.HashableFunction):
         return (x.f, x.closure)
     if isinstance(x, _util.HashablePartial):
-        return (x.f, x.args, x.kwargs)
+        return (x.f, x.args, tuple(x.kwargs.items()))
+    if isinstance(x, _HIGH_PRIMITIVES) and type(x).__module__.startswith("jax."):
+        types = tuple(x.in_avals_flat), tuple(x.out_avals_flat)
+        return (*types, x.in_tree, x.out_tree, x.effects, tuple(x.params.items()))
+    if isinstance(x, jax.stages.Traced):
+        params = tuple((k, v) for k, v in x._params.items() if k != "name")  # noqa: SLF001
+        return (params, x._in_tree, x.out_tree, tuple(x._consts))  # noqa: SLF001
     if isinstance(x, (jax.custom_jvp, jax.custom_vjp)):
         return tuple(sorted((k, v) for k, v in vars(x).items() if not k.startswith("__")))
     name = getattr(x, "__qualname__", "")
@@ -240,10 +441,16 @@ def function_parts(x: Any) -> tuple[Any, ...] | None:
 
 
 # Compared by value: two that are equal mean the same.
-VALUES: tuple[type, ...] = (_core.AbstractValue, jax.tree_util.PyTreeDef)
+VALUES: tuple[type, ...] = (
+    _core.AbstractValue,
+    jax.tree_util.PyTreeDef,
+    jax.sharding.Mesh,
+    jax.sharding.AbstractMesh,
+    jax.sharding.Sharding,
+)
 
 # What `jax.jit` returns; the type has no public name.
-JITTED: type = type(jax.jit(lambda: None))
+JITTED: Any = type(jax.jit(lambda: None))
 
 
 def nothing_traced() -> bool:

@@ -20,9 +20,10 @@ from freevars.jax import _compat
 from freevars.jax._arguments import Spec, describe, join, split
 from freevars.jax._fingerprint import Fingerprint
 from freevars.jax._lift import identity, lift_constants
+from freevars.jax._named import describe_capture
 from freevars.jax._program import Program
 
-__all__ = ["Conversion", "closure_convert", "convert"]
+__all__ = ["Conversion", "check_hoist", "closure_convert", "convert", "trace"]
 
 R = TypeVar("R")
 
@@ -34,7 +35,17 @@ class Conversion(NamedTuple):
     values: tuple[Any, ...]
 
 
-def convert(fun: Callable[..., Any], example_args: Sequence[Any]) -> Conversion:
+class Traced(NamedTuple):
+    """A function run once: the open program, which reads the captured values and then the arguments,
+    these values in order of first use, and the types of arguments and results."""
+
+    jaxpr: Any
+    values: list[Any]
+    inputs: Spec
+    outputs: Spec
+
+
+def trace(fun: Callable[..., Any], example_args: Sequence[Any]) -> Traced:
     """Trace `fun` on the types of the example arguments."""
     if not callable(fun):
         msg = f"closure conversion needs a callable, got {type(fun).__name__}: {fun!r}."
@@ -51,7 +62,12 @@ def convert(fun: Callable[..., Any], example_args: Sequence[Any]) -> Conversion:
     # A function of its own for each conversion: JAX forgets what it traced when it goes.
     closed = jax.make_jaxpr(on_leaves)(*arrays)
     outputs = Spec(result[0], tuple(closed.out_avals), result[1])
-    jaxpr, values = _in_order_of_use(*lift_constants(closed), len(arrays))
+    return Traced(*_in_order_of_use(*lift_constants(closed), len(arrays)), inputs, outputs)
+
+
+def convert(fun: Callable[..., Any], example_args: Sequence[Any]) -> Conversion:
+    """Trace `fun`, and share the program with every other function that computes the same."""
+    jaxpr, values, inputs, outputs = trace(fun, example_args)
     _refuse_refs(fun, jaxpr, values)
     fingerprint = Fingerprint(jaxpr)
     jaxpr, values, fixed = _keep_what_rules_hold(fun, jaxpr, values, fingerprint.held)
@@ -64,7 +80,9 @@ def convert(fun: Callable[..., Any], example_args: Sequence[Any]) -> Conversion:
     n = len(values)
     value_types = tuple([v.aval for v in jaxpr.invars[len(fixed) : len(fixed) + n]])
     program = Program.intern(
-        key, lambda: Program(jaxpr, fixed, value_types, inputs, outputs, _name(fun))
+        key,
+        lambda: Program(jaxpr, fixed, value_types, inputs, outputs, _name(fun)),
+        keep=not fingerprint.foreign and inputs.is_plain and outputs.is_plain,
     )
     return Conversion(program, tuple(values))
 
@@ -108,9 +126,9 @@ def _keep_what_rules_hold(
     for x in held:
         if isinstance(x, _compat.Tracer) and _compat.is_live(x):
             msg = (
-                f"{_name(fun)}: a custom derivative rule or a callback in it captures a traced value"
-                f" of type {describe(x)}, which no caller could then replace or differentiate."
-                " Pass the value to the function that has the rule as an argument."
+                f"{_name(fun)}: a custom derivative rule or a callback in it captures the traced value"
+                f" {describe_capture(fun, x, jaxpr, values)}, which no caller could then replace or"
+                " differentiate. Pass the value to the function that has the rule as an argument."
             )
             raise CaptureError(msg)
     keys = {identity(x) for x in held}
@@ -128,12 +146,11 @@ def _keep_what_rules_hold(
 
 
 def _refuse_refs(fun: Callable[..., Any], jaxpr: Any, values: Sequence[Any]) -> None:
-    for var, value in zip(jaxpr.invars, values, strict=False):
+    for value in values:
         if _compat.is_ref(value):
-            eqn = next((e for e in jaxpr.eqns if var in e.invars), None)
-            where = f", first used at {_compat.where_read(eqn)}" if eqn is not None else ""
             msg = (
-                f"{_name(fun)} captures a mutable reference of type {describe(value)}{where}."
+                f"{_name(fun)} captures the mutable reference"
+                f" {describe_capture(fun, value, jaxpr, values)}."
                 " Reading or writing it is an effect that an argument list cannot carry: pass the"
                 " reference as an argument, or read it before and capture the array."
             )
@@ -177,31 +194,40 @@ class Converted(Generic[R]):
         self.__signature__ = _SIGNATURE
         self._program = program
         self._hoisted = hoisted
-        self._n_hoisted = len(hoisted)
         self._n_args = len(program.inputs.tree.children())
+        self._n_all = self._n_args + len(hoisted)
         # What stays inside: the values that are not hoisted, at their places among all.
-        self._all_hoisted = len(hoisted) == len(values)
-        self._constants: list[Any] = [] if self._all_hoisted else list(values)
-        for i in hoisted if self._constants else ():
-            self._constants[i] = None
+        inside = [] if len(hoisted) == len(values) else list(values)
+        for i in hoisted if inside else ():
+            inside[i] = None
+        self._constants = tuple(inside)
 
     def __call__(self, *args_and_hoisted: Any) -> R:
         n = self._n_args
-        if len(args_and_hoisted) != n + self._n_hoisted:
+        if len(args_and_hoisted) != self._n_all:
             self._refuse_count(len(args_and_hoisted))
         values: Any = args_and_hoisted[n:]
-        if not self._all_hoisted:
-            merged = self._constants.copy()
-            for i, value in zip(self._hoisted, values, strict=True):
-                merged[i] = value
-            values = tuple(merged)
-        result: R = self._program(values, args_and_hoisted[:n])
+        if self._constants:
+            values = self._with_constants(values)
+        try:
+            result: R = self._program(values, args_and_hoisted[:n])
+        except StructureError as error:
+            add_name(error, self.__wrapped__, args_and_hoisted[:n])
+            raise
         return result
+
+    def _with_constants(self, hoisted: tuple[Any, ...]) -> Sequence[Any]:
+        if not hoisted:
+            return self._constants
+        merged = list(self._constants)
+        for i, value in zip(self._hoisted, hoisted, strict=True):
+            merged[i] = value
+        return tuple(merged)
 
     def _refuse_count(self, got: int) -> None:
         msg = (
-            f"{self.__name__}, converted, takes {self._n_args} arguments and {self._n_hoisted} hoisted"
-            f" values, {self._n_args + self._n_hoisted} in all, got {got}. Call it as"
+            f"{self.__name__}, converted, takes {self._n_args} arguments and {len(self._hoisted)} hoisted"
+            f" values, {self._n_all} in all, got {got}. Call it as"
             " converted(*args, *hoisted)."
         )
         raise StructureError(msg)
@@ -254,11 +280,29 @@ def closure_convert(
     >>> print(jax.grad(slope)(2.0))
     9.0
     """
-    if hoist not in ("traced", "all"):
-        msg = f'hoist: expected "traced" or "all", got {hoist!r}.'
-        raise ValueError(msg)
+    check_hoist(hoist)
     program, values = convert(fun, example_args)
     which = tuple(
         i for i, v in enumerate(values) if hoist == "all" or isinstance(v, _compat.Tracer)
     )
     return Converted(fun, program, values, which), [values[i] for i in which]
+
+
+def add_name(error: StructureError, fun: Callable[..., Any], args: Sequence[Any]) -> None:
+    """Say the name of the captured value that an error is about, by tracing `fun` once more."""
+    if error.captured is None:
+        return
+    try:
+        jaxpr, values, _, _ = trace(fun, args)
+        text = describe_capture(fun, values[error.captured], jaxpr, values)
+    except Exception:  # noqa: BLE001 (what is being raised matters more than its name)
+        return
+    _, colon, rest = str(error).partition(": expected ")
+    error.args = (f"captured value {error.captured} of {_name(fun)}, {text}{colon}{rest}",)
+
+
+def check_hoist(hoist: str) -> None:
+    """Refuse another policy than the two there are."""
+    if hoist not in ("traced", "all"):
+        msg = f'hoist: expected "traced" or "all", got {hoist!r}.'
+        raise ValueError(msg)

@@ -41,6 +41,11 @@ class Fingerprint:
         self._programs: dict[int, tuple[Any, Hashable]] = {}
         self.key: Hashable = self._program(jaxpr)
 
+    @property
+    def foreign(self) -> bool:
+        """Whether the program holds an array or a function of the user for later."""
+        return bool(self.held) or self._callables.foreign
+
     def of(self, x: Any) -> Hashable:
         """The key of a static leaf that belongs to the program."""
         return self._param(x)
@@ -99,11 +104,7 @@ class Fingerprint:
             return said[1]
         if said is not None or (callable(x) and not isinstance(x, type)):
             return self._callables.of(x)
-        try:
-            hash(x)
-        except TypeError:
-            return Same(x)
-        return (kind, x)
+        return (kind, _hashable(x))
 
     def _closed(self, jaxpr: Any) -> Hashable:
         opened = getattr(jaxpr, "jaxpr", jaxpr)
@@ -125,7 +126,7 @@ class Fingerprint:
         if isinstance(x, (np.generic, np.dtype)):
             return ("key", (type(x), x.dtype, x.tobytes()) if isinstance(x, np.generic) else x)
         if isinstance(x, _compat.VALUES):
-            return ("key", x)
+            return ("key", _hashable(x))
         if isinstance(x, _compat.JAXPR_TYPES):
             return ("key", self._closed(x))
         if isinstance(x, _compat.EQUATION):  # held by what JAX puts around a rule
@@ -140,6 +141,14 @@ class Fingerprint:
             # Its options cannot be read, so identity counts; what it calls may hold arrays.
             return ("key", (Same(x), self._callables.of(x.__wrapped__)))
         return None
+
+
+def _hashable(x: Any) -> Hashable:
+    try:
+        hash(x)
+    except TypeError:
+        return Same(x)
+    return x
 
 
 def _is_jax(kind: type) -> bool:

@@ -101,13 +101,13 @@ class HostFunction:
 
     For an objective: `fun(v)` and `fun.value_and_grad(v)[0]` are floats, `fun.grad(v)` is like v,
     `fun.hessian(v)` is a matrix, and `fun.hvp(v, d)`, the Hessian times d, is like v. For equations
-    (under `root` and `fixed_point`): `fun(v)` is a vector, `fun.jacobian(v)` a matrix with a row for
-    each equation, and `fun.hvp(v, d)` the Jacobian times d.
+    (under `root` and `fixed_point`): `fun(v)` is a vector, `fun.jacobian(v)` a matrix with a row
+    for each equation, and `fun.hvp(v, d)` the Jacobian times d.
 
-    A vector is float64 of shape (n,); a complex unknown takes two places, real parts before imaginary
-    ones for each array. With `flat=False`, v, d and what is like v are pytrees of NumPy arrays like
-    `x0`, and matrices are still over the flat vector. With `vmap="whole"` everything has a leading
-    axis over the batch.
+    A vector is float64 of shape (n,); a complex unknown takes two places, real parts before
+    imaginary ones for each array. With `flat=False`, v, d and what is like v are pytrees of NumPy
+    arrays like `x0`, and matrices are still over the flat vector. With `vmap="whole"` everything
+    has a leading axis over the batch.
     """
 
     def __init__(self, ask: Ask, *, equations: bool, pytrees: PytreeForm | None = None) -> None:

@@ -1,15 +1,16 @@
 """Solvers that are not JAX code: scipy's, or any C or Fortran library that takes callbacks.
 
 Where all values are known the solver is simply called. Inside a program (`jit`, `vmap`, `scan`) it
-runs in a thread beside the program, which answers its questions (`_session`). Not here: derivatives;
-the decorators `root`, `argmin` and `fixed_point` above add them.
+runs in a thread beside the program, which answers its questions (`_in_program`). Not here:
+derivatives; the decorators `root`, `argmin` and `fixed_point` above add them.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, Literal
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -17,8 +18,9 @@ from jax import tree_util
 
 from freevars.jax import _compat
 from freevars.jax._host_function import HostFunction, Layout, PytreeForm, Question, ask_compiled
+from freevars.jax._in_program import solve_in_program
 from freevars.jax._problem import Problem
-from freevars.jax._session import Solve, solve_in_program
+from freevars.jax._session import Solve
 from freevars.jax._vector import to_vector
 
 __all__ = ["HostSolver", "on_host", "scipy_status"]
@@ -28,6 +30,8 @@ Vmap = Literal["sequential", "threads", "whole"]
 
 class HostSolver:
     """A NumPy solver that runs inside JAX programs; made by `on_host`."""
+
+    __name__: str
 
     def __init__(self, solver: Callable[..., Any], *, flat: bool, aux: Any, vmap: Vmap) -> None:
         if vmap not in ("sequential", "threads", "whole"):
@@ -42,9 +46,10 @@ class HostSolver:
         self._aux = aux
         self._has_aux = aux is not None
         self._vmap = vmap
+        self._program = jax.jit(self._traced, static_argnums=(0, 1))
 
     def __call__(self, fun: Callable[..., Any], x0: Any, **options: Any) -> Any:
-        """Solve without a derivative rule; a scalar function is an objective, any other equations."""
+        """Solve without a rule; a function of one number is an objective, any other equations."""
         problem = Problem.of(fun, x0, (), {})
         leaves = jax.tree.leaves(problem.fun.out_struct)
         equations = not (len(leaves) == 1 and leaves[0].shape == ())
@@ -56,34 +61,19 @@ class HostSolver:
     def solve(
         self, problem: Problem, x0: Any, options: dict[str, Any], *, equations: bool, has_aux: bool
     ) -> Any:
-        """What the solver returns: `x`, or `(x, aux)`. `has_aux` says whether the function has one."""
+        """What the solver returns: `x`, or `(x, aux)`; `has_aux`: the function may have one too."""
         question = Question(Layout.of(x0), equations, has_aux)
-        leaves, tree = tree_util.tree_flatten(options)
-        is_array = [isinstance(x, (_compat.Array, np.ndarray, _compat.Tracer)) for x in leaves]
-        arrays = [x for x, is_one in zip(leaves, is_array, strict=True) if is_one]
-
-        def with_arrays(arrays: Any) -> dict[str, Any]:
-            left = iter(arrays)
-            given = [next(left) if is_one else x for x, is_one in zip(leaves, is_array, strict=True)]
-            restored: dict[str, Any] = tree.unflatten(given)
-            return restored
-
-        def run(ask: Any, v0: Any, arrays: Any) -> tuple[Any, list[Any]]:
-            return self._call(ask, question, v0, with_arrays(arrays))
-
+        given, arrays = Options.split(options)
         v0 = to_vector(x0)[0]
         values = (*jax.tree.leaves(problem), v0, *arrays)
         if any(isinstance(x, _compat.Tracer) for x in values) or not _compat.computes_now():
-            aux_leaves = tuple(
-                jax.ShapeDtypeStruct(np.shape(a), jax.numpy.result_type(a))
-                for a in jax.tree.leaves(self._aux)
-            )
-            solve = Solve(run, aux_leaves, self.__name__)
-            v, aux = self._in_program(solve, question, problem, v0, arrays)
+            v, aux = self._in_program(given, question, problem, v0, arrays)
         else:
-            v, aux = self._at_once(run, question, problem, v0, arrays)
+            v, aux = self._at_once(given, question, problem, v0, arrays)
         x = to_vector(x0)[1](v)
-        return (x, jax.tree.structure(self._aux).unflatten(aux)) if self._has_aux else x
+        if not self._has_aux:
+            return x
+        return x, tree_util.tree_unflatten(jax.tree.structure(self._aux), aux)
 
     def _call(
         self, ask: Any, question: Question, v0: Any, options: dict[str, Any]
@@ -112,74 +102,117 @@ class HostSolver:
         leaves, tree = tree_util.tree_flatten(aux)
         examples, expected = tree_util.tree_flatten(self._aux)
         if tree != expected:
-            msg = f"{self.__name__}: the solver returned aux {tree}, expected {expected}, the example's."
+            msg = f"{self.__name__}: the solver returned aux {tree}, expected {expected}."
             raise TypeError(msg)
         types = [jax.numpy.result_type(e) for e in examples]
         return [np.asarray(leaf, t) for leaf, t in zip(leaves, types, strict=True)]
 
     def _at_once(
-        self, run: Any, question: Question, problem: Problem, v0: Any, arrays: list[Any]
+        self, given: Options, question: Question, problem: Problem, v0: Any, arrays: list[Any]
     ) -> tuple[Any, list[Any]]:
         """Call the solver, here and now."""
         ask = ask_compiled(question, problem)
-        given = [np.asarray(a) for a in (v0, *arrays)]
+        start, *rest = (np.asarray(a) for a in (v0, *arrays))
         if self._vmap == "whole":  # a batch of one
-            v, aux = run(_on_batch_of_one(ask), given[0][None], [a[None] for a in given[1:]])
+            rest = [a[None] for a in rest]
+            v, aux = self._call(_on_batch_of_one(ask), question, start[None], given.join(rest))
             v, aux = v[0], [leaf[0] for leaf in aux]
         else:
-            v, aux = run(ask, given[0], given[1:])
+            v, aux = self._call(ask, question, start, given.join(rest))
         return jax.numpy.asarray(v, v0.dtype), aux
 
     def _in_program(
-        self, solve: Solve, question: Question, problem: Problem, v0: Any, arrays: list[Any]
+        self, given: Options, question: Question, problem: Problem, v0: Any, arrays: list[Any]
     ) -> tuple[Any, list[Any]]:
-        failures: list[BaseException] = []
+        """Let the program under way run the solver."""
+        number = next(_CALLS)
+        errors = _ERRORS[number] = []
+        try:
+            out: tuple[Any, list[Any]] = self._program(
+                given, question, problem, v0, arrays, np.int32(number)
+            )
+        except jax.errors.JaxRuntimeError:
+            # Only where JAX runs the program right here; inside a user's `jit` its error carries
+            # ours as text.
+            if errors:
+                raise errors[0] from None
+            raise
+        finally:
+            del _ERRORS[number]
+        return out
 
-        def run(ask: Any, v0: Any, arrays: Any) -> Any:
+    def _traced(
+        self,
+        given: Options,
+        question: Question,
+        problem: Problem,
+        v0: Any,
+        arrays: list[Any],
+        number: Any,
+    ) -> tuple[Any, list[Any]]:
+        """What is compiled, once for all closures of one structure."""
+        whole = self._vmap == "whole"
+
+        def run(ask: Any, v0: Any, arrays: Any) -> tuple[Any, list[Any]]:
+            *rest, number = arrays
             try:
-                return solve.run(ask, v0, arrays)
+                return self._call(ask, question, v0, given.join(rest))
             except Exception as error:
-                failures.append(error)
+                _ERRORS.get(int(np.ravel(number)[0]), []).append(error)
                 raise
 
-        noted = solve._replace(run=run)
-
-        whole = self._vmap == "whole"
+        aux = [
+            jax.ShapeDtypeStruct(np.shape(a), jax.numpy.result_type(a))
+            for a in jax.tree.leaves(self._aux)
+        ]
+        enter = functools.partial(
+            solve_in_program, Solve(run, tuple(aux), self.__name__), question, whole=whole
+        )
 
         def alone(problem: Problem, v0: Any, arrays: list[Any]) -> Any:
             if not whole:
-                return solve_in_program(noted, question, problem, v0, arrays)
-            given = jax.tree.map(lambda a: a[None], (v0, arrays))
-            out = solve_in_program(noted, question, problem, *given, lanes=1, whole=True)
+                return enter(problem, v0, arrays)
+            out = enter(problem, *jax.tree.map(lambda a: a[None], (v0, arrays)), lanes=1)
             return jax.tree.map(lambda a: a[0], out)
 
         def together(size: int, batched: Any, problem: Problem, v0: Any, arrays: list[Any]) -> Any:
             axes = jax.tree.map(lambda b: 0 if b else None, batched[0])
             v0, arrays = _broadcast(size, tuple(batched[1:]), (v0, arrays))
-
-            def lanes(problem: Problem, v0: Any, arrays: list[Any]) -> Any:
-                return solve_in_program(
-                    noted,
-                    question,
-                    problem,
-                    v0,
-                    arrays,
-                    lanes=size,
-                    whole=whole,
-                    problem_axes=axes,
-                )
-
+            lanes = functools.partial(enter, lanes=size, problem_axes=axes)
             return _batched_by(None, lanes)(problem, v0, arrays)
 
         one = _batched_by(None if self._vmap == "sequential" else together, alone)
-        try:
-            return one(problem, v0, arrays)
-        except jax.errors.JaxRuntimeError:
-            # Only where JAX runs the program right here; inside a user's `jit` its error carries ours
-            # as text.
-            if failures:
-                raise failures[0] from None
-            raise
+        out: tuple[Any, list[Any]] = one(problem, v0, [*arrays, number])
+        return out
+
+
+# The errors of solvers in the programs that run for a call under way, by the number of the call. A
+# number that is compiled into a user's program is gone from here by the time the program runs.
+_ERRORS: dict[int, list[BaseException]] = {}
+_CALLS = itertools.count(1)
+
+
+class Options(NamedTuple):
+    """The options of a solver without those that are arrays; hashable, so that it can be static."""
+
+    tree: Any  # PyTreeDef
+    statics: tuple[tuple[int, Any], ...]
+
+    @staticmethod
+    def split(options: dict[str, Any]) -> tuple[Options, list[Any]]:
+        """The options, and the arrays among them. A Python number stays one."""
+        leaves, tree = tree_util.tree_flatten(options)
+        kinds = (_compat.Array, np.ndarray, _compat.Tracer)
+        arrays = [x for x in leaves if isinstance(x, kinds)]
+        statics = tuple((i, x) for i, x in enumerate(leaves) if not isinstance(x, kinds))
+        return Options(tree, statics), arrays
+
+    def join(self, arrays: Sequence[Any]) -> dict[str, Any]:
+        """The options with these arrays."""
+        leaves = list(arrays)
+        for position, leaf in self.statics:
+            leaves.insert(position, leaf)
+        return dict(tree_util.tree_unflatten(self.tree, leaves))
 
 
 def _on_batch_of_one(ask: Any) -> Any:
@@ -191,14 +224,19 @@ def _on_batch_of_one(ask: Any) -> Any:
 
 def _batched_by(rule: Callable[..., Any] | None, fun: Callable[..., Any]) -> Callable[..., Any]:
     """`fun`, with `rule(size, batched, *args)` for what it gives on a batch; None: one by one."""
-    whole = jax.custom_batching.custom_vmap(fun)
+    whole: Any = jax.custom_batching.custom_vmap(fun)
 
-    @whole.def_vmap
-    def _(size: int, batched: Any, *args: Any) -> Any:
-        out = _one_by_one(whole, batched, args) if rule is None else rule(size, batched, *args)
+    def one_by_one(size: int, batched: Any, *args: Any) -> Any:
+        del size
+        return _one_by_one(whole, batched, args)
+
+    def batch(size: int, batched: Any, *args: Any) -> Any:
+        out = (rule or one_by_one)(size, batched, *args)
         return out, jax.tree.map(lambda _: True, out)
 
-    return whole
+    whole.def_vmap(batch)
+    wrapped: Callable[..., Any] = whole
+    return wrapped
 
 
 def _one_by_one(fun: Callable[..., Any], batched: Any, args: Any) -> Any:
@@ -209,7 +247,7 @@ def _one_by_one(fun: Callable[..., Any], batched: Any, args: Any) -> Any:
     def body(members: list[Any]) -> Any:
         left = iter(members)
         merged = [next(left) if b else x for x, b in zip(leaves, is_batched, strict=True)]
-        return fun(*tree.unflatten(merged))
+        return fun(*tree_util.tree_unflatten(tree, merged))
 
     return jax.lax.map(body, [x for x, b in zip(leaves, is_batched, strict=True) if b])
 
@@ -229,7 +267,7 @@ def on_host(
     aux: Any = None,
     vmap: Vmap = "sequential",
 ) -> Any:
-    """Let a NumPy solver be the solver in JAX programs: scipy's, or any that takes Python callbacks.
+    """Let a NumPy solver, scipy's or any that takes Python callbacks, be the solver in JAX.
 
     The solver never sees a JAX value. Where all values are known, it is called as it stands. Inside
     `jit`, `vmap` or `scan` it runs in a thread of its own, and the program answers what it asks of
@@ -237,16 +275,18 @@ def on_host(
     `argmin` or `fixed_point` above it for derivatives.
 
     Args:
-      solver: `solver(fun, x0, **options)` gives x. `x0` and x are float64 vectors of shape (n,), and
-        `fun` is a NumPy function of such a vector (`HostFunction`): for an objective `fun(v)`,
+      solver: `solver(fun, x0, **options)` gives x. `x0` and x are float64 vectors of shape (n,),
+        and `fun` is a NumPy function of such a vector (`HostFunction`): for an objective `fun(v)`,
         `fun.value_and_grad(v)`, `fun.grad(v)`, `fun.hessian(v)` and `fun.hvp(v, d)`; for equations
-        `fun(v)`, `fun.jacobian(v)` and `fun.hvp(v, d)`. Options that are arrays arrive as NumPy ones.
+        `fun(v)`, `fun.jacobian(v)` and `fun.hvp(v, d)`. Options that are arrays arrive as NumPy
+        ones.
       flat: False gives the solver pytrees of NumPy arrays, of the dtypes of `x0`, for vectors.
       aux: an example, a pytree of arrays or numbers, of what the solver returns beside x: it then
         returns `(x, aux)`, and aux has the types of the example.
-      vmap: what a batch does. "sequential": one solve after the other. "threads": one solver for each
-        member, in step, with their questions answered together. "whole": `solver` takes batches, and
-        every vector, value and matrix has a leading axis over the batch, of size 1 outside `vmap`.
+      vmap: what a batch does. "sequential": one solve after the other. "threads": one solver for
+        each member, in step, with their questions answered together. "whole": `solver` takes
+        batches, and every vector, value and matrix has a leading axis over the batch, of size 1
+        outside `vmap`.
 
     Raises:
       What the solver raises, with a note that names it; inside `jit`, where only JAX can raise, as
@@ -274,8 +314,8 @@ def scipy_status(result: Any = None) -> dict[str, Any]:
     """What an `OptimizeResult` of scipy says of its own success, as an aux for `on_host`.
 
     Returns a dict of `success` (bool), `iterations` (int32; function evaluations where the method
-    counts no iterations) and `status` (int32, scipy's code of its message). Without an argument it is
-    the example that `on_host(aux=scipy_status())` asks for.
+    counts no iterations) and `status` (int32, scipy's code of its message). Without an argument it
+    is the example that `on_host(aux=scipy_status())` asks for.
 
     >>> import scipy.optimize, freevars.jax as fv
     >>> fv.scipy_status(scipy.optimize.minimize(lambda x: x @ x, [0.0]))["success"].item()

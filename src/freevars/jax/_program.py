@@ -1,9 +1,10 @@
 """A traced function without its captured values: the static part of every closure.
 
 Programs are interned: two that compute the same thing are one object, so that they compare and hash
-by identity, as fast as anything can, and share one compiled version. The table holds them weakly; it
-keeps no array, no function and no program alive. Not here: tracing a user's function, and who holds
-the captured values.
+by identity, as fast as anything can, and share one compiled version. The table holds them weakly.
+The last few that hold nothing of the user's, neither an array nor a function, are kept beside it, so
+that a loop which makes, calls and drops a closure in each turn compiles once. Not here: tracing a
+user's function, and who holds the captured values.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -20,11 +22,14 @@ from jax import tree_util
 from freevars.errors import StructureError
 from freevars.jax import _compat
 from freevars.jax._arguments import Spec, describe, fit, join, mismatch, same_static, split
+from freevars.jax._reads import first_read
 
 __all__ = ["Program"]
 
 _LOCK = threading.Lock()
 _PROGRAMS: weakref.WeakValueDictionary[Hashable, Program] = weakref.WeakValueDictionary()
+_RECENT: OrderedDict[Program, None] = OrderedDict()
+_RECENT_SIZE = 256
 
 
 class Program:
@@ -51,14 +56,21 @@ class Program:
         # JAX flattens arguments faster than any Python code, and on a call that it has seen before it
         # checks their types as well; so hand them over as they are wherever it takes them.
         self.flat = bool(inputs.statics) or not _hashable(inputs.tree)
+        self._direct = not self.flat and not outputs.statics
 
     @classmethod
-    def intern(cls, key: Hashable, make: Callable[[], Program]) -> Program:
-        """The program of this key, made now if there is none."""
+    def intern(cls, key: Hashable, make: Callable[[], Program], *, keep: bool) -> Program:
+        """The program of this key, made now if there is none; `keep` says that it may outlive its
+        last use, because it holds nothing of the user's."""
         with _LOCK:
             program = _PROGRAMS.get(key)
             if program is None:
                 program = _PROGRAMS[key] = make()
+            if keep:
+                _RECENT[program] = None
+                _RECENT.move_to_end(program)
+                if len(_RECENT) > _RECENT_SIZE:
+                    _RECENT.popitem(last=False)
             return program
 
     def __repr__(self) -> str:
@@ -81,7 +93,7 @@ class Program:
     def __call__(self, values: Sequence[Any], args: tuple[Any, ...]) -> Any:
         """The result of the function for these captured values and arguments."""
         try:
-            if not self.flat and not self.outputs.statics:
+            if self._direct:
                 return self._run(values, *args)
             return self._call_with_statics(values, args)
         except TypeError as error:
@@ -141,10 +153,13 @@ class Program:
         for i, (value, expected) in enumerate(zip(values, self.value_types, strict=True)):
             if not _compat.is_array(value) or fit(value, expected, weak_matters=weak) is None:
                 msg = (
-                    f"captured value {i} of {self.name}: expected {describe(expected)},"
-                    f" got {describe(value)}. Pass a value of the type that was captured."
+                    f"captured value {i} of {self.name}{first_read(self.jaxpr, len(self.fixed) + i)}:"
+                    f" expected {describe(expected)}, got {describe(value)}. Pass a value of the type"
+                    " that was captured."
                 )
-                raise StructureError(msg)
+                mismatched = StructureError(msg)
+                mismatched.captured = i
+                raise mismatched
 
 
 def _equal_statics(got: tuple[tuple[int, Any], ...], expected: tuple[tuple[int, Any], ...]) -> bool:

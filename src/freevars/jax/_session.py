@@ -1,50 +1,40 @@
-"""A solver on the host inside a compiled program, without calling JAX from a callback.
+"""A solver on the host in a thread of its own, which asks a program questions.
 
-A callback that itself runs compiled code can wait for a thread that waits for the callback. So the
-roles are exchanged here. The solver runs in a Python thread of its own and never touches JAX; the
-compiled program is a loop that fetches the solver's next question, answers it with its own compiled
-code, and brings the answer along when it fetches the next. A callback only hands NumPy arrays from
-one thread to another, the captured values never leave the device, and a solve inside a solve is just
-a loop inside a loop.
-
-Under `vmap` there can be several solvers, one in each lane of the batch, that go in step: the lanes
-that ask the same kind of question are answered together. Not here: what the questions
-mean (`_host_function`), and when to use this at all (`_on_host`).
+The thread hands a question over and sleeps until it has the answer; whoever answers sleeps
+meanwhile. Only NumPy arrays pass from one to the other. Under `vmap` there can be several solvers,
+one in each lane of the batch, that go in step: the lanes that ask the same kind of question are
+answered together. Not here: the program (`_in_program`), and what a question means
+(`_host_function`).
 """
 
 from __future__ import annotations
 
-import itertools
 import queue
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from freevars.jax import _compat
-from freevars.jax._host_function import Question, answer
+__all__ = ["Lanes", "Session", "Shape", "Solve"]
 
-__all__ = ["Solve", "solve_in_program"]
-
-# How many products with the derivative one question may ask for: a matrix is fetched in such blocks,
-# so that no program reserves memory for a matrix that nobody asks for.
+# How many products with the derivative one question may ask for: a matrix is fetched in such
+# blocks, so that no program reserves memory for a matrix that nobody asks for.
 _BLOCK = 16
 
 _GIVEN_UP = object()
 
 
 class Solve(NamedTuple):
-    """How to run the solver: `run(ask, v0, arrays) -> (v, aux leaves)`, all NumPy, in any thread."""
+    """How to run the solver: `run(ask, v0, arrays) -> (v, aux leaves)`, all NumPy, in any
+    thread."""
 
     run: Callable[..., tuple[Any, list[Any]]]
     aux: tuple[Any, ...]  # a jax.ShapeDtypeStruct for each aux leaf
     name: str
 
 
-class _Session:
+class Session:
     """One solver in its thread. It asks; the program answers."""
 
     def __init__(self, solve: Solve, v0: Any, arrays: Sequence[Any]) -> None:
@@ -69,7 +59,8 @@ class _Session:
     def _ask(self, kind: str, v: Any, d: Any = None) -> tuple[Any, ...]:
         if kind == "matrix":
             return (self._matrix(v),)
-        return self._exchange(kind, v, np.zeros_like(v[..., None, :]) if d is None else d[..., None, :])
+        block = np.zeros_like(v) if d is None else d
+        return self._exchange(kind, v, block[..., None, :])
 
     def _matrix(self, v: Any) -> Any:
         """The matrix of the derivative, in blocks of columns."""
@@ -109,10 +100,36 @@ class _GivenUpError(BaseException):
     """Ends the thread of a solver whose program will not come back."""
 
 
-class _Lanes:
+class Shape(NamedTuple):
+    """The shapes of what travels between the program and the solvers."""
+
+    n: int
+    lanes: int | None  # the size of the batch, None without one
+    whole: bool  # one solver takes the batch as a whole
+
+    @property
+    def separate(self) -> bool:
+        """Whether each lane has a solver of its own."""
+        return self.lanes is not None and not self.whole
+
+    def lane(self, i: int) -> Any:
+        """The index of what belongs to the solver i."""
+        return i if self.separate else ...
+
+    @property
+    def vector(self) -> tuple[int, ...]:
+        return (self.n,) if self.lanes is None else (self.lanes, self.n)
+
+    @property
+    def block(self) -> tuple[int, ...]:
+        rows = min(_BLOCK, self.n)
+        return (rows, self.n) if self.lanes is None else (self.lanes, rows, self.n)
+
+
+class Lanes:
     """The solvers of one solve in one program: one, or one in each lane of a batch."""
 
-    def __init__(self, sessions: list[_Session], shape: _Shape) -> None:
+    def __init__(self, sessions: list[Session], shape: Shape) -> None:
         self._sessions = sessions
         self._shape = shape
 
@@ -151,129 +168,3 @@ class _Lanes:
         if not self._shape.separate:
             return results[0]
         return [np.stack(leaves) for leaves in zip(*results, strict=True)]
-
-
-class _Shape(NamedTuple):
-    """The shapes of what travels between the program and the solvers."""
-
-    n: int
-    lanes: int | None  # the size of the batch, None without one
-    whole: bool  # one solver takes the batch as a whole
-
-    @property
-    def separate(self) -> bool:
-        """Whether each lane has a solver of its own."""
-        return self.lanes is not None and not self.whole
-
-    def lane(self, i: int) -> Any:
-        """The index of what belongs to the solver i."""
-        return i if self.separate else ...
-
-    @property
-    def vector(self) -> tuple[int, ...]:
-        return (self.n,) if self.lanes is None else (self.lanes, self.n)
-
-    @property
-    def block(self) -> tuple[int, ...]:
-        rows = min(_BLOCK, self.n)
-        return (rows, self.n) if self.lanes is None else (self.lanes, rows, self.n)
-
-
-_LANES: dict[int, _Lanes] = {}
-_NUMBERS = itertools.count(1)
-
-
-def solve_in_program(
-    solve: Solve,
-    question: Question,
-    problem: Any,
-    v0: Any,
-    arrays: Sequence[Any],
-    *,
-    lanes: int | None = None,
-    whole: bool = False,
-    problem_axes: Any = None,
-) -> tuple[Any, list[Any]]:
-    """The solution as a vector and the aux leaves, traced into the program under way.
-
-    With `lanes`, v0, `arrays` and the results have a leading axis of that size; `problem_axes` says
-    which leaves of `problem` do, as the `in_axes` of `jax.vmap`. With `whole` too, one solver is given
-    the batch.
-    """
-    struct = question.layout.struct()
-    shape = _Shape(struct.size, lanes, whole)
-    kinds = ["value", "product", "products"]
-    if not question.equations:
-        kinds.insert(1, "value_and_grad")
-    start, done = 0, len(kinds) + 1
-    state = (
-        jax.ShapeDtypeStruct((), jnp.int32),  # the number of the lanes in `_LANES`
-        jax.ShapeDtypeStruct((), jnp.int32),  # what comes next: start, a kind of question, or done
-        jax.ShapeDtypeStruct(shape.vector, struct.dtype),
-        jax.ShapeDtypeStruct(shape.block, struct.dtype),
-    )
-
-    def tell(number: int, running: _Lanes) -> tuple[Any, ...]:
-        kind, v, block = running.question()
-        return number, done if kind is None else 1 + kinds.index(kind), v, block
-
-    def begin(v0: Any, *arrays: Any) -> tuple[Any, ...]:
-        # Copies: the solver works with them after the callback has returned.
-        given = [np.array(a) for a in (v0, *arrays)]
-        count = lanes if lanes is not None and shape.separate else 1
-        each = [[a[shape.lane(i)] for a in given] for i in range(count)]
-        running = _Lanes([_Session(solve, v, rest) for v, *rest in each], shape)
-        number = next(_NUMBERS)
-        _LANES[number] = running
-        return tell(number, running)
-
-    def carry_on(kind: str, number: Any, *results: Any) -> tuple[Any, ...]:
-        running = _LANES[int(number)]
-        try:
-            running.reply(kind, results)
-        except BaseException:
-            del _LANES[int(number)]
-            raise
-        return tell(int(number), running)
-
-    def finish(number: Any) -> tuple[Any, ...]:
-        return tuple(_LANES.pop(int(number)).aux())
-
-    def compute(kind: str, v: Any, block: Any) -> Any:
-        def one(problem: Any, v: Any, block: Any) -> Any:
-            if kind == "products":
-                return jax.vmap(lambda d: answer("product", question, problem, v, d))(block)
-            return answer(kind, question, problem, v, block[0])
-
-        if lanes is not None:
-            one = jax.vmap(one, in_axes=(problem_axes, 0, 0))
-        return one(problem, v, block)
-
-    def ask_solver(kind: str) -> Callable[..., Any]:
-        def branch(number: Any, v: Any, block: Any) -> Any:
-            def step(number: Any, *results: Any) -> tuple[Any, ...]:
-                return carry_on(kind, number, *results)
-
-            return _compat.host_call(step, state, number, *compute(kind, v, block))
-
-        return branch
-
-    def start_solver(number: Any, v: Any, block: Any) -> Any:
-        del number, block
-        return _compat.host_call(begin, state, v, *arrays)
-
-    branches = [start_solver, *map(ask_solver, kinds)]
-
-    def step(carry: Any) -> Any:
-        number, now, v, block = carry
-        return tuple(jax.lax.switch(now, branches, number, v, block))
-
-    first = (jnp.int32(0), jnp.int32(start), v0, jnp.zeros(shape.block, struct.dtype))
-    number, _, v, _ = jax.lax.while_loop(lambda carry: carry[1] != done, step, first)
-    lead = () if lanes is None else (lanes,)
-    aux = tuple(jax.ShapeDtypeStruct((*lead, *a.shape), a.dtype) for a in solve.aux)
-    # The solution passes through, so that nobody can drop this call and leave the lanes behind.
-    v, *leaves = _compat.host_call(
-        lambda number, v: (v, *finish(number)), (state[2], *aux), number, v
-    )
-    return v, leaves

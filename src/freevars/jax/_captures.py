@@ -1,0 +1,110 @@
+"""What a function captures, as a report: run it once on types, like a conversion, then describe.
+
+A report is a look and changes nothing: it holds no array, forces no value, and what a conversion
+would refuse (a mutable reference, a traced value that a custom rule holds) is listed, with the
+reason. Not here: finding the values (`_convert`), naming them (`_named`), and how a report looks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from freevars._naming import function_name
+from freevars._source import read_site, source_of
+from freevars.jax import _compat
+from freevars.jax._closure import Closure
+from freevars.jax._convert import check_hoist, trace
+from freevars.jax._fingerprint import Fingerprint
+from freevars.jax._lift import identity
+from freevars.jax._named import captured_values
+from freevars.jax._reads import Reads, reads_of
+from freevars.report import CaptureReport
+
+__all__ = ["captures"]
+
+
+def captures(
+    fun: Callable[..., Any], *example_args: Any, hoist: Literal["traced", "all"] = "traced"
+) -> CaptureReport:
+    """Every value that `fun` reads from outside its arguments: its name, its type, who reads it.
+
+    Nothing is converted and nothing is kept. It may be called anywhere, inside `grad`, `vmap`,
+    `jit` or `scan` too, where it shows which of them traces each value.
+
+    Args:
+      fun: any callable, pure. It runs once, on tracers. For a `Closure`, its `Closure.captures`.
+      *example_args: as for `closure_convert`.
+      hoist: as for `closure_convert`: the conversion that the report tells about.
+
+    Returns:
+      A `freevars.report.CaptureReport`: prints as a table, shows as HTML in a notebook.
+
+    Raises:
+      TypeError: `fun` is not callable.
+
+    >>> import jax.numpy as jnp, freevars.jax as fv
+    >>> params = {"w": jnp.ones(3), "b": jnp.zeros(())}
+    >>> report = fv.captures(lambda x: params["w"] @ x + params["b"], jnp.ones(3))
+    >>> [value.name for value in report.values]
+    ["params['w']", "params['b']"]
+    """
+    check_hoist(hoist)
+    if isinstance(fun, Closure):
+        return captures_of(fun)
+    jaxpr, values, _, _ = trace(fun, example_args)
+    return _report(fun, jaxpr, values, Fingerprint(jaxpr).held, hoist)
+
+
+def captures_of(closure: Closure[Any]) -> CaptureReport:
+    """The report of a closure, of the values that it holds; see `Closure.captures`."""
+    program, values = closure._program, closure._values  # noqa: SLF001
+    known = [*program.fixed, *values]
+    fun, jaxpr = None, program.jaxpr
+    if closure._origin is not None:  # noqa: SLF001
+        fun, example_args = closure._origin  # noqa: SLF001
+        # The program may have been traced from another function that computes the same: for the
+        # lines of this one trace it again, if it still captures the same and its trace is not over.
+        try:
+            again = trace(fun, example_args)
+        except Exception:  # noqa: BLE001, S110 (a user's function may raise anything)
+            pass
+        else:
+            if {identity(v) for v in again.values} == {identity(v) for v in known}:
+                jaxpr, known = again.jaxpr, again.values
+    return _report(fun, jaxpr, known, program.fixed, "all", name=program.name)
+
+
+def _report(
+    fun: Callable[..., Any] | None,
+    jaxpr: Any,
+    values: Sequence[Any],
+    held: Sequence[Any],
+    hoist: str,
+    name: str = "",
+) -> CaptureReport:
+    in_rules = {identity(x) for x in held}
+    own = {identity(x) for x in values}
+    # Traced values that only a rule reads, which no program shows.
+    hidden = {identity(x): x for x in held if _is_live_tracer(x) and identity(x) not in own}
+
+    def policy(value: Any) -> tuple[bool, str]:
+        if _compat.is_ref(value):
+            return False, "refused: mutable reference"
+        if identity(value) in in_rules:
+            traced = isinstance(value, _compat.Tracer)
+            return False, f"{'refused' if traced else 'constant'}: held by a custom rule"
+        return hoist == "all" or isinstance(value, _compat.Tracer), hoist
+
+    reads = reads_of(jaxpr, len(values)) + [Reads() for _ in hidden]
+    source = None if fun is None else source_of(fun)
+    return CaptureReport(
+        fun=name if fun is None else function_name(fun),
+        where=None if source is None else read_site(source.file, source.line),
+        source=source,
+        values=captured_values(fun, [*values, *hidden.values()], reads, policy),
+    )
+
+
+def _is_live_tracer(x: Any) -> bool:
+    return isinstance(x, _compat.Tracer) and _compat.is_live(x)

@@ -1,0 +1,34 @@
+"""The PyTorch host: the tensors that a function captures become explicit, differentiable
+arguments."""
+
+try:
+    import torch as _torch
+except ImportError as error:  # pragma: no cover (tested in a process of its own)
+    _message = "freevars.torch needs PyTorch, which is not installed: pip install 'freevars[torch]'"
+    raise ImportError(_message) from error
+
+from freevars.errors import (
+    CaptureError,
+    FreevarsError,
+    NotASolutionError,
+    SingularError,
+    StructureError,
+)
+from freevars.torch._closure import Closure
+from freevars.torch._convert import closure_convert
+from freevars.torch._rules import argmin, fixed_point, root
+
+__all__ = [
+    "CaptureError",
+    "Closure",
+    "FreevarsError",
+    "NotASolutionError",
+    "SingularError",
+    "StructureError",
+    "argmin",
+    "closure_convert",
+    "fixed_point",
+    "root",
+]
+
+del _torch

@@ -1,0 +1,237 @@
+"""What the functions of PyTorch's Python API mean to a watch: which read only metadata, which
+write, which must not be called inside `fun` at all. Tables and small questions; no state.
+"""
+
+import functools
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freevars.torch._compat import Watch, dual_tangent, is_wrapped, parts, unwrap
+from freevars.torch._names import called, caller
+
+__all__ = [
+    "BACKWARD",
+    "BATCH_STATISTICS",
+    "METADATA",
+    "PLAIN",
+    "REQUIRES_GRAD",
+    "alias",
+    "backward_message",
+    "callables",
+    "higher_order_message",
+    "inner",
+    "is_factory",
+    "may_carry_derivative",
+    "refuse_running_statistics",
+    "resumed",
+    "tensors",
+    "writes_first",
+]
+
+Func = Callable[..., Any]
+# The types of arguments that hold no tensor, or are one: the hot path looks no further.
+_PLAIN = (Tensor, torch.nn.Parameter, int, float, bool, complex, str, type(None), type(...))
+PLAIN = frozenset({*_PLAIN, torch.Size, torch.dtype, torch.device, torch.layout})
+
+
+def _getters(*names: str) -> set[Func]:
+    return {getattr(Tensor, name).__get__ for name in names if hasattr(Tensor, name)}
+
+
+# Reading these is no capture. `grad` and `is_leaf` stay those of the user's own tensor.
+METADATA: frozenset[Func] = frozenset(
+    _getters(
+        *(
+            "shape",
+            "dtype",
+            "device",
+            "layout",
+            "ndim",
+            "grad",
+            "_grad",
+            "grad_fn",
+            "is_leaf",
+            "names",
+        ),
+        *(
+            "_base",
+            "_version",
+            "is_sparse",
+            "is_sparse_csr",
+            "is_quantized",
+            "is_meta",
+            "is_nested",
+        ),
+        *("is_cpu", "is_cuda", "is_xpu", "is_mps", "is_mkldnn", "itemsize", "nbytes", "output_nr"),
+        *("_backward_hooks", "retains_grad", "_is_view", "name", "requires_grad"),
+    )
+    | {
+        *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.ndimension, Tensor.stride),
+        *(Tensor.element_size, Tensor.is_floating_point, Tensor.is_complex, Tensor.is_signed),
+        *(Tensor.is_contiguous, Tensor.storage_offset, Tensor.data_ptr, Tensor.get_device),
+        *(Tensor.is_conj, Tensor.is_neg, Tensor.is_inference, Tensor.__len__, Tensor.__hash__),
+        *(Tensor.is_same_size, Tensor.retain_grad),
+        *(torch.is_floating_point, torch.is_complex, torch.numel, torch.is_signed),
+        *(torch.is_same_size, torch.is_inference, torch.is_conj, torch.is_neg),
+    }
+)
+
+# Answered for the given tensor: a library decides by it what to differentiate.
+REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+METADATA -= {REQUIRES_GRAD}
+
+MAKES_LEAF = frozenset({Tensor.requires_grad_, Tensor.requires_grad.__set__})  # type: ignore[attr-defined]
+BACKWARD = frozenset({Tensor.backward, torch.autograd.backward})
+BATCH_STATISTICS = frozenset(
+    getattr(module, name)
+    for module in (torch, torch.nn.functional)
+    for name in (
+        "batch_norm",
+        "instance_norm",
+        "native_batch_norm",
+        "cudnn_batch_norm",
+        "miopen_batch_norm",
+    )
+    if hasattr(module, name)
+)
+_SHARING = frozenset(
+    {
+        torch.from_numpy,
+        torch.frombuffer,
+        torch.as_tensor,
+        torch.asarray,
+        torch.utils.dlpack.from_dlpack,
+    }
+)
+
+
+def is_factory(func: Func) -> bool:
+    """Whether `func`, called without tensors, makes memory of its own."""
+    return func not in _SHARING
+
+
+@functools.lru_cache(maxsize=4096)
+def _writes(name: str) -> bool:
+    if name in {"__setitem__", "__delitem__"}:
+        return True
+    if name.startswith("__i") and name.endswith("__"):
+        return name not in {"__int__", "__index__", "__invert__", "__iter__"}
+    return name.endswith("_") and not name.endswith("__") and not name.startswith("_foreach_norm")
+
+
+def writes_first(func: Func) -> bool:
+    """Whether `func` writes to its first argument. Asked only where that argument is captured."""
+    if func in {Tensor.requires_grad_, Tensor.retain_grad, Tensor.detach_}:
+        return func is not Tensor.requires_grad_
+    if getattr(func, "__name__", "") == "__set__":
+        return True
+    return _writes(getattr(func, "__name__", "") or "")
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in any nest of the built-in containers."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list | set):
+        for x in value:
+            yield from tensors(x)
+    elif isinstance(value, dict):
+        for x in value.values():
+            yield from tensors(x)
+    elif isinstance(value, slice):
+        yield from tensors((value.start, value.stop, value.step))
+
+
+def inner(t: Tensor) -> list[Tensor]:
+    """Every plain tensor that reading `t` may read: under transforms, tangents, parts of
+    subclasses."""
+    found: list[Tensor] = []
+    for u in unwrap(t):
+        found.append(u)
+        tangent = dual_tangent(u)
+        if tangent is not None:
+            found.extend(unwrap(tangent))
+        if u.layout is not torch.strided or hasattr(u, "__tensor_flatten__"):
+            found.extend(part for x in parts(u) for part in inner(x))
+    return found
+
+
+def may_carry_derivative(t: Tensor) -> bool:
+    """Whether a derivative could flow into `t` now: the default of what is hoisted."""
+    return t.requires_grad or is_wrapped(t) or dual_tangent(t) is not None
+
+
+def alias(t: Tensor) -> Tensor:
+    """`t` under another identity and with a place of its own on the tape, derivative one."""
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        if t.is_inference() or t.layout is not torch.strided or t.is_nested:
+            return torch.ops.aten.alias(t) if t.layout is torch.strided else t.clone()
+        return t.view_as(t)
+
+
+def refuse_running_statistics(watch: Watch, func: Func, args: Any, kwargs: Any) -> None:
+    """Refuses a train-mode normalisation over foreign running statistics: it writes to them, and
+    PyTorch declares no mutation."""
+    names = ("input", "weight", "bias", "running_mean", "running_var", "training")
+    if getattr(func, "__module__", "") == "torch.nn.functional":
+        names = ("input", "running_mean", "running_var", "weight", "bias", "training")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    default = func is torch.nn.functional.instance_norm
+    mean = given.get("running_mean")
+    training = given.get("training", given.get("use_input_stats", default))
+    if not (training and isinstance(mean, Tensor) and watch.is_foreign(mean)):
+        return
+    message = (
+        "expected a function that leaves its captured values as they are, got a train-mode "
+        f"{getattr(func, '__name__', func)} that updates captured running statistics in place. "
+        "Put the "
+        "module in eval mode (net.eval()), or build it with track_running_stats=False."
+    )
+    watch.refuse(message)
+
+
+def callables(value: Any) -> Iterator[Any]:
+    """The functions in any nest of the built-in containers."""
+    if isinstance(value, tuple | list):
+        for x in value:
+            yield from callables(x)
+    elif isinstance(value, dict):
+        yield from callables(list(value.values()))
+    elif callable(value) and not isinstance(value, Tensor | type):
+        yield value
+
+
+def resumed(watch: Watch, value: Any) -> Any:
+    """`value` with the functions in it run under `watch`, also after the watch was left."""
+    if type(value) is tuple:
+        return tuple(resumed(watch, x) for x in value)
+    if type(value) is dict:
+        return {k: resumed(watch, x) for k, x in value.items()}
+    if type(value) is list or not any(x is value for x in callables(value)):
+        return value
+    return watch.resume(value)
+
+
+def backward_message(fun: Any) -> str:
+    return (
+        f"expected a function that returns its result, got {called(fun)!r} calling .backward() at "
+        f"{caller()}, which adds to the .grad of captured tensors. Use torch.autograd.grad."
+    )
+
+
+def higher_order_message(func: Any, fun: Any) -> str:
+    return (
+        f"expected operations of PyTorch's Python API, got the higher-order operator {func} at "
+        f"{caller()} "
+        f"in {called(fun)!r}: what its branches read cannot be replaced. Use Python's own if, "
+        "for, while."
+    )
+
+
+def is_python(func: Func) -> bool:
+    """Whether `func` is written in Python, so may call functions that it was given."""
+    return type(func) is types.FunctionType

@@ -1,0 +1,134 @@
+"""A closure as one value: callable, and a pytree whose leaves are the tensors it captured.
+
+    f = Closure(objective, x0)
+    torch.func.grad(lambda f: f(x0))(f)       # a Closure of derivatives
+
+Not here: finding the captured tensors (`_convert.py`).
+"""
+
+import importlib.util
+from collections.abc import Callable, Iterable
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from freevars.torch._compat import install_hooks, pytree
+from freevars.torch._convert import Converted, Hoist, Rng, closure_convert
+from freevars.torch._names import called
+
+__all__ = ["Closure"]
+
+
+class Closure:
+    """A function together with the tensors it captured, as one differentiable value.
+
+    Calling it equals calling the function, and every torch.func transform takes it as an
+    argument: its leaves are `values`, so a derivative with respect to a Closure is a Closure of
+    derivatives. Closures that came from one another (`tree_map`, a transform) have the same
+    structure; two conversions never do.
+
+    Args:
+        fun: anything callable. It runs once here, on the example, and again at every call.
+        *example_args: any pytree of tensors, numbers and other values.
+        hoist: which captured tensors become leaves. By default every one of floating or complex
+            type, so that a plain tensor can be differentiated too; else as for `closure_convert`.
+        rng: as for `closure_convert`.
+
+    Raises:
+        CaptureError, StructureError: as `closure_convert` does.
+
+    Example:
+        >>> w = torch.tensor([1.0, 2.0])
+        >>> f = Closure(lambda x: (w * x).sum(), torch.ones(2))
+        >>> torch.func.grad(lambda f, x: f(x))(f, torch.tensor([3.0, 4.0])).values
+        (tensor([3., 4.]),)
+    """
+
+    def __init__(
+        self,
+        fun: Callable[..., Any],
+        *example_args: Any,
+        hoist: Hoist = "floating",
+        rng: Rng = "allow",
+    ) -> None:
+        self._converted, self._values = closure_convert(fun, *example_args, hoist=hoist, rng=rng)
+
+    @classmethod
+    def from_module(cls, module: torch.nn.Module) -> Self:
+        """The Closure of a module, with its parameters as leaves in `module.parameters()` order.
+
+        Nothing runs, so calls may bring any arguments. `Closure(module, x)` finds what is read
+        instead.
+        """
+        install_hooks()
+        converted = Converted(module, None, tuple(module.parameters()))
+        return cls._of(converted, converted.aliases())
+
+    @classmethod
+    def _of(cls, converted: Converted, values: Iterable[Any]) -> Self:
+        new = object.__new__(cls)
+        new._converted = converted
+        new._values = tuple(values)
+        return new
+
+    @property
+    def values(self) -> tuple[Tensor, ...]:
+        """The captured tensors, in order of first use: what the leaves of this pytree are."""
+        return self._values
+
+    @property
+    def in_struct(self) -> Any:
+        """The example arguments with a shape and dtype in place of each tensor, or None if any
+        will do."""
+        return self._converted.in_struct
+
+    @property
+    def out_struct(self) -> Any:
+        """What the example run returned, with a shape and dtype in place of each tensor."""
+        return self._converted.out_struct
+
+    def __call__(self, *args: Any) -> Any:
+        return self._converted(*args, *self._values)
+
+    def __repr__(self) -> str:
+        return f"Closure({called(self._converted)}, {len(self._values)} captured values)"
+
+
+def _flatten(f: Closure) -> tuple[list[Any], Converted]:
+    return list(f.values), f._converted  # noqa: SLF001 (of this file)
+
+
+def _unflatten(values: Iterable[Any], converted: Converted) -> Closure:
+    return Closure._of(converted, values)  # noqa: SLF001
+
+
+def _flatten_with_keys(f: Closure) -> tuple[list[tuple[Any, Any]], Converted]:
+    values, converted = _flatten(f)
+    return [(pytree.SequenceKey(i), v) for i, v in enumerate(values)], converted
+
+
+_register: Any = pytree.register_pytree_node  # its types ask for a collection
+_register(
+    Closure,
+    _flatten,
+    _unflatten,
+    flatten_with_keys_fn=_flatten_with_keys,
+    serialized_type_name="freevars.Closure",
+)
+
+
+def _optree_unflatten(converted: Converted, values: Iterable[Any]) -> Closure:
+    return _unflatten(values, converted)
+
+
+if importlib.util.find_spec("optree") is not None:
+    import optree
+
+    register: Any = optree.register_pytree_node  # its types ask for a collection
+    register(
+        Closure,
+        _flatten,
+        _optree_unflatten,
+        namespace=optree.registry.__dict__["__GLOBAL_NAMESPACE"],
+    )

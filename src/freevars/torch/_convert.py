@@ -1,0 +1,272 @@
+"""Closure conversion: the tensors that a function reads from outside become explicit arguments.
+
+    converted, hoisted = closure_convert(fun, *example_args)
+    converted(*args, *hoisted) == fun(*args)
+
+`fun` runs once on the example under a watch (`_discover.py`). `converted` runs it again under
+another, which gives it the hoisted values (`_substitute.py`); Python control flow is kept. Not
+here: the conversion as one value (`_closure.py`).
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from freevars.errors import StructureError
+from freevars.torch import _api, _compat
+from freevars.torch._compat import pytree, resolve
+from freevars.torch._discover import Discovery
+from freevars.torch._names import called, describe
+from freevars.torch._structure import Structure, struct_of
+from freevars.torch._substitute import CarefulSubstitution, MadeMemory, Substitution, check_tape
+
+__all__ = ["Converted", "closure_convert"]
+
+Rng = Literal["allow", "error", "replay"]
+Hoist = Literal["differentiable", "floating", "all"] | Callable[[Tensor], bool]
+
+
+def closure_convert(
+    fun: Callable[..., Any], *example_args: Any, hoist: Hoist = "differentiable", rng: Rng = "allow"
+) -> tuple["Converted", tuple[Tensor, ...]]:
+    """Makes the tensors that `fun` reads from outside explicit arguments.
+
+    ``converted(*args, *hoisted)`` equals ``fun(*args)``, in value and in derivatives of any
+    order. Each hoisted value has a partial derivative of its own, and a derivative that reaches
+    it flows on to the captured tensor.
+
+    Args:
+        fun: anything callable. It runs once here, on the example, and again at every call.
+        *example_args: any pytree of tensors, numbers and other values.
+        hoist: `"differentiable"` hoists the tensors that a derivative could flow into now (they
+            require grad, a torch.func transform wraps them, or they carry a forward-mode
+            tangent); `"floating"` also every tensor of floating or complex type; `"all"` every
+            tensor read; or a function that decides for each tensor. A differentiable tensor that
+            it leaves out is a declared constant.
+        rng: `"allow"` lets `fun` draw random numbers afresh at each call; `"replay"` gives every
+            call the draws of the example run; `"error"` refuses. The conversion leaves the
+            generators as they were.
+
+    Returns:
+        `converted` and the tuple of hoisted values, each captured tensor once, in order of first
+        use.
+
+    Raises:
+        CaptureError: `fun` writes in place to a captured tensor, to its argument or to a running
+            statistic, calls `.backward()`, or reads a captured tensor where it cannot be replaced.
+        StructureError: (from `converted`) a call with another structure, type, shape or number of
+        values.
+
+    Example:
+        >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> converted, hoisted = closure_convert(lambda x: (w * x).sum(), torch.ones(2))
+        >>> converted(torch.ones(2), torch.tensor([5.0, 7.0]))
+        tensor(12.)
+    """
+    if not callable(fun):
+        message = f"expected a function to convert, got {type(fun).__name__}."
+        raise StructureError(message)
+    if rng not in {"allow", "error", "replay"}:
+        message = f"expected rng='allow', rng='error' or rng='replay', got {rng!r}."
+        raise StructureError(message)
+    _compat.install_hooks()
+    convert = _compat.eagerly(_convert) if torch.compiler.is_compiling() else _convert
+    return convert(fun, example_args, hoist, rng)
+
+
+def _policy(hoist: Hoist) -> Callable[[Tensor], bool]:
+    if hoist == "differentiable":
+        return _differentiable
+    if hoist == "floating":
+        return lambda t: t.is_floating_point() or t.is_complex() or _differentiable(t)
+    if hoist == "all":
+        return lambda _: True
+    if callable(hoist):
+        return lambda t: bool(hoist(resolve(t)))
+    expected = "hoist='differentiable', 'floating', 'all' or a function of a tensor"
+    message = f"expected {expected}, got {hoist!r}."
+    raise StructureError(message)
+
+
+def _differentiable(t: Tensor) -> bool:
+    # What a running converted call gives in place of `t` counts as well: `t` itself is not read
+    # there.
+    given = resolve(t)
+    return given is not t or _api.may_carry_derivative(given)
+
+
+def _convert(
+    fun: Callable[..., Any], example: tuple[Any, ...], hoist: Hoist, rng: Rng
+) -> tuple["Converted", tuple[Tensor, ...]]:
+    structure = Structure(example)
+    leaves, spec = pytree.tree_flatten(example)
+    # Aliases tell an argument from the same tensor captured.
+    arguments = [_api.alias(x) if isinstance(x, Tensor) else x for x in leaves]
+    given = [x for x in arguments if isinstance(x, Tensor)]
+    policy = _policy(hoist)
+    discovery = Discovery(fun, given, policy, rng=rng, constants=policy is not _differentiable)
+    state = torch.get_rng_state()
+    try:
+        with discovery.watching():
+            out = fun(*pytree.tree_unflatten(arguments, spec))
+            discovery.replace(tuple(outputs_of(out)))
+    finally:
+        if discovery.drew is not None:
+            torch.set_rng_state(state)
+            for generator, before in discovery.generators.values():
+                generator.set_state(before)
+    captured = tuple(t for t in discovery.captured.values() if policy(t))
+    hoisted_ids = {id(t) for t in captured}
+    # What the policy leaves out although a derivative could flow: the caller's declared constants.
+    declared = [
+        t for t in discovery.captured.values() if id(t) not in hoisted_ids and _differentiable(t)
+    ]
+    read = [resolve(t) for t in (*captured, *declared)]
+    check_tape(outputs_of(out), [*given, *read], discovery.has_made, fun)
+    replay = None
+    if rng == "replay" and discovery.drew is not None:
+        replay = (state, tuple(discovery.generators.values()))
+    converted = Converted(
+        fun, structure, captured, declared, replay, makes_leaves=discovery.makes_leaves, out=out
+    )
+    return converted, converted.aliases()
+
+
+_SIGNATURE = inspect.Signature([inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)])
+
+
+class Converted:
+    """`fun` with its captured tensors as trailing arguments; made by `closure_convert`."""
+
+    def __init__(
+        self,
+        fun: Callable[..., Any],
+        structure: Structure | None,
+        captured: tuple[Tensor, ...],
+        declared: Sequence[Tensor] = (),
+        replay: tuple[Tensor, tuple[tuple[torch.Generator, Tensor], ...]] | None = None,
+        *,
+        makes_leaves: bool = False,
+        out: Any = None,
+    ) -> None:
+        functools.update_wrapper(self, fun, updated=())
+        self.__signature__ = _SIGNATURE  # not that of `fun`: the hoisted values follow
+        self._fun = fun
+        self._structure = structure
+        self._captured = captured
+        self._keys = tuple(id(t) for t in captured)
+        self._types = tuple((t.shape, t.dtype) for t in captured)
+        self._declared = declared
+        self._replay = replay
+        self._makes_leaves = makes_leaves
+        self.in_struct = None if structure is None else structure.struct
+        self.out_struct = struct_of(out)
+
+    def aliases(self) -> tuple[Tensor, ...]:
+        """The captured tensors, each with a place of its own on the tape."""
+        return tuple(_api.alias(t) for t in self._captured)
+
+    def __repr__(self) -> str:
+        return f"<{called(self._fun)} with {len(self._keys)} captured values as trailing arguments>"
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._eagerly(*args)
+        return self._call(args)
+
+    @_compat.eagerly  # type: ignore[untyped-decorator]
+    def _eagerly(self, *args: Any) -> Any:
+        return self._call(args)
+
+    def _call(self, args: tuple[Any, ...]) -> Any:
+        n = len(args) - len(self._keys)
+        table = self._table(args, n)
+        arguments = args[:n]
+        if self._structure is None:
+            leaves = pytree.tree_leaves(arguments)
+        else:
+            leaves = self._structure.check(arguments, called(self._fun))
+        if any(id(x) in table for x in leaves):
+            arguments = self._aliased(arguments, table)
+            leaves = pytree.tree_leaves(arguments)
+        read = [*(x for x in leaves if isinstance(x, Tensor)), *self._declared, *table.values()]
+        known = [resolve(t) for t in read]  # within another converted call, what that gives
+        mode = self._mode(table, known)
+        with self._memory(mode), mode.telling():
+            run = self._fun if self._replay is None else self._replayed
+            out = run(*arguments)
+        if type(out) is Tensor:  # no pytree walk for a plain tensor
+            out = table.get(id(out), out)
+        else:
+            out = pytree.tree_map_only(Tensor, mode.replace, out)
+        check_tape(outputs_of(out), known, mode.has_made, self._fun)
+        return out
+
+    def _memory(self, mode: Substitution) -> AbstractContextManager[Any]:
+        if not self._makes_leaves:
+            return nullcontext()
+        mode.memory = MadeMemory()
+        return mode.memory
+
+    def _mode(self, table: dict[int, Tensor], known: Sequence[Tensor]) -> Substitution:
+        if torch.is_grad_enabled() and not _compat.transforms_active():
+            return Substitution(self._fun, table)
+        return CarefulSubstitution(self._fun, table, known)
+
+    def _table(self, args: tuple[Any, ...], n: int) -> dict[int, Tensor]:
+        """Which tensor to give for which captured one; raises where the hoisted values do not
+        fit."""
+        keys = self._keys
+        expected = max(n, 0) if self._structure is None else self._structure.count
+        if n != expected:
+            message = (
+                f"{called(self._fun)} expected {expected} arguments and {len(keys)} hoisted "
+                f"values, got {len(args)} values in all."
+            )
+            raise StructureError(message)
+        values = args[n:]
+        for i, (value, (shape, dtype)) in enumerate(zip(values, self._types, strict=True)):
+            if not isinstance(value, Tensor) or value.shape != shape or value.dtype is not dtype:
+                captured = describe(self._captured[i], self._fun)
+                message = (
+                    f"hoisted value {i} expected like {captured}, got {Structure.shown(value)}."
+                )
+                raise StructureError(message)
+        table = dict(zip(keys, values, strict=True))
+        for key, value in table.items():
+            if id(value) in table:  # a captured tensor itself, which reading would replace again
+                table[key] = _api.alias(value)
+        return table
+
+    def _aliased(self, arguments: tuple[Any, ...], table: dict[int, Tensor]) -> tuple[Any, ...]:
+        aliased: tuple[Any, ...] = pytree.tree_map_only(
+            Tensor, lambda t: _api.alias(t) if id(t) in table else t, arguments
+        )
+        return aliased
+
+    def _replayed(self, *arguments: Any) -> Any:
+        assert self._replay is not None  # noqa: S101 (for the type checker)
+        state, generators = self._replay
+        before = torch.get_rng_state()
+        others = [(generator, generator.get_state()) for generator, _ in generators]
+        try:
+            torch.set_rng_state(state)
+            for generator, first in generators:
+                generator.set_state(first)
+            return self._fun(*arguments)
+        finally:
+            torch.set_rng_state(before)
+            for generator, now in others:
+                generator.set_state(now)
+
+
+def outputs_of(out: Any) -> list[Tensor]:
+    """The tensors that a function returned."""
+    if isinstance(out, Tensor):
+        return [out]
+    return [x for x in pytree.tree_leaves(out) if isinstance(x, Tensor)]

@@ -1,0 +1,295 @@
+"""Discovery: which tensors does `fun` read from outside while it runs on the example?
+
+Two modes watch one run. The function mode sees every tensor that the Python API reads, wrapped by
+torch.func or not; what it did not see made, and what lives in memory that was not made inside, is
+captured. The dispatch mode lies below autograd: it sees memory being made, random draws, in-place
+writes before they happen, and reads that did not come through the Python API.
+
+Not here: calling `fun` with other values (`_substitute.py`).
+"""
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from freevars.torch import _api, _compat
+from freevars.torch._compat import Watch, storage_key
+from freevars.torch._names import caller, describe, reachable
+
+__all__ = ["Discovery"]
+
+Hoist = Callable[[Tensor], bool]
+
+
+class Discovery(Watch):
+    """One watched run. After it, `captured` holds what was read, in order of first use."""
+
+    def __init__(
+        self, fun: Any, arguments: Sequence[Tensor], hoist: Hoist, *, rng: str, constants: bool
+    ) -> None:
+        self.fun = fun
+        self.constants = constants  # whether tensors without derivatives may be hoisted too
+        self.hoist = hoist
+        self.rng = rng
+        self.drew: str | None = None  # the first random operation
+        self.generators: dict[int, tuple[torch.Generator, Tensor]] = {}
+        self.captured: dict[int, Tensor] = {}
+        self.where: dict[int, str | None] = {}
+        self.arguments = {id(t): t for t in arguments}
+        self.argument_keys = {storage_key(u): t for t in arguments for u in _api.inner(t)}
+        self.captured_keys: dict[int, Tensor] = {}
+        self.made_keys: set[int] = set()
+        self._made: dict[int, weakref.ref[Tensor]] = {}
+        self.leaves: list[
+            Tensor
+        ] = []  # made by `fun` as function modes see it, and those they do not:
+        self.makes_leaves = False
+        self._call: set[int] | None = None  # memory that the running operation was given
+
+    def watching(self) -> AbstractContextManager[Any]:
+        """Both modes, and no cache of cast weights: a hit would be a read that nobody sees."""
+        stack = ExitStack()
+        cached = torch.is_autocast_cache_enabled()
+        stack.callback(torch.set_autocast_cache_enabled, cached)
+        torch.set_autocast_cache_enabled(False)
+        stack.enter_context(_Below(self))
+        stack.enter_context(self.telling())
+        return stack
+
+    # --- what the Python API reads
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _api.METADATA or func == _api.REQUIRES_GRAD:
+            return func(*args, **kwargs)
+        self._refuse(func, args, kwargs)
+        given = list(_api.tensors((args, kwargs)))
+        for t in given:
+            self.read(t)
+        if func in _api.MAKES_LEAF:
+            self._refuse_new_leaf(func, args)
+        if _api.is_python(func):
+            args, kwargs = _api.resumed(self, args), _api.resumed(self, kwargs)
+            self._read_of_callables((args, kwargs))
+        if _compat.is_custom_function_call(func):
+            self._read_of_class(args[0])
+        token = self.begin(given)
+        try:
+            out = func(*args, **kwargs)
+        finally:
+            self.end(token)
+        self.note(out)
+        self._note_memory(func, args, kwargs, out, factory=not given)
+        return out
+
+    def _refuse(self, func: Any, args: Any, kwargs: Any) -> None:
+        if func in _api.BACKWARD and not (_compat.in_backward() or self.solvers):
+            self.refuse(_api.backward_message(self.fun))
+        if _compat.is_higher_order(func):
+            self.refuse(_api.higher_order_message(func, self.fun))
+        if func in _api.BATCH_STATISTICS:
+            _api.refuse_running_statistics(self, func, args, kwargs)
+
+    def _note_memory(self, func: Any, args: Any, kwargs: Any, out: Any, *, factory: bool) -> None:
+        """Leaves that `fun` makes, and memory that the dispatch mode does not see being made."""
+        if func in _api.MAKES_LEAF or kwargs.get("requires_grad"):
+            self.leaves.append(args[0] if func in _api.MAKES_LEAF else out)
+        if (factory and _api.is_factory(func)) or func is Tensor.__deepcopy__:
+            self.made_keys.update(storage_key(t) for t in _api.tensors(out))
+
+    def read(self, t: Tensor) -> None:
+        """The first read of a foreign tensor captures it."""
+        key = id(t)
+        if key in self.captured or key in self.arguments or self._is_made(t):
+            return
+        bases = self._inner(t)
+        plain = list(_compat.unwrap(t))[-1]
+        if storage_key(plain) in self.made_keys:
+            self._made[key] = weakref.ref(t)
+            return
+        self.captured[key] = t
+        self.captured_keys |= {storage_key(u): t for u in bases}
+        if self.hoist(t):
+            self.where[key] = caller()
+
+    def _inner(self, t: Tensor) -> list[Tensor]:
+        """Every plain tensor that reading `t` may read, where converted calls stand below us
+        too."""
+        found = _api.inner(t)
+        given = _compat.resolve(t)
+        return found if given is t else found + _api.inner(given)
+
+    def is_foreign(self, t: Tensor) -> bool:
+        return not self._is_made(t) and storage_key(t) not in self.made_keys
+
+    def has_made(self, leaf: Tensor) -> bool:
+        """Whether `fun` made the tensor that its tape ends in."""
+        if any(leaf is t for t in self.leaves):
+            return True
+        made = any(storage_key(u) in self.made_keys for u in _api.inner(leaf))
+        self.makes_leaves |= made
+        return made
+
+    def _is_made(self, t: Tensor) -> bool:
+        ref = self._made.get(id(t))
+        return ref is not None and ref() is t
+
+    def _refuse_new_leaf(self, func: Any, args: Any) -> None:
+        t = args[0]
+        if id(t) in self.captured and not t.requires_grad and (args[1:] in {(), (True,)}):
+            message = (
+                f"expected a function that leaves its captured values as they are, got "
+                f"{func.__name__} on {describe(t, self.fun, caller())}. Use "
+                "t.detach().requires_grad_()."
+            )
+            self.refuse(message)
+
+    def _read_of_callables(self, value: Any) -> None:
+        for x in _api.callables(value):
+            self._read_reachable(getattr(x, "__wrapped__", x))
+
+    def _read_of_class(self, cls: Any) -> None:
+        """A backward body may read what the forward body does not."""
+        for name in ("backward", "vjp", "jvp", "vmap"):
+            self._read_reachable(getattr(cls, name, None))
+
+    def _read_reachable(self, fun: Any) -> None:
+        if fun is None:
+            return
+        for _, t in reachable(fun).values():
+            if self.hoist(t):
+                self.read(t)
+
+    # --- what it does not see (called by the hooks)
+
+    def replace(self, value: Any) -> Any:
+        for t in _api.tensors(value):
+            self.read(t)
+        return value
+
+    def note(self, value: Any) -> None:
+        for t in _api.tensors(value):
+            if id(t) not in self.captured and id(t) not in self.arguments:
+                self._made[id(t)] = weakref.ref(t)
+
+    def custom_function(self, cls: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        for t in _api.tensors(args):
+            self.read(t)
+        self._read_of_class(cls)
+        return tuple(_api.resumed(self, args))
+
+    def begin(self, args: Sequence[Any]) -> set[int] | None:
+        before = self._call
+        self._call = {storage_key(u) for t in _api.tensors(args) for u in self._inner(t)}
+        if _compat.transforms_active():  # tangents of tensors seen before
+            self._call |= self.captured_keys.keys()
+        return before
+
+    def end(self, token: set[int] | None) -> None:
+        self._call = token
+
+    # --- what the dispatch mode tells
+
+    def below(self, func: Any, args: Any, kwargs: Any) -> Any:
+        given = list(_api.tensors((args, kwargs)))
+        keys = [storage_key(t) for t in given]
+        if func is torch.ops.aten.lift_fresh.default:
+            self.made_keys.update(keys)  # memory of a literal, `torch.tensor([1.0])`
+        for t in written(func, args, kwargs):
+            if storage_key(t) not in self.made_keys:
+                self.refuse(self._write_message(func, t))
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self._draw(func, kwargs)
+        if not _compat.in_backward():
+            for t, key in zip(given, keys, strict=True):
+                self._check_seen(func, t, key)
+        out = func(*args, **kwargs)
+        made = {storage_key(t) for t in _api.tensors(out)} - set(keys)
+        self.made_keys |= made
+        self.note(out)
+        return out
+
+    def _check_seen(self, func: Any, t: Tensor, key: int) -> None:
+        if key in self.made_keys or key in self.argument_keys:
+            return
+        if self._call is not None:
+            seen = key in self._call
+        else:
+            # Outside any call of the Python API: TorchScript reads the captured tensor itself,
+            # while leaving a torch.func transform reads views of what was seen before.
+            seen = key in self.captured_keys and id(t) not in self.captured
+        if not seen and (t.requires_grad or (self.constants and t.dim() > 0 and self.hoist(t))):
+            message = (
+                "expected every read of a captured tensor to go through PyTorch's Python API, "
+                f"got {func} "
+                f"reading {describe(t, self.fun)} below it, where it cannot be replaced. Pass "
+                "that tensor "
+                "as an argument, or detach it to declare it constant."
+            )
+            self.refuse(message)
+
+    def _draw(self, func: Any, kwargs: Any) -> None:
+        if self.rng == "error":
+            message = (
+                f"expected a function without randomness (rng='error'), got {func} at {caller()}. "
+                "Draw outside and capture the result, or choose rng='allow' or rng='replay'."
+            )
+            self.refuse(message)
+        self.drew = self.drew or str(func)
+        generator = kwargs.get("generator")
+        if generator is not None and id(generator) not in self.generators:
+            self.generators[id(generator)] = (generator, generator.get_state())
+
+    def _write_message(self, func: Any, t: Tensor) -> str:
+        key = storage_key(t)
+        argument = self.argument_keys.get(key)
+        found = self.captured_keys.get(key, t) if argument is None else argument
+        kind = "a captured tensor" if argument is None else "its argument"
+        return (
+            f"expected a function that writes to its own intermediates only, got {func} writing "
+            "in place to "
+            f"{kind}: {describe(found, self.fun, caller())}. Nothing was written. Write to a clone."
+        )
+
+
+class _Below(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The dispatch mode, below autograd and torch.func."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, discovery: Discovery) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.discovery = discovery
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not _compat.is_operator(func):
+            return func(*args, **(kwargs or {}))
+        with _compat.unseen():
+            return self.discovery.below(func, args, kwargs or {})
+
+
+@functools.lru_cache(maxsize=8192)
+def _written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
+    """Position and name of the arguments that an operator writes to."""
+    found = []
+    for i, argument in enumerate(_compat.schema(func).arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found.append((i, argument.name))
+    return tuple(found)
+
+
+def written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
+    """The tensors that an operator is about to write to."""
+    for i, name in _written_arguments(func):
+        yield from _api.tensors(args[i] if i < len(args) else kwargs.get(name))
+    if "batch_norm" in _compat.schema(func).name and "backward" not in _compat.schema(func).name:
+        names = [argument.name for argument in _compat.schema(func).arguments]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if given.get("training", given.get("train")):  # updates these, and declares no mutation
+            yield from _api.tensors((given.get("running_mean"), given.get("running_var")))

@@ -1,0 +1,124 @@
+"""The structure of example arguments, and the first path at which a call differs from it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freevars.errors import StructureError
+from freevars.torch._compat import pytree
+
+__all__ = ["Structure", "struct_of"]
+
+_NUMBERS = (int, float, complex)
+
+
+class Structure:
+    """A pytree's structure with the shape and dtype of each tensor and every static leaf."""
+
+    def __init__(self, example: tuple[Any, ...], root: str | None = None) -> None:
+        self._root = root  # what to call the only value of `example` in a path
+        leaves, self.spec = pytree.tree_flatten(example)
+        self.count = len(example)
+        self.struct = struct_of(example)
+        self._leaves = [_Leaf(x) for x in leaves]
+        self._flat = len(leaves) == len(example) and all(isinstance(x, Tensor) for x in example)
+
+    def check(self, args: tuple[Any, ...], name: str) -> list[Any]:
+        """The leaves of `args`; raises `StructureError` naming the first path that differs."""
+        if self._flat and all(
+            isinstance(x, Tensor) for x in args
+        ):  # no pytree walk for plain tensors
+            leaves = list(args)
+        else:
+            leaves, spec = pytree.tree_flatten(args)
+            if spec != self.spec:
+                raise StructureError(self._differs(args, name))
+        for i, (leaf, x) in enumerate(zip(self._leaves, leaves, strict=True)):
+            if not leaf.fits(x):
+                path = pytree.tree_flatten_with_path(args)[0][i][0]
+                message = f"{name}: {self._path(path)} expected {leaf}, got {self.shown(x)}."
+                raise StructureError(message)
+        return leaves
+
+    def _differs(self, args: tuple[Any, ...], name: str) -> str:
+        placeholders = pytree.tree_unflatten(list(range(len(self._leaves))), self.spec)
+        path, expected, got = _first_difference(placeholders, args, "args")
+        if self._root is not None:
+            path = self._root + path.removeprefix("args[0]")
+        return f"{name}: {path} expected {expected}, got {got}."
+
+    def _path(self, path: tuple[Any, ...]) -> str:
+        """`args[0]['w']`."""
+        if self._root is not None:
+            return self._root + "".join(str(key) for key in path[1:])
+        return "args" + "".join(str(key) for key in path)
+
+    @staticmethod
+    def shown(x: Any) -> str:
+        return str(_Leaf(x))
+
+
+class _Leaf:
+    """What one leaf must be like: a tensor's shape, dtype and device; a number's type; else a
+    value."""
+
+    def __init__(self, x: Any) -> None:
+        self.kind = type(x)
+        self.value = None if isinstance(x, Tensor) or type(x) in _NUMBERS else x
+        self.tensor = isinstance(x, Tensor)
+        if self.tensor:
+            self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
+
+    def fits(self, x: Any) -> bool:
+        if self.tensor:
+            return isinstance(x, Tensor) and x.shape == self.shape and x.dtype is self.dtype
+        if self.kind in _NUMBERS:
+            return type(x) is self.kind
+        return type(x) is self.kind and _equal(x, self.value)
+
+    def __str__(self) -> str:
+        if self.tensor:
+            shape = ", ".join(str(n) for n in self.shape)
+            return f"{str(self.dtype).removeprefix('torch.')}[{shape}]"
+        if self.kind in _NUMBERS:
+            return f"a Python {self.kind.__name__}"
+        return repr(self.value)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    try:
+        return bool(a == b)
+    except Exception:  # noqa: BLE001 (an object whose == fails equals only itself)
+        return False
+
+
+def _first_difference(expected: Any, got: Any, path: str) -> tuple[str, str, str]:
+    """Walks two trees of different structure to the first node that differs."""
+    if type(expected) is int or isinstance(expected, Tensor):  # a leaf was here
+        return path, "a leaf", f"a {type(got).__name__}"
+    if type(expected) is not type(got):
+        return path, f"a {type(expected).__name__}", f"a {type(got).__name__}"
+    if isinstance(expected, dict):
+        if list(expected) != list(got):
+            return path, f"the keys {list(expected)}", f"{list(got)}"
+        pairs = [(f"{path}[{k!r}]", expected[k], got[k]) for k in expected]
+    elif isinstance(expected, tuple | list):
+        if len(expected) != len(got):
+            return path, f"{len(expected)} values", f"{len(got)}"
+        pairs = [(f"{path}[{i}]", a, b) for i, (a, b) in enumerate(zip(expected, got, strict=True))]
+    else:
+        pairs = []
+    for step, a, b in pairs:
+        if pytree.tree_structure(a) != pytree.tree_structure(b):
+            return _first_difference(a, b, step)
+    return path, str(pytree.tree_structure(expected)), str(pytree.tree_structure(got))
+
+
+def struct_of(tree: Any) -> Any:
+    """`tree` with a tensor without memory (on the device "meta") in place of each tensor."""
+    return pytree.tree_map_only(
+        Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"), tree
+    )

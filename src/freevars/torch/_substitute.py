@@ -1,0 +1,253 @@
+"""Substitution: run `fun` with other tensors where it reads the captured ones.
+
+One function mode replaces arguments by identity, for the time of one call and on one thread. What
+happens later, in a backward pass, runs under the same mode again (`Watch.resume`). A tape walk
+after the call catches what came past it.
+
+Not here: finding out what is captured (`_discover.py`).
+"""
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from freevars.errors import CaptureError
+from freevars.torch import _api, _compat
+from freevars.torch._compat import CheckpointFunction, Watch
+from freevars.torch._names import caller, describe, reachable
+
+__all__ = ["CarefulSubstitution", "MadeMemory", "Substitution", "check_tape"]
+
+_SPECIAL: dict[Any, str] = (
+    dict.fromkeys(_api.METADATA, "metadata")
+    | dict.fromkeys(_api.BACKWARD, "backward")
+    | dict.fromkeys(_api.MAKES_LEAF, "leaf")
+    | dict.fromkeys(_api.BATCH_STATISTICS, "statistics")
+)
+
+
+class Substitution(Watch):
+    """Replaces each tensor whose id is in `table`, as an argument of any operation."""
+
+    def __init__(self, fun: Any, table: dict[int, Tensor]) -> None:
+        self.fun = fun
+        self.table = table
+        self.leaves: list[Tensor] = []  # made by `fun`: they end the tape, and are no captures
+        self.memory: MadeMemory | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # The hot path: every line here is paid for at every operation of `fun`.
+        if func in _SPECIAL or kwargs or type(func) not in _BUILTINS:
+            return self._special(func, args, kwargs or {})
+        get = self.table.get
+        given = [get(id(a), a) if type(a) in _api.PLAIN else self.replace(a) for a in args]
+        if given and given[0] is not args[0]:
+            self._refuse_write(func, args[0])
+        return func(*given)
+
+    def _special(self, func: Any, args: Any, kwargs: Any) -> Any:
+        kind = _SPECIAL.get(func)
+        if kind == "metadata":
+            return func(*args, **kwargs)
+        if kind == "backward" and not (_compat.in_backward() or self.solvers):
+            self.refuse(_api.backward_message(self.fun))
+        if _compat.is_higher_order(func):
+            self.refuse(_api.higher_order_message(func, self.fun))
+        if kind == "statistics":
+            _api.refuse_running_statistics(self, func, args, kwargs)
+        new_args, new_kwargs = self.replace(args), self.replace(kwargs)
+        self._refuse_writes(func, (args, kwargs), (new_args, new_kwargs))
+        if _api.is_python(func):
+            new_args, new_kwargs = _api.resumed(self, new_args), _api.resumed(self, new_kwargs)
+        out = func(*new_args, **new_kwargs)
+        if kind == "leaf" or kwargs.get("requires_grad"):
+            self.leaves.append(new_args[0] if kind == "leaf" else out)
+        if _compat.is_custom_function_call(func):
+            _compat.keep_watching_backward(out, self)
+        return out
+
+    def _refuse_writes(self, func: Any, old: Any, new: Any) -> None:
+        (args, kwargs), (new_args, new_kwargs) = old, new
+        if args and self._differs(new_args[0], args[0]):
+            self._refuse_write(func, args[0])
+        if self._differs(new_kwargs.get("out"), kwargs.get("out")):
+            self._refuse_write(None, kwargs["out"])
+
+    def replace(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self.table.get(id(value), value)
+        if isinstance(value, tuple | list):
+            new = [self.replace(x) for x in value]
+            if all(a is b for a, b in zip(new, value, strict=True)):
+                return value
+            if hasattr(value, "_fields"):
+                return type(value)(*new)
+            return new if isinstance(value, list) else type(value)(new)
+        if isinstance(value, dict):
+            changed = {k: y for k, x in value.items() if (y := self.replace(x)) is not x}
+            return value | changed if changed else value
+        if isinstance(value, slice):
+            return slice(*(self.replace(x) for x in (value.start, value.stop, value.step)))
+        return value
+
+    def given(self, t: Tensor) -> Tensor:
+        return self.table.get(id(t), t)
+
+    def has_made(self, leaf: Tensor) -> bool:
+        if self.memory is not None and self.memory.holds(leaf):
+            return True
+        return any(leaf is t for t in self.leaves)
+
+    def is_foreign(self, t: Tensor) -> bool:
+        return id(t) in reachable(self.fun)
+
+    def _differs(self, new: Any, old: Any) -> bool:
+        if isinstance(old, tuple | list):
+            return any(self._differs(a, b) for a, b in zip(new, old, strict=True))
+        return new is not old and isinstance(old, Tensor)
+
+    def _refuse_write(self, func: Any, t: Any) -> None:
+        if func is not None and not _api.writes_first(func):
+            return
+        t = next(x for x in _api.tensors(t) if id(x) in self.table)
+        message = (
+            "expected a function that writes to its own intermediates only, got "
+            f"{getattr(func, '__name__', 'out=')} writing in place to a captured tensor: "
+            f"{describe(t, self.fun, caller())}. Nothing was written. Write to a clone."
+        )
+        self.refuse(message)
+
+    # --- called by the hooks
+
+    def note(self, value: Any) -> None:
+        """Nothing to remember: the tape walk decides."""
+
+    def custom_function(self, cls: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if cls is CheckpointFunction and isinstance(args[0], Callable):  # type: ignore[arg-type]
+            return self._checkpointed(*args)
+        return tuple(_api.resumed(self, self.replace(args)))
+
+    def _checkpointed(self, fun: Any, preserve: Any, *inputs: Any) -> tuple[Any, ...]:
+        """Reentrant checkpointing returns derivatives of its inputs only: the given values become
+        some."""
+        keys = tuple(self.table)
+        given = tuple(self.table.values())
+
+        def explicit(*values: Any) -> Any:
+            split = len(values) - len(keys)
+            with type(self)(self.fun, dict(zip(keys, values[split:], strict=True))):
+                return fun(*values[:split])
+
+        return (explicit, preserve, *self.replace(inputs), *given)
+
+
+class CarefulSubstitution(Substitution):
+    """Also refuses to read a tensor that is differentiable and not hoisted, where no tape would
+    tell: without gradient mode, in forward mode, under a torch.func transform."""
+
+    def __init__(self, fun: Any, table: dict[int, Tensor], known: Iterable[Tensor]) -> None:
+        super().__init__(fun, table)
+        self._made: dict[int, weakref.ref[Tensor]] = {}
+        self._reachable: dict[int, tuple[str, Tensor]] | None = None
+        self.note((*known, *table.values()))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in _api.METADATA:
+            self.check(self.replace((args, kwargs)))
+        out = super().__torch_function__(func, types, args, kwargs)
+        self.note(out)
+        return out
+
+    def check(self, value: Any) -> None:
+        for t in _api.tensors(value):
+            ref = self._made.get(id(t))
+            if (ref is None or ref() is not t) and _api.may_carry_derivative(t):
+                if self._reachable is None:
+                    self._reachable = reachable(self.fun)
+                if id(t) in self._reachable:
+                    self.refuse(not_hoisted(t, self.fun))
+
+    def note(self, value: Any) -> None:
+        for t in _api.tensors(value):
+            self._made[id(t)] = weakref.ref(t)
+
+    def custom_function(self, cls: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        args = super().custom_function(cls, args)
+        self.check(args)
+        return args
+
+    def _checkpointed(self, fun: Any, preserve: Any, *inputs: Any) -> tuple[Any, ...]:
+        return tuple(_api.resumed(self, (fun, preserve, *self.replace(inputs))))
+
+
+class MadeMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Which memory was made while `fun` ran. Dear, so only for functions that make leaves of
+    their own in a way that function modes do not see (`torch.nn.Parameter`)."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._keys: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {_compat.storage_key(t) for t in _api.tensors((args, kwargs))}
+        self._keys |= {_compat.storage_key(t) for t in _api.tensors(out)} - given
+        return out
+
+    def holds(self, t: Tensor) -> bool:
+        return any(_compat.storage_key(u) in self._keys for u in _api.inner(t))
+
+
+_BUILTINS = frozenset({type(torch.add), type(Tensor.add), type(Tensor.__add__), type(len)})
+
+
+def check_tape(
+    outputs: Iterable[Tensor], known: Iterable[Tensor], made: Callable[[Tensor], bool], fun: Any
+) -> None:
+    """Refuses outputs whose tape ends in a tensor that is neither one of `known` nor `made` by
+    `fun`: a captured tensor that was read where nothing could see or replace it. With torch.func
+    there is one tape a level."""
+    levels = _compat.unwrap if _compat.functorch_active() else _only
+    stops: set[tuple[Any, int]] = set()
+    leaves: set[int] = set()
+    for t in known:
+        for u in levels(t):
+            node = u.grad_fn
+            if node is None:
+                leaves.add(id(u))
+            else:
+                stops.add((node, u.output_nr))
+    edges: list[tuple[Any, int]] = [(u.grad_fn, u.output_nr) for t in outputs for u in levels(t)]
+    seen: set[Any] = {None}
+    for edge in edges:  # grows while it is walked
+        node = edge[0]
+        if node in seen or edge in stops:
+            continue
+        seen.add(node)
+        following = node.next_functions
+        if following:
+            edges += following
+        elif hasattr(node, "variable"):
+            leaf = node.variable
+            if id(leaf) not in leaves and not made(leaf):
+                raise CaptureError(not_hoisted(leaf, fun))
+
+
+def _only(t: Tensor) -> tuple[Tensor]:
+    return (t,)
+
+
+def not_hoisted(t: Tensor, fun: Any) -> str:
+    return (
+        "expected to read the hoisted values and the arguments only, got a tensor that could "
+        "carry a "
+        f"derivative and was not hoisted: {describe(t, fun, caller())}. The example arguments "
+        "did not lead "
+        "to this branch: convert again with arguments that do, or detach the tensor to declare "
+        "it constant."
+    )

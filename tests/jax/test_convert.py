@@ -1,0 +1,572 @@
+"""closure_convert: what is hoisted, in which order, of every kind of callable; nothing stale."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import freevars.jax as fv
+from freevars.errors import CaptureError, FreevarsError, StructureError
+
+X = jnp.array([0.5, -0.25, 2.0])
+W = jnp.array([1.0, 2.0, -1.0])
+
+
+def gradient(make):
+    """The gradient of sum(make(w)(X)) by w, through a conversion, and without one."""
+
+    def converted(w):
+        f, hoisted = fv.closure_convert(make(w), X)
+        return jnp.sum(f(X, *hoisted))
+
+    return jax.grad(converted)(W), jax.grad(lambda w: jnp.sum(make(w)(X)))(W)
+
+
+# Closed forms and finite differences: the oracle that does not go through JAX's own autodiff.
+
+
+def test_closed_form() -> None:
+    def total(w):
+        f, hoisted = fv.closure_convert(lambda x: jnp.sum(w**2 * x), X)
+        return f(X, *hoisted)
+
+    np.testing.assert_allclose(total(W), np.sum(np.asarray(W) ** 2 * X), rtol=1e-6)
+    np.testing.assert_allclose(jax.grad(total)(W), 2 * np.asarray(W) * X, rtol=1e-6)
+    np.testing.assert_allclose(jax.hessian(total)(W), np.diag(2 * np.asarray(X)), rtol=1e-6)
+
+
+def test_finite_differences() -> None:
+    with jax.enable_x64(True):
+        x, w = (jnp.asarray(np.asarray(v, np.float64)) for v in (X, W))
+
+        def total(w):
+            f, hoisted = fv.closure_convert(lambda x: jnp.sum(jnp.tanh(w * x) * jnp.exp(w)), x)
+            return f(x, *hoisted)
+
+        h = 1e-6
+        steps = [(total(w + h * e) - total(w - h * e)) / (2 * h) for e in np.eye(3)]
+        np.testing.assert_allclose(jax.grad(total)(w), steps, rtol=1e-8)
+
+
+def test_complex_gradient() -> None:
+    def total(z, via):
+        def fun(x):
+            return jnp.real(jnp.sum(jnp.exp(1j * x * z)))
+
+        if not via:
+            return fun(X)
+        f, hoisted = fv.closure_convert(fun, X)
+        assert [h.dtype for h in hoisted] == [jnp.complex64]
+        return f(X, *hoisted)
+
+    z = 0.5 + 0.25j
+    np.testing.assert_allclose(
+        jax.grad(functools.partial(total, via=True))(z),
+        jax.grad(functools.partial(total, via=False))(z),
+        rtol=1e-6,
+    )
+
+
+# What is hoisted.
+
+
+def test_traced_values_are_hoisted_and_concrete_ones_stay() -> None:
+    seen = []
+
+    def outer(w):
+        f, hoisted = fv.closure_convert(lambda x: w * x + W * np.asarray(X), X)
+        seen.append(len(hoisted))
+        return jnp.sum(f(X, *hoisted))
+
+    jax.grad(outer)(W)
+    outer(W)
+    assert seen == [1, 0]
+
+
+def test_all_hoists_the_same_list_inside_and_outside() -> None:
+    seen = []
+
+    def outer(w):
+        fun = lambda x: w * x + V * np.array([1.0, 2.0, 3.0], np.float32)
+        f, hoisted = fv.closure_convert(fun, X, hoist="all")
+        seen.append([jax.typeof(h) for h in hoisted])
+        return jnp.sum(f(X, *hoisted))
+
+    V = W + 1
+    jax.grad(outer)(W)
+    jax.jit(outer)(W)
+    outer(W)
+    assert len(seen[0]) == 3  # noqa: PLR2004
+    assert [[(t.shape, t.dtype) for t in types] for types in seen] == [
+        [(t.shape, t.dtype) for t in seen[0]]
+    ] * 3
+
+
+def test_every_dtype_is_hoisted() -> None:
+    values = {
+        "float": jnp.float32(2),
+        "half": jnp.bfloat16(2),
+        "complex": jnp.complex64(1j),
+        "int": jnp.int32(3),
+        "unsigned": jnp.uint8(3),
+        "bool": jnp.bool_(True),
+        "key": jax.random.key(0),
+    }
+
+    names = [name for name in values if name != "key"]
+
+    @jax.jit
+    def outer(values):
+        def fun(x):
+            noise = jax.random.normal(values["key"], ())
+            return x * noise, [values[k] for k in names]
+
+        f, hoisted = fv.closure_convert(fun, 1.0)
+        assert {str(h.dtype) for h in hoisted} == {str(v.dtype) for v in values.values()}
+        return f(1.0, *hoisted)[1]
+
+    jax.tree.map(np.testing.assert_array_equal, outer(values), [values[k] for k in names])
+
+
+def test_order_is_that_of_first_use() -> None:
+    def order(fun, *captured):
+        _, hoisted = fv.closure_convert(fun, X, hoist="all")
+        return [next(i for i, c in enumerate(captured) if c is h) for h in hoisted]
+
+    a, b, c = W, W + 1, W + 2
+    assert order(lambda x: (x * c + a) * b, a, b, c) == [2, 0, 1]
+    assert order(lambda x: jax.jit(lambda y: y * b * a)(x) + c, a, b, c) == [1, 0, 2]
+    assert order(lambda x: (x, c, b), a, b, c) == [2, 1]
+    assert order(lambda x: x * a + c * b - a, a, b, c) == [0, 2, 1]
+
+
+def test_order_of_traced_values_is_that_of_first_use() -> None:
+    @jax.jit
+    def outer(a, b, c):
+        _, hoisted = fv.closure_convert(lambda x: (x * c + a) * b, X)
+        assert hoisted[0] is c
+        assert hoisted[1] is a
+        assert hoisted[2] is b
+        return a
+
+    outer(W, W, W)
+
+
+def test_each_value_once() -> None:
+    again = W
+    held = [W, {"w": W}]
+
+    def fun(x):
+        inner = jax.jit(lambda y: y * W * held[0])
+        return inner(x) + inner(x * again) + jax.checkpoint(lambda y: y * held[1]["w"])(x)
+
+    f, hoisted = fv.closure_convert(fun, X, hoist="all")
+    assert len(hoisted) == 1
+    assert hoisted[0] is W
+    np.testing.assert_allclose(f(X, 2 * W), X * 4 * W**2 + X * 8 * W**3 + X * 2 * W, rtol=1e-6)
+
+
+def test_a_numpy_array_once() -> None:
+    n = np.array([1.0, 2.0, 3.0], np.float32)
+    fun = lambda x: x * n + jax.jit(lambda y: y * n)(x)
+    f, hoisted = fv.closure_convert(fun, X, hoist="all")
+    assert len(hoisted) == 1
+    np.testing.assert_array_equal(hoisted[0], n)
+    np.testing.assert_allclose(f(X, n + 1), 2 * X * (n + 1))
+
+
+def test_dead_code_hoists_nothing() -> None:
+    def fun(x):
+        jnp.sin(W) * x
+        jax.jit(lambda y: (y, jnp.cos(W + 1)))(x)
+        kept, _ = jax.jit(lambda y: (y * 2, y * (W + 2)))(x)
+        jax.lax.scan(lambda c, _: (c * (W + 3), None), x, length=2)
+        return kept
+
+    f, hoisted = fv.closure_convert(fun, X, hoist="all")
+    assert hoisted == []
+    np.testing.assert_array_equal(f(X), 2 * X)
+
+
+def test_traced_dead_code_hoists_nothing() -> None:
+    @jax.jit
+    def outer(w, v):
+        def fun(x):
+            kept, _ = jax.jit(lambda y: (y * w, y * v))(x)
+            return kept
+
+        _, hoisted = fv.closure_convert(fun, X)
+        assert hoisted == [w] or hoisted[0] is w
+        assert len(hoisted) == 1
+        return w
+
+    outer(W, W)
+
+
+def test_an_effect_keeps_what_it_reads(capsys) -> None:
+    def fun(x):
+        jax.debug.print("{}", W[0], ordered=True)
+        return x
+
+    f, hoisted = fv.closure_convert(fun, X, hoist="all")
+    assert len(hoisted) == 1
+    f(X, W + 41)
+    jax.effects_barrier()
+    assert capsys.readouterr().out == "42.0\n"
+
+
+def test_other_values_may_stand_for_the_hoisted_ones() -> None:
+    f, hoisted = fv.closure_convert(lambda x: x * W, X, hoist="all")
+    np.testing.assert_array_equal(f(X, hoisted[0] + 1), X * (W + 1))
+    np.testing.assert_array_equal(jax.vmap(f, (None, 0))(X, jnp.stack([W, W + 1]))[1], X * (W + 1))
+
+
+# Every kind of callable.
+
+
+class Unhashable:
+    __hash__ = None
+
+    def __init__(self, w):
+        self.w = w
+
+    def __call__(self, x):
+        return jnp.sin(self.w * x)
+
+    def method(self, x):
+        return self(x)
+
+    @staticmethod
+    def of(w):
+        return lambda x: jnp.sin(w * x)
+
+
+class Hashable(Unhashable):
+    __hash__ = object.__hash__
+
+
+def kinds():
+    def nested(w):
+        def inner(x):
+            return jnp.sin(w * x)
+
+        return inner
+
+    def default(w):
+        def fun(x, w=w, *, s=w):
+            return jnp.sin((w + s) / 2 * x)
+
+        return fun
+
+    sine = lambda w, x: jnp.sin(w * x)
+    return {
+        "lambda": lambda w: lambda x: jnp.sin(w * x),
+        "nested": nested,
+        "default": default,
+        "bound method": lambda w: Unhashable(w).method,
+        "static method": Unhashable.of,
+        "partial": lambda w: functools.partial(sine, w),
+        "partial of partial": lambda w: functools.partial(functools.partial(sine, w)),
+        "pytree partial": lambda w: jax.tree_util.Partial(sine, w),
+        "partial by keyword": lambda w: functools.partial(lambda x, w: jnp.sin(w * x), w=w),
+        "hashable object": Hashable,
+        "unhashable object": Unhashable,
+        "jitted": lambda w: jax.jit(lambda x: jnp.sin(w * x)),
+        "jitted method": lambda w: jax.jit(Hashable(w).method),
+        "checkpointed": lambda w: jax.checkpoint(lambda x: jnp.sin(w * x)),
+        "vmapped": lambda w: lambda x: jax.vmap(lambda a, b: jnp.sin(a * b))(w, x),
+        "gradient": lambda w: jax.grad(lambda x: jnp.sum(jnp.cos(w * x))),
+        "vjp": lambda w: lambda x: jax.vjp(lambda x: jnp.sin(w * x), x)[1](w)[0],
+        "made by vjp": lambda w: lambda x: jax.vjp(lambda y: jnp.sin(w * y), w)[1](x)[0],
+        "composed": lambda w: functools.reduce(
+            lambda f, g: lambda x: g(f(x)), [jnp.sin, lambda x: w * x, jnp.cos]
+        ),
+        "ufunc's method": lambda w: w.__mul__,
+        "converted": lambda w: functools.partial(
+            lambda f, hoisted, x: f(x, *hoisted), *fv.closure_convert(lambda x: jnp.sin(w * x), X)
+        ),
+        "closure": lambda w: fv.Closure(lambda x: jnp.sin(w * x), X),
+    }
+
+
+@pytest.mark.parametrize("kind", kinds())
+def test_kinds_of_callables(kind) -> None:
+    got, expected = gradient(kinds()[kind])
+    assert jnp.any(expected != 0)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    f = fv.Closure(kinds()[kind](W), X)
+    np.testing.assert_allclose(f(X), kinds()[kind](W)(X), rtol=1e-6)
+
+
+def test_a_function_made_by_vjp_itself() -> None:
+    def outer(w, via):
+        pullback = jax.vjp(lambda x: jnp.sin(w * x), X)[1]
+        if via:
+            f, hoisted = fv.closure_convert(pullback, X)
+            assert hoisted
+            return jnp.sum(f(X, *hoisted)[0])
+        return jnp.sum(pullback(X)[0])
+
+    np.testing.assert_allclose(
+        jax.grad(outer)(W, via=True), jax.grad(outer)(W, via=False), rtol=1e-6
+    )
+
+
+def test_an_equinox_module() -> None:
+    eqx = pytest.importorskip("equinox")
+    model = eqx.nn.MLP(3, "scalar", 4, 1, key=jax.random.key(0))
+
+    def loss(model, via):
+        if via:
+            f = fv.Closure(model, X)
+            assert len(f.values) == 4  # noqa: PLR2004
+            return f(X)
+        return model(X)
+
+    got, expected = (eqx.filter_grad(functools.partial(loss, via=via))(model) for via in (1, 0))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+    other = eqx.nn.MLP(3, "scalar", 4, 1, key=jax.random.key(1))
+    assert jax.tree.structure(fv.Closure(model, X)) == jax.tree.structure(fv.Closure(other, X))
+
+
+def test_a_flax_module() -> None:
+    nn = pytest.importorskip("flax.linen")
+    model = nn.Dense(2)
+    params = model.init(jax.random.key(0), X)
+
+    def loss(params, via):
+        fun = lambda x: jnp.sum(jnp.sin(model.apply(params, x)))
+        return fv.Closure(fun, X)(X) if via else fun(X)
+
+    got, expected = (jax.grad(functools.partial(loss, via=via))(params) for via in (1, 0))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), got, expected)
+
+
+def test_an_apply_function_over_a_dict_of_parameters() -> None:
+    params = {"dense": {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}}
+    apply = lambda params, x: jnp.tanh(x @ params["dense"]["kernel"] + params["dense"]["bias"])
+
+    def loss(params, via):
+        fun = functools.partial(apply, params)
+        if not via:
+            return jnp.sum(fun(X))
+        f, hoisted = fv.closure_convert(fun, X)
+        return jnp.sum(f(X, *hoisted))
+
+    got, expected = (jax.grad(functools.partial(loss, via=via))(params) for via in (1, 0))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), got, expected)
+
+
+# Never stale.
+
+
+def test_a_rebound_variable_is_seen() -> None:
+    w = W
+    fun = lambda x: x * w
+    assert fv.closure_convert(fun, X)[0](X)[1] == X[1] * 2
+    w = W + 1
+    assert fv.closure_convert(fun, X)[0](X)[1] == X[1] * 3
+    assert fv.Closure(fun, X)(X)[1] == X[1] * 3
+
+
+def test_a_changed_attribute_is_seen() -> None:
+    model = Hashable(W)
+    for w in (W, W + 1, 3.0):
+        model.w = w
+        np.testing.assert_allclose(fv.closure_convert(model, X)[0](X), jnp.sin(w * X), rtol=1e-6)
+        np.testing.assert_allclose(fv.Closure(model, X)(X), jnp.sin(w * X), rtol=1e-6)
+
+
+def test_a_changed_numpy_array_is_seen() -> None:
+    n = np.array([1.0, 2.0, 3.0], np.float32)
+    fun = lambda x: x * n
+    before = fv.Closure(fun, X)
+    n[0] = 10.0
+    assert fv.Closure(fun, X)(X)[0] == X[0] * 10  # noqa: PLR2004
+    assert jax.tree.structure(before) == jax.tree.structure(fv.Closure(fun, X))
+
+
+def test_a_jitted_function_is_as_stale_as_jax_makes_it() -> None:
+    """JAX itself keeps what a jitted function read when it was traced."""
+    box = {"w": 2.0}
+    fun = jax.jit(lambda x: x * box["w"])
+    fun(X)
+    box["w"] = 3.0
+    np.testing.assert_array_equal(fv.closure_convert(fun, X)[0](X), fun(X))
+
+
+# What `converted` looks like.
+
+
+def test_name_doc_and_repr() -> None:
+    def objective(x):
+        """What is minimised."""
+        return x * W
+
+    f, _ = fv.closure_convert(objective, X, hoist="all")
+    assert f.__name__ == "objective"
+    assert f.__doc__ == "What is minimised."
+    assert f.__wrapped__ is objective
+    assert repr(f) == "<converted objective(float32[3]; hoisted: float32[3])>"
+    g, _ = fv.closure_convert(functools.partial(objective), 1.0)
+    assert repr(g) == "<converted objective(weak float32[]; hoisted: none)>"
+    h, _ = fv.closure_convert(Hashable(W), X)
+    assert h.__name__ == "Hashable"
+
+
+# Bad input.
+
+
+def test_hoist_is_one_of_two() -> None:
+    with pytest.raises(ValueError, match=r'expected "traced" or "all", got "?\'?some'):
+        fv.closure_convert(lambda x: x, X, hoist="some")
+
+
+@pytest.mark.parametrize("convert", [fv.closure_convert, fv.Closure])
+def test_fun_is_callable(convert) -> None:
+    with pytest.raises(TypeError, match=r"needs a callable, got (ArrayImpl|Array)"):
+        convert(X, X)
+
+
+def test_the_number_of_hoisted_values() -> None:
+    f, hoisted = fv.closure_convert(lambda x: x * W, X, hoist="all")
+    message = r"takes 1 arguments and 1 hoisted values, 2 in all, got {}"
+    with pytest.raises(TypeError, match=message.format(1)):
+        f(X)
+    with pytest.raises(StructureError, match=message.format(3)):
+        f(X, *hoisted, *hoisted)
+
+
+def test_the_type_of_a_hoisted_value() -> None:
+    f, _ = fv.closure_convert(lambda x: x * W, X, hoist="all")
+    with pytest.raises(TypeError, match=r"captured value 0 .*expected float32\[3\], got float32\[2\]"):
+        f(X, W[:2])
+    with pytest.raises(TypeError, match=r"captured value 0 .*expected float32\[3\], got int32\[3\]"):
+        f(X, jnp.arange(3))
+    with pytest.raises(TypeError, match=r"captured value 0 .*expected float32\[3\], got 'w'"):
+        f(X, "w")
+
+
+def test_an_error_inside_the_function_comes_through() -> None:
+    def fun(x):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        fv.closure_convert(fun, X)
+
+
+def test_errors_are_of_one_family() -> None:
+    for error in (StructureError, CaptureError):
+        assert issubclass(error, FreevarsError)
+        assert issubclass(error, TypeError)
+
+
+# Mutable references.
+
+
+@pytest.mark.parametrize("convert", [fv.closure_convert, fv.Closure])
+def test_a_captured_reference_is_refused(convert) -> None:
+    ref = jax.new_ref(W)
+    with pytest.raises(CaptureError, match=r"fun captures the mutable reference ref \(ref float32"):
+
+        def fun(x):
+            return x * ref[...]
+
+        convert(fun, X)
+
+
+def test_a_captured_reference_that_is_only_written_is_refused() -> None:
+    ref = jax.new_ref(W)
+
+    def fun(x):
+        ref[...] = x
+        return x
+
+    with pytest.raises(CaptureError, match=r"mutable reference .*test_convert\.py:\d+"):
+        fv.closure_convert(fun, X)
+
+
+def test_a_traced_reference_is_refused() -> None:
+    @jax.jit
+    def outer(w):
+        ref = jax.new_ref(w)
+        fv.closure_convert(lambda x: x * ref[...], X)
+        return w
+
+    with pytest.raises(CaptureError, match="mutable reference"):
+        outer(W)
+
+
+def test_a_reference_made_inside_is_fine() -> None:
+    def fun(x):
+        ref = jax.new_ref(x)
+        ref[...] = ref[...] * W
+        ref[0] = 7.0
+        return ref[...]
+
+    f = fv.Closure(fun, X)
+    np.testing.assert_array_equal(f(X), (X * W).at[0].set(7.0))
+    # JAX 0.10 has no reverse rule for writing to a part of a reference.
+    _, tangent = jax.jvp(lambda f: f(X), (f,), (f,))
+    np.testing.assert_array_equal(tangent, (X * W).at[0].set(0.0))
+
+
+def test_a_reference_as_an_argument() -> None:
+    def fun(ref, x):
+        ref[...] = x * W
+        return x
+
+    ref = jax.new_ref(jnp.zeros(3))
+    f, hoisted = fv.closure_convert(fun, ref, X)
+    np.testing.assert_array_equal(ref[...], jnp.zeros(3))
+    f(ref, X, *hoisted)
+    np.testing.assert_array_equal(ref[...], X * W)
+
+
+# Custom rules that capture.
+
+
+def rule_capturing(c):
+    @jax.custom_jvp
+    def sine(x):
+        return jnp.sin(x)
+
+    @sine.defjvp
+    def _(primals, tangents):
+        return jnp.sin(*primals), c * tangents[0]
+
+    return sine
+
+
+def test_a_concrete_array_that_a_rule_holds_is_a_constant() -> None:
+    f = fv.Closure(lambda x: rule_capturing(W)(x) * W, X)
+    assert f.values == ()
+    assert f.constants[0] is W
+    np.testing.assert_array_equal(jax.jit(lambda f: f(X))(f), jnp.sin(X) * W)
+    np.testing.assert_array_equal(
+        jax.grad(lambda x: jnp.sum(f(x)))(X), jax.grad(lambda x: jnp.sum(rule_capturing(W)(x) * W))(X)
+    )
+    assert "1 held constant" in repr(f)
+
+
+def test_a_traced_value_that_a_rule_holds_is_refused() -> None:
+    def outer(w):
+        return fv.Closure(lambda x: rule_capturing(w)(x), X)(X).sum()
+
+    with pytest.raises(CaptureError, match=r"callback in it captures the traced value w \(float32\[3\]"):
+        jax.grad(outer)(W)
+    with pytest.raises(CaptureError, match="Pass the value to the function that has the rule"):
+        jax.jit(outer)(W)
+
+
+def test_a_callback_that_holds_an_array() -> None:
+    host = lambda x: np.asarray(x) * np.asarray(W)
+    fun = lambda x: jax.pure_callback(host, jax.ShapeDtypeStruct((3,), np.float32), x) * W
+    f = fv.Closure(fun, X)
+    assert f.constants[0] is W
+    np.testing.assert_allclose(f(X), X * W * W)

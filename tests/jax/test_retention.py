@@ -1,0 +1,167 @@
+"""Nothing is kept: converting many closures over big arrays leaves none of them behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import textwrap
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import freevars.jax as fv
+from freevars.jax import _program
+
+X = jnp.array([0.5, -0.25, 2.0])
+
+RESIDENT = """
+    import ctypes, gc, os
+    import jax, jax.numpy as jnp, numpy as np, freevars.jax as fv
+    x = jnp.ones(())
+    {setup}
+
+    def resident():
+        gc.collect()
+        # What is freed goes back to the system, so that only what is held counts.
+        ctypes.CDLL(None).malloc_trim(0)
+        with open("/proc/self/statm") as f:
+            return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    def once(k):
+        w = jnp.asarray(np.full(1 << 20, float(k), np.float32))
+        {once}
+
+    for k in range(5):
+        once(k)
+    before = resident()
+    for k in range(200):
+        once(k)
+    print(resident() - before, sum(a.nbytes for a in jax.live_arrays()))
+"""
+
+WAYS = {
+    "convert": ("", "fv.closure_convert(lambda x: jnp.sum(w) * x, x, hoist='all')"),
+    "convert and call": (
+        "",
+        "c, h = fv.closure_convert(lambda x: jnp.sum(w) * x, x); c(x, *h)",
+    ),
+    "closure": ("", "fv.Closure(lambda x: jnp.sum(w) * x, x)(x)"),
+    "jitted solver": (
+        "solve = jax.jit(lambda f, x: f(x))",
+        "solve(fv.Closure(lambda x: jnp.sum(w) * x, x), x)",
+    ),
+    "gradient": (
+        "solve = jax.jit(jax.grad(lambda f, x: f(x)))",
+        "solve(fv.Closure(lambda x: jnp.sum(w) * x, x), x)",
+    ),
+}
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads /proc")
+@pytest.mark.parametrize("way", WAYS)
+def test_two_hundred_conversions_leave_memory_where_it_was(way) -> None:
+    setup, once = WAYS[way]
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(RESIDENT.format(setup=setup, once=once))],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    kept, live = map(float, done.stdout.split())
+    assert kept < 10, "MiB kept, of 800 that went through"  # noqa: PLR2004
+    assert live < 100, "bytes: nothing but x"  # noqa: PLR2004
+
+
+class Function:
+    """A callable whose death can be watched, with the array that it captures."""
+
+    def __init__(self, body):
+        self.w = jnp.array([1.0, 2.0, 3.0])
+        self.body = body
+
+    def __call__(self, x):
+        return self.body(x, self.w)
+
+
+@jax.custom_jvp
+def ruled(x):
+    return jnp.sin(x)
+
+
+ruled.defjvps(lambda t, ans, x: t * jnp.cos(x))
+
+BODIES = {
+    "arithmetic": lambda x, w: x * w,
+    "jit": lambda x, w: jax.jit(lambda x: x * w)(x),
+    "scan": lambda x, w: jax.lax.scan(lambda c, _: (c * w, None), x, length=2)[0],
+    "numpy in jit": lambda x, w: jax.jit(lambda x: x * np.asarray(w))(x),
+    "custom rule": lambda x, w: ruled(x * w),
+    "checkpoint": lambda x, w: jax.checkpoint(lambda x: jnp.sin(x * w))(x),
+    "relu": lambda x, w: jax.nn.relu(x * w),
+    "cond": lambda x, w: jax.lax.cond(x[0] > 0, lambda: x * w, lambda: x - w),
+}
+apply = jax.jit(lambda f, x: f(x))
+USES = {
+    "convert": lambda fun: fv.closure_convert(fun, X, hoist="all"),
+    "call converted": lambda fun: (lambda c, h: c(X, *h))(*fv.closure_convert(fun, X)),
+    "call": lambda fun: fv.Closure(fun, X)(X),
+    "solver": lambda fun: apply(fv.Closure(fun, X), X),
+    "gradient": lambda fun: jax.grad(lambda f: jnp.sum(f(X)))(fv.Closure(fun, X)),
+    "inside jit": lambda fun: jax.jit(lambda x: fv.Closure(fun, x)(x))(X),
+}
+
+
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("use", USES)
+def test_functions_and_arrays_die(body, use) -> None:
+    fun = Function(BODIES[body])
+    watched = weakref.ref(fun), weakref.ref(fun.w)
+    USES[use](fun)
+    del fun
+    if use == "inside jit" or body in ("jit", "numpy in jit"):
+        # JAX keeps what a jit has closed over, for as long as its own caches live.
+        jax.clear_caches()
+    gc.collect()
+    assert [ref() is None for ref in watched] == [True, True]
+
+
+def test_the_table_of_programs_forgets() -> None:
+    gc.collect()
+    before = len(_program._PROGRAMS)
+    closures = [fv.Closure((lambda n: lambda x: x * n)(float(n)), X) for n in range(100, 120)]
+    for f in closures:
+        f(X)
+    assert len(_program._PROGRAMS) == before + 20
+    assert len(_program._RECENT) <= _program._RECENT_SIZE
+    del closures, f
+    _program._RECENT.clear()
+    gc.collect()
+    assert len(_program._PROGRAMS) <= before
+
+
+def test_what_is_kept_holds_nothing_of_the_users() -> None:
+    _program._RECENT.clear()
+    kept = lambda: len(_program._RECENT)
+    for body in ("arithmetic", "jit", "scan", "checkpoint", "cond", "relu"):
+        before = kept()
+        fv.Closure(Function(BODIES[body]), X)
+        assert kept() == before + 1, body
+    before = kept()
+    fv.Closure(Function(BODIES["custom rule"]), X)
+    fv.Closure(lambda x, s: x, X, "static")
+    fv.Closure(lambda x, f: x, X, jax.tree_util.Partial(lambda: 0))
+    fv.Closure(lambda x: jax.pure_callback(lambda x: x, X, x), X)
+    assert kept() == before
+
+
+def test_what_is_kept_is_bounded() -> None:
+    for n in range(_program._RECENT_SIZE + 3):
+        fv.Closure(lambda x, n=n: x * n, 1.0)
+    assert len(_program._RECENT) == _program._RECENT_SIZE

@@ -1,0 +1,149 @@
+"""A Closure is a value: callable, a pytree, an argument of every torch.func transform."""
+
+from typing import Any
+
+import optree
+import pytest
+import torch
+from explicit import fresh, same
+from torch import Tensor, nn
+
+from freevars.torch import CaptureError, Closure, StructureError
+
+f = torch.func
+pytree = torch.utils._pytree
+
+
+def make(x: Tensor) -> tuple[Closure, Tensor, Tensor]:
+    w, v = fresh(3, grad=False), fresh(3, grad=False)
+    k = torch.tensor([2, 0, 1])
+    return Closure(lambda x: ((x * w)[k].sin() * v).sum(), x), w, v
+
+
+def explicit(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return ((x * w)[torch.tensor([2, 0, 1])].sin() * v).sum()
+
+
+def test_values_and_call() -> None:
+    x = fresh(3, grad=False)
+    c, w, v = make(x)
+    same(c(x), explicit(x, w, v))
+    same(c.values, [w, v])
+    assert "2 captured values" in repr(c)
+    assert c.in_struct[0].shape == (3,)
+    assert c.out_struct.shape == ()
+    assert c.out_struct.dtype is torch.float64
+
+
+def test_is_a_pytree() -> None:
+    x = fresh(3, grad=False)
+    c, w, v = make(x)
+    leaves, spec = pytree.tree_flatten(c)
+    same(leaves, [w, v])
+    doubled = pytree.tree_map(lambda t: 2 * t, c)
+    assert isinstance(doubled, Closure)
+    same(doubled(x), explicit(x, 2 * w, 2 * v))
+    assert pytree.tree_structure(doubled) == spec
+    assert pytree.tree_structure(make(x)[0]) != spec
+    same(optree.tree_leaves(c), [w, v])
+    same(optree.tree_map(lambda t: 2 * t, c)(x), explicit(x, 2 * w, 2 * v))
+    shapes = pytree.tree_map(lambda t: t.shape, c)
+    with pytest.raises(StructureError):
+        shapes(x)
+
+
+@pytest.mark.parametrize(
+    "transform", ["grad", "vjp", "jvp", "jacrev", "jacfwd", "hessian", "vmap", "vmap of grad"]
+)
+def test_is_an_argument_of_transforms(transform: str) -> None:
+    x = fresh(3, grad=False)
+    c, w, v = make(x)
+
+    def ours(c: Closure, x: Tensor) -> Tensor:
+        return c(x)
+
+    def theirs(p: tuple[Tensor, Tensor], x: Tensor) -> Tensor:
+        return explicit(x, *p)
+
+    p = (w, v)
+
+    def stacked(p: Any) -> Any:
+        return pytree.tree_map(lambda t: torch.stack([t, t.cos()]), p)
+
+    apply: dict[str, Any] = {
+        "grad": lambda g, p: f.grad(g)(p, x),
+        "vjp": lambda g, p: f.vjp(g, p, x)[1](torch.ones((), dtype=torch.float64)),
+        "jvp": lambda g, p: f.jvp(g, (p, x), (pytree.tree_map(torch.cos, p), x)),
+        "jacrev": lambda g, p: f.jacrev(g)(p, x),
+        "jacfwd": lambda g, p: f.jacfwd(g)(p, x),
+        "hessian": lambda g, p: f.hessian(g)(p, x),
+        "vmap": lambda g, p: f.vmap(g, in_dims=(0, None))(stacked(p), x),
+        "vmap of grad": lambda g, p: f.vmap(f.grad(g), in_dims=(0, None))(stacked(p), x),
+    }
+    same(apply[transform](ours, c), apply[transform](theirs, p))
+
+
+def test_a_closure_that_calls_closures() -> None:
+    x, w, v = fresh(3, grad=False), fresh(3, grad=False), fresh(3, grad=False)
+
+    def outer(x: Tensor) -> Tensor:
+        inner = Closure(lambda y: (y * w).sin(), x)
+        return f.grad(lambda inner: (inner(x) * v).sum())(inner).values[0].sum()
+
+    def by_hand(w: Tensor, v: Tensor) -> Tensor:
+        return f.grad(lambda u: ((x * u).sin() * v).sum())(w).sum()
+
+    c = Closure(outer, x)
+    same(c.values, [w, v])
+    got = f.grad(lambda c: c(x))(c)
+    same(got.values, f.grad(by_hand, (0, 1))(w, v))
+
+
+def test_modules() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    x = fresh(5, 3, grad=False)
+    expected = torch.autograd.grad(net(x).sum(), list(net.parameters()))
+    for c in (Closure(net, x), Closure.from_module(net)):
+        same(c(x), net(x))
+        same(torch.autograd.grad(c(x).sum(), list(net.parameters())), expected)
+        same(f.grad(lambda c: c(x).sum())(c).values, expected)
+    same(Closure.from_module(net)(x[:2]), net(x[:2]))
+    with pytest.raises(StructureError, match=r"args\[0\] expected float64\[5, 3\]"):
+        Closure(net, x)(x[:2])
+
+
+def test_errors_are_those_of_the_conversion() -> None:
+    w = fresh(3)
+    with pytest.raises(CaptureError, match="in place"):
+        Closure(lambda x: w.data.add_(x), fresh(3))
+
+
+class Scaled(torch.autograd.Function):
+    """A rule that takes the values of a Closure: halves the derivatives, to be told apart."""
+
+    @staticmethod
+    def forward(ctx: Any, c: Closure, x: Tensor, *values: Tensor) -> Tensor:
+        ctx.c, ctx.x = c, x
+        ctx.save_for_backward(*values)
+        return pytree.tree_unflatten(list(values), pytree.tree_structure(c))(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        def call(*values: Tensor) -> Tensor:
+            return pytree.tree_unflatten(list(values), pytree.tree_structure(ctx.c))(ctx.x)
+
+        return (
+            None,
+            None,
+            *(
+                g * t / 2
+                for t in f.grad(call, tuple(range(len(ctx.saved_tensors))))(*ctx.saved_tensors)
+            ),
+        )
+
+
+def test_through_a_custom_function() -> None:
+    x, w = fresh(3, grad=False), fresh(3)
+    c = Closure(lambda x: (x * w).sin().sum(), x)
+    (g,) = torch.autograd.grad(Scaled.apply(c, x, *c.values), w)
+    same(g, (x * w).cos() * x / 2)

@@ -1,0 +1,385 @@
+"""Never silent: every way to lose a derivative is refused with an error that names the value."""
+
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from explicit import fresh, same
+from torch import Tensor, nn
+
+from freevars.torch import CaptureError, StructureError, closure_convert
+
+f = torch.func
+
+
+def scripted(module: nn.Module) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.script(module)
+
+
+# --- a later call reads what was not hoisted
+
+
+def branching() -> tuple[Any, Tensor, Tensor]:
+    w, hidden = fresh(3), fresh(3)
+
+    def fun(x: Tensor) -> Tensor:
+        return x * w * hidden if x.sum() > 0 else x * w
+
+    return fun, w, hidden
+
+
+def test_a_branch_that_the_example_did_not_take() -> None:
+    fun, *_ = branching()
+    converted, hoisted = closure_convert(fun, -torch.ones(3, dtype=torch.float64))
+    with pytest.raises(CaptureError, match=r"hidden \(float64\[3\]\).*test_convert_errors.py:\d+"):
+        converted(torch.ones(3, dtype=torch.float64), *hoisted)
+    for context in (torch.no_grad, torch.inference_mode):
+        with context(), pytest.raises(CaptureError, match="hidden"):
+            converted(torch.ones(3, dtype=torch.float64), *hoisted)
+    with pytest.raises(CaptureError, match="hidden"):
+        f.vmap(lambda w: converted(torch.ones(3, dtype=torch.float64), w))(fresh(2, 3))
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp", "vmap", "dual"])
+def test_a_branch_inside_a_transform(transform: str) -> None:
+    x, w = fresh(3, grad=False), fresh(3, grad=False)
+
+    def run(hidden: Tensor) -> Tensor:
+        take = False
+        fun: Callable[[Tensor], Tensor] = lambda x: x * w * hidden if take else x * w
+        converted, hoisted = closure_convert(fun, x)
+        assert hoisted == ()
+        take = True
+        return converted(x).sum()
+
+    def dual(run: Any) -> None:
+        with torch.autograd.forward_ad.dual_level():
+            run(torch.autograd.forward_ad.make_dual(w, x))
+
+    apply: dict[str, Any] = {
+        "grad": lambda run: f.grad(run)(w),
+        "jvp": lambda run: f.jvp(run, (w,), (w,)),
+        "vmap": lambda run: f.vmap(run)(torch.stack([w, w])),
+        "dual": dual,
+    }
+    with pytest.raises(CaptureError, match="hidden"):
+        apply[transform](run)
+
+
+def test_a_branch_that_reads_a_derived_tensor() -> None:
+    w = fresh(3)
+    derived = {"v": 2 * w}
+
+    def fun(x: Tensor) -> Tensor:
+        return x * derived["v"] if x.sum() > 0 else x * 2
+
+    converted, hoisted = closure_convert(fun, -torch.ones(3, dtype=torch.float64))
+    assert hoisted == ()
+    with pytest.raises(CaptureError, match="not hoisted"):
+        converted(torch.ones(3, dtype=torch.float64))
+
+
+# --- writes
+
+
+def writers() -> dict[str, Callable[[Tensor, Tensor], Any]]:
+    def data(x: Tensor, w: Tensor) -> None:
+        w.data.add_(x)
+
+    def item(x: Tensor, w: Tensor) -> None:
+        with torch.no_grad():
+            w[0] = x[0]
+
+    def augmented(x: Tensor, w: Tensor) -> None:
+        with torch.no_grad():
+            w += x
+
+    def out(x: Tensor, w: Tensor) -> None:
+        with torch.no_grad():
+            torch.add(x, x, out=w)
+
+    def view(x: Tensor, w: Tensor) -> None:
+        w.detach()[1:].mul_(2)
+
+    def foreach(x: Tensor, w: Tensor) -> None:
+        with torch.no_grad():
+            torch._foreach_add_([w], [x])
+
+    def argument(x: Tensor, w: Tensor) -> None:
+        x.mul_(2)
+
+    def optimizer(x: Tensor, w: Tensor) -> None:
+        w.grad = x
+        torch.optim.SGD([w], lr=0.1).step()
+
+    return {g.__name__: g for g in (data, item, augmented, out, view, foreach, argument, optimizer)}
+
+
+@pytest.mark.parametrize("name", writers())
+def test_writing_in_place_is_refused_before_the_write(name: str) -> None:
+    write = writers()[name]
+    w, x = fresh(3), fresh(3, grad=False)
+    before, before_x = w.detach().clone(), x.clone()
+
+    def fun(x: Tensor) -> Tensor:
+        write(x, w)
+        return x * w
+
+    expected = "its argument" if name == "argument" else r"\bw \(float64\[3\]\)"
+    with pytest.raises(CaptureError, match=expected) as caught:
+        closure_convert(fun, x)
+    assert "Nothing was written" in str(caught.value)
+    assert torch.equal(w, before)
+    assert torch.equal(x, before_x)
+
+
+@pytest.mark.parametrize("name", ["item", "augmented", "out", "foreach"])
+def test_writing_in_a_later_call_is_refused_before_the_write(name: str) -> None:
+    write = writers()[name]
+    w, x = fresh(3), fresh(3, grad=False)
+    now = False
+
+    def fun(x: Tensor) -> Tensor:
+        if now:
+            write(x, w)
+        return x * w
+
+    converted, hoisted = closure_convert(fun, x)
+    now = True
+    before = w.detach().clone()
+    with pytest.raises(CaptureError, match="in place"):
+        converted(x, *hoisted)
+    assert torch.equal(w, before)
+
+
+@pytest.mark.parametrize("kind", ["module", "function", "instance"])
+def test_running_statistics(kind: str) -> None:
+    mean, var = torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+    x = fresh(5, 4, 2)
+    module = nn.BatchNorm1d(4).double()
+    functional = nn.functional
+    fun: Any = {
+        "module": module,
+        "function": lambda x: functional.batch_norm(x, mean, var, training=now),
+        "instance": lambda x: functional.instance_norm(x, mean, var, use_input_stats=now),
+    }[kind]
+    now = True
+    with pytest.raises(CaptureError, match=r"running statistic|in place"):
+        closure_convert(fun, x)
+    assert torch.equal(mean, torch.zeros_like(mean))
+    assert module.num_batches_tracked == 0
+    assert torch.equal(module.running_mean, torch.zeros_like(mean))
+    # A later call in train mode.
+    now = False
+    module.eval()
+    converted, hoisted = closure_convert(fun, x)
+    converted(x, *hoisted)
+    now = True
+    module.train()
+    with pytest.raises(CaptureError, match=r"running statistics"):
+        converted(x, *hoisted)
+    assert torch.equal(mean, torch.zeros_like(mean))
+    assert torch.equal(module.running_mean, torch.zeros_like(mean))
+
+
+def test_statistics_of_its_own_are_no_capture() -> None:
+    w, x = fresh(4), fresh(5, 4)
+
+    def fun(x: Tensor) -> Tensor:
+        mean, var = torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+        return nn.functional.batch_norm(x * w, mean, var, training=True) + mean
+
+    converted, hoisted = closure_convert(fun, x)
+    same(converted(x, *hoisted), fun(x))
+
+
+def test_making_a_captured_tensor_differentiable() -> None:
+    w = fresh(3, grad=False)
+    with pytest.raises(CaptureError, match=r"requires_grad_.*w \(float64"):
+        closure_convert(lambda x: x * w.requires_grad_(), fresh(3))
+    assert not w.requires_grad
+
+
+# --- reads that cannot be replaced
+
+
+def test_torchscript() -> None:
+    net = scripted(nn.Linear(3, 3).double())
+    x = fresh(3)
+    with pytest.raises(CaptureError, match="below it"):
+        closure_convert(lambda x: net(x), x)
+    # Also where the same tensor is read through the Python API too.
+    with pytest.raises(CaptureError, match="below it"):
+        closure_convert(lambda x: net(x) + net.weight.sum(), x)
+    # And on a branch that only a later call takes.
+    converted, _ = closure_convert(
+        lambda x: net(x) if x.sum() > 0 else x, -torch.ones(3, dtype=torch.float64)
+    )
+    with pytest.raises(CaptureError, match="not hoisted"):
+        converted(torch.ones(3, dtype=torch.float64))
+    for p in net.parameters():
+        p.requires_grad_(False)
+    converted, hoisted = closure_convert(lambda x: net(x), x)  # constants
+    same(converted(x, *hoisted), net(x))
+
+
+def test_higher_order_operators() -> None:
+    w, x = fresh(3), fresh(3)
+
+    def fun(x: Tensor) -> Any:
+        return torch.cond(x.sum() > 0, lambda x: x * w, lambda x: x - w, (x,))
+
+    with pytest.raises(CaptureError, match=r"cond.*Use Python's own if"):
+        closure_convert(fun, x)
+    late = False
+    converted, hoisted = closure_convert(lambda x: fun(x) if late else x * w, x)
+    late = True
+    with pytest.raises(CaptureError, match="cond"):
+        converted(x, *hoisted)
+
+
+@pytest.mark.parametrize("call", [lambda t: t.backward(), torch.autograd.backward])
+def test_backward_inside(call: Any) -> None:
+    w, x = fresh(3), fresh(3)
+
+    def fun(x: Tensor) -> Tensor:
+        call((x * w).sum())
+        return x
+
+    with pytest.raises(CaptureError, match=r"\.backward\(\).*torch\.autograd\.grad"):
+        closure_convert(fun, x)
+    assert w.grad is None
+    late = False
+    converted, hoisted = closure_convert(lambda x: fun(x) if late else x * w, x)
+    late = True
+    with pytest.raises(CaptureError, match=r"\.backward\(\)"):
+        converted(x, *hoisted)
+    assert w.grad is None
+
+
+def test_randomness_refused() -> None:
+    with pytest.raises(CaptureError, match=r"rng='error'.*test_convert_errors"):
+        closure_convert(lambda x: x + torch.randn(3), torch.zeros(3), rng="error")
+    with pytest.raises(CaptureError, match="dropout|bernoulli"):
+        closure_convert(lambda x: nn.functional.dropout(x), torch.zeros(3), rng="error")
+
+
+def test_a_refusal_cannot_be_swallowed() -> None:
+    w, x = fresh(3), fresh(3)
+
+    def fun(x: Tensor) -> Tensor:
+        try:
+            w.data.add_(1.0)
+        except TypeError:
+            return x
+        return x
+
+    with pytest.raises(CaptureError, match="in place"):
+        closure_convert(fun, x)
+
+
+def test_a_failing_function_leaves_nothing_behind() -> None:
+    w, x = fresh(3), fresh(3)
+
+    def fun(x: Tensor) -> Tensor:
+        torch.randn(3)
+        if x.sum() > 0:
+            message = "of my own"
+            raise ValueError(message)
+        return x * w
+
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match="of my own"):
+        closure_convert(fun, torch.ones(3))
+    assert torch.equal(torch.get_rng_state(), state)
+    converted, hoisted = closure_convert(fun, -torch.ones(3))
+    for context in (torch.enable_grad, torch.no_grad):
+        with context(), pytest.raises(ValueError, match="of my own"):
+            converted(torch.ones(3), *hoisted)
+    assert torch._C._len_torch_function_stack() == 0  # conftest looks again
+    same(converted(-x.abs().float(), *hoisted), -x.abs().float() * w)
+
+
+# --- calls of another structure
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (
+            ({"x": torch.zeros(4), "y": [1.0]}, "a"),
+            r"args\[0\]\['x'\] expected float32\[3\], got float32\[4\]",
+        ),
+        (
+            ({"x": torch.zeros(3).double(), "y": [1.0]}, "a"),
+            r"args\[0\]\['x'\] expected float32\[3\], got float64",
+        ),
+        (
+            ({"x": torch.zeros(3), "y": [1]}, "a"),
+            r"args\[0\]\['y'\]\[0\] expected a Python float, got a Python int",
+        ),
+        (({"x": torch.zeros(3), "y": [1.0]}, "b"), r"args\[1\] expected 'a', got 'b'"),
+        (
+            ({"x": torch.zeros(3), "y": [1.0, 2.0]}, "a"),
+            r"args\[0\]\['y'\] expected 1 values, got 2",
+        ),
+        (
+            ({"x": torch.zeros(3), "y": (1.0,)}, "a"),
+            r"args\[0\]\['y'\] expected a list, got a tuple",
+        ),
+        (
+            ({"x": torch.zeros(3), "z": [1.0]}, "a"),
+            r"args\[0\] expected the keys \['x', 'y'\], got \['x', 'z'\]",
+        ),
+        (
+            ({"x": 3.0, "y": [1.0]}, "a"),
+            r"args\[0\]\['x'\] expected float32\[3\], got a Python float",
+        ),
+    ],
+)
+def test_structure(args: Any, message: str) -> None:
+    w = torch.ones(3, requires_grad=True)
+    converted, hoisted = closure_convert(
+        lambda d, mode: d["x"] * w, {"x": torch.zeros(3), "y": [1.0]}, "a"
+    )
+    with pytest.raises(StructureError, match=message):
+        converted(*args, *hoisted)
+
+
+def test_count_and_types_of_hoisted_values() -> None:
+    w = fresh(3)
+    x = fresh(3)
+    converted, hoisted = closure_convert(lambda x: x * w, x)
+    with pytest.raises(StructureError, match="1 arguments and 1 hoisted values, got 1 values"):
+        converted(x)
+    with pytest.raises(StructureError, match="got 3 values"):
+        converted(x, *hoisted, *hoisted)
+    with pytest.raises(
+        StructureError, match=r"hoisted value 0 expected like w \(float64\[3\]\), got float64\[4\]"
+    ):
+        converted(x, fresh(4))
+    with pytest.raises(StructureError, match="got a Python float"):
+        converted(x, 2.0)
+    with pytest.raises(TypeError, match=r"args\[0\] expected float64\[3\], got float64\[2\]"):
+        converted(fresh(2), *hoisted)
+
+
+def test_options() -> None:
+    with pytest.raises(StructureError, match="expected a function"):
+        closure_convert(3, fresh(3))  # type: ignore[arg-type]
+    with pytest.raises(StructureError, match="hoist="):
+        closure_convert(lambda x: x, fresh(3), hoist="none")  # type: ignore[arg-type]
+    with pytest.raises(StructureError, match="rng="):
+        closure_convert(lambda x: x, fresh(3), rng="none")  # type: ignore[arg-type]
+
+
+def test_without_pytorch() -> None:
+    code = "import sys; sys.modules['torch'] = None\ntry:\n import freevars.torch\nexcept ImportError as e: print(e)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pip install 'freevars[torch]'" in shown.stdout

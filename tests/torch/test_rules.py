@@ -1,0 +1,437 @@
+"""`argmin`, `root`, `fixed_point`: the derivative of a solution, whatever solver found it."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.optimize
+import torch
+from explicit import fresh, same
+from torch import Tensor, nn
+
+from freevars.torch import (
+    NotASolutionError,
+    SingularError,
+    StructureError,
+    argmin,
+    fixed_point,
+    root,
+)
+
+f = torch.func
+pytree = torch.utils._pytree
+F64 = torch.float64
+
+
+@root
+def newton(fun: Any, x0: Tensor) -> Tensor:
+    """Newton's method, with the Jacobian of torch.func."""
+    x = x0
+    for _ in range(60):
+        x = x - torch.linalg.solve(f.jacrev(fun)(x), fun(x))
+    return x
+
+
+@argmin
+def lbfgs(fun: Any, x0: Tensor) -> Tensor:
+    """A `torch.optim.LBFGS` loop, with plain `.backward()`."""
+    x = x0.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [x], max_iter=500, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value: Tensor = fun(x)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    return x
+
+
+@argmin
+def by_scipy(fun: Any, x0: Tensor) -> Tensor:
+    """scipy's BFGS: the solver leaves PyTorch."""
+
+    def value_and_grad(v: np.ndarray) -> tuple[float, np.ndarray]:
+        x = torch.from_numpy(v).requires_grad_()
+        value = fun(x)
+        return value.item(), torch.autograd.grad(value, x)[0].numpy()
+
+    found = scipy.optimize.minimize(
+        value_and_grad, x0.numpy(), jac=True, method="BFGS", options={"gtol": 1e-11}
+    )
+    return torch.from_numpy(found.x)
+
+
+@fixed_point
+def iterate(fun: Any, x0: Tensor) -> Tensor:
+    """Plain iteration."""
+    for _ in range(200):
+        x0 = fun(x0)
+    return x0
+
+
+# The three rules on problems whose solution has a closed form: x(a, b) by hand.
+
+
+def by_root(a: Tensor, b: Tensor) -> Tensor:
+    return newton(lambda x: x**3 * a.exp() - b**2 - 1, torch.ones(3, dtype=F64))
+
+
+def exact_root(a: Tensor, b: Tensor) -> Tensor:
+    return ((b**2 + 1) / a.exp()) ** (1 / 3)
+
+
+def quadratic(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    h = torch.diag(a.exp()) + torch.outer(b, b)
+    return x @ h @ x / 2 - (a.sin() * b) @ x
+
+
+def solve3(m: Tensor, b: Tensor) -> Tensor:
+    """Cramer's rule: `torch.linalg.solve` itself is wrong in forward mode over forward mode."""
+    cross = torch.linalg.cross
+    adjugate = torch.stack([cross(m[1], m[2]), cross(m[2], m[0]), cross(m[0], m[1])], -1)
+    return adjugate @ b / (m[0] * cross(m[1], m[2])).sum()
+
+
+def exact_argmin(a: Tensor, b: Tensor) -> Tensor:
+    return solve3(torch.diag(a.exp()) + torch.outer(b, b), a.sin() * b)
+
+
+def by_argmin(a: Tensor, b: Tensor) -> Tensor:
+    return lbfgs(lambda x: quadratic(x, a, b), torch.zeros(3, dtype=F64))
+
+
+def by_scipy_argmin(a: Tensor, b: Tensor) -> Tensor:
+    return by_scipy(lambda x: quadratic(x, a, b), torch.zeros(3, dtype=F64))
+
+
+def by_fixed_point(a: Tensor, b: Tensor) -> Tensor:
+    return iterate(lambda x: a.cos() * x / 3 + x.roll(1) / 4 + b, torch.zeros(3, dtype=F64))
+
+
+def exact_fixed_point(a: Tensor, b: Tensor) -> Tensor:
+    eye = torch.eye(3, dtype=F64)
+    return solve3(eye - torch.diag(a.cos()) / 3 - eye.roll(1, 0) / 4, b)
+
+
+RULES = {
+    "root": (by_root, exact_root),
+    "argmin": (by_argmin, exact_argmin),
+    "scipy": (by_scipy_argmin, exact_argmin),
+    "fixed_point": (by_fixed_point, exact_fixed_point),
+}
+
+
+def close(got: Any, expected: Any) -> None:
+    for a, b in zip(pytree.tree_leaves(got), pytree.tree_leaves(expected), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def point() -> tuple[Tensor, Tensor]:
+    return fresh(3, grad=False) / 2, fresh(3, grad=False) / 2
+
+
+def loss(solve: Any) -> Any:
+    return lambda a, b: (solve(a, b) * torch.arange(1.0, 4.0, dtype=F64)).sin().sum()
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_gradcheck_and_gradgradcheck(name: str) -> None:
+    solve, _ = RULES[name]
+    inputs = tuple(t.requires_grad_() for t in point())
+    assert torch.autograd.gradcheck(solve, inputs, eps=1e-4, atol=1e-4, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(solve, inputs, eps=1e-4, atol=1e-4, check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_triple_backward(name: str) -> None:
+    solve, exact = RULES[name]
+    inputs = tuple(t.requires_grad_() for t in point())
+
+    def thrice(solve: Any) -> Any:
+        out = loss(solve)(*inputs)
+        for k in range(3):
+            grads = torch.autograd.grad(out, inputs, create_graph=k < 2)
+            out = sum((g * g.cos()).sum() for g in grads)
+        return grads
+
+    close(thrice(solve), thrice(exact))
+
+
+def stacked(*inputs: Tensor) -> list[Tensor]:
+    return [torch.stack([t, t / 2]) for t in inputs]
+
+
+TRANSFORMS: dict[str, Any] = {
+    "grad": lambda g, a, b: f.grad(g, (0, 1))(a, b),
+    "vjp": lambda g, a, b: f.vjp(g, a, b)[1](torch.ones((), dtype=F64)),
+    "jvp": lambda g, a, b: f.jvp(g, (a, b), (b, a)),
+    "vmap": lambda g, a, b: f.vmap(g)(*stacked(a, b)),
+    "vmap over one": lambda g, a, b: f.vmap(g, in_dims=(0, None))(stacked(a)[0], b),
+    "vmap of grad": lambda g, a, b: f.vmap(f.grad(g, (0, 1)))(*stacked(a, b)),
+    "grad of vmap": lambda g, a, b: f.grad(lambda a, b: f.vmap(g)(*stacked(a, b)).sum(), (0, 1))(
+        a, b
+    ),
+    "vmap of jvp": lambda g, a, b: f.vmap(lambda a, b: f.jvp(g, (a, b), (b, a)))(*stacked(a, b)),
+    "jvp of vmap": lambda g, a, b: f.jvp(f.vmap(g), tuple(stacked(a, b)), tuple(stacked(b, a))),
+    "vmap of vmap": lambda g, a, b: f.vmap(lambda a: f.vmap(lambda b: g(a, b))(stacked(b)[0]))(
+        stacked(a)[0]
+    ),
+    "hessian": lambda g, a, b: f.hessian(g, (0, 1))(a, b),
+    "jacrev of jacrev": lambda g, a, b: f.jacrev(f.jacrev(g, (0, 1)), (0, 1))(a, b),
+    "jacrev of jacfwd": lambda g, a, b: f.jacrev(f.jacfwd(g, (0, 1)), (0, 1))(a, b),
+    "jacfwd of jacfwd": lambda g, a, b: f.jacfwd(f.jacfwd(g, (0, 1)), (0, 1))(a, b),
+    "vmap of hessian": lambda g, a, b: f.vmap(f.hessian(g))(*stacked(a, b)),
+    "third": lambda g, a, b: f.jacfwd(f.jacrev(f.grad(g)))(a, b),
+    "third, forward": lambda g, a, b: f.jacfwd(f.jacfwd(f.jacfwd(g)))(a, b),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", RULES)
+def test_under_torch_func(name: str, transform: str) -> None:
+    solve, exact = RULES[name]
+    a, b = point()
+    close(TRANSFORMS[transform](loss(solve), a, b), TRANSFORMS[transform](loss(exact), a, b))
+
+
+@pytest.mark.parametrize("name", ["root", "fixed_point"])
+def test_jacobians_of_a_vector(name: str) -> None:
+    solve, exact = RULES[name]
+    a, b = point()
+    for jacobian in (f.jacrev, f.jacfwd, lambda g, i: f.vmap(f.jacrev(g, i))):
+        given = stacked(a, b) if "lambda" in getattr(jacobian, "__name__", "") else (a, b)
+        close(jacobian(solve, (0, 1))(*given), jacobian(exact, (0, 1))(*given))
+
+
+# --- bilevel
+
+
+def bilevel(theta: Tensor) -> Tensor:
+    """min_y of a function of min_x of a function of y and theta."""
+
+    def outer(y: Tensor) -> Tensor:
+        x = by_scipy(
+            lambda x: ((x - y * theta) ** 2).sum() + (x**4).sum() / 4, torch.zeros(2, dtype=F64)
+        )
+        return ((x - 1) ** 2).sum() + (y**2).sum() / 10
+
+    return by_scipy(outer, torch.zeros(2, dtype=F64))
+
+
+def test_bilevel_in_bilevel() -> None:
+    theta = torch.tensor([0.7, 1.3], dtype=F64, requires_grad=True)
+    assert torch.autograd.gradcheck(bilevel, theta, atol=1e-4)
+    close(f.jacfwd(bilevel)(theta.detach()), torch.autograd.functional.jacobian(bilevel, theta))
+
+
+# --- the solver does not touch what is the caller's
+
+
+def test_the_callers_grad_is_left_alone() -> None:
+    net = nn.Linear(3, 1).double()
+    data = fresh(10, 3, grad=False)
+
+    def objective(x: Tensor) -> Tensor:
+        return ((x - net(data).mean()) ** 2).sum() + (x**2).sum()
+
+    x = lbfgs(objective, torch.zeros(2, dtype=F64))
+    assert all(p.grad is None for p in net.parameters())
+    close(x, (net(data).mean() / 2).expand(2))
+    got = torch.autograd.grad(x.sum(), list(net.parameters()))
+    close(got, torch.autograd.grad(net(data).mean(), list(net.parameters())))
+
+
+# --- structures
+
+
+def test_pytrees_complex_and_arguments() -> None:
+    @root(has_aux=True)
+    def solve(fun: Any, x0: Any, *args: Any, steps: int, scale: Tensor, **shift: Any) -> Any:
+        x = x0
+        for _ in range(steps):
+            r, _ = fun(x, *args, **shift)
+            x = {"u": x["u"] - r["u"] * scale, "z": x["z"] - r["z"] * scale}
+        return x, {"steps": steps}
+
+    a, c, shift = fresh(2), fresh(3, dtype=torch.complex128), fresh()
+    k = torch.tensor([1, 0])
+
+    def fun(x: Any, c: Tensor, k: Tensor, shift: Tensor) -> Any:
+        return {"u": x["u"] - a[k] * x["z"][:2].real - shift, "z": 2 * x["z"] - c}, "aux"
+
+    def exact() -> Any:
+        z = c / 2
+        return {"u": a[k] * z[:2].real + shift, "z": z}
+
+    x0 = {"u": torch.zeros(2, dtype=F64), "z": torch.zeros(3, dtype=torch.complex128)}
+    scale = torch.tensor(0.5, dtype=F64, requires_grad=True)
+    x, aux = solve(fun, x0, c, k, steps=80, scale=scale, shift=shift)
+    assert aux == {"steps": 80}
+    close(x, exact())
+    total = lambda x: (x["z"].abs() ** 2 * 3).sum() + (x["u"] ** 2).sum()
+    got = torch.autograd.grad(total(x), (a, c, shift, scale), allow_unused=True)
+    close(got[:3], torch.autograd.grad(total(exact()), (a, c, shift)))
+    assert got[3] is None
+    assert solve.__name__ == "solve"
+
+
+def test_a_number_that_is_not_differentiable_and_no_captures() -> None:
+    x = newton(lambda x: x**3 - 8, torch.ones(1, dtype=F64))
+    close(x, torch.full((1,), 2.0, dtype=F64))
+    assert not x.requires_grad
+    with torch.no_grad():
+        assert not by_root(fresh(3), fresh(3)).requires_grad
+
+
+# --- linear systems
+
+
+@pytest.mark.parametrize("kind", ["argmin", "root"])
+@pytest.mark.parametrize("how", ["default", "own"])
+def test_large_systems_without_a_matrix(kind: str, how: str) -> None:
+    n = 300
+    torch.manual_seed(1)
+    m = torch.randn(n, n, dtype=F64) / n**0.5
+    m = m @ m.T / 4 if kind == "argmin" else m / 4
+    calls = 0
+
+    def own(matvec: Any, b: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        u = torch.zeros_like(b)
+        for _ in range(400):
+            u = u + (b - matvec(u)) / 2
+        return u
+
+    options: dict[str, Any] = {} if how == "default" else {"linear_solve": own}
+    theta = torch.randn(n, dtype=F64, requires_grad=True)
+
+    def exact(theta: Tensor) -> Tensor:
+        return torch.linalg.solve(torch.eye(n, dtype=F64) + m, theta.sin())
+
+    def by_hand(fun: Any, x0: Tensor) -> Tensor:
+        return exact(theta).detach()
+
+    if kind == "argmin":
+        x = argmin(by_hand, **options)(
+            lambda x: x @ x / 2 + x @ (m @ x) / 2 - x @ theta.sin(), torch.zeros(n, dtype=F64)
+        )
+    else:
+        x = root(by_hand, **options)(lambda x: x + m @ x - theta.sin(), torch.zeros(n, dtype=F64))
+    weights = torch.linspace(0, 1, n, dtype=F64)
+
+    def twice(x: Tensor) -> Any:
+        (g,) = torch.autograd.grad((x * weights).sum(), theta, create_graph=True)
+        return g, torch.autograd.grad((g**2).sum(), theta)[0]
+
+    close(twice(x), twice(exact(theta)))
+    assert (calls > 0) == (how == "own")
+
+
+# --- failures
+
+
+def test_not_converged() -> None:
+    @argmin
+    def lazy(fun: Any, x0: Tensor) -> Tensor:
+        return x0
+
+    a = fresh(3)
+
+    def objective(x: Tensor) -> Tensor:
+        return ((x - a) ** 2).sum()
+
+    far = torch.ones(3, dtype=F64) * 9
+    x = lazy(objective, far)
+    same(x, far)
+    with pytest.raises(NotASolutionError, match=r"lazy: the solver did not converge.*check=False"):
+        torch.autograd.grad(x.sum(), a)
+    with pytest.raises(NotASolutionError, match="did not converge"):
+        f.jvp(lambda a: lazy(lambda x: ((x - a) ** 2).sum(), far), (a.detach(),), (far,))
+    x = argmin(lazy.__wrapped__, on_failure="nan")(objective, far)
+    assert torch.isnan(torch.autograd.grad(x.sum(), a)[0]).all()
+    x = argmin(lazy.__wrapped__, check=False)(objective, far)
+    close(torch.autograd.grad(x.sum(), a), [torch.ones(3, dtype=F64)])
+    with pytest.raises(NotASolutionError, match="did not converge"):
+        n = 150
+        w = torch.ones(n, dtype=F64, requires_grad=True)
+        x = root(lazy.__wrapped__)(lambda x: x - w, torch.zeros(n, dtype=F64))
+        torch.autograd.grad(x.sum(), w)
+
+
+def test_not_finite() -> None:
+    bad = root(lambda fun, x0: x0 / 0)
+    a = fresh(3)
+    x = bad(lambda x: x - a, torch.ones(3, dtype=F64))
+    with pytest.raises(NotASolutionError, match="expected a finite solution"):
+        torch.autograd.grad(x.sum(), a)
+
+
+def test_singular() -> None:
+    a = fresh(2)
+
+    def fun(x: Tensor) -> Tensor:
+        return torch.stack([x[0] + x[1], 2 * x[0] + 2 * x[1]]) - torch.stack([a[0], 2 * a[0]])
+
+    def solver(fun: Any, x0: Tensor) -> Tensor:
+        return x0 - fun(x0)[0] / 2
+
+    x0 = torch.zeros(2, dtype=F64)
+    x = root(solver)(fun, x0)
+    with pytest.raises(SingularError, match="condition number"):
+        torch.autograd.grad(x.sum(), a)
+    x = root(solver, on_failure="nan")(fun, x0)
+    assert torch.isnan(torch.autograd.grad(x.sum(), a)[0][0])
+    x = root(solver, on_failure="least_squares")(fun, x0)
+    close(torch.autograd.grad(x.sum(), a), [torch.tensor([1.0, 0.0], dtype=F64)])
+
+
+def test_singular_without_a_matrix() -> None:
+    n = 150
+    a = fresh(n)
+    x = root(lambda fun, x0: x0, check=False)(
+        lambda x: x.roll(1) - x + a - a.detach(), torch.zeros(n, dtype=F64)
+    )
+    with pytest.raises(SingularError, match="linear_solve="):
+        torch.autograd.grad(x[0], a)
+
+
+def test_wrong_structures() -> None:
+    x0 = torch.zeros(2, dtype=F64)
+    with pytest.raises(
+        StructureError, match=r"result of .*cut: x expected float64\[2\], got float64\[1\]"
+    ):
+
+        @root
+        def cut(fun: Any, x0: Tensor) -> Tensor:
+            return x0[:1]
+
+        cut(lambda x: x, x0)
+    with pytest.raises(StructureError, match="real scalar"):
+        by_scipy(lambda x: x, x0)
+    with pytest.raises(
+        StructureError, match=r"result of .*<lambda>: x expected float64\[2\], got float64\[\]"
+    ):
+        newton(lambda x: x.sum(), x0)
+    with pytest.raises(StructureError, match="x0 expected"):
+        newton(lambda x: x, {"n": 3})
+    with pytest.raises(StructureError, match="takes .fun, x0, ...."):
+        root(lambda fun: fun)
+    with pytest.raises(ValueError, match="on_failure"):
+        root(lambda fun, x0: x0, on_failure="ignore")
+    with pytest.raises(StructureError, match="return .value, aux."):
+        root(lambda fun, x0: (x0, None), has_aux=True)(lambda x: x, x0)
+
+
+def test_errors_of_the_solver_reach_the_caller() -> None:
+    @root
+    def failing(fun: Any, x0: Tensor) -> Tensor:
+        message = "of my own"
+        raise ValueError(message)
+
+    with pytest.raises(ValueError, match="of my own"):
+        failing(lambda x: x - 1, torch.ones(2))
