@@ -1,5 +1,6 @@
 """Closures as values in JAX: ``import freevars.jax as fv``."""
 
+from freevars.jax import testing
 from freevars.jax._captures import captures
 from freevars.jax._closure import Closure
 from freevars.jax._convert import closure_convert
@@ -17,4 +18,5 @@ __all__ = [
     "on_host",
     "root",
     "scipy_status",
+    "testing",
 ]

@@ -3,9 +3,9 @@
 A small system is written out as a matrix and factorised once, for the solution and its transpose; a
 large one is only ever applied to vectors, by a solver of lineax's. Either way the solve sits in
 `jax.lax.custom_linear_solve`, so that its derivatives of any order and its transpose come from the
-system and not from the steps of a solver. A solver that was told a system is symmetric, and one that
-stops short, give numbers in any case; so what they give is put back into the system. Not here: where
-the system comes from, and what is done about a failure.
+system and not from the steps of a solver. A solver that was told a system is symmetric, and one
+that stops short, give numbers in any case; so what they give is put back into the system. Not here:
+where the system comes from, and what is done about a failure.
 """
 
 from __future__ import annotations

@@ -94,14 +94,27 @@ class ImplicitSolver:
         self._implicit.defjvp(self._rule, symbolic_zeros=True)
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        call = self._signature.take_apart(args, kwargs)
-        x0 = as_unknown(call.x0, self.__name__)
-        problem = Problem.of(call.fun, x0, call.args, call.kwargs)
-        own = self._own_captures(problem, x0, call.options)
-        return self._implicit(problem, x0, call.options, own)
+        problem, x0, options = self._convert(args, kwargs)
+        own = self._own_captures(problem, x0, options)
+        return self._implicit(problem, x0, options, own)
+
+    def as_function(self, /, *args: Any, **kwargs: Any) -> tuple[Problem, Callable[[Problem], Any]]:
+        """What the derivatives of one call flow into, and x as a function of that."""
+        problem, x0, options = self._convert(args, kwargs)
+
+        def solve(problem: Problem) -> Any:
+            out = self._implicit(problem, x0, options, None)
+            return out[0] if self._has_aux else out
+
+        return problem, solve
 
     def __repr__(self) -> str:
         return f"<{self.__name__} with an implicit derivative rule>"
+
+    def _convert(self, args: Any, kwargs: Any) -> tuple[Problem, Any, dict[str, Any]]:
+        call = self._signature.take_apart(args, kwargs)
+        x0 = as_unknown(call.x0, self.__name__)
+        return Problem.of(call.fun, x0, call.args, call.kwargs), x0, call.options
 
     # Running the solver.
 

@@ -1,0 +1,119 @@
+"""`fv.testing.check_rule`: passes what is right, and names what is wrong."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import freevars.jax as fv
+from freevars.errors import NotASolutionError
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def _newton(fun, x0, *args, steps=20):
+    step = lambda _, x: x - fun(x, *args) / jax.grad(fun)(x, *args)
+    return jax.lax.fori_loop(0, steps, step, x0)
+
+
+newton = fv.root(_newton)
+W, OFFSET, COUNT = jnp.array([1.0, 2.0]), jnp.array(1.5 + 0.5j), jnp.array(3)
+
+
+def residual(x):
+    return x**3 - jnp.sum(W**2) * COUNT / 3 - jnp.abs(OFFSET) ** 2
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_right_rule_passes(order):
+    fv.testing.check_rule(newton, residual, 1.0, order=order)
+    fv.testing.check_rule(newton, lambda x, a: x**2 - a * W[0], 1.0, 2.0, steps=30, order=order)
+
+
+def test_float32_has_a_tolerance_of_its_own():
+    with jax.enable_x64(False):
+        w = jnp.array(2.0)
+        assert w.dtype == jnp.float32
+        fv.testing.check_rule(newton, lambda x: x**2 - w, 1.0, order=2)
+
+
+def test_aux_is_left_out():
+    with_aux = fv.root(lambda fun, x0: (_newton(fun, x0), 20), has_aux=True)
+    fv.testing.check_rule(with_aux, residual, 1.0)
+
+
+@jax.custom_jvp
+def wrong_square(x):
+    return x**2
+
+
+wrong_square.defjvp(lambda x, d: (x[0] ** 2, 3 * x[0] * d[0]))
+
+
+@jax.custom_vjp
+def wrong_in_reverse(x):
+    return x**2
+
+
+wrong_in_reverse.defvjp(lambda x: (x**2, x), lambda x, g: (3 * x * g,))
+
+
+@pytest.mark.parametrize("wrong", [wrong_square, wrong_in_reverse])
+def test_a_wrong_derivative_is_named_with_both_numbers(wrong):
+    scale, shift = jnp.array(2.0), jnp.array(1.0)
+    fun = lambda x: x**2 - wrong(scale) - shift
+    # x = sqrt(5); dx/dscale = 2 / x, and with the wrong rule 3 / x; the direction has length 2.
+    with pytest.raises(AssertionError) as caught:
+        fv.testing.check_rule(newton, fun, 2.0)
+    text = str(caught.value)
+    assert "newton: the derivative by scale is" in text
+    assert str(6 / 5**0.5)[:8] in text
+    assert str(4 / 5**0.5)[:8] in text
+    assert "by a central difference" in text
+
+
+def test_a_wrong_imaginary_part_is_found():
+    z = jnp.array(1.0 + 2.0j)
+    fun = lambda x: x**2 - z.real**2 - jax.lax.stop_gradient(z.imag) ** 2
+    with pytest.raises(AssertionError, match=r"by z along i is 0\.0 in forward mode"):
+        fv.testing.check_rule(newton, fun, 2.0)
+
+
+def test_a_wrong_second_derivative_is_found():
+    @jax.custom_jvp
+    def square(x):
+        return x**2
+
+    square.defjvp(lambda x, d: (x[0] ** 2, 2 * jax.lax.stop_gradient(x[0]) * d[0]))
+    a = jnp.array(2.0)
+    fv.testing.check_rule(newton, lambda x: x**2 - square(a), 1.0)
+    with pytest.raises(AssertionError, match="the second derivative by a is"):
+        fv.testing.check_rule(newton, lambda x: x**2 - square(a), 1.0, order=2)
+
+
+def test_extra_arguments_are_named():
+    fun = lambda x, a, b: x**2 - a * wrong_square(b)
+    with pytest.raises(AssertionError, match="by args/1 is"):
+        fv.testing.check_rule(newton, fun, 1.0, 2.0, 3.0)
+
+
+def test_tolerances_are_the_user_s():
+    a = jnp.array(2.0)
+    slightly = lambda x: x**2 - a - 1e-3 * jax.lax.stop_gradient(a)
+    with pytest.raises(AssertionError):
+        fv.testing.check_rule(newton, slightly, 1.0)
+    fv.testing.check_rule(newton, slightly, 1.0, rtol=1e-2)
+    fv.testing.check_rule(newton, slightly, 1.0, atol=1e-2, step=1e-4)
+
+
+def test_what_cannot_be_checked_is_refused():
+    with pytest.raises(TypeError, match="decorated by root"):
+        fv.testing.check_rule(_newton, residual, 1.0)
+    with pytest.raises(ValueError, match="no floating or complex"):
+        fv.testing.check_rule(newton, lambda x: x**2 - 2.0, 1.0)
+    a = jnp.array(50.0)
+    with pytest.raises(NotASolutionError):
+        fv.testing.check_rule(newton, lambda x: x**2 - a, 1.0, steps=1)
