@@ -128,8 +128,10 @@ class CallableKeys:
             except ValueError:  # a cell that is still empty
                 cells.append(Same(cell))
                 continue
-            # The lists of a library's own wrappers are made afresh with them and never change.
-            cells.append(self.of(tuple(value) if installed and type(value) is list else value))
+            # Lists and sets in a library's own wrappers are made afresh with them and never change.
+            if installed and type(value) in _FROZEN:
+                value = _FROZEN[type(value)](value)  # noqa: PLW2901
+            cells.append(self.of(value))
         extra = {k: v for k, v in fun.__dict__.items() if k != "__wrapped__"}
         return (
             fun.__code__,
@@ -155,6 +157,7 @@ class CallableKeys:
         return tuple(found)
 
 
+_FROZEN: dict[type, Callable[[Any], Any]] = {list: tuple, set: frozenset}
 _PLAIN = (bool, int, str, bytes, float, complex)
 
 

@@ -288,7 +288,7 @@ THROUGH = [
     checkpoint_closure,
     scan_xs,
 ]
-SOME = [value, jit_grad, vmap_grad, jvp]
+SOME = [jit_grad, vmap_grad, jvp]
 # JAX has no forward rule for a `custom_vjp` and no reverse rule for a `while_loop`.
 NO_FORWARD = {custom_vjp_trailing, custom_vjp_closure}
 

@@ -564,6 +564,11 @@ def test_a_traced_value_that_a_rule_holds_is_refused() -> None:
         jax.jit(outer)(W)
 
 
+def test_an_argument_that_a_rule_holds_is_refused() -> None:
+    with pytest.raises(CaptureError, match="Pass the value to the function that has the rule"):
+        fv.Closure(lambda x: rule_capturing(x)(W), X)
+
+
 def test_a_callback_that_holds_an_array() -> None:
     host = lambda x: np.asarray(x) * np.asarray(W)
     fun = lambda x: jax.pure_callback(host, jax.ShapeDtypeStruct((3,), np.float32), x) * W

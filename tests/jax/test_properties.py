@@ -93,7 +93,7 @@ def explicit(program, values, x):
 
 
 quick = settings(
-    max_examples=25,
+    max_examples=12,
     deadline=None,
     derandomize=True,
     database=None,

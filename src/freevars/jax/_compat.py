@@ -7,7 +7,6 @@ idea of closure conversion.
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 try:
@@ -144,7 +143,8 @@ def kind(dtype: Any) -> int:
 
 
 def is_live(tracer: Tracer) -> bool:
-    """Whether the transformation that made a tracer is still under way."""
+    """Whether the transformation that made a tracer is still under way. A `jit` never says that it
+    has ended, so that its tracers count as live."""
     return bool(tracer._trace.is_valid())  # noqa: SLF001
 
 
@@ -267,8 +267,9 @@ def function_parts(x: Any) -> tuple[Any, ...] | None:
         return (params, x._in_tree, x.out_tree, tuple(x._consts))  # noqa: SLF001
     if isinstance(x, (jax.custom_jvp, jax.custom_vjp)):
         # Its attributes without those that it copied from the function.
-        copied = {"__wrapped__", *vars(functools.update_wrapper(lambda: None, x.fun))}
-        return tuple(sorted((k, v) for k, v in vars(x).items() if k not in copied))
+        copied = getattr(x.fun, "__dict__", {})
+        own = [k for k in vars(x) if not k.startswith("__") and k not in copied]
+        return tuple((k, vars(x)[k]) for k in sorted(own))
     name = getattr(x, "__qualname__", "")
     if name == "_memoize.<locals>.memoized" and x.__module__ == _partial_eval.__name__:
         # Its other cell remembers what was traced so far: a cache, not a meaning.
