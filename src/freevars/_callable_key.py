@@ -67,7 +67,11 @@ class CallableKeys:
 
     def of(self, x: Any) -> Hashable:
         """The key of any object that a function can hold."""
-        if x is None or isinstance(x, (bool, int, str, bytes, float, complex)) and type(x) in _PLAIN:
+        if (
+            x is None
+            or isinstance(x, (bool, int, str, bytes, float, complex))
+            and type(x) in _PLAIN
+        ):
             return scalar_key(x)
         known = self._known.get(id(x))
         if known is not None:

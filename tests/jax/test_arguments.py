@@ -105,7 +105,9 @@ def test_a_static_leaf_is_seen_as_it_is(static) -> None:
 
     for f in both(fun, X, static):
         np.testing.assert_array_equal(f(X, static), X * W)
-        with pytest.raises(StructureError, match=r"args\[1\] does not match the example.*static leaf"):
+        with pytest.raises(
+            StructureError, match=r"args\[1\] does not match the example.*static leaf"
+        ):
             f(X, "another")
         with pytest.raises(StructureError, match=r"args\[1\].*static leaf .*got float32\[3\]"):
             f(X, X)
@@ -126,7 +128,9 @@ def test_static_leaves_deep_in_the_arguments() -> None:
 
     for f in both(fun, *args):
         np.testing.assert_array_equal(f(*args), jnp.sin(X) * W)
-        with pytest.raises(StructureError, match=r"args\[1\]\[0\].*expected the static leaf <Colour.RED"):
+        with pytest.raises(
+            StructureError, match=r"args\[1\]\[0\].*expected the static leaf <Colour.RED"
+        ):
             f(args[0], [Colour.BLUE, (W, "s")])
         with pytest.raises(StructureError, match=r"args\[0\]\['f'\].*static leaf"):
             f({**args[0], "f": jnp.cos}, args[1])
@@ -237,7 +241,9 @@ def test_python_numbers_fit_scalars_of_their_kind() -> None:
 def test_weak_types_are_respected() -> None:
     for f in both(lambda x: x * jnp.bfloat16(2), 1.0):
         assert f(3.0).dtype == jnp.bfloat16
-        with pytest.raises(StructureError, match=r"expected weak float32\[\], got float32\[\].*number"):
+        with pytest.raises(
+            StructureError, match=r"expected weak float32\[\], got float32\[\].*number"
+        ):
             f(jnp.float32(3))  # would give float32
     for f in both(lambda x: x * jnp.float32(2), 1.0):
         assert f(jnp.float32(3)) == 6.0  # noqa: PLR2004 (the same number either way)

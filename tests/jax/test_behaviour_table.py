@@ -56,7 +56,9 @@ def closure(fun, *args):
 
 def nested(fun, *args):
     """A closure inside the other conversion, inside itself."""
-    return closure(lambda *inner: traced(lambda *innermost: closure(fun, *innermost), *inner), *args)
+    return closure(
+        lambda *inner: traced(lambda *innermost: closure(fun, *innermost), *inner), *args
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -206,7 +206,9 @@ def test_one_dispatch_compiled_once_per_structure() -> None:
 
 def test_a_closure_does_not_fit_a_solver_of_other_types() -> None:
     f = make(W)
-    with pytest.raises(StructureError, match=r"args\[0\] .*expected float32\[3\], got float32\[2\]"):
+    with pytest.raises(
+        StructureError, match=r"args\[0\] .*expected float32\[3\], got float32\[2\]"
+    ):
         jax.jit(lambda f, x: f(x))(f, X[:2])
 
 
@@ -231,7 +233,9 @@ def test_pickle_where_the_function_does() -> None:
 
 
 def test_pickle_refuses_what_has_no_function() -> None:
-    with pytest.raises(pickle.PicklingError, match="came out of a transformation.*Pickle the closure"):
+    with pytest.raises(
+        pickle.PicklingError, match="came out of a transformation.*Pickle the closure"
+    ):
         pickle.dumps(jax.tree.map(lambda v: v, make(W)))
 
 

@@ -444,9 +444,13 @@ def test_the_number_of_hoisted_values() -> None:
 
 def test_the_type_of_a_hoisted_value() -> None:
     f, _ = fv.closure_convert(lambda x: x * W, X, hoist="all")
-    with pytest.raises(TypeError, match=r"captured value 0 .*expected float32\[3\], got float32\[2\]"):
+    with pytest.raises(
+        TypeError, match=r"captured value 0 .*expected float32\[3\], got float32\[2\]"
+    ):
         f(X, W[:2])
-    with pytest.raises(TypeError, match=r"captured value 0 .*expected float32\[3\], got int32\[3\]"):
+    with pytest.raises(
+        TypeError, match=r"captured value 0 .*expected float32\[3\], got int32\[3\]"
+    ):
         f(X, jnp.arange(3))
     with pytest.raises(TypeError, match=r"captured value 0 .*expected float32\[3\], got 'w'"):
         f(X, "w")
@@ -472,7 +476,9 @@ def test_errors_are_of_one_family() -> None:
 @pytest.mark.parametrize("convert", [fv.closure_convert, fv.Closure])
 def test_a_captured_reference_is_refused(convert) -> None:
     ref = jax.new_ref(W)
-    with pytest.raises(CaptureError, match=r"fun captures a mutable reference of type Ref\{float32"):
+    with pytest.raises(
+        CaptureError, match=r"fun captures a mutable reference of type Ref\{float32"
+    ):
 
         def fun(x):
             return x * ref[...]
@@ -549,7 +555,8 @@ def test_a_concrete_array_that_a_rule_holds_is_a_constant() -> None:
     assert f.constants[0] is W
     np.testing.assert_array_equal(jax.jit(lambda f: f(X))(f), jnp.sin(X) * W)
     np.testing.assert_array_equal(
-        jax.grad(lambda x: jnp.sum(f(x)))(X), jax.grad(lambda x: jnp.sum(rule_capturing(W)(x) * W))(X)
+        jax.grad(lambda x: jnp.sum(f(x)))(X),
+        jax.grad(lambda x: jnp.sum(rule_capturing(W)(x) * W))(X),
     )
     assert "1 held constant" in repr(f)
 
@@ -558,7 +565,9 @@ def test_a_traced_value_that_a_rule_holds_is_refused() -> None:
     def outer(w):
         return fv.Closure(lambda x: rule_capturing(w)(x), X)(X).sum()
 
-    with pytest.raises(CaptureError, match=r"rule or a callback in it captures a traced value.*float32\[3\]"):
+    with pytest.raises(
+        CaptureError, match=r"rule or a callback in it captures a traced value.*float32\[3\]"
+    ):
         jax.grad(outer)(W)
     with pytest.raises(CaptureError, match="Pass the value to the function that has the rule"):
         jax.jit(outer)(W)

@@ -26,7 +26,9 @@ SPD = A @ A.T + jnp.eye(3)
 def custom_root(w):
     def fun(x):
         def newton(f, guess):
-            return lax.fori_loop(0, 8, lambda _, y: y - f(y) / jax.jvp(f, (y,), (1 + 0 * y,))[1], guess)
+            return lax.fori_loop(
+                0, 8, lambda _, y: y - f(y) / jax.jvp(f, (y,), (1 + 0 * y,))[1], guess
+            )
 
         linear = lambda g, y: y / jax.jvp(g, (y,), (jnp.ones_like(y),))[1]
         return lax.custom_root(lambda y: y**3 + y - jnp.exp(x * w), jnp.ones(3), newton, linear)
@@ -37,15 +39,22 @@ def custom_root(w):
 def linear_solve(w):
     def fun(x):
         matvec = lambda v: SPD @ v + w**2 * v
-        return lax.custom_linear_solve(matvec, x, lambda mv, b: jax.scipy.sparse.linalg.cg(mv, b)[0], symmetric=True)
+        return lax.custom_linear_solve(
+            matvec, x, lambda mv, b: jax.scipy.sparse.linalg.cg(mv, b)[0], symmetric=True
+        )
 
     return fun
 
 
 def minimise(w):
-    return lambda x: jax.scipy.optimize.minimize(
-        lambda y: jnp.sum((y - w) ** 2) + jnp.sum(y**2 * x**2), jnp.zeros(3), method="BFGS", options={"maxiter": 5}
-    ).x
+    return lambda x: (
+        jax.scipy.optimize.minimize(
+            lambda y: jnp.sum((y - w) ** 2) + jnp.sum(y**2 * x**2),
+            jnp.zeros(3),
+            method="BFGS",
+            options={"maxiter": 5},
+        ).x
+    )
 
 
 # fmt: off
@@ -150,7 +159,9 @@ def test_equinox_programs() -> None:
     def loop(w):
         body = lambda s: (s[0] + 1, jnp.sin(s[1] * w))
         while_loop = eqx.internal.while_loop
-        run = lambda x: while_loop(lambda s: s[0] < 3, body, (0, x), kind="checkpointed", max_steps=4)
+        run = lambda x: while_loop(
+            lambda s: s[0] < 3, body, (0, x), kind="checkpointed", max_steps=4
+        )
         return lambda x: run(x)[1]
 
     check_or_refused(loop)

@@ -165,7 +165,9 @@ def test_closures_that_differ_are_unequal(name) -> None:
         result = f(x)
         floats = [r for r in jax.tree.leaves(result) if isinstance(r, jax.Array)]
         try:
-            total = lambda x: sum(jnp.sum(r) for r in jax.tree.leaves(f(x)) if isinstance(r, jax.Array))
+            total = lambda x: sum(
+                jnp.sum(r) for r in jax.tree.leaves(f(x)) if isinstance(r, jax.Array)
+            )
             return floats, jax.grad(total)(x)
         except ValueError as error:
             assert "callback" in str(error)  # noqa: PT017 (a callback has no derivative)
@@ -191,7 +193,9 @@ def test_numpy_arrays_are_values_however_deep() -> None:
 
 
 def test_true_one_and_one_point_zero_differ() -> None:
-    structures = {structure((lambda n: lambda x: x * n)(n), jnp.int32(3)) for n in (True, 1, 1.0, 1j)}
+    structures = {
+        structure((lambda n: lambda x: x * n)(n), jnp.int32(3)) for n in (True, 1, 1.0, 1j)
+    }
     assert len(structures) >= 3  # noqa: PLR2004 (True * int is 1 * int, by JAX's promotion)
 
 
@@ -276,9 +280,7 @@ def module_nondiff(fun, x):
     return fun(x)
 
 
-module_nondiff.defvjp(
-    lambda fun, x: (fun(x), x), lambda fun, x, ct: jax.vjp(fun, x)[1](ct)
-)
+module_nondiff.defvjp(lambda fun, x: (fun(x), x), lambda fun, x, ct: jax.vjp(fun, x)[1](ct))
 
 
 @partial(jax.jit, static_argnums=(1,))
@@ -333,7 +335,12 @@ def _custom_root(w):
 def _linear_solve(w):
     def fun(x):
         matvec = lambda v: SQUARE @ v
-        return lax.custom_linear_solve(matvec, x * w, lambda mv, b: jnp.linalg.solve(SQUARE, b), lambda mv, b: jnp.linalg.solve(SQUARE.T, b))
+        return lax.custom_linear_solve(
+            matvec,
+            x * w,
+            lambda mv, b: jnp.linalg.solve(SQUARE, b),
+            lambda mv, b: jnp.linalg.solve(SQUARE.T, b),
+        )
 
     return fun
 

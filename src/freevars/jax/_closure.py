@@ -118,8 +118,12 @@ class Closure(Generic[R]):
             )
             raise pickle.PicklingError(msg)
         fun, example_args = self._origin
-        if any(isinstance(x, _compat.Tracer) for x in jax.tree.leaves((self._values, example_args))):
-            msg = f"{self!r} captures a traced value, which exists only while a transformation runs."
+        if any(
+            isinstance(x, _compat.Tracer) for x in jax.tree.leaves((self._values, example_args))
+        ):
+            msg = (
+                f"{self!r} captures a traced value, which exists only while a transformation runs."
+            )
             raise pickle.PicklingError(msg)
         return Closure, (fun, *example_args)
 

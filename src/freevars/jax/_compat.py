@@ -143,8 +143,8 @@ def kind(dtype: Any) -> int:
 
 
 def is_live(tracer: Tracer) -> bool:
-    """Whether the transformation that made a tracer is still under way. A `jit` never says that it
-    has ended, so that its tracers count as live."""
+    """Whether the transformation that made a tracer may still be under way. Few say that they have
+    ended; the tracers of the others count as live."""
     return bool(tracer._trace.is_valid())  # noqa: SLF001
 
 
@@ -194,7 +194,12 @@ def trace_context() -> Hashable:
     return context[:_AXIS_ENV] + context[_AXIS_ENV + 1 :]
 
 
-_AXIS_ENV = _config.trace_context_names().index("axis_env_state")
+# Its place, which older releases do not tell: there it is the first.
+_AXIS_ENV = (
+    _config.trace_context_names().index("axis_env_state")
+    if hasattr(_config, "trace_context_names")
+    else 0
+)
 
 
 def prepend_operands(eqn: Eqn, operands: Sequence[Any], params: dict[str, Any]) -> Eqn:
@@ -237,7 +242,9 @@ _HIGH_PRIMITIVES = tuple(
     getattr(_hijax, name) for name in ("HiPrim", "VJPHiPrimitive") if hasattr(_hijax, name)
 )
 _WRAPPED = tuple(
-    getattr(_util, name) for name in ("Hashable", "Unhashable", "HashableWrapper") if hasattr(_util, name)
+    getattr(_util, name)
+    for name in ("Hashable", "Unhashable", "HashableWrapper")
+    if hasattr(_util, name)
 )
 EQUATION: type = _core.JaxprEqn
 

@@ -87,7 +87,9 @@ class Fingerprint:
         if not params:
             return ()
         named = eqn.primitive.name in _NAMED
-        return tuple([(k, self._param(v)) for k, v in params.items() if not (named and k == "name")])
+        return tuple(
+            [(k, self._param(v)) for k, v in params.items() if not (named and k == "name")]
+        )
 
     def _param(self, x: Any) -> Hashable:  # noqa: PLR0911 (one line for each kind of parameter)
         kind = type(x)
@@ -153,5 +155,3 @@ def _hashable(x: Any) -> Hashable:
 
 def _is_jax(kind: type) -> bool:
     return kind.__module__.split(".")[0] == "jax"
-
-
