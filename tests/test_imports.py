@@ -37,9 +37,7 @@ def test_host_neutral_files_import_the_standard_library_only() -> None:
     for path in SOURCE.glob("*.py"):
         roots = {name.split(".")[0] for name in imported(path)}
         assert roots <= set(sys.stdlib_module_names) | {"freevars"}, path
-        hosts = {
-            name for name in imported(path) if name.split(".")[1:2] and name.split(".")[1] in HOSTS
-        }
+        hosts = {name for name in imported(path) if name.split(".")[1:2] and name.split(".")[1] in HOSTS}
         assert not {name for name in hosts if name.startswith("freevars.")}, path
 
 

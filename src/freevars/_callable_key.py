@@ -69,8 +69,8 @@ class CallableKeys:
         """The key of any object that a function can hold."""
         if (
             x is None
-            or isinstance(x, (bool, int, str, bytes, float, complex))
-            and type(x) in _PLAIN
+            or (isinstance(x, (bool, int, str, bytes, float, complex))
+            and type(x) in _PLAIN)
         ):
             return scalar_key(x)
         known = self._known.get(id(x))
@@ -87,7 +87,7 @@ class CallableKeys:
     def _all(self, xs: Any) -> tuple[Hashable, ...]:
         return tuple(self.of(x) for x in xs)
 
-    def _of_object(self, x: Any) -> Hashable:  # noqa: PLR0911 (one line for each kind of object)
+    def _of_object(self, x: Any) -> Hashable:
         said = self._look(x)
         if said is not None:
             what, value = said
@@ -134,7 +134,7 @@ class CallableKeys:
                 continue
             # Lists and sets in a library's own wrappers are made afresh with them and never change.
             if installed and type(value) in _FROZEN:
-                value = _FROZEN[type(value)](value)  # noqa: PLW2901
+                value = _FROZEN[type(value)](value)
             cells.append(self.of(value))
         extra = {k: v for k, v in fun.__dict__.items() if k != "__wrapped__"}
         return (

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import freevars.jax as fv
-from tests.behaviour import CASES, X, Case, Host
+from tests.behaviour import CASES, Case, Host, X
 
 HOST = Host(jnp, jax.vmap)
 

@@ -1,5 +1,7 @@
 """A Closure as a value: what JAX does with an array, it does with a closure."""
 
+# ruff: noqa: PLW0108 (functions and messages, one a line)
+
 from __future__ import annotations
 
 import operator
@@ -43,7 +45,7 @@ def test_attributes() -> None:
     )
     many_values = [W + i for i in range(6)]
     many = fv.Closure(lambda x: sum(x * w for w in many_values), X)
-    assert repr(many).count("float32") <= 7  # noqa: PLR2004 (short, however much is captured)
+    assert repr(many).count("float32") <= 7
     assert "… 6 in all" in repr(many)
     assert "captures nothing" in repr(fv.Closure(lambda x: x, X))
 

@@ -1,5 +1,7 @@
 """closure_convert: what is hoisted, in which order, of every kind of callable; nothing stale."""
 
+# ruff: noqa: PLW0108 (functions and messages, one a line)
+
 from __future__ import annotations
 
 import functools
@@ -100,7 +102,7 @@ def test_all_hoists_the_same_list_inside_and_outside() -> None:
     jax.grad(outer)(W)
     jax.jit(outer)(W)
     outer(W)
-    assert len(seen[0]) == 3  # noqa: PLR2004
+    assert len(seen[0]) == 3
     assert [[(t.shape, t.dtype) for t in types] for types in seen] == [
         [(t.shape, t.dtype) for t in seen[0]]
     ] * 3
@@ -323,7 +325,7 @@ def test_an_equinox_module() -> None:
     def loss(model, via):
         if via:
             f = fv.Closure(model, X)
-            assert len(f.values) == 4  # noqa: PLR2004
+            assert len(f.values) == 4
             return f(X)
         return model(X)
 
@@ -387,7 +389,7 @@ def test_a_changed_numpy_array_is_seen() -> None:
     fun = lambda x: x * n
     before = fv.Closure(fun, X)
     n[0] = 10.0
-    assert fv.Closure(fun, X)(X)[0] == X[0] * 10  # noqa: PLR2004
+    assert fv.Closure(fun, X)(X)[0] == X[0] * 10
     assert jax.tree.structure(before) == jax.tree.structure(fv.Closure(fun, X))
 
 

@@ -143,8 +143,7 @@ def kind(dtype: Any) -> int:
 
 
 def is_live(tracer: Tracer) -> bool:
-    """Whether the transformation that made a tracer may still be under way. Few say that they have
-    ended; the tracers of the others count as live."""
+    """Whether the transformation that made a tracer is still under way."""
     return bool(tracer._trace.is_valid())  # noqa: SLF001
 
 
