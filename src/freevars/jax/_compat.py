@@ -7,7 +7,6 @@ idea of closure conversion.
 
 from __future__ import annotations
 
-import functools
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -209,7 +208,12 @@ def trace_context() -> Hashable:
     return context[:_AXIS_ENV] + context[_AXIS_ENV + 1 :]
 
 
-_AXIS_ENV = _config.trace_context_names().index("axis_env_state")
+# Its place, which older releases do not tell: there it is the first.
+_AXIS_ENV = (
+    _config.trace_context_names().index("axis_env_state")
+    if hasattr(_config, "trace_context_names")
+    else 0
+)
 
 
 # What a tracer is made of: nothing public tells one kind from another, or looks inside.
@@ -445,8 +449,9 @@ def function_parts(x: Any) -> tuple[Any, ...] | None:
         return (params, x._in_tree, x.out_tree, tuple(x._consts))  # noqa: SLF001
     if isinstance(x, (jax.custom_jvp, jax.custom_vjp)):
         # Its attributes without those that it copied from the function.
-        copied = {"__wrapped__", *vars(functools.update_wrapper(lambda: None, x.fun))}
-        return tuple(sorted((k, v) for k, v in vars(x).items() if k not in copied))
+        copied = getattr(x.fun, "__dict__", {})
+        own = [k for k in vars(x) if not k.startswith("__") and k not in copied]
+        return tuple((k, vars(x)[k]) for k in sorted(own))
     name = getattr(x, "__qualname__", "")
     if name == "_memoize.<locals>.memoized" and x.__module__ == _partial_eval.__name__:
         # Its other cell remembers what was traced so far: a cache, not a meaning.
