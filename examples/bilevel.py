@@ -8,7 +8,6 @@ wide to build the other road, knowing what the company will charge (a gradient t
 """
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 
 import freevars.jax as fv

@@ -103,7 +103,7 @@ def main() -> None:
     def fit(log_reg: Array) -> Array:
         """The weights for these log-regularisers; zeros are scikit-learn's default (C = 1)."""
         ridge = jnp.exp(log_reg) / (2 * n_train)
-        objective = lambda w: logistic_loss(w, train) + ridge @ w[:-1] ** 2  # noqa: E731
+        objective = lambda w: logistic_loss(w, train) + ridge @ w[:-1] ** 2
         return minimize(fv.Closure(objective, start), start)
 
     validation_loss = jax.jit(lambda log_reg: logistic_loss(fit(log_reg), valid))

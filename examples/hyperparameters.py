@@ -70,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=200, help="outer gradient steps")
     parser.add_argument("--rate", type=float, default=100.0, help="outer step size")
-    parser.add_argument("--plot", type=Path, default=Path("out/custom_rule.png"))
+    parser.add_argument("--plot", type=Path, default=Path("out/hyperparameters.png"))
     options = parser.parse_args()
 
     train, valid = load()
