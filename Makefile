@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 PIP = -m pip -qq --disable-pip-version-check
 
-.PHONY: demo demo-torch test bench lint types docs test-newest test-oldest clean
+.PHONY: demo demo-torch examples test bench lint types docs test-newest test-oldest clean
 
 $(READY): pyproject.toml
 	@echo 'Setting up $(VENV), once.' >&2
@@ -19,6 +19,10 @@ demo: $(READY)
 
 demo-torch: $(READY)
 	@$(BIN)/python examples/torch_hyperparameters.py
+
+# Each checks its own result and says so with its exit status.
+examples: $(READY)
+	@for example in examples/*.py; do echo "-- $$example"; $(BIN)/python $$example || exit 1; done
 
 test: $(READY)
 	@$(BIN)/python -m pytest -n auto

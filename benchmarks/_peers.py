@@ -6,6 +6,12 @@ from typing import Any
 
 import jax
 
+
+def installed(name: str) -> bool:
+    """Whether a peer can be imported."""
+    return importlib.util.find_spec(name) is not None
+
+
 # (fun, *example_args) -> something that holds the conversion
 CONVERTERS: dict[str, Callable[..., Any]] = {"jax.closure_convert": jax.closure_convert}
 

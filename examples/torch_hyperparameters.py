@@ -23,7 +23,7 @@ import freevars.torch as fv
 
 
 @fv.argmin
-def minimize(objective, x0: Tensor) -> Tensor:  # noqa: ANN001 (any callable)
+def minimize(objective, x0: Tensor) -> Tensor:
     """The minimiser of a smooth, strictly convex objective, by a damped Newton method."""
     x = x0
     for _ in range(50):
