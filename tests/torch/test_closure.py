@@ -7,7 +7,7 @@ from typing import Any
 import optree
 import pytest
 import torch
-from explicit import fresh, same
+from tests.torch.explicit import fresh, same
 from torch import Tensor, nn
 
 from freevars.torch import CaptureError, Closure, StructureError

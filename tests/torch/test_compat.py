@@ -13,6 +13,7 @@ def test_self_test() -> None:
 
 
 def test_self_test_says_what_broke(monkeypatch) -> None:
+    _compat.install_hooks()
     raw = torch._functorch.vmap._add_batch_dim
     monkeypatch.setattr(torch._functorch.vmap, "_add_batch_dim", raw.__wrapped__)
     (line,) = _compat.self_test()
@@ -28,6 +29,7 @@ def test_hooks_do_nothing_without_a_watch() -> None:
 
 
 def test_hooks_are_installed_once() -> None:
+    _compat.install_hooks()
     raw = torch._functorch.vmap._add_batch_dim
     _compat.install_hooks()
     assert torch._functorch.vmap._add_batch_dim is raw

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from explicit import check, derivatives, fresh, same
+from tests.torch.explicit import check, derivatives, fresh, same
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from explicit import fresh, same
+from tests.torch.explicit import fresh, same
 from torch import Tensor, nn
 
 from freevars.torch import Closure, argmin, closure_convert, fixed_point, root

@@ -4,7 +4,7 @@ from typing import Any
 
 import hypothesis.strategies as st
 import torch
-from explicit import derivatives, same
+from tests.torch.explicit import derivatives, same
 from hypothesis import given, settings
 from torch import Tensor
 
