@@ -92,8 +92,8 @@ class Closure(Generic[R]):
     def captures(self) -> CaptureReport:
         """What is captured, with names; made anew each time, by tracing the function once more.
 
-        A closure that came out of a transformation no longer knows its Python function, and so has
-        types and lines but no names.
+        A closure that came out of a transformation no longer knows its Python function. It has types
+        but no names, and the lines are those of the first function that had its structure.
         """
         from freevars.jax._captures import captures_of  # noqa: PLC0415 (used by few, and above)
 
