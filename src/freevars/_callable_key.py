@@ -125,7 +125,7 @@ class CallableKeys:
         if installed and fun.__closure__ is None:
             return Same(fun)
         self.foreign |= not installed
-        cells = []
+        cells: list[Hashable] = []
         for cell in fun.__closure__ or ():
             try:
                 value = cell.cell_contents

@@ -151,7 +151,7 @@ def kind(dtype: Any) -> int:
     return next((i for i, k in enumerate(kinds) if jax.dtypes.issubdtype(dtype, k)), len(kinds))
 
 
-def is_live(tracer: Tracer) -> bool:
+def is_live(tracer: Any) -> bool:
     """Whether the transformation that made a tracer is still under way."""
     return bool(tracer._trace.is_valid())  # noqa: SLF001
 
@@ -460,7 +460,7 @@ def function_parts(x: Any) -> tuple[Any, ...] | None:
 
 
 # Compared by value: two that are equal mean the same.
-VALUES: tuple[type, ...] = (
+VALUES: Any = (
     _core.AbstractValue,
     jax.tree_util.PyTreeDef,
     jax.sharding.Mesh,

@@ -99,7 +99,7 @@ def prepare(
     tags = lx.positive_semidefinite_tag if symmetric else frozenset()
 
     def solve(apply: MatVec, b: Vector) -> Vector:
-        struct = jax.ShapeDtypeStruct(b.shape, b.dtype)  # type: ignore[no-untyped-call]
+        struct = jax.ShapeDtypeStruct(b.shape, b.dtype)
         operator = lx.FunctionLinearOperator(apply, struct, tags)
         return solver.compute(solver.init(operator, {}), b, {})[0]
 
@@ -240,7 +240,7 @@ def _probe(example: Vector, seed: int) -> Vector:
 def _lineax() -> Any:
     try:
         # An extra: importing freevars.jax needs only JAX.
-        import lineax  # type: ignore[import-untyped] # noqa: PLC0415
+        import lineax
     except ImportError as error:
         msg = (
             "the linear system of an implicit derivative is solved by lineax:"

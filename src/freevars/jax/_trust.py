@@ -31,7 +31,7 @@ def least_rcond(n: int, dtype: Any) -> float:
 
 
 def _eps(dtype: Any) -> float:
-    return float(jnp.finfo(dtype).eps)  # type: ignore[no-untyped-call]
+    return float(jnp.finfo(dtype).eps)
 
 
 class Evidence(NamedTuple):

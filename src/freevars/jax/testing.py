@@ -102,7 +102,7 @@ def check_rule(
 
     dtypes = [jax.eval_shape(number, leaves).dtype, *(v.direction.dtype for v in values)]
     if step is None:
-        step = max(float(jnp.finfo(d).eps) for d in dtypes) ** (1 / 3)  # type: ignore[no-untyped-call]
+        step = max(float(jnp.finfo(d).eps) for d in dtypes) ** (1 / 3)
     rtol = 4 * step if rtol is None else rtol
     accepted = _Accepted(step, rtol, rtol if atol is None else atol)
     _compare(number, leaves, values, f"{solver.__name__}: the derivative", accepted)
