@@ -93,7 +93,9 @@ def both(
 ) -> dict[str, Timed]:
     """The explicit function, and the conversion of the closure over the same values."""
     converted, hoisted = closure_convert(lambda x: explicit(x, *values), x)
-    assert len(hoisted) == len(values)
+    if len(hoisted) != len(values):
+        message = "the conversion did not find every captured value"
+        raise RuntimeError(message)
 
     def run(fun: Any, given: Any) -> Timed:
         def timed() -> Any:

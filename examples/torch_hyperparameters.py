@@ -2,10 +2,10 @@
 
     python examples/torch_hyperparameters.py
 
-The inner problem fits a linear softmax classifier to scikit-learn's digits, read batch by batch from a
-DataLoader. The outer problem moves the 64 regularisers so that the fitted classifier does well on
-validation data. `fv.argmin` finds what the objective captured and carries the gradient through the
-solver, which knows nothing of it.
+The inner problem fits a linear softmax classifier to scikit-learn's digits, read batch by batch
+from a DataLoader. The outer problem moves the 64 regularisers so that the fitted classifier does
+well on validation data. `fv.argmin` finds what the objective captured and carries the gradient
+through the solver, which knows nothing of it.
 """
 
 import argparse
@@ -32,13 +32,13 @@ def minimize(objective, x0: Tensor) -> Tensor:
         curvature = torch.autograd.functional.hessian(objective, x, vectorize=True)
         curvature = curvature.reshape(len(slope), len(slope))
         step = torch.linalg.solve(curvature, slope)
-        size = 1.0
-        if slope @ step < 1e-20:
-            break
-        while size > 1e-3 and objective(x - size * step.view_as(x)) > objective(x):
+        size, height = 1.0, objective(x) + 1e-12  # rounding hides any fall near the minimum
+        while size > 1e-3 and objective(x - size * step.view_as(x)) > height:
             size /= 2
         x = x - size * step.view_as(x)
-    return x
+        if slope @ step < 1e-16:  # the next step would change nothing that can be seen
+            break
+    return x.detach()
 
 
 def load(n_train: int) -> tuple[DataLoader, tuple[Tensor, Tensor]]:

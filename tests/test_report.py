@@ -189,6 +189,15 @@ def test_describe() -> None:
     assert "\n" not in describe(CapturedValue(names=("a\nb",)))
 
 
+def test_a_value_that_is_kept_says_why() -> None:
+    value = CapturedValue(names=("w",), paths=("f.__closure__['w']",), policy="held by a rule")
+    report = CaptureReport(fun="f", values=(value, dataclasses.replace(value, policy="traced")))
+    assert str(report).count("kept") == 1
+    assert "    kept  held by a rule" in str(report)
+    assert report._repr_html_().count("held by a rule") == 1
+    assert describe(value).startswith("w ([] at f.__closure__['w']")
+
+
 def test_plain_data() -> None:
     data = json.loads(json.dumps(example().to_dict()))
     assert data["fun"] == "objective"

@@ -1,5 +1,6 @@
 """The small scripts of the gate."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -67,3 +68,20 @@ def test_check_docs_fails_a_bad_page(tmp_path: Path, bad: str, shown: str) -> No
     done = run("check_docs.py", page)
     assert done.returncode == 1
     assert shown in done.stdout + done.stderr
+
+
+def test_the_readme_shows_the_report_of_today(monkeypatch: pytest.MonkeyPatch) -> None:
+    for needed in ("jax", "sklearn", "matplotlib", "tqdm"):
+        pytest.importorskip(needed)
+    command = (
+        "import show_report as s; print(s.readme(str(s.report())) == open('README.md').read())"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(TOOLS), prepend=os.pathsep)
+    shown = subprocess.run(
+        [sys.executable, "-c", command],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=TOOLS.parent,
+    )
+    assert shown.stdout.strip() == "True", "run: python tools/show_report.py --readme"

@@ -67,7 +67,11 @@ class CallableKeys:
 
     def of(self, x: Any) -> Hashable:
         """The key of any object that a function can hold."""
-        if x is None or isinstance(x, (bool, int, str, bytes, float, complex)) and type(x) in _PLAIN:
+        if (
+            x is None
+            or (isinstance(x, (bool, int, str, bytes, float, complex))
+            and type(x) in _PLAIN)
+        ):
             return scalar_key(x)
         known = self._known.get(id(x))
         if known is not None:
@@ -83,7 +87,7 @@ class CallableKeys:
     def _all(self, xs: Any) -> tuple[Hashable, ...]:
         return tuple(self.of(x) for x in xs)
 
-    def _of_object(self, x: Any) -> Hashable:  # noqa: PLR0911 (one line for each kind of object)
+    def _of_object(self, x: Any) -> Hashable:
         said = self._look(x)
         if said is not None:
             what, value = said
@@ -128,8 +132,10 @@ class CallableKeys:
             except ValueError:  # a cell that is still empty
                 cells.append(Same(cell))
                 continue
-            # The lists of a library's own wrappers are made afresh with them and never change.
-            cells.append(self.of(tuple(value) if installed and type(value) is list else value))
+            # Lists and sets in a library's own wrappers are made afresh with them and never change.
+            if installed and type(value) in _FROZEN:
+                value = _FROZEN[type(value)](value)
+            cells.append(self.of(value))
         extra = {k: v for k, v in fun.__dict__.items() if k != "__wrapped__"}
         return (
             fun.__code__,
@@ -155,6 +161,7 @@ class CallableKeys:
         return tuple(found)
 
 
+_FROZEN: dict[type, Callable[[Any], Any]] = {list: tuple, set: frozenset}
 _PLAIN = (bool, int, str, bytes, float, complex)
 
 

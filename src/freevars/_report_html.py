@@ -105,7 +105,8 @@ def _row(value: "CapturedValue", most: int, *, show_device: bool) -> str:
     traced = [_badge(by, "traced") for by in value.traced_by] or [_badge("concrete", "concrete")]
     flows = _badge("flows", "flows") if value.differentiable else '<span class="fvr-no">none</span>'
     policy = f' <span class="fvr-no">{_text(value.policy)}</span>' if value.policy else ""
-    hoisted = f"yes{policy}" if value.hoisted else '<span class="fvr-no">no</span>'
+    reason = policy if " " in value.policy else ""  # in words, for one that is kept
+    hoisted = f"yes{policy}" if value.hoisted else f'<span class="fvr-no">no</span>{reason}'
     cells = (
         f'<code class="fvr-name">{_text(value.name)}</code>{aliases}{path}{_sites(value)}',
         f"<code>{_text(value.type_text)}</code>{device}",

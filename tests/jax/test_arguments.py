@@ -1,5 +1,7 @@
 """Example arguments: any pytree, static leaves, and what a call may bring in their place."""
 
+# ruff: noqa: PLC3002 (functions and messages, one a line)
+
 from __future__ import annotations
 
 import dataclasses
@@ -105,7 +107,9 @@ def test_a_static_leaf_is_seen_as_it_is(static) -> None:
 
     for f in both(fun, X, static):
         np.testing.assert_array_equal(f(X, static), X * W)
-        with pytest.raises(StructureError, match=r"args\[1\] does not match the example.*static leaf"):
+        with pytest.raises(
+            StructureError, match=r"args\[1\] does not match the example.*static leaf"
+        ):
             f(X, "another")
         with pytest.raises(StructureError, match=r"args\[1\].*static leaf .*got float32\[3\]"):
             f(X, X)
@@ -126,7 +130,9 @@ def test_static_leaves_deep_in_the_arguments() -> None:
 
     for f in both(fun, *args):
         np.testing.assert_array_equal(f(*args), jnp.sin(X) * W)
-        with pytest.raises(StructureError, match=r"args\[1\]\[0\].*expected the static leaf <Colour.RED"):
+        with pytest.raises(
+            StructureError, match=r"args\[1\]\[0\].*expected the static leaf <Colour.RED"
+        ):
             f(args[0], [Colour.BLUE, (W, "s")])
         with pytest.raises(StructureError, match=r"args\[0\]\['f'\].*static leaf"):
             f({**args[0], "f": jnp.cos}, args[1])
@@ -143,7 +149,7 @@ def test_results_that_are_not_arrays() -> None:
         assert result["colour"] is Colour.RED
         assert result["f"] is jnp.sin
         assert result["none"] is None
-        assert result["n"] == 3  # noqa: PLR2004
+        assert result["n"] == 3
         inside = []
         jax.jit(lambda x: inside.append(f(x)) or x)(X)
         assert inside[0]["colour"] is Colour.RED
@@ -226,7 +232,7 @@ def test_mean_of_another_length_is_refused() -> None:
 def test_python_numbers_fit_scalars_of_their_kind() -> None:
     for example in (1.0, jnp.float32(1), jnp.bfloat16(1)):
         for f in both(lambda x: x * 2, example):
-            assert f(3.0) == 6.0  # noqa: PLR2004
+            assert f(3.0) == 6.0
             assert f(3.0).dtype == (jnp.asarray(example) * 2).dtype
     for f in both(lambda x: x * 2, jnp.int8(1)):
         assert f(3).dtype == jnp.int8
@@ -237,10 +243,12 @@ def test_python_numbers_fit_scalars_of_their_kind() -> None:
 def test_weak_types_are_respected() -> None:
     for f in both(lambda x: x * jnp.bfloat16(2), 1.0):
         assert f(3.0).dtype == jnp.bfloat16
-        with pytest.raises(StructureError, match=r"expected weak float32\[\], got float32\[\].*number"):
+        with pytest.raises(
+            StructureError, match=r"expected weak float32\[\], got float32\[\].*number"
+        ):
             f(jnp.float32(3))  # would give float32
     for f in both(lambda x: x * jnp.float32(2), 1.0):
-        assert f(jnp.float32(3)) == 6.0  # noqa: PLR2004 (the same number either way)
+        assert f(jnp.float32(3)) == 6.0
 
 
 def test_a_weak_result_stays_weak() -> None:

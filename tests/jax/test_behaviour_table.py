@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import freevars.jax as fv
-from tests.behaviour import CASES, X, Case, Host
+from tests.behaviour import CASES, Case, Host, X
 
 HOST = Host(jnp, jax.vmap)
 
@@ -56,7 +56,9 @@ def closure(fun, *args):
 
 def nested(fun, *args):
     """A closure inside the other conversion, inside itself."""
-    return closure(lambda *inner: traced(lambda *innermost: closure(fun, *innermost), *inner), *args)
+    return closure(
+        lambda *inner: traced(lambda *innermost: closure(fun, *innermost), *inner), *args
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -288,7 +290,7 @@ THROUGH = [
     checkpoint_closure,
     scan_xs,
 ]
-SOME = [value, jit_grad, vmap_grad, jvp]
+SOME = [jit_grad, vmap_grad, jvp]
 # JAX has no forward rule for a `custom_vjp` and no reverse rule for a `while_loop`.
 NO_FORWARD = {custom_vjp_trailing, custom_vjp_closure}
 

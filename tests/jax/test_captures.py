@@ -169,7 +169,6 @@ def vmapped(f: Any) -> Any:
         (jax.jit, 1.0, ("jit",), True),
         (jax.vmap, np.ones(3, np.float32), ("vmap",), True),
         (lambda f: lambda w: jax.jvp(f, (w,), (w,)), 1.0, ("jvp",), True),
-        (lambda f: lambda w: jax.linearize(f, w), 1.0, ("jvp",), True),
         (lambda f: jax.jit(jax.grad(f)), 1.0, ("jit", "grad"), True),
         (lambda f: jax.grad(jax.jit(f)), 1.0, ("jit",), True),
         (lambda f: jax.grad(vmapped(f)), np.ones(3, np.float32), ("grad", "vmap"), True),

@@ -1,5 +1,7 @@
 """A Closure as a value: what JAX does with an array, it does with a closure."""
 
+# ruff: noqa: PLW0108 (functions and messages, one a line)
+
 from __future__ import annotations
 
 import operator
@@ -43,7 +45,7 @@ def test_attributes() -> None:
     )
     many_values = [W + i for i in range(6)]
     many = fv.Closure(lambda x: sum(x * w for w in many_values), X)
-    assert repr(many).count("float32") <= 7  # noqa: PLR2004 (short, however much is captured)
+    assert repr(many).count("float32") <= 7
     assert "… 6 in all" in repr(many)
     assert "captures nothing" in repr(fv.Closure(lambda x: x, X))
 
@@ -206,7 +208,9 @@ def test_one_dispatch_compiled_once_per_structure() -> None:
 
 def test_a_closure_does_not_fit_a_solver_of_other_types() -> None:
     f = make(W)
-    with pytest.raises(StructureError, match=r"args\[0\] .*expected float32\[3\], got float32\[2\]"):
+    with pytest.raises(
+        StructureError, match=r"args\[0\] .*expected float32\[3\], got float32\[2\]"
+    ):
         jax.jit(lambda f, x: f(x))(f, X[:2])
 
 
@@ -231,7 +235,9 @@ def test_pickle_where_the_function_does() -> None:
 
 
 def test_pickle_refuses_what_has_no_function() -> None:
-    with pytest.raises(pickle.PicklingError, match="came out of a transformation.*Pickle the closure"):
+    with pytest.raises(
+        pickle.PicklingError, match="came out of a transformation.*Pickle the closure"
+    ):
         pickle.dumps(jax.tree.map(lambda v: v, make(W)))
 
 

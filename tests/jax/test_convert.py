@@ -1,5 +1,7 @@
 """closure_convert: what is hoisted, in which order, of every kind of callable; nothing stale."""
 
+# ruff: noqa: PLW0108 (functions and messages, one a line)
+
 from __future__ import annotations
 
 import functools
@@ -100,7 +102,7 @@ def test_all_hoists_the_same_list_inside_and_outside() -> None:
     jax.grad(outer)(W)
     jax.jit(outer)(W)
     outer(W)
-    assert len(seen[0]) == 3  # noqa: PLR2004
+    assert len(seen[0]) == 3
     assert [[(t.shape, t.dtype) for t in types] for types in seen] == [
         [(t.shape, t.dtype) for t in seen[0]]
     ] * 3
@@ -323,7 +325,7 @@ def test_an_equinox_module() -> None:
     def loss(model, via):
         if via:
             f = fv.Closure(model, X)
-            assert len(f.values) == 4  # noqa: PLR2004
+            assert len(f.values) == 4
             return f(X)
         return model(X)
 
@@ -387,7 +389,7 @@ def test_a_changed_numpy_array_is_seen() -> None:
     fun = lambda x: x * n
     before = fv.Closure(fun, X)
     n[0] = 10.0
-    assert fv.Closure(fun, X)(X)[0] == X[0] * 10  # noqa: PLR2004
+    assert fv.Closure(fun, X)(X)[0] == X[0] * 10
     assert jax.tree.structure(before) == jax.tree.structure(fv.Closure(fun, X))
 
 
@@ -444,9 +446,13 @@ def test_the_number_of_hoisted_values() -> None:
 
 def test_the_type_of_a_hoisted_value() -> None:
     f, _ = fv.closure_convert(lambda x: x * W, X, hoist="all")
-    with pytest.raises(TypeError, match=r"captured value 0 .*expected float32\[3\], got float32\[2\]"):
+    with pytest.raises(
+        TypeError, match=r"captured value 0 .*expected float32\[3\], got float32\[2\]"
+    ):
         f(X, W[:2])
-    with pytest.raises(TypeError, match=r"captured value 0 .*expected float32\[3\], got int32\[3\]"):
+    with pytest.raises(
+        TypeError, match=r"captured value 0 .*expected float32\[3\], got int32\[3\]"
+    ):
         f(X, jnp.arange(3))
     with pytest.raises(TypeError, match=r"captured value 0 .*expected float32\[3\], got 'w'"):
         f(X, "w")
@@ -549,7 +555,8 @@ def test_a_concrete_array_that_a_rule_holds_is_a_constant() -> None:
     assert f.constants[0] is W
     np.testing.assert_array_equal(jax.jit(lambda f: f(X))(f), jnp.sin(X) * W)
     np.testing.assert_array_equal(
-        jax.grad(lambda x: jnp.sum(f(x)))(X), jax.grad(lambda x: jnp.sum(rule_capturing(W)(x) * W))(X)
+        jax.grad(lambda x: jnp.sum(f(x)))(X),
+        jax.grad(lambda x: jnp.sum(rule_capturing(W)(x) * W))(X),
     )
     assert "1 held constant" in repr(f)
 
@@ -562,6 +569,11 @@ def test_a_traced_value_that_a_rule_holds_is_refused() -> None:
         jax.grad(outer)(W)
     with pytest.raises(CaptureError, match="Pass the value to the function that has the rule"):
         jax.jit(outer)(W)
+
+
+def test_an_argument_that_a_rule_holds_is_refused() -> None:
+    with pytest.raises(CaptureError, match="Pass the value to the function that has the rule"):
+        fv.Closure(lambda x: rule_capturing(x)(W), X)
 
 
 def test_a_callback_that_holds_an_array() -> None:

@@ -73,7 +73,7 @@ def test_traced_integers_in_a_scan() -> None:
         return total + converted(2.0, *hoisted), None
 
     total, _ = jax.lax.scan(step, 0.0, jnp.arange(4))
-    assert total == 12.0  # noqa: PLR2004
+    assert total == 12.0
 
 
 def test_another_structure_is_refused() -> None:

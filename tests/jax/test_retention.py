@@ -75,8 +75,8 @@ def test_two_hundred_conversions_leave_memory_where_it_was(way) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     kept, live = map(float, done.stdout.split())
-    assert kept < 10, "MiB kept, of 800 that went through"  # noqa: PLR2004
-    assert live < 100, "bytes: nothing but x"  # noqa: PLR2004
+    assert kept < 20, "MiB kept, of 800 that went through"
+    assert live < 100, "bytes: nothing but x"
 
 
 class Function:

@@ -4,6 +4,8 @@ Every pair that must be unequal is also called through one jitted function, beca
 wrong equality would give a wrong number.
 """
 
+# ruff: noqa: B023, E501, PLC3002, PLW0108 (a table of functions, one a line)
+
 from __future__ import annotations
 
 import functools
@@ -165,7 +167,9 @@ def test_closures_that_differ_are_unequal(name) -> None:
         result = f(x)
         floats = [r for r in jax.tree.leaves(result) if isinstance(r, jax.Array)]
         try:
-            total = lambda x: sum(jnp.sum(r) for r in jax.tree.leaves(f(x)) if isinstance(r, jax.Array))
+            total = lambda x: sum(
+                jnp.sum(r) for r in jax.tree.leaves(f(x)) if isinstance(r, jax.Array)
+            )
             return floats, jax.grad(total)(x)
         except ValueError as error:
             assert "callback" in str(error)  # noqa: PT017 (a callback has no derivative)
@@ -191,8 +195,10 @@ def test_numpy_arrays_are_values_however_deep() -> None:
 
 
 def test_true_one_and_one_point_zero_differ() -> None:
-    structures = {structure((lambda n: lambda x: x * n)(n), jnp.int32(3)) for n in (True, 1, 1.0, 1j)}
-    assert len(structures) >= 3  # noqa: PLR2004 (True * int is 1 * int, by JAX's promotion)
+    structures = {
+        structure((lambda n: lambda x: x * n)(n), jnp.int32(3)) for n in (True, 1, 1.0, 1j)
+    }
+    assert len(structures) >= 3
 
 
 def test_nan_equals_itself_and_its_bits_count() -> None:
@@ -276,9 +282,7 @@ def module_nondiff(fun, x):
     return fun(x)
 
 
-module_nondiff.defvjp(
-    lambda fun, x: (fun(x), x), lambda fun, x, ct: jax.vjp(fun, x)[1](ct)
-)
+module_nondiff.defvjp(lambda fun, x: (fun(x), x), lambda fun, x, ct: jax.vjp(fun, x)[1](ct))
 
 
 @partial(jax.jit, static_argnums=(1,))
@@ -333,7 +337,12 @@ def _custom_root(w):
 def _linear_solve(w):
     def fun(x):
         matvec = lambda v: SQUARE @ v
-        return lax.custom_linear_solve(matvec, x * w, lambda mv, b: jnp.linalg.solve(SQUARE, b), lambda mv, b: jnp.linalg.solve(SQUARE.T, b))
+        return lax.custom_linear_solve(
+            matvec,
+            x * w,
+            lambda mv, b: jnp.linalg.solve(SQUARE, b),
+            lambda mv, b: jnp.linalg.solve(SQUARE.T, b),
+        )
 
     return fun
 
@@ -442,7 +451,7 @@ def test_one_compilation_for_all_fresh_lambdas() -> None:
             w = jnp.full(3, float(k))
             root = newton(fv.Closure(lambda x: jax.nn.softplus(x) - w, X), X)
             np.testing.assert_allclose(root, jnp.log(jnp.expm1(w)), rtol=1e-5)
-            if k == 2:  # noqa: PLR2004
+            if k == 2:
                 first = len([e for e in events if "backend_compile" in e])
                 assert first > 0
                 for j in (2.0, 3.0):  # what the loop itself compiles

@@ -1,11 +1,13 @@
 """A Closure is a value: callable, a pytree, an argument of every torch.func transform."""
 
+import gc
+import weakref
 from typing import Any
 
 import optree
 import pytest
 import torch
-from explicit import fresh, same
+from tests.torch.explicit import fresh, same
 from torch import Tensor, nn
 
 from freevars.torch import CaptureError, Closure, StructureError
@@ -115,7 +117,7 @@ def test_modules() -> None:
 def test_errors_are_those_of_the_conversion() -> None:
     w = fresh(3)
     with pytest.raises(CaptureError, match="in place"):
-        Closure(lambda x: w.data.add_(x), fresh(3))
+        Closure(lambda x: w.data.add_(x), fresh(3))  # noqa: PLW0108 (a lambda around it is the case)
 
 
 class Scaled(torch.autograd.Function):
@@ -147,3 +149,16 @@ def test_through_a_custom_function() -> None:
     c = Closure(lambda x: (x * w).sin().sum(), x)
     (g,) = torch.autograd.grad(Scaled.apply(c, x, *c.values), w)
     same(g, (x * w).cos() * x / 2)
+
+
+def test_nothing_is_retained() -> None:
+    gc.disable()
+    try:
+        x = fresh(3, grad=False)
+        c, w, v = make(x)
+        c(x)
+        refs = [weakref.ref(t) for t in (w, v, c)]
+        del c, w, v
+        assert [r() for r in refs] == [None, None, None]
+    finally:
+        gc.enable()

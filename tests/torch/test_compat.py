@@ -1,5 +1,8 @@
 """The private touch points of PyTorch: each works, and the self-test notices when one does not."""
 
+import subprocess
+import sys
+
 import torch
 
 from freevars.torch import _compat
@@ -10,6 +13,7 @@ def test_self_test() -> None:
 
 
 def test_self_test_says_what_broke(monkeypatch) -> None:
+    _compat.install_hooks()
     raw = torch._functorch.vmap._add_batch_dim
     monkeypatch.setattr(torch._functorch.vmap, "_add_batch_dim", raw.__wrapped__)
     (line,) = _compat.self_test()
@@ -25,6 +29,19 @@ def test_hooks_do_nothing_without_a_watch() -> None:
 
 
 def test_hooks_are_installed_once() -> None:
+    _compat.install_hooks()
     raw = torch._functorch.vmap._add_batch_dim
     _compat.install_hooks()
     assert torch._functorch.vmap._add_batch_dim is raw
+
+
+def test_nothing_here_imports_the_compiler() -> None:
+    code = (
+        "import sys, torch, freevars.torch as fv\n"
+        "w = torch.ones(2, requires_grad=True)\n"
+        "c, h = fv.closure_convert(lambda x: x * w, w)\n"
+        "c(w, *h).sum().backward()\n"
+        "print('torch._dynamo' in sys.modules)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "False"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from explicit import check, derivatives, fresh, same
+from tests.torch.explicit import check, derivatives, fresh, same
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -141,7 +141,7 @@ CASES: dict[str, tuple[Any, int, int]] = {  # function, captured values, derivat
     "sparse": (sparse, 1, 1),
     "checkpoint": (checkpointed, 1, 2),
     "hook": (hook, 1, 1),
-    "custom Function": (lambda x, w: Square.apply(x, w), 1, 2),
+    "custom Function": (lambda x, w: Square.apply(x, w), 1, 2),  # noqa: PLW0108 (a lambda around it is the case)
     "custom Function, prebound": (lambda x, w: PREBOUND(w, x) * w, 1, 2),
     "custom Function of torch.func": (lambda x, w: Cube.apply(x * w) + Cube.apply(w), 1, 2),
     "func.grad": (lambda x, w: torch.func.grad(lambda z: (z**3 * w).sum())(x), 1, 2),
@@ -579,7 +579,7 @@ def test_compiled_callee_and_compile_around() -> None:
     same(callee(x), expected)
     assert count == 1
 
-    plain, values = closure_convert(lambda x: (x * w).sin(), x)
+    plain, _ = closure_convert(lambda x: (x * w).sin(), x)
     around = torch.compile(lambda x, w: plain(x * 2, w) + 1, backend=backend)
     same(
         derivatives(around, [x, other], 1),
@@ -624,7 +624,7 @@ def test_nested_conversion_sees_what_the_outer_call_gives() -> None:
         converted, hoisted = closure_convert(lambda y: y * w, x)
         return converted(x, *hoisted) if hoisted else x * w
 
-    converted, hoisted = closure_convert(outer, x, hoist="all")
+    converted, _ = closure_convert(outer, x, hoist="all")
     same(torch.func.grad(lambda w: converted(x, w).sum())(w), x)
 
 
@@ -658,7 +658,7 @@ def test_nothing_is_retained() -> None:
     gc.disable()
     try:
         w = fresh(3)
-        fun = lambda x: (x * w).sin()
+        fun = lambda x: (x * w).sin()  # noqa: F821 (deleted below)
         converted, hoisted = closure_convert(fun, fresh(3))
         converted(fresh(3), *hoisted).sum().backward()
         tensor, function = weakref.ref(w), weakref.ref(fun)
@@ -722,3 +722,10 @@ def test_constants_in_slices_and_keywords() -> None:
     converted, hoisted = closure_convert(lambda x: x[start:] * table["w"][start:], x, hoist="all")
     assert [h.data_ptr() for h in hoisted] == [start.data_ptr(), table["w"].data_ptr()]
     same(converted(x, torch.tensor(2), hoisted[1]), x[2:] * table["w"][2:])
+
+
+def test_metadata_of_an_alias_may_be_written() -> None:
+    def explicit(x: Tensor, w: Tensor) -> Tensor:
+        return w.detach().unsqueeze_(0).t_().squeeze_() * x.detach().unsqueeze_(0) * w
+
+    check(explicit, [fresh(3)], [fresh(3)], order=1)

@@ -1,5 +1,6 @@
 """Never silent: every way to lose a derivative is refused with an error that names the value."""
 
+import dataclasses
 import subprocess
 import sys
 import warnings
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from explicit import fresh, same
+from tests.torch.explicit import fresh, same
 from torch import Tensor, nn
 
 from freevars.torch import CaptureError, StructureError, closure_convert
@@ -139,7 +140,7 @@ def test_writing_in_place_is_refused_before_the_write(name: str) -> None:
     assert torch.equal(x, before_x)
 
 
-@pytest.mark.parametrize("name", ["item", "augmented", "out", "foreach"])
+@pytest.mark.parametrize("name", sorted(writers()))
 def test_writing_in_a_later_call_is_refused_before_the_write(name: str) -> None:
     write = writers()[name]
     w, x = fresh(3), fresh(3, grad=False)
@@ -213,7 +214,7 @@ def test_torchscript() -> None:
     net = scripted(nn.Linear(3, 3).double())
     x = fresh(3)
     with pytest.raises(CaptureError, match="below it"):
-        closure_convert(lambda x: net(x), x)
+        closure_convert(lambda x: net(x), x)  # noqa: PLW0108 (a lambda around it is the case)
     # Also where the same tensor is read through the Python API too.
     with pytest.raises(CaptureError, match="below it"):
         closure_convert(lambda x: net(x) + net.weight.sum(), x)
@@ -225,8 +226,29 @@ def test_torchscript() -> None:
         converted(torch.ones(3, dtype=torch.float64))
     for p in net.parameters():
         p.requires_grad_(False)
-    converted, hoisted = closure_convert(lambda x: net(x), x)  # constants
+    converted, hoisted = closure_convert(lambda x: net(x), x)  # constants  # noqa: PLW0108 (a lambda around it is the case)
     same(converted(x, *hoisted), net(x))
+
+
+@dataclasses.dataclass
+class Result:
+    value: Any
+
+
+def test_returned_where_it_cannot_be_replaced() -> None:
+    w, x = fresh(3), fresh(3)
+    with pytest.raises(
+        CaptureError, match=r"w \(float64\[3\]\) inside a Result \(at self.value\['w'\]\)"
+    ):
+        closure_convert(lambda x: Result({"w": w}), x)
+    with pytest.raises(CaptureError, match="inside a function"):
+        closure_convert(lambda x: lambda: x * w, x)
+    late = False
+    converted, hoisted = closure_convert(lambda x: (x * w, Result(w if late else x * w)), x)
+    assert isinstance(converted(x, *hoisted)[1], Result)
+    late = True
+    with pytest.raises(CaptureError, match="inside a Result"):
+        converted(x, *hoisted)
 
 
 def test_higher_order_operators() -> None:
@@ -266,8 +288,8 @@ def test_backward_inside(call: Any) -> None:
 def test_randomness_refused() -> None:
     with pytest.raises(CaptureError, match=r"rng='error'.*test_convert_errors"):
         closure_convert(lambda x: x + torch.randn(3), torch.zeros(3), rng="error")
-    with pytest.raises(CaptureError, match="dropout|bernoulli"):
-        closure_convert(lambda x: nn.functional.dropout(x), torch.zeros(3), rng="error")
+    with pytest.raises(CaptureError, match=r"dropout|bernoulli"):
+        closure_convert(lambda x: nn.functional.dropout(x), torch.zeros(3), rng="error")  # noqa: PLW0108 (a lambda around it is the case)
 
 
 def test_a_refusal_cannot_be_swallowed() -> None:
@@ -380,6 +402,6 @@ def test_options() -> None:
 
 
 def test_without_pytorch() -> None:
-    code = "import sys; sys.modules['torch'] = None\ntry:\n import freevars.torch\nexcept ImportError as e: print(e)"
+    code = "import sys; sys.modules['torch'] = None\ntry:\n import freevars.torch\nexcept ImportError as e: print(e)"  # noqa: E501
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pip install 'freevars[torch]'" in shown.stdout

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from explicit import fresh, same
+from tests.torch.explicit import fresh, same
 from torch import Tensor, nn
 
 from freevars.torch import Closure, argmin, closure_convert, fixed_point, root
@@ -112,7 +112,7 @@ def test_xitorch() -> None:
 
     @root
     def solve(fun: Any, x0: Tensor) -> Tensor:
-        return optimize.rootfinder(lambda y: fun(y), x0, f_tol=1e-12)
+        return optimize.rootfinder(lambda y: fun(y), x0, f_tol=1e-12)  # noqa: PLW0108 (it takes functions only)
 
     close(torch.autograd.grad(solve(residual, x0).sum(), w), [theirs])
     # The same call with the plain closure loses it.

@@ -1,12 +1,14 @@
 """`argmin`, `root`, `fixed_point`: the derivative of a solution, whatever solver found it."""
 
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
 import pytest
 import scipy.optimize
 import torch
-from explicit import fresh, same
+from tests.torch.explicit import fresh, same
 from torch import Tensor, nn
 
 from freevars.torch import (
@@ -245,6 +247,20 @@ def test_the_callers_grad_is_left_alone() -> None:
     close(got, torch.autograd.grad(net(data).mean(), list(net.parameters())))
 
 
+def test_nothing_is_retained() -> None:
+    gc.disable()
+    try:
+        big = torch.ones(1000, dtype=F64, requires_grad=True)
+        x = by_scipy(lambda x: ((x - big.mean()) ** 2).sum(), torch.zeros(2, dtype=F64))  # noqa: F821 (deleted below)
+        torch.autograd.grad(x.sum(), big)
+        tensor, solution = weakref.ref(big), weakref.ref(x)
+        del big, x
+        assert solution() is None
+        assert tensor() is None
+    finally:
+        gc.enable()
+
+
 # --- structures
 
 
@@ -356,7 +372,7 @@ def test_not_converged() -> None:
     assert torch.isnan(torch.autograd.grad(x.sum(), a)[0]).all()
     x = argmin(lazy.__wrapped__, check=False)(objective, far)
     close(torch.autograd.grad(x.sum(), a), [torch.ones(3, dtype=F64)])
-    with pytest.raises(NotASolutionError, match="did not converge"):
+    with pytest.raises(NotASolutionError, match="did not converge"):  # noqa: PT012
         n = 150
         w = torch.ones(n, dtype=F64, requires_grad=True)
         x = root(lazy.__wrapped__)(lambda x: x - w, torch.zeros(n, dtype=F64))
@@ -402,7 +418,7 @@ def test_singular_without_a_matrix() -> None:
 
 def test_wrong_structures() -> None:
     x0 = torch.zeros(2, dtype=F64)
-    with pytest.raises(
+    with pytest.raises(  # noqa: PT012
         StructureError, match=r"result of .*cut: x expected float64\[2\], got float64\[1\]"
     ):
 
@@ -419,11 +435,11 @@ def test_wrong_structures() -> None:
         newton(lambda x: x.sum(), x0)
     with pytest.raises(StructureError, match="x0 expected"):
         newton(lambda x: x, {"n": 3})
-    with pytest.raises(StructureError, match="takes .fun, x0, ...."):
+    with pytest.raises(StructureError, match=r"takes .fun, x0, ...."):
         root(lambda fun: fun)
     with pytest.raises(ValueError, match="on_failure"):
         root(lambda fun, x0: x0, on_failure="ignore")
-    with pytest.raises(StructureError, match="return .value, aux."):
+    with pytest.raises(StructureError, match=r"return .value, aux."):
         root(lambda fun, x0: (x0, None), has_aux=True)(lambda x: x, x0)
 
 

@@ -1,5 +1,6 @@
 """Closures as values in JAX: ``import freevars.jax as fv``."""
 
+from freevars.jax import _compat  # noqa: F401, I001 (first: it says what to install without JAX)
 from freevars.jax import testing
 from freevars.jax._captures import captures
 from freevars.jax._closure import Closure

@@ -94,7 +94,11 @@ def fit(x: Any, expected: Any, *, weak_matters: bool) -> Any:
         return None
     if got.dtype == expected.dtype and got.weak_type == expected.weak_type:
         return x
-    if got.weak_type and got.shape == () and _compat.kind(got.dtype) == _compat.kind(expected.dtype):
+    if (
+        got.weak_type
+        and got.shape == ()
+        and _compat.kind(got.dtype) == _compat.kind(expected.dtype)
+    ):
         return _compat.cast(x, expected)
     if got.dtype == expected.dtype and expected.weak_type and not weak_matters:
         return _compat.cast(x, expected)
@@ -127,7 +131,10 @@ def mismatch(
             if same_static(expected.leaf, leaf):
                 return None
             return f"the static leaf {expected.leaf!r}", describe(leaf)
-        if _compat.is_array(leaf) and fit(leaf, expected.type, weak_matters=weak_matters) is not None:
+        if (
+            _compat.is_array(leaf)
+            and fit(leaf, expected.type, weak_matters=weak_matters) is not None
+        ):
             return None
         return describe(expected.type), describe(leaf)
 

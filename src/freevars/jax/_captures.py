@@ -70,7 +70,7 @@ def captures_of(closure: Closure[Any]) -> CaptureReport:
         except Exception:  # noqa: BLE001, S110 (a user's function may raise anything)
             pass
         else:
-            if {identity(v) for v in again.values} == {identity(v) for v in known}:
+            if _identities(again.values) == _identities(known):
                 jaxpr, known = again.jaxpr, again.values
     return _report(fun, jaxpr, known, program.fixed, "all", name=program.name)
 
@@ -104,6 +104,10 @@ def _report(
         source=source,
         values=captured_values(fun, [*values, *hidden.values()], reads, policy),
     )
+
+
+def _identities(values: Sequence[Any]) -> set[Any]:
+    return {identity(_compat.lowered(value)) for value in values}
 
 
 def _is_live_tracer(x: Any) -> bool:

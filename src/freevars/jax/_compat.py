@@ -22,6 +22,7 @@ from jax._src import config as _config
 from jax._src import core as _core
 from jax._src import hijax as _hijax
 from jax._src import linear_util as _linear_util
+from jax._src import literals as _literals
 from jax._src import source_info_util as _source_info_util
 from jax._src import traceback_util as _traceback_util
 from jax._src import util as _util
@@ -207,7 +208,12 @@ def trace_context() -> Hashable:
     return context[:_AXIS_ENV] + context[_AXIS_ENV + 1 :]
 
 
-_AXIS_ENV = _config.trace_context_names().index("axis_env_state")
+# Its place, which older releases do not tell: there it is the first.
+_AXIS_ENV = (
+    _config.trace_context_names().index("axis_env_state")
+    if hasattr(_config, "trace_context_names")
+    else 0
+)
 
 
 # What a tracer is made of: nothing public tells one kind from another, or looks inside.
@@ -232,9 +238,19 @@ def _is_zero(tangent: Any) -> bool:
 
 
 def lowered(x: Any) -> Any:
-    """The value that JAX captures where a function reads `x`: without tracers that add nothing."""
+    """The value behind `x`: without tracers that add nothing, and without the object that JAX put
+    around a NumPy array until 0.10."""
+    if type(x) in _NUMPY_WRAPPERS:
+        return x.val
     lower: Any = getattr(x, "full_lower", None) if isinstance(x, Tracer) else None
     return x if lower is None else lower()
+
+
+_NUMPY_WRAPPERS = tuple(
+    cls
+    for cls in (getattr(_literals, "TypedNdArray", None),)
+    if cls is not None and not issubclass(cls, np.ndarray)
+)
 
 
 def was_computed(tracer: Any) -> bool | None:
@@ -432,7 +448,10 @@ def function_parts(x: Any) -> tuple[Any, ...] | None:
         params = tuple((k, v) for k, v in x._params.items() if k != "name")  # noqa: SLF001
         return (params, x._in_tree, x.out_tree, tuple(x._consts))  # noqa: SLF001
     if isinstance(x, (jax.custom_jvp, jax.custom_vjp)):
-        return tuple(sorted((k, v) for k, v in vars(x).items() if not k.startswith("__")))
+        # Its attributes without those that it copied from the function.
+        copied = getattr(x.fun, "__dict__", {})
+        own = [k for k in vars(x) if not k.startswith("__") and k not in copied]
+        return tuple((k, vars(x)[k]) for k in sorted(own))
     name = getattr(x, "__qualname__", "")
     if name == "_memoize.<locals>.memoized" and x.__module__ == _partial_eval.__name__:
         # Its other cell remembers what was traced so far: a cache, not a meaning.

@@ -87,9 +87,11 @@ class Fingerprint:
         if not params:
             return ()
         named = eqn.primitive.name in _NAMED
-        return tuple([(k, self._param(v)) for k, v in params.items() if not (named and k == "name")])
+        return tuple(
+            [(k, self._param(v)) for k, v in params.items() if not (named and k == "name")]
+        )
 
-    def _param(self, x: Any) -> Hashable:  # noqa: PLR0911 (one line for each kind of parameter)
+    def _param(self, x: Any) -> Hashable:
         kind = type(x)
         if kind in _SCALARS:
             return scalar_key(x)
@@ -115,7 +117,7 @@ class Fingerprint:
         self.held.append(x)
         return Same(x)
 
-    def _look(self, x: Any) -> tuple[str, Any] | None:  # noqa: PLR0911
+    def _look(self, x: Any) -> tuple[str, Any] | None:
         """What JAX's own objects mean to the walk through a function."""
         if isinstance(x, (Array, Tracer)):
             return ("key", self._held(x))
@@ -153,5 +155,3 @@ def _hashable(x: Any) -> Hashable:
 
 def _is_jax(kind: type) -> bool:
     return kind.__module__.split(".")[0] == "jax"
-
-

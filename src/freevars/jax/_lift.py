@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from freevars.jax import _compat
-from freevars.jax._compat import Array, Eqn, Literal, Var
+from freevars.jax._compat import Array, Eqn, Literal, Tracer, Var
 
 __all__ = ["identity", "lift_constants"]
 
@@ -56,7 +56,8 @@ class Constants:
 def identity(value: Any) -> Any:
     """What tells one captured array from another. JAX wraps the same NumPy array afresh in each trace,
     so that a NumPy array is told by its memory."""
-    if isinstance(value, np.ndarray):
+    if not isinstance(value, (Array, Tracer)) and hasattr(value, "__array__"):
+        value = np.asarray(value)  # older releases have a class of their own for it
         where = value.__array_interface__["data"][0]
         return (where, value.shape, value.strides, value.dtype.str)
     return id(value)

@@ -25,6 +25,7 @@ def names_of(fun: Callable[..., Any] | None, values: Sequence[Any]) -> list[tupl
     """The names under which `fun` reaches each value; none of any if there is no `fun`."""
     if fun is None or not values:
         return [()] * len(values)
+    values = [_compat.lowered(value) for value in values]
     found = name_values(fun, values, is_leaf=_is_array, identity=_identity)
     # JAX may have copied an array: NumPy's float64 becomes float32, for one. Then the bytes tell.
     copied = [i for i, names in enumerate(found) if not names and _is_plain(values[i])]

@@ -24,12 +24,14 @@ __all__ = [
     "callables",
     "higher_order_message",
     "inner",
+    "is_builtin",
     "is_factory",
     "may_carry_derivative",
     "refuse_running_statistics",
     "resumed",
     "tensors",
     "writes_first",
+    "writes_metadata",
 ]
 
 Func = Callable[..., Any]
@@ -124,12 +126,29 @@ def _writes(name: str) -> bool:
 
 
 def writes_first(func: Func) -> bool:
-    """Whether `func` writes to its first argument. Asked only where that argument is captured."""
-    if func in {Tensor.requires_grad_, Tensor.retain_grad, Tensor.detach_}:
-        return func is not Tensor.requires_grad_
-    if getattr(func, "__name__", "") == "__set__":
-        return True
-    return _writes(getattr(func, "__name__", "") or "")
+    """Whether `func` writes to its first argument."""
+    if func in MAKES_LEAF:
+        return False
+    name = getattr(func, "__name__", "") or ""
+    return name == "__set__" or _writes(name)
+
+
+_METADATA_WRITES = frozenset(
+    {"__set__", "detach_", "rename_", "squeeze_", "unsqueeze_", "t_", "transpose_", "swapaxes_"}
+    | {"swapdims_", "as_strided_", "share_memory_"}
+)
+
+
+def writes_metadata(func: Func) -> bool:
+    """Whether what `func` writes is no memory, so that an alias of a captured tensor may be."""
+    return getattr(func, "__name__", "") in _METADATA_WRITES
+
+
+def is_builtin(func: Func) -> bool:
+    """Whether `func` is one of PyTorch's own, written in C++."""
+    if type(func) is types.BuiltinFunctionType:
+        return isinstance(func.__self__, types.ModuleType | type)
+    return type(func) in {types.MethodDescriptorType, types.WrapperDescriptorType}
 
 
 def tensors(value: Any) -> Iterator[Tensor]:

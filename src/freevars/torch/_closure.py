@@ -39,8 +39,10 @@ class Closure:
         CaptureError, StructureError: as `closure_convert` does.
 
     Example:
+        >>> import torch
+        >>> import freevars.torch as fv
         >>> w = torch.tensor([1.0, 2.0])
-        >>> f = Closure(lambda x: (w * x).sum(), torch.ones(2))
+        >>> f = fv.Closure(lambda x: (w * x).sum(), torch.ones(2))
         >>> torch.func.grad(lambda f, x: f(x))(f, torch.tensor([3.0, 4.0])).values
         (tensor([3., 4.]),)
     """

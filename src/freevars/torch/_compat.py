@@ -23,16 +23,19 @@ import torch.utils.checkpoint as _checkpoint
 from torch import Tensor
 from torch._C import _functorch
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from freevars.errors import CaptureError
 
 __all__ = [
     "CheckpointFunction",
+    "DispatchWatch",
     "Watch",
     "active",
     "dual_tangent",
     "eagerly",
     "functorch_active",
+    "hook_compiler",
     "in_backward",
     "install_hooks",
     "is_higher_order",
@@ -125,6 +128,20 @@ class Watch(TorchFunctionMode):
                 return fun(*args, **kwargs)
 
         return resumed
+
+
+class DispatchWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A dispatch mode that does not wrap its handler for the compiler, which would import it: under
+    a watch nothing is compiled."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
 
 
 def active() -> list[Watch]:
@@ -369,12 +386,16 @@ _HOOKS = (
 
 
 def install_hooks() -> None:
-    """Installs the hooks that are not installed yet. The compiler's module is slow to import, so
-    its hook waits until somebody else has imported it."""
+    """Installs the hooks that are not installed yet."""
     if _CustomFunctionBase.__dict__.get("apply") is not _APPLY:
         _CustomFunctionBase.apply = _APPLY  # type: ignore[attr-defined]
         for module, name, hook in _HOOKS:
             setattr(module, name, hook(getattr(module, name)))
+    hook_compiler()
+
+
+def hook_compiler() -> None:
+    """The compiler's hook waits until somebody else has imported the compiler, which is slow."""
     compiler = sys.modules.get("torch._dynamo.eval_frame")
     raw = getattr(compiler, "_callback_from_stance", None)
     if raw is not None and not hasattr(raw, "__freevars__"):

@@ -17,11 +17,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from freevars.errors import StructureError
+from freevars.errors import CaptureError, StructureError
 from freevars.torch import _api, _compat
 from freevars.torch._compat import pytree, resolve
 from freevars.torch._discover import Discovery
-from freevars.torch._names import called, describe
+from freevars.torch._names import called, describe, reachable
 from freevars.torch._structure import Structure, struct_of
 from freevars.torch._substitute import CarefulSubstitution, MadeMemory, Substitution, check_tape
 
@@ -63,8 +63,10 @@ def closure_convert(
         values.
 
     Example:
+        >>> import torch
+        >>> import freevars.torch as fv
         >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
-        >>> converted, hoisted = closure_convert(lambda x: (w * x).sum(), torch.ones(2))
+        >>> converted, hoisted = fv.closure_convert(lambda x: (w * x).sum(), torch.ones(2))
         >>> converted(torch.ones(2), torch.tensor([5.0, 7.0]))
         tensor(12.)
     """
@@ -115,6 +117,7 @@ def _convert(
         with discovery.watching():
             out = fun(*pytree.tree_unflatten(arguments, spec))
             discovery.replace(tuple(outputs_of(out)))
+            refuse_hidden(out, lambda t: discovery.is_foreign(t) and policy(t), fun)
     finally:
         if discovery.drew is not None:
             torch.set_rng_state(state)
@@ -184,6 +187,7 @@ class Converted:
         return self._call(args)
 
     def _call(self, args: tuple[Any, ...]) -> Any:
+        _compat.hook_compiler()
         n = len(args) - len(self._keys)
         table = self._table(args, n)
         arguments = args[:n]
@@ -203,7 +207,9 @@ class Converted:
         if type(out) is Tensor:  # no pytree walk for a plain tensor
             out = table.get(id(out), out)
         else:
+            refuse_hidden(out, lambda t: id(t) in table, self._fun)
             out = pytree.tree_map_only(Tensor, mode.replace, out)
+        mode.known = ()  # a graph may keep the mode, but not the arguments
         check_tape(outputs_of(out), known, mode.has_made, self._fun)
         return out
 
@@ -215,7 +221,7 @@ class Converted:
 
     def _mode(self, table: dict[int, Tensor], known: Sequence[Tensor]) -> Substitution:
         if torch.is_grad_enabled() and not _compat.transforms_active():
-            return Substitution(self._fun, table)
+            return Substitution(self._fun, table, known)
         return CarefulSubstitution(self._fun, table, known)
 
     def _table(self, args: tuple[Any, ...], n: int) -> dict[int, Tensor]:
@@ -263,6 +269,22 @@ class Converted:
             torch.set_rng_state(before)
             for generator, now in others:
                 generator.set_state(now)
+
+
+def refuse_hidden(out: Any, captured: Callable[[Tensor], bool], fun: Any) -> None:
+    """Refuses captured tensors that `fun` returned inside an object that is no pytree."""
+    for leaf in pytree.tree_leaves(out):
+        if isinstance(leaf, Tensor | int | float | complex | str | bytes | type(None)):
+            continue
+        for name, t in reachable(leaf).values():
+            if captured(t):
+                message = (
+                    "expected captured tensors to be returned in containers that PyTorch's pytrees "
+                    f"know, got {describe(t, fun)} inside a {type(leaf).__name__} (at {name}), "
+                    "where it cannot be replaced. Return a tuple, list or dict, or register the "
+                    "class."
+                )
+                raise CaptureError(message)
 
 
 def outputs_of(out: Any) -> list[Tensor]:

@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from freevars.torch import _api, _compat
-from freevars.torch._compat import Watch, storage_key
+from freevars.torch._compat import DispatchWatch, Watch, storage_key
 from freevars.torch._names import caller, describe, reachable
 
 __all__ = ["Discovery"]
@@ -202,7 +201,10 @@ class Discovery(Watch):
         if func is torch.ops.aten.lift_fresh.default:
             self.made_keys.update(keys)  # memory of a literal, `torch.tensor([1.0])`
         for t in written(func, args, kwargs):
-            if storage_key(t) not in self.made_keys:
+            own = storage_key(t) in self.made_keys
+            if torch.Tag.inplace_view in func.tags:  # metadata: an alias is its own
+                own = id(t) not in self.captured and id(t) not in self.arguments
+            if not own:
                 self.refuse(self._write_message(func, t))
         if torch.Tag.nondeterministic_seeded in func.tags:
             self._draw(func, kwargs)
@@ -258,13 +260,11 @@ class Discovery(Watch):
         )
 
 
-class _Below(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Below(DispatchWatch):  # type: ignore[no-untyped-call]
     """The dispatch mode, below autograd and torch.func."""
 
-    supports_higher_order_operators = True
-
     def __init__(self, discovery: Discovery) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.discovery = discovery
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

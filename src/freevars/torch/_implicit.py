@@ -89,7 +89,10 @@ class _Implicit(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.problem, _, *values = inputs
         ctx.save_for_backward(output, *values)
-        ctx.save_for_forward(output, *values)
+        if (
+            _compat.transforms_active()
+        ):  # this one is a cycle: it would live until the next collection
+            ctx.save_for_forward(output, *values)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:

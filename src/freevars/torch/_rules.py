@@ -134,7 +134,9 @@ def argmin(
     Implicit Differentiation".
 
     Example:
-        >>> @argmin
+        >>> import torch
+        >>> import freevars.torch as fv
+        >>> @fv.argmin
         ... def minimize(fun, x0):
         ...     return x0 - torch.func.grad(fun)(x0) / 2  # a Newton step
         >>> a = torch.tensor(3.0, requires_grad=True)
@@ -165,7 +167,9 @@ def root(
     `fun` returns the structure of `x`.
 
     Example:
-        >>> @root
+        >>> import torch
+        >>> import freevars.torch as fv
+        >>> @fv.root
         ... def newton(fun, x0):
         ...     for _ in range(20):
         ...         x0 = x0 - fun(x0) / torch.func.grad(fun)(x0)
@@ -195,7 +199,9 @@ def fixed_point(
     """Attaches the derivative of a fixed point, `x = fun(x, *args)`, to a solver; else as `argmin`.
 
     Example:
-        >>> @fixed_point
+        >>> import torch
+        >>> import freevars.torch as fv
+        >>> @fv.fixed_point
         ... def iterate(fun, x0):
         ...     for _ in range(60):
         ...         x0 = fun(x0)

@@ -11,13 +11,11 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from freevars.errors import CaptureError
 from freevars.torch import _api, _compat
-from freevars.torch._compat import CheckpointFunction, Watch
+from freevars.torch._compat import CheckpointFunction, DispatchWatch, Watch, storage_key
 from freevars.torch._names import caller, describe, reachable
 
 __all__ = ["CarefulSubstitution", "MadeMemory", "Substitution", "check_tape"]
@@ -29,24 +27,27 @@ _SPECIAL: dict[Any, str] = (
     | dict.fromkeys(_api.BATCH_STATISTICS, "statistics")
 )
 
+# PyTorch's own functions that were found to be nothing special; it only grows, and only by them.
+_plain_calls: set[Any] = set()
+
 
 class Substitution(Watch):
     """Replaces each tensor whose id is in `table`, as an argument of any operation."""
 
-    def __init__(self, fun: Any, table: dict[int, Tensor]) -> None:
+    def __init__(self, fun: Any, table: dict[int, Tensor], known: Iterable[Tensor] = ()) -> None:
         self.fun = fun
         self.table = table
+        self.known = known  # the tensors given to this call, whose memory is not `fun`'s
         self.leaves: list[Tensor] = []  # made by `fun`: they end the tape, and are no captures
         self.memory: MadeMemory | None = None
+        self._keys: set[int] | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # The hot path: every line here is paid for at every operation of `fun`.
-        if func in _SPECIAL or kwargs or type(func) not in _BUILTINS:
+        if kwargs or func not in _plain_calls:
             return self._special(func, args, kwargs or {})
         get = self.table.get
         given = [get(id(a), a) if type(a) in _api.PLAIN else self.replace(a) for a in args]
-        if given and given[0] is not args[0]:
-            self._refuse_write(func, args[0])
         return func(*given)
 
     def _special(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -59,8 +60,12 @@ class Substitution(Watch):
             self.refuse(_api.higher_order_message(func, self.fun))
         if kind == "statistics":
             _api.refuse_running_statistics(self, func, args, kwargs)
+        if _api.writes_first(func):
+            self._refuse_write(func, args[:1])
+        elif kind is None and _api.is_builtin(func):
+            _plain_calls.add(func)
+        self._refuse_write(func, kwargs.get("out"))
         new_args, new_kwargs = self.replace(args), self.replace(kwargs)
-        self._refuse_writes(func, (args, kwargs), (new_args, new_kwargs))
         if _api.is_python(func):
             new_args, new_kwargs = _api.resumed(self, new_args), _api.resumed(self, new_kwargs)
         out = func(*new_args, **new_kwargs)
@@ -69,13 +74,6 @@ class Substitution(Watch):
         if _compat.is_custom_function_call(func):
             _compat.keep_watching_backward(out, self)
         return out
-
-    def _refuse_writes(self, func: Any, old: Any, new: Any) -> None:
-        (args, kwargs), (new_args, new_kwargs) = old, new
-        if args and self._differs(new_args[0], args[0]):
-            self._refuse_write(func, args[0])
-        if self._differs(new_kwargs.get("out"), kwargs.get("out")):
-            self._refuse_write(None, kwargs["out"])
 
     def replace(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -105,21 +103,22 @@ class Substitution(Watch):
     def is_foreign(self, t: Tensor) -> bool:
         return id(t) in reachable(self.fun)
 
-    def _differs(self, new: Any, old: Any) -> bool:
-        if isinstance(old, tuple | list):
-            return any(self._differs(a, b) for a, b in zip(new, old, strict=True))
-        return new is not old and isinstance(old, Tensor)
+    def _refuse_write(self, func: Any, written: Any) -> None:
+        for t in _api.tensors(written):
+            direct = id(t) in self.table
+            if direct or (not _api.writes_metadata(func) and self._holds_memory_of(t)):
+                message = (
+                    "expected a function that writes to its own intermediates only, got "
+                    f"{getattr(func, '__name__', func)} writing in place to a captured tensor, its "
+                    f"argument, or a view of one: {describe(t, self.fun, caller())}. Nothing was "
+                    "written. Write to a clone."
+                )
+                self.refuse(message)
 
-    def _refuse_write(self, func: Any, t: Any) -> None:
-        if func is not None and not _api.writes_first(func):
-            return
-        t = next(x for x in _api.tensors(t) if id(x) in self.table)
-        message = (
-            "expected a function that writes to its own intermediates only, got "
-            f"{getattr(func, '__name__', 'out=')} writing in place to a captured tensor: "
-            f"{describe(t, self.fun, caller())}. Nothing was written. Write to a clone."
-        )
-        self.refuse(message)
+    def _holds_memory_of(self, t: Tensor) -> bool:
+        if self._keys is None:
+            self._keys = {storage_key(u) for x in self.known for u in _api.inner(x)}
+        return any(storage_key(u) in self._keys for u in _api.inner(t))
 
     # --- called by the hooks
 
@@ -150,7 +149,8 @@ class CarefulSubstitution(Substitution):
     tell: without gradient mode, in forward mode, under a torch.func transform."""
 
     def __init__(self, fun: Any, table: dict[int, Tensor], known: Iterable[Tensor]) -> None:
-        super().__init__(fun, table)
+        known = list(known)
+        super().__init__(fun, table, known)
         self._made: dict[int, weakref.ref[Tensor]] = {}
         self._reachable: dict[int, tuple[str, Tensor]] | None = None
         self.note((*known, *table.values()))
@@ -185,25 +185,22 @@ class CarefulSubstitution(Substitution):
         return tuple(_api.resumed(self, (fun, preserve, *self.replace(inputs))))
 
 
-class MadeMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class MadeMemory(DispatchWatch):  # type: ignore[no-untyped-call]
     """Which memory was made while `fun` ran. Dear, so only for functions that make leaves of
     their own in a way that function modes do not see (`torch.nn.Parameter`)."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._keys: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        given = {_compat.storage_key(t) for t in _api.tensors((args, kwargs))}
-        self._keys |= {_compat.storage_key(t) for t in _api.tensors(out)} - given
+        given = {storage_key(t) for t in _api.tensors((args, kwargs))}
+        self._keys |= {storage_key(t) for t in _api.tensors(out)} - given
         return out
 
     def holds(self, t: Tensor) -> bool:
-        return any(_compat.storage_key(u) in self._keys for u in _api.inner(t))
-
-
-_BUILTINS = frozenset({type(torch.add), type(Tensor.add), type(Tensor.__add__), type(len)})
+        return any(storage_key(u) in self._keys for u in _api.inner(t))
 
 
 def check_tape(

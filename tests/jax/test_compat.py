@@ -1,0 +1,210 @@
+"""Each entry of `_compat` alone, so that a release of JAX that changes something fails here first,
+with the name of what changed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from freevars.jax import _compat
+
+X = jnp.array([0.5, -0.25, 2.0])
+W = jnp.array([1.0, 2.0, -1.0])
+
+
+def program(fun, *args):
+    return jax.make_jaxpr(fun)(*args)
+
+
+def named(closed, name):
+    jaxpr, _ = _compat.separate_constants(closed)
+    return next(e for e in jaxpr.eqns if e.primitive.name == name)
+
+
+def test_without_jax_the_error_says_what_to_install() -> None:
+    code = """
+        import sys
+        sys.modules["jax"] = None
+        try:
+            import freevars.jax
+        except ImportError as error:
+            print(error)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.stdout == "freevars.jax needs JAX: pip install 'freevars[jax]'\n", done.stderr
+
+
+def test_separate_constants_and_evaluate() -> None:
+    jaxpr, constants = _compat.separate_constants(program(lambda x: x * W, X))
+    assert len(jaxpr.invars) == 2
+    assert constants[0] is W
+    np.testing.assert_array_equal(_compat.evaluate(jaxpr, [W + 1, X])[0], X * (W + 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "fun", "count"),
+    [
+        ("jit", jax.jit(jnp.sin), 1),
+        ("scan", lambda x: lax.scan(lambda c, _: (jnp.sin(c), None), x, length=2)[0], 1),
+        ("while", lambda x: lax.while_loop(lambda c: c[0] < 1, jnp.sin, x), 2),
+        ("cond", lambda x: lax.cond(x[0] < 1, jnp.sin, jnp.cos, x), 2),
+        ("custom_jvp_call", jax.nn.silu, 0),
+    ],
+)
+def test_nested_programs(name, fun, count) -> None:
+    closed = program(fun, X)
+    found = [e for e in _compat.separate_constants(closed)[0].eqns if e.primitive.name == name]
+    if count:
+        assert len(_compat.nested_programs(found[0])) == count
+
+
+def test_drop_dead_code() -> None:
+    def fun(x, y):
+        jnp.sin(x)
+        return jax.jit(lambda x, y: (y * 2, jnp.cos(x)))(x, y)[0]
+
+    jaxpr, _ = _compat.separate_constants(program(fun, X, X))
+    smaller, used = _compat.drop_dead_code(jaxpr, [False, True])
+    assert used == [False, True]
+    assert "cos" not in str(smaller)
+    np.testing.assert_array_equal(_compat.evaluate(smaller, [X])[0], 2 * X)
+
+
+def test_replace() -> None:
+    jaxpr, _ = _compat.separate_constants(program(lambda x, y: x - y, X, X))
+    swapped = _compat.replace(jaxpr, invars=jaxpr.invars[::-1])
+    np.testing.assert_array_equal(_compat.evaluate(swapped, [W, X])[0], X - W)
+
+
+def test_cast() -> None:
+    assert _compat.cast(1.0, jax.typeof(jnp.bfloat16(1))).dtype == jnp.bfloat16
+    assert _compat.cast(jnp.float32(1), jax.typeof(1.0)).weak_type
+
+
+@pytest.mark.parametrize(
+    ("fun", "matters"),
+    [
+        (lambda x: x * jnp.bfloat16(2), True),
+        (lambda x: jax.jit(lambda x: x * jnp.bfloat16(2))(x), True),
+        (lambda x: x * jnp.float32(2), False),
+        (lambda x: x * 2, False),
+        (lambda x: x * jnp.complex64(2), False),
+        (lambda x: x.astype(int), False),
+    ],
+)
+def test_converts_weak_values(fun, matters) -> None:
+    jaxpr, _ = _compat.separate_constants(program(fun, jnp.asarray(1.0)))
+    assert _compat.converts_weak_values(jaxpr) == matters
+
+
+def test_integers_that_narrow_matter() -> None:
+    jaxpr, _ = _compat.separate_constants(program(lambda x: x * jnp.uint8(2), 1))
+    assert _compat.converts_weak_values(jaxpr)
+
+
+def test_kind() -> None:
+    dtypes = [jnp.bool_, jnp.uint8, jnp.int32, jnp.bfloat16, jnp.float32, jnp.complex64]
+    assert [_compat.kind(jnp.dtype(d)) for d in dtypes] == [0, 1, 1, 2, 2, 3]
+    assert _compat.kind(jax.random.key(0).dtype) == 4
+
+
+def test_is_live() -> None:
+    kept = []
+
+    def outer(x):
+        assert _compat.is_live(x)
+        kept.append(x)
+        return jnp.sum(x)
+
+    jax.jvp(outer, (X,), (X,))
+    jax.jit(outer)(X)
+    kept[0]._trace.invalidate()  # few transformations do this themselves when they end
+    assert not _compat.is_live(kept[0])
+
+
+def test_is_array() -> None:
+    yes = [X, np.ones(2), np.float32(1), 1, 1.0, 1j, True, jax.random.key(0), jax.new_ref(X)]
+    no = ["s", None, jnp.sin, np.dtype("f4"), jnp.float32, np.array(["s"]), object()]
+    assert all(_compat.is_array(x) for x in yes)
+    assert not any(_compat.is_array(x) for x in no)
+
+
+def test_is_ref() -> None:
+    seen = []
+
+    @jax.jit
+    def inside(x):
+        seen.append(_compat.is_ref(jax.new_ref(x)))
+        return x
+
+    inside(X)
+    assert seen == [True]
+    assert _compat.is_ref(jax.new_ref(X))
+    assert not any(_compat.is_ref(x) for x in (X, np.ones(2), 1.0, "s", None))
+
+
+def test_trace_context_follows_settings_but_not_named_axes() -> None:
+    before = _compat.trace_context()
+    with jax.default_matmul_precision("float32"):
+        assert _compat.trace_context() != before
+    seen = []
+    jax.vmap(lambda x: seen.append(_compat.trace_context()) or x, axis_name="i")(X)
+    assert seen[0] == before == _compat.trace_context()
+    hash(before)
+
+
+def test_prepend_operands() -> None:
+    closed = program(lambda x: jax.jit(lambda x: x * W)(x), X)
+    jaxpr, _ = _compat.separate_constants(closed)
+    eqn = jaxpr.eqns[0]
+    more = _compat.prepend_operands(eqn, [jaxpr.invars[0]], {})
+    for name in ("in_shardings", "in_layouts", "donated_invars"):
+        assert len(more.params[name]) == len(eqn.params[name]) + 1
+
+
+def test_scan_with_constants() -> None:
+    def fun(x):
+        return lax.scan(lambda c, _: (c * W, None), x, length=2)[0]
+
+    eqn = named(program(fun, X), "scan")
+    assert _compat.scan_with_constants(eqn.params, 0).items() <= eqn.params.items()
+    assert _compat.scan_with_constants(eqn.params, 2) != _compat.scan_with_constants(eqn.params, 0)
+
+
+def test_function_parts() -> None:
+    assert _compat.function_parts(lambda: None) is None
+    assert _compat.function_parts(object()) is None
+
+    @jax.custom_jvp
+    def f(x):
+        return x
+
+    f.defjvps(lambda t, ans, x: t)
+    names = {name for name, _ in _compat.function_parts(f)}
+    assert {"fun", "jvp", "nondiff_argnums"} <= names
+    assert not any(name.startswith("__") for name in names)
+    eqn = named(program(lambda x: f(x), X), "custom_jvp_call")
+    assert _compat.function_parts(eqn.params["jvp_jaxpr_fun"]) is not None
+
+
+def test_types() -> None:
+    assert isinstance(jax.jit(jnp.sin), _compat.JITTED)
+    closed = program(jnp.sin, X)
+    assert isinstance(closed, _compat.JAXPR_TYPES)
+    assert isinstance(closed.eqns[0], _compat.EQUATION)
+    for value in (jax.typeof(X), jax.tree.structure(X), X.sharding, jax.make_mesh((1,), ("i",))):
+        assert isinstance(value, _compat.VALUES)
