@@ -7,7 +7,7 @@ import platform
 import jax
 import jaxlib
 
-from benchmarks import _table, call, captures, convert, gradient, memory, solver
+from benchmarks import _table, call, captures, convert, gradient, memory, rules, solver
 
 TABLES = {
     "convert": convert,
@@ -15,6 +15,7 @@ TABLES = {
     "captures": captures,
     "gradient": gradient,
     "solver": solver,
+    "rules": rules,
     "memory": memory,
 }
 

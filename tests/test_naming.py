@@ -357,7 +357,7 @@ def test_order_repeats_and_unreachable_values() -> None:
 
 def test_small_constants_have_no_identity() -> None:
     one, text = 1, "text"
-    assert names(lambda: (one, text), 1, "text", None, True) == [[], [], [], []]  # noqa: FBT003
+    assert names(lambda: (one, text), 1, "text", None, True) == [[], [], [], []]
 
 
 def test_an_identity_that_sees_through_a_wrapper() -> None:

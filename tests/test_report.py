@@ -405,7 +405,7 @@ def browse(page: Path, *flags: str) -> str:
         *flags,
         page.as_uri(),
     ]
-    shown = subprocess.run(  # noqa: S603 (a fixed program on a page of our own)
+    shown = subprocess.run(
         command, capture_output=True, check=True, timeout=120
     )
     return shown.stdout.decode()

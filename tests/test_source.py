@@ -42,9 +42,9 @@ def test_names_bound_inside_are_left_out_and_parameters_are_not() -> None:
     def objective(x: Any, lam: float = SCALE) -> Any:
         nonlocal other
         local = x.shape
-        import math as m  # noqa: PLC0415
+        import math as m
 
-        def inner(data, step=data):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+        def inner(data, step=data):  # type: ignore[no-untyped-def]
             return data, step, other, lam
 
         squares = [data * k for k in local if k]
@@ -71,7 +71,7 @@ def test_two_lambdas_on_one_line_are_told_apart() -> None:
 
 def test_columns_count_characters_not_octets() -> None:
     w = 1
-    fun = lambda x: ("é→𝛼", x, w)  # noqa: E731, RUF001
+    fun = lambda x: ("é→𝛼", x, w)  # noqa: RUF001
     assert reads(fun) == ["x", "w"]
 
 

@@ -66,7 +66,7 @@ def scope(fun: object) -> str:
     return fun.__qualname__.rpartition("<locals>.")[0] if type(fun) is FunctionType else ""
 
 
-def partial_parts(obj: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:  # noqa: ANN401
+def partial_parts(obj: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     parts = (functools.partial.__dict__[part].__get__(obj) for part in ("func", "args", "keywords"))
     func, args, keywords = parts
     return func, args, keywords

@@ -7,10 +7,10 @@ from typing import Any
 import optree
 import pytest
 import torch
-from tests.torch.explicit import fresh, same
 from torch import Tensor, nn
 
 from freevars.torch import CaptureError, Closure, StructureError
+from tests.torch.explicit import fresh, same
 
 f = torch.func
 pytree = torch.utils._pytree

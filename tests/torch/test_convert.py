@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.torch.explicit import check, derivatives, fresh, same
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from freevars.torch import closure_convert
+from tests.torch.explicit import check, derivatives, fresh, same
 
 GLOBAL = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64, requires_grad=True)
 Pair = collections.namedtuple("Pair", "a b")  # noqa: PYI024 (the plain named tuple is the case)

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.torch.explicit import fresh, same
 from torch import Tensor, nn
 
 from freevars.torch import CaptureError, StructureError, closure_convert
+from tests.torch.explicit import fresh, same
 
 f = torch.func
 

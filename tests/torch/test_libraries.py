@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.torch.explicit import fresh, same
 from torch import Tensor, nn
 
 from freevars.torch import Closure, argmin, closure_convert, fixed_point, root
+from tests.torch.explicit import fresh, same
 
 F64 = torch.float64
 pytestmark = pytest.mark.filterwarnings("ignore")  # these packages' own, at import

@@ -4,11 +4,11 @@ from typing import Any
 
 import hypothesis.strategies as st
 import torch
-from tests.torch.explicit import derivatives, same
 from hypothesis import given, settings
 from torch import Tensor
 
 from freevars.torch import closure_convert
+from tests.torch.explicit import derivatives, same
 
 F64 = torch.float64
 N_CAPTURED = 3

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import scipy.optimize
 import torch
-from tests.torch.explicit import fresh, same
 from torch import Tensor, nn
 
 from freevars.torch import (
@@ -19,6 +18,7 @@ from freevars.torch import (
     fixed_point,
     root,
 )
+from tests.torch.explicit import fresh, same
 
 f = torch.func
 pytree = torch.utils._pytree

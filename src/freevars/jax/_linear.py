@@ -34,16 +34,16 @@ DIRECT_LIMIT = 512
 class System(NamedTuple):
     """A system A x = b, prepared for any number of b.
 
-    `solve(b)` is linear in b and differentiable. The rest is for the check and depends on A alone:
-    see `_trust.Evidence`, NaN where it was not measured. `size_of(b)` is the norm of the solution.
+    `solve(b)` is linear in b and differentiable. The rest is for the check and depends on A and on
+    the residual of the solution alone: see `_trust.Evidence`, NaN where it was not measured.
     """
 
     solve: Callable[[Vector], Vector]
-    size_of: Callable[[Vector], Any]
     size: Any  # of A, in some norm: finite if A is
     rcond: Any
     residual: Any
     asymmetry: Any
+    newton_step: Any  # the norm of the solution for b = residual
 
 
 def check_linear_solve(linear_solve: LinearSolve, *, least_squares: bool) -> None:
@@ -71,29 +71,34 @@ def check_linear_solve(linear_solve: LinearSolve, *, least_squares: bool) -> Non
 def prepare(
     matvec: MatVec,
     example: Vector,
+    residual: Vector,
     *,
     symmetric: bool,
     linear_solve: LinearSolve = None,
     least_squares: bool = False,
     check: bool = True,
 ) -> System:
-    """The system of `matvec`, on real vectors like `example`.
+    """The system of `matvec`, on real vectors like `example` and `residual`.
 
     `symmetric` says that the system is a second derivative. That is told to a solver which needs to
     know it, and is checked; `least_squares` says that there may be no exact solution.
     """
     if linear_solve is not None and not _is_lineax(linear_solve):
-        return _matrix_free(matvec, example, linear_solve, check=check, least_squares=least_squares)
+        return _matrix_free(
+            matvec, example, residual, linear_solve, check=check, least_squares=least_squares
+        )
     n, dtype = example.size, example.dtype
     if linear_solve is None and n <= DIRECT_LIMIT and not least_squares:
-        return _direct(matvec, example, _lu, check=check)
+        return _direct(matvec, example, residual, _lu, least_squares=False, check=check)
     lx = _lineax()
     solver = linear_solve
     if solver is None:
         solver = _default(n, dtype, symmetric=symmetric, least_squares=least_squares)
     if not isinstance(solver, (lx.CG, lx.BiCGStab, lx.GMRES, lx.LSMR, lx.Normal)):
         factorise = functools.partial(_by_lineax, solver, symmetric)
-        return _direct(matvec, example, factorise, check=check and not least_squares)
+        return _direct(
+            matvec, example, residual, factorise, least_squares=least_squares, check=check
+        )
     # Only a solver for symmetric systems rests on symmetry.
     symmetric = symmetric and isinstance(solver, lx.CG)
     tags = lx.positive_semidefinite_tag if symmetric else frozenset()
@@ -104,7 +109,13 @@ def prepare(
         return solver.compute(solver.init(operator, {}), b, {})[0]
 
     return _matrix_free(
-        matvec, example, solve, check=check, symmetric=symmetric, least_squares=least_squares
+        matvec,
+        example,
+        residual,
+        solve,
+        check=check,
+        symmetric=symmetric,
+        least_squares=least_squares,
     )
 
 
@@ -145,8 +156,10 @@ def _by_lineax(solver: Any, symmetric: bool, matrix: Any) -> tuple[Solve, Solve]
 def _direct(
     matvec: MatVec,
     example: Vector,
+    residual: Vector,
     factorise: Callable[[Any], tuple[Solve, Solve]],
     *,
+    least_squares: bool,
     check: bool,
 ) -> System:
     """Write the matrix out and factorise it once."""
@@ -163,20 +176,25 @@ def _direct(
         )
 
     nan = jnp.full((), jnp.nan, dtype)
-    size, rcond, residual = jnp.linalg.norm(constant), nan, nan
-    if check:
-        # |A^-1 v| / |v| for a random v is within a factor of about sqrt(n) of |A^-1|.
-        v = _probe(example, 0)
-        x = solve(v)
+    if not check:
+        return System(linear, nan, nan, nan, nan, nan)
+    # Both at once: two right-hand sides cost little more than one. For a random v, |A^-1 v| / |v|
+    # is within a factor of about sqrt(n) of |A^-1|.
+    v = _probe(example, 0)
+    x, step = jax.vmap(solve, in_axes=1, out_axes=1)(jnp.stack([v, residual], axis=1)).T
+    size = jnp.linalg.norm(constant)
+    rcond = unsolved = nan
+    if not least_squares:
         rcond = jnp.linalg.norm(v) / (jnp.linalg.norm(x) * size)
         rcond = jnp.where(jnp.isfinite(rcond), rcond, 0.0)
-        residual = jnp.linalg.norm(constant @ x - v) / jnp.linalg.norm(v)
-    return System(linear, lambda b: jnp.linalg.norm(solve(b)), size, rcond, residual, asymmetry=nan)
+        unsolved = jnp.linalg.norm(constant @ x - v) / jnp.linalg.norm(v)
+    return System(linear, size, rcond, unsolved, nan, jnp.linalg.norm(step))
 
 
 def _matrix_free(
     matvec: MatVec,
     example: Vector,
+    residual: Vector,
     solve: Callable[[MatVec, Vector], Vector],
     *,
     check: bool,
@@ -191,11 +209,11 @@ def _matrix_free(
         x = solve(apply, b)
         if not check:
             return x
-        residual = apply(x) - b
-        good = jnp.linalg.norm(residual) <= tol * jnp.linalg.norm(b)
+        left = apply(x) - b
+        good = jnp.linalg.norm(left) <= tol * jnp.linalg.norm(b)
         if least_squares:  # then the normal equations hold
             transpose = jax.linear_transpose(apply, b)
-            normal, scale = (jnp.linalg.norm(transpose(r)[0]) for r in (residual, b))
+            normal, scale = (jnp.linalg.norm(transpose(r)[0]) for r in (left, b))
             good |= normal <= tol * scale
         return jnp.where(good, x, jnp.nan)
 
@@ -205,12 +223,12 @@ def _matrix_free(
 
     nan = jnp.full((), jnp.nan, dtype)
     if not check:
-        return System(linear, lambda _: nan, nan, nan, nan, nan)
+        return System(linear, nan, nan, nan, nan, nan)
     constant = jax.lax.stop_gradient
     u, v = _probe(example, 0), _probe(example, 1)
     au, av = constant(matvec(u)), constant(matvec(v))
     size = jnp.linalg.norm(au) / jnp.linalg.norm(u)
-    asymmetry = rcond = residual = nan
+    asymmetry = rcond = unsolved = nan
     if symmetric:
         scale = jnp.linalg.norm(u) * jnp.linalg.norm(av) + jnp.linalg.norm(v) * jnp.linalg.norm(au)
         asymmetry = jnp.where(scale > 0, jnp.abs(u @ av - v @ au) / scale, 0.0)
@@ -220,14 +238,11 @@ def _matrix_free(
         x = constant(jax.lax.custom_linear_solve(matvec, v, solve, solve))
         inverse_size = jnp.linalg.norm(x) / jnp.linalg.norm(v)
         rcond = 1 / (size * inverse_size)
-        residual = jnp.linalg.norm(constant(matvec(x)) - v) / jnp.linalg.norm(v)
-        residual = jnp.where(jnp.isfinite(residual), residual, jnp.inf)
-
-    def size_of(b: Vector) -> Any:
-        # Estimated: a solve of its own would cost as much as the derivative.
-        return jnp.linalg.norm(b) * inverse_size
-
-    return System(linear, size_of, size, rcond, residual, asymmetry)
+        unsolved = jnp.linalg.norm(constant(matvec(x)) - v) / jnp.linalg.norm(v)
+        unsolved = jnp.where(jnp.isfinite(unsolved), unsolved, jnp.inf)
+    # The step is only estimated here: a solve of its own would cost as much as the derivative.
+    step = jnp.linalg.norm(residual) * inverse_size
+    return System(linear, size, rcond, unsolved, asymmetry, step)
 
 
 def _probe(example: Vector, seed: int) -> Vector:

@@ -190,6 +190,7 @@ class ImplicitSolver:
         system = _linear.prepare(
             by_x,
             v,
+            jax.lax.stop_gradient(f),
             symmetric=self._condition is _stationary,
             linear_solve=self._linear_solve,
             least_squares=self._on_failure == "least_squares",
@@ -232,7 +233,7 @@ class ImplicitSolver:
         evidence = Evidence.of(
             v.size,
             finite=jnp.all(jnp.isfinite(v)) & jnp.all(jnp.isfinite(f)) & jnp.isfinite(system.size),
-            error=system.size_of(f) / jnp.maximum(jnp.linalg.norm(v), 1.0),
+            error=system.newton_step / jnp.maximum(jnp.linalg.norm(v), 1.0),
             rcond=system.rcond,
             residual=system.residual,
             asymmetry=system.asymmetry,
@@ -262,7 +263,8 @@ def _push(f: Callable[[Any], Any], x: Any) -> tuple[Any, Callable[[Any], Any]]:
     transpose of that is the derivative again.
     """
     if not _compat.has_custom_vjp(jax.make_jaxpr(f)(x).jaxpr):
-        return jax.linearize(f, x)
+        value, push = jax.linearize(f, x)
+        return value, push
     value, pull = jax.vjp(f, x)
     transpose = jax.linear_transpose(pull, value)
     return value, lambda dot: transpose((dot,))[0]
