@@ -474,7 +474,7 @@ def test_a_closure_reports_its_own_values() -> None:
 
 
 def test_a_closure_from_a_transformation_has_lines_but_no_names() -> None:
-    closure = jax.tree.map(jnp.sin, fv.Closure(lambda x: x * GLOBAL, 1.0))
+    closure = jax.tree.map(jnp.sin, fv.Closure(lambda x: x * GLOBAL - 0.375, 1.0))
     (value,) = closure.captures.values
     assert value.names == ()
     assert value.type_text == "float32[2]"
