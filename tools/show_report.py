@@ -1,4 +1,4 @@
-"""Remake what the README and docs/ show of a report: that of the objective of the main example.
+"""Remake what the README and docs/ show of a report: that of an example's objective.
 
     python tools/show_report.py                print the report as text
     python tools/show_report.py --readme       put it into the README, between its two marks
@@ -21,7 +21,7 @@ import freevars.jax as fv
 from freevars.report import CaptureReport
 
 ROOT = Path(__file__).parent.parent
-EXAMPLES = ("custom_rule.py", "hyperparameters.py")
+EXAMPLE = ROOT / "examples" / "custom_rule.py"
 PICTURE = ROOT / "docs" / "images" / "captures.png"
 BLOCK = re.compile(r"(<!-- report -->\n```text\n).*?(```\n<!-- /report -->)", re.DOTALL)
 
@@ -38,12 +38,10 @@ def report() -> CaptureReport:
         found.append(fv.captures(fun, *example_args))
         raise _SeenError
 
-    paths = (ROOT / "examples" / name for name in EXAMPLES)
-    example = next(path for path in paths if path.exists())
     original, arguments = fv.Closure, sys.argv
-    fv.Closure, sys.argv = closure, [str(example)]  # type: ignore[assignment, misc]
+    fv.Closure, sys.argv = closure, [str(EXAMPLE)]  # type: ignore[assignment, misc]
     try:
-        runpy.run_path(str(example), run_name="__main__")
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
     except _SeenError:
         pass
     finally:

@@ -254,8 +254,7 @@ def _probe(example: Vector, seed: int) -> Vector:
 
 def _lineax() -> Any:
     try:
-        # An extra: importing freevars.jax needs only JAX.
-        import lineax
+        import lineax  # noqa: PLC0415 (an extra: importing freevars.jax needs only JAX)
     except ImportError as error:
         msg = (
             "the linear system of an implicit derivative is solved by lineax:"
