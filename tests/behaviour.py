@@ -1,8 +1,9 @@
 """The cases of the behaviour table: every way in which a function can come by a captured value.
 
 Each case states one function twice: as a user writes it, a closure over its values, and with every
-value handed down explicitly, which is the oracle. Nothing here names a host: a host brings its array
-functions as `xp` and its `vmap`, and its own tests bring the transformations and the conversions.
+value handed down explicitly, which is the oracle. Nothing here names a host: a host brings its
+array functions as `xp` and its `vmap`, and its own tests bring the transformations and the
+conversions.
 """
 
 from __future__ import annotations
@@ -148,7 +149,7 @@ def _global_fun(host: Host, x: Any) -> Any:
 
 
 def _global(host: Host, via: Via, x: Any, w: Any, v: Any) -> Any:
-    global _GLOBAL  # noqa: PLW0603 (a global that changes is what this case is about)
+    global _GLOBAL
     _GLOBAL = (w, v)
     try:
         return via(functools.partial(_global_fun, host), x)

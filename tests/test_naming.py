@@ -578,7 +578,7 @@ def test_nothing_is_kept() -> None:
     model = Model()
     gone = weakref.ref(value), weakref.ref(model)
     model.scale = value
-    assert names(lambda: model, value) == [["model.scale"]]
+    assert names(lambda: model, value) == [["model.scale"]]  # noqa: F821 (deleted below)
     del value, model
     gc.collect()
     assert [ref() for ref in gone] == [None, None]

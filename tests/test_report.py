@@ -405,9 +405,7 @@ def browse(page: Path, *flags: str) -> str:
         *flags,
         page.as_uri(),
     ]
-    shown = subprocess.run(
-        command, capture_output=True, check=True, timeout=120
-    )
+    shown = subprocess.run(command, capture_output=True, check=True, timeout=120)
     return shown.stdout.decode()
 
 

@@ -1,10 +1,11 @@
 """When do two functions compute the same thing? Turn a function into a key that decides it.
 
-JAX and users re-create functions all the time, so identity says too little; a name and a line say too
-much (two lambdas on one line). A key holds the code object, the captured cells, the defaults and the
-globals that the code reads, each turned into a key in turn. What is unknown counts by identity, and a
-walk that grows too large gives a key that equals nothing: unequal is always safe, it only costs a
-compilation. Not here: anything about a host, which says through `look` what its own objects mean.
+JAX and users re-create functions all the time, so identity says too little; a name and a line say
+too much (two lambdas on one line). A key holds the code object, the captured cells, the defaults
+and the globals that the code reads, each turned into a key in turn. What is unknown counts by
+identity, and a walk that grows too large gives a key that equals nothing: unequal is always safe,
+it only costs a compilation. Not here: anything about a host, which says through `look` what its own
+objects mean.
 """
 
 from __future__ import annotations
@@ -67,10 +68,8 @@ class CallableKeys:
 
     def of(self, x: Any) -> Hashable:
         """The key of any object that a function can hold."""
-        if (
-            x is None
-            or (isinstance(x, (bool, int, str, bytes, float, complex))
-            and type(x) in _PLAIN)
+        if x is None or (
+            isinstance(x, (bool, int, str, bytes, float, complex)) and type(x) in _PLAIN
         ):
             return scalar_key(x)
         known = self._known.get(id(x))
@@ -104,9 +103,12 @@ class CallableKeys:
             return (type(x), frozenset(self._all(x)))
         if isinstance(x, (type, types.ModuleType, types.BuiltinFunctionType, enum.Enum)):
             return Same(x)
+        return self._of_mutable(x)
+
+    def _of_mutable(self, x: Any) -> Hashable:
         self.foreign = True
-        # Mutable: two that are alike now can differ tomorrow, and the same one can have changed since
-        # yesterday. So both identity and content count.
+        # Two that are alike now can differ tomorrow, and the same one can have changed
+        # since yesterday. So both identity and content count.
         if type(x) in (list, set):
             return (Same(x), self._all(x) if type(x) is list else frozenset(self._all(x)))
         if type(x) is dict:

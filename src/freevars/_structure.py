@@ -37,8 +37,8 @@ def first_difference(
 ) -> Difference | None:
     """The first path, depth first, at which `got` is not as `expected`; None if there is none.
 
-    `take_apart(x)` gives the `Node` of a container and None for a leaf; `differ(expected, got)` gives
-    the texts of two leaves that do not match and None for two that do.
+    `take_apart(x)` gives the `Node` of a container and None for a leaf; `differ(expected, got)`
+    gives the texts of two leaves that do not match and None for two that do.
     """
     a, b = take_apart(expected), take_apart(got)
     if a is None and b is None:
@@ -64,4 +64,7 @@ def first_difference(
 
 def _short(x: Any) -> str:
     text = repr(x)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= _SHORT else text[: _SHORT - 3] + "..."
+
+
+_SHORT = 60  # characters

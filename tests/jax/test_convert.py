@@ -1,7 +1,5 @@
 """closure_convert: what is hoisted, in which order, of every kind of callable; nothing stale."""
 
-# ruff: noqa: PLW0108 (functions and messages, one a line)
-
 from __future__ import annotations
 
 import functools
@@ -478,11 +476,11 @@ def test_errors_are_of_one_family() -> None:
 @pytest.mark.parametrize("convert", [fv.closure_convert, fv.Closure])
 def test_a_captured_reference_is_refused(convert) -> None:
     ref = jax.new_ref(W)
+
+    def fun(x):
+        return x * ref[...]
+
     with pytest.raises(CaptureError, match=r"fun captures the mutable reference ref \(ref float32"):
-
-        def fun(x):
-            return x * ref[...]
-
         convert(fun, X)
 
 
@@ -565,7 +563,9 @@ def test_a_traced_value_that_a_rule_holds_is_refused() -> None:
     def outer(w):
         return fv.Closure(lambda x: rule_capturing(w)(x), X)(X).sum()
 
-    with pytest.raises(CaptureError, match=r"callback in it captures the traced value w \(float32\[3\]"):
+    with pytest.raises(
+        CaptureError, match=r"callback in it captures the traced value w \(float32\[3\]"
+    ):
         jax.grad(outer)(W)
     with pytest.raises(CaptureError, match="Pass the value to the function that has the rule"):
         jax.jit(outer)(W)

@@ -156,7 +156,7 @@ def _() -> Any:
             self.fun = fun
 
         def run(self, x: Any) -> Any:
-            return argmin(lambda x: self.fun(x), x)  # noqa: PLW0108 (one more wrapper)
+            return argmin(lambda x: self.fun(x), x)
 
     def pipeline(scale: Any, data: Any) -> Any:
         def to_minimize(latent: Any) -> Any:

@@ -182,7 +182,7 @@ def test_pytrees_for_a_solver_that_wants_them():
         out = f(3.0)
         assert out["w"].dtype == jnp.float32
         np.testing.assert_allclose(out["w"], 3.0, rtol=1e-6)
-        np.testing.assert_allclose(jax.grad(lambda a: f(a)["b"].sum())(3.0), -2.0, rtol=1e-6)  # noqa: B023
+        np.testing.assert_allclose(jax.grad(lambda a: f(a)["b"].sum())(3.0), -2.0, rtol=1e-6)
     want = {"b": (np.ndarray, np.float64), "w": (np.ndarray, np.float32)}
     assert seen
     assert all(one == want for one in seen)

@@ -1,7 +1,7 @@
 """Programs that people write: converted under grad, jit and vmap without a refusal, to the same
 numbers, and equal in structure when made afresh."""
 
-# ruff: noqa: E501, PLW0108 (a table of functions, one a line)
+# ruff: noqa: E501 (a table of functions, one a line)
 
 from __future__ import annotations
 

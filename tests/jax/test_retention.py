@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import weakref
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,7 @@ WAYS = {
 }
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads /proc")
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 @pytest.mark.parametrize("way", WAYS)
 def test_two_hundred_conversions_leave_memory_where_it_was(way) -> None:
     setup, once = WAYS[way]

@@ -4,7 +4,7 @@ Every pair that must be unequal is also called through one jitted function, beca
 wrong equality would give a wrong number.
 """
 
-# ruff: noqa: B023, E501, PLC3002, PLW0108 (a table of functions, one a line)
+# ruff: noqa: E501 (a table of functions, one a line)
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ ONE, OTHER = np.array([1.0, 2.0, 3.0], np.float32), np.array([1.0, 2.0, 4.0], np
 # fmt: off
 UNEQUAL = {
     "literal": (lambda x: x * 2.0, lambda x: x * 3.0),
-    "two lambdas on one line": [f for f in (lambda x: x + 1.0, lambda x: x - 1.0)],
+    "two lambdas on one line": [lambda x: x + 1.0, lambda x: x - 1.0],
     "sign of zero": (lambda x: jnp.copysign(x, 0.0), lambda x: jnp.copysign(x, -0.0)),
     "literal in the last bit": (lambda x: x * 0.1, lambda x: x * float(np.nextafter(np.float32(0.1), 1))),
     "captured Python number": [(lambda n: lambda x: x * n)(n) for n in (2.0, 3.0)],

@@ -117,7 +117,7 @@ def test_modules() -> None:
 def test_errors_are_those_of_the_conversion() -> None:
     w = fresh(3)
     with pytest.raises(CaptureError, match="in place"):
-        Closure(lambda x: w.data.add_(x), fresh(3))  # noqa: PLW0108 (a lambda around it is the case)
+        Closure(lambda x: w.data.add_(x), fresh(3))
 
 
 class Scaled(torch.autograd.Function):

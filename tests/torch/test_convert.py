@@ -141,7 +141,7 @@ CASES: dict[str, tuple[Any, int, int]] = {  # function, captured values, derivat
     "sparse": (sparse, 1, 1),
     "checkpoint": (checkpointed, 1, 2),
     "hook": (hook, 1, 1),
-    "custom Function": (lambda x, w: Square.apply(x, w), 1, 2),  # noqa: PLW0108 (a lambda around it is the case)
+    "custom Function": (lambda x, w: Square.apply(x, w), 1, 2),
     "custom Function, prebound": (lambda x, w: PREBOUND(w, x) * w, 1, 2),
     "custom Function of torch.func": (lambda x, w: Cube.apply(x * w) + Cube.apply(w), 1, 2),
     "func.grad": (lambda x, w: torch.func.grad(lambda z: (z**3 * w).sum())(x), 1, 2),

@@ -214,7 +214,7 @@ def test_torchscript() -> None:
     net = scripted(nn.Linear(3, 3).double())
     x = fresh(3)
     with pytest.raises(CaptureError, match="below it"):
-        closure_convert(lambda x: net(x), x)  # noqa: PLW0108 (a lambda around it is the case)
+        closure_convert(lambda x: net(x), x)
     # Also where the same tensor is read through the Python API too.
     with pytest.raises(CaptureError, match="below it"):
         closure_convert(lambda x: net(x) + net.weight.sum(), x)
@@ -226,7 +226,7 @@ def test_torchscript() -> None:
         converted(torch.ones(3, dtype=torch.float64))
     for p in net.parameters():
         p.requires_grad_(False)
-    converted, hoisted = closure_convert(lambda x: net(x), x)  # constants  # noqa: PLW0108 (a lambda around it is the case)
+    converted, hoisted = closure_convert(lambda x: net(x), x)  # constants
     same(converted(x, *hoisted), net(x))
 
 
@@ -289,7 +289,7 @@ def test_randomness_refused() -> None:
     with pytest.raises(CaptureError, match=r"rng='error'.*test_convert_errors"):
         closure_convert(lambda x: x + torch.randn(3), torch.zeros(3), rng="error")
     with pytest.raises(CaptureError, match=r"dropout|bernoulli"):
-        closure_convert(lambda x: nn.functional.dropout(x), torch.zeros(3), rng="error")  # noqa: PLW0108 (a lambda around it is the case)
+        closure_convert(lambda x: nn.functional.dropout(x), torch.zeros(3), rng="error")
 
 
 def test_a_refusal_cannot_be_swallowed() -> None:

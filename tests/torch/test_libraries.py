@@ -112,7 +112,7 @@ def test_xitorch() -> None:
 
     @root
     def solve(fun: Any, x0: Tensor) -> Tensor:
-        return optimize.rootfinder(lambda y: fun(y), x0, f_tol=1e-12)  # noqa: PLW0108 (it takes functions only)
+        return optimize.rootfinder(lambda y: fun(y), x0, f_tol=1e-12)
 
     close(torch.autograd.grad(solve(residual, x0).sum(), w), [theirs])
     # The same call with the plain closure loses it.

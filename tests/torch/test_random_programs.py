@@ -37,7 +37,7 @@ BINARY = {
     "where": lambda a, b: torch.where(a > b, a, b),
     "stack": lambda a, b: torch.stack([a, b]).mean(0),
     "loop": lambda a, b: [a := a * 0.5 + b for _ in range(2)][-1],
-    "nested": lambda a, b: _nested(a, b),  # noqa: PLW0108 (defined below)
+    "nested": lambda a, b: _nested(a, b),
 }
 
 

@@ -1,8 +1,8 @@
 """Arguments as an array part and a static part, and what a call may bring in their place.
 
-The leaves of a pytree that JAX takes as arrays are traced; every other leaf (a string, a function, a
-dtype, an enum) is static: the function sees it as it is and a call must bring an equal one. Not here:
-tracing, and what happens to the values once they fit.
+The leaves of a pytree that JAX takes as arrays are traced; every other leaf (a string, a function,
+a dtype, an enum) is static: the function sees it as it is and a call must bring an equal one. Not
+here: tracing, and what happens to the values once they fit.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class Spec(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """Whether it holds no object of the user's: no static leaf, and built-in containers alone."""
+        """Whether it holds no object of the user's: no static leaf, and built-in containers
+        alone."""
         return not self.statics and _is_plain(self.tree)
 
     def struct(self) -> Any:
@@ -78,9 +79,9 @@ def join(spec: Spec, arrays: Sequence[Any]) -> Any:
 def fit(x: Any, expected: Any, *, weak_matters: bool) -> Any:
     """`x` as a value of the expected type, or None where it is none.
 
-    A scalar of weak type (a Python number, or a tracer of one) fits a scalar of its kind. A value of
-    strong type fits a weak one where `weak_matters` is False: where no result of the program depends
-    on the weakness.
+    A scalar of weak type (a Python number, or a tracer of one) fits a scalar of its kind. A value
+    of strong type fits a weak one where `weak_matters` is False: where no result of the program
+    depends on the weakness.
     """
     try:
         got = _compat.example_type(x)

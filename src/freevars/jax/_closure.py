@@ -1,9 +1,9 @@
 """A converted function as one value: callable, and a pytree whose leaves are its captured values.
 
-Everything that JAX does with arrays it does with a `Closure`: differentiate by it, batch it, carry it
-through a loop, put it on a device. Its static part is a `Program`, which compares by what it computes,
-so that a fresh lambda with the same code never recompiles what takes it. Not here: how captured values
-are found, and what makes two programs equal.
+Everything that JAX does with arrays it does with a `Closure`: differentiate by it, batch it, carry
+it through a loop, put it on a device. Its static part is a `Program`, which compares by what it
+computes, so that a fresh lambda with the same code never recompiles what takes it. Not here: how
+captured values are found, and what makes two programs equal.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ __all__ = ["Closure"]
 
 R = TypeVar("R")
 
+_SHOWN = 4  # how many captured values a repr lists
+
 
 class Closure(Generic[R]):
     """`fun` with every value that it captures as a leaf: callable, and a differentiable argument.
 
     `Closure(fun, *example_args)(*args)` equals `fun(*args)`, in value and in every derivative, and
-    `jax.tree.map` over a closure gives the function for other captured values. Two closures have equal
-    tree structures exactly where they compute the same thing from their values, so that
+    `jax.tree.map` over a closure gives the function for other captured values. Two closures have
+    equal tree structures exactly where they compute the same thing from their values, so that
     `jax.jit(solver)(Closure(lambda x: f(x, w), x0), x0)` compiles once for all `w`.
 
     Args:
@@ -47,12 +49,13 @@ class Closure(Generic[R]):
       in_struct: the example arguments, a tuple, with a `jax.ShapeDtypeStruct` for each array.
       out_struct: the same for the result.
 
-    Called outside a transformation a closure is one compiled dispatch, compiled once for all closures
-    of the same structure; inside one it is traced into the program under way.
+    Called outside a transformation a closure is one compiled dispatch, compiled once for all
+    closures of the same structure; inside one it is traced into the program under way.
 
     Raises:
-      TypeError: `fun` is not callable, or a call brings another structure, shape, dtype or static leaf
-        than the example (`freevars.errors.StructureError`, which names the first path that differs).
+      TypeError: `fun` is not callable, or a call brings another structure, shape, dtype or static
+        leaf than the example (`freevars.errors.StructureError`, which names the first path that
+        differs).
       freevars.errors.CaptureError: `fun` captures a mutable reference, or a custom derivative rule
         inside it captures a traced value.
 
@@ -74,8 +77,9 @@ class Closure(Generic[R]):
 
     def __init__(self, fun: Callable[..., R], *example_args: Any) -> None:
         self._program, self._values = convert(fun, example_args)
-        # What made this closure, for pickling. A transformation drops it: a tree structure that held
-        # a user's function would keep its arrays alive in every cache that holds the structure.
+        # What made this closure, for pickling. A transformation drops it: a tree structure that
+        # held a user's function would keep its arrays alive in every cache that holds the
+        # structure.
         self._origin = (fun, example_args)
 
     @property
@@ -85,15 +89,16 @@ class Closure(Generic[R]):
 
     @property
     def constants(self) -> tuple[Any, ...]:
-        """The concrete arrays that are part of the structure, because a custom rule holds them too."""
+        """The concrete arrays that are part of the structure, because a custom rule holds them
+        too."""
         return self._program.fixed
 
     @property
     def captures(self) -> CaptureReport:
         """What is captured, with names; made anew each time, by tracing the function once more.
 
-        A closure that came out of a transformation no longer knows its Python function. It has types
-        but no names, and the lines are those of the first function that had its structure.
+        A closure that came out of a transformation no longer knows its Python function. It has
+        types but no names, and the lines are those of the first function that had its structure.
         """
         from freevars.jax._captures import captures_of  # noqa: PLC0415 (used by few, and above)
 
@@ -117,8 +122,8 @@ class Closure(Generic[R]):
         program = self._program
         takes = ", ".join(map(describe, program.inputs.types))
         gives = ", ".join(map(describe, program.outputs.types))
-        values = ", ".join(map(describe, self._values[:4]))
-        more = f", … {len(self._values)} in all" if len(self._values) > 4 else ""
+        values = ", ".join(map(describe, self._values[:_SHOWN]))
+        more = f", … {len(self._values)} in all" if len(self._values) > _SHOWN else ""
         fixed = f"; {len(program.fixed)} held constant" if program.fixed else ""
         captures = f"captures {values or 'nothing'}{more}{fixed}"
         return f"Closure({program.name}: ({takes}) -> {gives}; {captures})"
@@ -126,7 +131,8 @@ class Closure(Generic[R]):
     def __reduce__(self) -> Any:
         if self._origin is None:
             msg = (
-                f"this {self!r} came out of a transformation and no longer knows the Python function"
+                f"this {self!r} came out of a transformation and no longer knows the Python"
+                " function"
                 " that it was made from. Pickle the closure that went in, or its `values`."
             )
             raise pickle.PicklingError(msg)

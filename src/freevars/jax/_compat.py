@@ -1,8 +1,8 @@
 """Everything here leans on a part of JAX that is private or differs between releases.
 
 Each entry says why it is needed. `tests/jax/test_compat.py` checks each one alone, so that a new
-release of JAX that changes something fails there first, with the name of what changed. Not here: any
-idea of closure conversion.
+release of JAX that changes something fails there first, with the name of what changed. Not here:
+any idea of closure conversion.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ Array = jax.Array
 Tracer = jax.core.Tracer
 Eqn: TypeAlias = Any  # jax.extend.core.JaxprEqn carries no types of its own
 
-# Until JAX 0.11 a ClosedJaxpr paired a Jaxpr with its constants; since 0.12 a Jaxpr holds them itself
-# and the two names are one class.
+# Until JAX 0.11 a ClosedJaxpr paired a Jaxpr with its constants; since 0.12 a Jaxpr holds them
+# itself and the two names are one class.
 JAXPR_TYPES = tuple({Jaxpr, ClosedJaxpr})
 
 
@@ -101,7 +101,8 @@ def drop_dead_code(jaxpr: Any, keep_inputs: Sequence[bool]) -> tuple[Any, list[b
     """
     if _SCAN3 is not None and _SCAN3.value:
         msg = (
-            "jax_scan3 is on: it says nothing of what its loops write, so that JAX itself drops them"
+            "jax_scan3 is on: it says nothing of what its loops write, so that JAX itself drops"
+            " them"
             " as dead code and computes something else. Turn it off: jax.config.update('jax_scan3',"
             " False)."
         )
@@ -118,18 +119,20 @@ def replace(jaxpr: Any, **changes: Any) -> Any:
 
 
 def evaluate(jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
-    """The results of an open program, computed or traced with whatever transformation is under way."""
+    """The results of an open program, computed or traced with whatever transformation is under
+    way."""
     return jaxpr_as_fun(close(jaxpr))(*operands)
 
 
 def cast(x: Any, expected: Any) -> Any:
-    """`x` with the dtype and the weakness of `expected`. The public conversion only gives strong types."""
+    """`x` with the dtype and the weakness of `expected`. The public conversion only gives strong
+    types."""
     return _convert_element_type(x, expected.dtype, weak_type=expected.weak_type)
 
 
 def converts_weak_values(jaxpr: Any) -> bool:
-    """Whether a program, or one nested in it, turns a weakly typed value into a dtype that a value of
-    strong type would not have led to: `1.0 * bfloat16` is computed in bfloat16, and
+    """Whether a program, or one nested in it, turns a weakly typed value into a dtype that a value
+    of strong type would not have led to: `1.0 * bfloat16` is computed in bfloat16, and
     `float32(1) * bfloat16` in float32."""
     for eqn in jaxpr.eqns:
         if eqn.primitive is _convert_p:
@@ -145,8 +148,8 @@ def converts_weak_values(jaxpr: Any) -> bool:
 
 
 def kind(dtype: Any) -> int:
-    """The place of a dtype among bool, integer, floating, complex and other. NumPy's own `kind` does
-    not know the dtypes that JAX adds."""
+    """The place of a dtype among bool, integer, floating, complex and other. NumPy's own `kind`
+    does not know the dtypes that JAX adds."""
     kinds = (np.bool_, np.integer, np.floating, np.complexfloating)
     return next((i for i, k in enumerate(kinds) if jax.dtypes.issubdtype(dtype, k)), len(kinds))
 
@@ -199,7 +202,7 @@ _AbstractRef: Any = jax.typeof(jax.new_ref(np.zeros(()))).__class__
 
 
 def trace_context() -> Hashable:
-    """The settings that tracing and compiling depend on: precision, PRNG, mesh, 64-bit types, …
+    """The settings that tracing and compiling depend on: precision, PRNG, mesh and more.
 
     JAX keys its own caches on the same tuple and offers it nowhere in public. The named axes of an
     enclosing `vmap` or `shard_map` are left out: what depends on them stands in the program itself.
@@ -254,8 +257,8 @@ _NUMPY_WRAPPERS = tuple(
 
 
 def was_computed(tracer: Any) -> bool | None:
-    """Whether an operation made a tracer, or None where nothing tells. The other ones are the inputs
-    of their transformation."""
+    """Whether an operation made a tracer, or None where nothing tells. The other ones are the
+    inputs of their transformation."""
     if isinstance(tracer, _partial_eval.DynamicJaxprTracer):
         return getattr(tracer, "parent", None) is not None
     if isinstance(tracer, _batching.BatchTracer):
@@ -370,7 +373,8 @@ ARRAY_TYPES: tuple[type, ...] = (Tracer, np.ndarray, Array, _Ref)
 
 
 def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
-    """How many constants a `scan` has, and how many values it carries; see `scan_with_constants`."""
+    """How many constants a `scan` has, and how many values it carries; see
+    `scan_with_constants`."""
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
     constants, carry, _ = params["ft_in"].unpack()
@@ -400,9 +404,9 @@ def scan_with_constants(params: dict[str, Any], count: int) -> dict[str, Any]:
     return {"ft_in": flattree.pack((flattree.nones(len(constants) + count), carry, xs))}
 
 
-# What a walk through JAX's own wrappers around a user's function meets, and which of it decides what
-# the function computes. JAX makes these wrappers afresh each time it traces, so that their identity
-# says nothing; they have no public face.
+# What a walk through JAX's own wrappers around a user's function meets, and which of it decides
+# what the function computes. JAX makes these wrappers afresh each time it traces, so that their
+# identity says nothing; they have no public face.
 _IGNORED = (
     _partial_eval.DynamicJaxprTrace,
     _linear_util.Store,
@@ -506,9 +510,9 @@ def has_custom_vjp(jaxpr: Any) -> bool:
 def host_call(callback: Any, results: Sequence[Any], *args: Any) -> list[Any]:
     """Call `callback(*args) -> arrays` on NumPy arrays from inside a program.
 
-    `jax.pure_callback` first makes JAX arrays of the operands, and waiting for these inside a callback
-    is one of the ways to a deadlock. On a CPU the experimental `buffer_callback` hands the memory over
-    as it is; elsewhere the operands have to be copied from the device anyway.
+    `jax.pure_callback` first makes JAX arrays of the operands, and waiting for these inside a
+    callback is one of the ways to a deadlock. On a CPU the experimental `buffer_callback` hands the
+    memory over as it is; elsewhere the operands have to be copied from the device anyway.
     """
     results = tuple(results)
     if jax.default_backend() != "cpu":

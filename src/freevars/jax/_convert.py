@@ -1,10 +1,11 @@
-"""Closure conversion: run a function once on types, and find every value that it reads from outside.
+"""Closure conversion: run a function once on types, and find every value that it reads from
+outside.
 
-JAX traces the function to a program; whatever came in by another way than the arguments is a constant
-of that program, however it was reached. The steps from there are each in a file of their own: bring
-nested constants up (`_lift`), drop what nothing needs, and give the rest a key (`_fingerprint`) under
-which the program is shared (`_program`). Nothing is remembered from one conversion to the next, so
-nothing goes stale and nothing is kept.
+JAX traces the function to a program; whatever came in by another way than the arguments is a
+constant of that program, however it was reached. The steps from there are each in a file of their
+own: bring nested constants up (`_lift`), drop what nothing needs, and give the rest a key
+(`_fingerprint`) under which the program is shared (`_program`). Nothing is remembered from one
+conversion to the next, so nothing goes stale and nothing is kept.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ class Conversion(NamedTuple):
 
 
 class Traced(NamedTuple):
-    """A function run once: the open program, which reads the captured values and then the arguments,
-    these values in order of first use, and the types of arguments and results."""
+    """A function run once: the open program, which reads the captured values and then the
+    arguments, these values in order of first use, and the types of arguments and results."""
 
     jaxpr: Any
     values: list[Any]
@@ -88,7 +89,8 @@ def convert(fun: Callable[..., Any], example_args: Sequence[Any]) -> Conversion:
 
 
 def _in_order_of_use(jaxpr: Any, values: list[Any], n_args: int) -> tuple[Any, list[Any]]:
-    """Without dead code and the values that only dead code reads, the rest as they are first read."""
+    """Without dead code and the values that only dead code reads, the rest as they are first
+    read."""
     keep = [False] * len(values) + [True] * n_args
     jaxpr, used = _compat.drop_dead_code(jaxpr, keep)
     values = [value for value, use in zip(values, used, strict=False) if use]
@@ -120,13 +122,14 @@ def _keep_what_rules_hold(
 
     A custom derivative rule that JAX runs later reads its own captured values then, and no program
     shows which. Were a value replaced in the function and not in its rule, a derivative would be
-    wrong without a word. So a concrete array that a rule holds stays what it is, and a traced one is
-    refused.
+    wrong without a word. So a concrete array that a rule holds stays what it is, and a traced one
+    is refused.
     """
     for x in held:
         if isinstance(x, _compat.Tracer) and _compat.is_live(x):
             msg = (
-                f"{_name(fun)}: a custom derivative rule or a callback in it captures the traced value"
+                f"{_name(fun)}: a custom derivative rule or a callback in it captures the traced"
+                " value"
                 f" {describe_capture(fun, x, jaxpr, values)}, which no caller could then replace or"
                 " differentiate. Pass the value to the function that has the rule as an argument."
             )
@@ -226,7 +229,8 @@ class Converted(Generic[R]):
 
     def _refuse_count(self, got: int) -> None:
         msg = (
-            f"{self.__name__}, converted, takes {self._n_args} arguments and {len(self._hoisted)} hoisted"
+            f"{self.__name__}, converted, takes {self._n_args} arguments and {len(self._hoisted)}"
+            " hoisted"
             f" values, {self._n_all} in all, got {got}. Call it as"
             " converted(*args, *hoisted)."
         )
@@ -253,13 +257,13 @@ def closure_convert(
 
     Args:
       fun: any callable, pure. It runs once, on tracers.
-      *example_args: pytrees that fix structure, shapes and dtypes. `jax.ShapeDtypeStruct` will not do
-        for an array; a leaf that JAX does not take as an array (a string, a function, None, a dtype)
-        is static: `fun` sees it as it is, and each call must bring an equal one.
+      *example_args: pytrees that fix structure, shapes and dtypes. `jax.ShapeDtypeStruct` will not
+        do for an array; a leaf that JAX does not take as an array (a string, a function, None, a
+        dtype) is static: `fun` sees it as it is, and each call must bring an equal one.
       hoist: "traced" for the tracers that `fun` meets, of any dtype and any transformation, while
-        concrete arrays stay inside as constants; "all" for every array met, concrete `jax.Array` and
-        NumPy arrays too, so that the list is the same inside and outside a transformation. Python
-        numbers and NumPy scalars are part of the program in both.
+        concrete arrays stay inside as constants; "all" for every array met, concrete `jax.Array`
+        and NumPy arrays too, so that the list is the same inside and outside a transformation.
+        Python numbers and NumPy scalars are part of the program in both.
 
     Returns:
       `(converted, hoisted)`: `hoisted` is a list of arrays, each once, in the order in which `fun`
@@ -267,9 +271,9 @@ def closure_convert(
       custom derivative rule inside `fun` holds as well stays a constant.
 
     Raises:
-      TypeError: `fun` is not callable, or a call brings another structure, shape, dtype, static leaf
-        or number of values than the example (`freevars.errors.StructureError`, which names the first
-        path that differs).
+      TypeError: `fun` is not callable, or a call brings another structure, shape, dtype, static
+        leaf or number of values than the example (`freevars.errors.StructureError`, which names the
+        first path that differs).
       freevars.errors.CaptureError: `fun` captures a mutable reference, or a custom derivative rule
         inside it captures a traced value.
 

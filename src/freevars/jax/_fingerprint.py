@@ -25,8 +25,8 @@ __all__ = ["Fingerprint"]
 # The primitives that call a nested program carry the name of the function it was traced from.
 _NAMED = {"jit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call"}
 
-# Above this size the content of a NumPy array that a rule or a callback holds is not read: a function
-# that holds one equals itself and nothing else.
+# Above this size the content of a NumPy array that a rule or a callback holds is not read: a
+# function that holds one equals itself and nothing else.
 _READ_BYTES = 1 << 20
 
 _SCALARS = {type(None), bool, int, str, bytes, float, complex}

@@ -1,7 +1,7 @@
 """Bring constants that sit inside nested programs up to the outermost one.
 
-JAX hoists a captured tracer through every nested program by itself, but leaves a concrete array where
-it was met: among the constants of an inner `jit`, or as a literal when
+JAX hoists a captured tracer through every nested program by itself, but leaves a concrete array
+where it was met: among the constants of an inner `jit`, or as a literal when
 `jax_use_simplified_jaxpr_constants` is on. To list the same captured values inside and outside a
 transformation, a concrete array has to travel the way a tracer would: as one more operand of each
 program on its path. Programs of a kind that is not known here keep their constants. Not here: which
@@ -54,8 +54,8 @@ class Constants:
 
 
 def identity(value: Any) -> Any:
-    """What tells one captured array from another. JAX wraps the same NumPy array afresh in each trace,
-    so that a NumPy array is told by its memory."""
+    """What tells one captured array from another. JAX wraps the same NumPy array afresh in each
+    trace, so that a NumPy array is told by its memory."""
     if not isinstance(value, (Array, Tracer)) and hasattr(value, "__array__"):
         value = np.asarray(value)  # older releases have a class of their own for it
         where = value.__array_interface__["data"][0]
@@ -119,7 +119,8 @@ class _Lifter:
         return _compat.replace(jaxpr, invars=invars, eqns=eqns, outvars=outvars)
 
     def nested(self, closed: Any) -> tuple[Any, Constants]:
-        """The closed program without constants, with one more leading input for each that it had."""
+        """The closed program without constants, with one more leading input for each that it
+        had."""
         known = self._memo.get(id(closed))
         if known is None:
             inner = Constants()

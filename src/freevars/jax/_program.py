@@ -2,9 +2,9 @@
 
 Programs are interned: two that compute the same thing are one object, so that they compare and hash
 by identity, as fast as anything can, and share one compiled version. The table holds them weakly.
-The last few that hold nothing of the user's, neither an array nor a function, are kept beside it, so
-that a loop which makes, calls and drops a closure in each turn compiles once. Not here: tracing a
-user's function, and who holds the captured values.
+The last few that hold nothing of the user's, neither an array nor a function, are kept beside it,
+so that a loop which makes, calls and drops a closure in each turn compiles once. Not here: tracing
+a user's function, and who holds the captured values.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Program:
         self.inputs = inputs
         self.outputs = outputs
         self.name = name
-        # JAX flattens arguments faster than any Python code, and on a call that it has seen before it
-        # checks their types as well; so hand them over as they are wherever it takes them.
+        # JAX flattens arguments faster than any Python code, and on a call that it has seen before
+        # it checks their types as well; so hand them over as they are wherever it takes them.
         self.flat = bool(inputs.statics) or not _hashable(inputs.tree)
         self._direct = not self.flat and not outputs.statics
 
@@ -112,8 +112,8 @@ class Program:
             results = self._run(values, *args)
         return join(self.outputs, results) if self.outputs.statics else results
 
-    # What is compiled. These run once for each combination of types that a call brings, and so check
-    # types without a cost for the calls after.
+    # What is compiled. These run once for each combination of types that a call brings, and so
+    # check types without a cost for the calls after.
 
     def _run_tree(self, values: Sequence[Any], *args: Any) -> Any:
         leaves, tree = tree_util.tree_flatten(args)
@@ -153,8 +153,10 @@ class Program:
         for i, (value, expected) in enumerate(zip(values, self.value_types, strict=True)):
             if not _compat.is_array(value) or fit(value, expected, weak_matters=weak) is None:
                 msg = (
-                    f"captured value {i} of {self.name}{first_read(self.jaxpr, len(self.fixed) + i)}:"
-                    f" expected {describe(expected)}, got {describe(value)}. Pass a value of the type"
+                    f"captured value {i} of"
+                    f" {self.name}{first_read(self.jaxpr, len(self.fixed) + i)}:"
+                    f" expected {describe(expected)}, got {describe(value)}. Pass a value of the"
+                    " type"
                     " that was captured."
                 )
                 mismatched = StructureError(msg)
