@@ -1,8 +1,9 @@
 """The cases of the behaviour table: every way in which a function can come by a captured value.
 
 Each case states one function twice: as a user writes it, a closure over its values, and with every
-value handed down explicitly, which is the oracle. Nothing here names a host: a host brings its array
-functions as `xp` and its `vmap`, and its own tests bring the transformations and the conversions.
+value handed down explicitly, which is the oracle. Nothing here names a host: a host brings its
+array functions as `xp` and its `vmap`, and its own tests bring the transformations and the
+conversions.
 """
 
 from __future__ import annotations

@@ -236,7 +236,7 @@ def test_pickle_where_the_function_does() -> None:
 
 def test_pickle_refuses_what_has_no_function() -> None:
     with pytest.raises(
-        pickle.PicklingError, match="came out of a transformation.*Pickle the closure"
+        pickle.PicklingError, match=r"came out of a transformation.*Pickle the closure"
     ):
         pickle.dumps(jax.tree.map(lambda v: v, make(W)))
 

@@ -1,6 +1,6 @@
 """closure_convert: what is hoisted, in which order, of every kind of callable; nothing stale."""
 
-# ruff: noqa: PLW0108 (functions and messages, one a line)
+# ruff: noqa: PT012, PLW0108 (functions made on the spot)
 
 from __future__ import annotations
 

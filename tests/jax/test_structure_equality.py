@@ -113,7 +113,7 @@ ONE, OTHER = np.array([1.0, 2.0, 3.0], np.float32), np.array([1.0, 2.0, 4.0], np
 # fmt: off
 UNEQUAL = {
     "literal": (lambda x: x * 2.0, lambda x: x * 3.0),
-    "two lambdas on one line": [f for f in (lambda x: x + 1.0, lambda x: x - 1.0)],
+    "two lambdas on one line": (lambda x: x + 1.0, lambda x: x - 1.0),
     "sign of zero": (lambda x: jnp.copysign(x, 0.0), lambda x: jnp.copysign(x, -0.0)),
     "literal in the last bit": (lambda x: x * 0.1, lambda x: x * float(np.nextafter(np.float32(0.1), 1))),
     "captured Python number": [(lambda n: lambda x: x * n)(n) for n in (2.0, 3.0)],
@@ -487,7 +487,7 @@ def test_a_mutable_object_read_by_a_rule_counts_by_content_and_identity() -> Non
 
 
 def test_a_global_read_by_a_rule_counts() -> None:
-    global _SCALE
+    global _SCALE  # noqa: PLW0603 (a global that changes is the subject)
     _SCALE = 1.0
     before = structure(_uses_scale, X)
     _SCALE = 2.0

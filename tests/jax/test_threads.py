@@ -1,10 +1,11 @@
 """Threads convert and call at once without seeing each other."""
 
+# ruff: noqa: B023 (each function is used in the turn that made it)
+
 from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import jax
 import jax.numpy as jnp
