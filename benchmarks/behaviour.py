@@ -25,7 +25,7 @@ D1, D2 = 0.5 * A**-0.5, -0.25 * A**-1.5
 
 
 def newton(fun: Any, x: Any, steps: int = 20) -> Any:
-    slope = lambda x: jax.grad(lambda x: jnp.sum(fun(x)))(x)  # noqa: E731
+    slope = jax.grad(lambda x: jnp.sum(fun(x)))
     return lax.fori_loop(0, steps, lambda _, x: x - fun(x) / slope(x), x)
 
 
