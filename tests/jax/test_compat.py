@@ -1,7 +1,7 @@
 """Each entry of `_compat` alone, so that a release of JAX that changes something fails here first,
 with the name of what changed."""
 
-# ruff: noqa: PLW0108 (functions that JAX must trace afresh)
+
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Nothing is kept: converting many closures over big arrays leaves none of them behind."""
 
-# ruff: noqa: B023, PLC3002 (functions made on the spot)
+
 
 from __future__ import annotations
 

@@ -487,7 +487,7 @@ def test_a_mutable_object_read_by_a_rule_counts_by_content_and_identity() -> Non
 
 
 def test_a_global_read_by_a_rule_counts() -> None:
-    global _SCALE  # noqa: PLW0603 (a global that changes is the subject)
+    global _SCALE
     _SCALE = 1.0
     before = structure(_uses_scale, X)
     _SCALE = 2.0

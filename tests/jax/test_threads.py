@@ -1,6 +1,6 @@
 """Threads convert and call at once without seeing each other."""
 
-# ruff: noqa: B023 (each function is used in the turn that made it)
+
 
 from __future__ import annotations
 
