@@ -395,9 +395,13 @@ def scan_with_constants(params: dict[str, Any], count: int) -> dict[str, Any]:
     """The parameters of a `scan` with `count` more constants at the front.
 
     Until JAX 0.11 it counts them; since 0.12 a tree of operands (`ft_in`) says how many there are.
+    Until 0.9 it also said of each operand whether the body is linear in it.
     """
     if "num_consts" in params:
-        return {"num_consts": params["num_consts"] + count}
+        changed: dict[str, Any] = {"num_consts": params["num_consts"] + count}
+        if "linear" in params:
+            changed["linear"] = (False,) * count + tuple(params["linear"])
+        return changed
     constants, carry, xs = params["ft_in"].unpack()
     from jax._src import flattree  # noqa: PLC0415 (exists since 0.12)
 
