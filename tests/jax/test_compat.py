@@ -1,8 +1,6 @@
 """Each entry of `_compat` alone, so that a release of JAX that changes something fails here first,
 with the name of what changed."""
 
-
-
 from __future__ import annotations
 
 import os

@@ -1,7 +1,5 @@
 """Nothing is kept: converting many closures over big arrays leaves none of them behind."""
 
-
-
 from __future__ import annotations
 
 import gc

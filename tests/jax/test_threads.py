@@ -1,7 +1,5 @@
 """Threads convert and call at once without seeing each other."""
 
-
-
 from __future__ import annotations
 
 import threading
