@@ -378,3 +378,22 @@ def test_nothing_is_kept() -> None:
     assert refs[0]() is None
     jax.clear_caches()
     assert refs[1]() is None
+
+
+def test_jax_23588_a_pullback_is_converted_and_a_wrong_unpacking_is_told() -> None:
+    @jax.jit
+    def unpacked_right(x, z):
+        y, pull = jax.vjp(lambda x, z: z * x, x, z)
+        converted, hoisted = fv.closure_convert(pull, y)
+        return converted(x, *hoisted)
+
+    @jax.jit
+    def unpacked_wrong(x, z):
+        y, pull = jax.vjp(lambda x, z: z * x, x, z)
+        converted, *hoisted = fv.closure_convert(pull, y)  # a list of a list
+        return converted(x, *hoisted)
+
+    x, z = jnp.array(2.0), jnp.array(3.0)
+    assert [float(ct) for ct in unpacked_right(x, z)] == [6.0, 4.0]
+    with pytest.raises(TypeError, match=r"takes 1 arguments and 2 hoisted values, 3 in all, got 2"):
+        unpacked_wrong(x, z)
