@@ -64,7 +64,8 @@ def captures_of(closure: Closure[Any]) -> CaptureReport:
     if closure._origin is not None:  # noqa: SLF001
         fun, example_args = closure._origin  # noqa: SLF001
         # The program may have been traced from another function that computes the same: for the
-        # lines of this one trace it again, if it still captures the same and its trace is not over.
+        # lines of this one trace it again. By now it may capture other values (a rebound name), of
+        # which only the lines are of use here, or other types, or its trace may be over.
         try:
             again = trace(fun, example_args)
         except Exception:  # noqa: BLE001, S110 (a user's function may raise anything)
@@ -72,6 +73,8 @@ def captures_of(closure: Closure[Any]) -> CaptureReport:
         else:
             if _identities(again.values) == _identities(known):
                 jaxpr, known = again.jaxpr, again.values
+            elif [v.aval for v in again.jaxpr.invars] == [v.aval for v in jaxpr.invars]:
+                jaxpr = again.jaxpr
     return _report(fun, jaxpr, known, program.fixed, "all", name=program.name)
 
 
