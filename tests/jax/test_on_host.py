@@ -236,6 +236,20 @@ def test_options_arrive_as_given_and_arrays_as_numpy():
     assert seen == [("here", np.ndarray, [0.0, 1.0], 3)] * 2
 
 
+def test_options_that_python_calls_equal_are_told_apart():
+    seen = []
+
+    @fv.argmin
+    @fv.on_host
+    def minimize(fun, x0, *, mark):
+        seen.append(repr(mark))
+        return lbfgs(fun, x0)
+
+    for mark in (1, 1.0, True, 0.0, -0.0):
+        jax.vmap(lambda a, mark=mark: minimize(lambda x: (x - a) ** 2, 0.0, mark=mark))(LAMS[:1])
+    assert seen == ["1", "1.0", "True", "0.0", "-0.0"]
+
+
 class OddError(Exception):
     """Nobody else raises it."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -20,6 +20,7 @@ from freevars.jax import _compat
 from freevars.jax._host_function import HostFunction, Layout, PytreeForm, Question, ask_compiled
 from freevars.jax._in_program import solve_in_program
 from freevars.jax._problem import Problem
+from freevars.jax._sealed import seal, unseal
 from freevars.jax._session import Solve
 from freevars.jax._vector import to_vector
 
@@ -63,7 +64,8 @@ class HostSolver:
     ) -> Any:
         """What the solver returns: `x`, or `(x, aux)`; `has_aux`: the function may have one too."""
         question = Question(Layout.of(x0), equations, has_aux)
-        given, arrays = Options.split(options)
+        # A Python number stays one: solvers count with it.
+        arrays, given = tree_util.tree_flatten(seal(options, _is_array))
         v0 = to_vector(x0)[0]
         values = (*jax.tree.leaves(problem), v0, *arrays)
         if any(isinstance(x, _compat.Tracer) for x in values) or not _compat.computes_now():
@@ -108,21 +110,21 @@ class HostSolver:
         return [np.asarray(leaf, t) for leaf, t in zip(leaves, types, strict=True)]
 
     def _at_once(
-        self, given: Options, question: Question, problem: Problem, v0: Any, arrays: list[Any]
+        self, given: Any, question: Question, problem: Problem, v0: Any, arrays: list[Any]
     ) -> tuple[Any, list[Any]]:
         """Call the solver, here and now."""
         ask = ask_compiled(question, problem)
         start, *rest = (np.asarray(a) for a in (v0, *arrays))
         if self._vmap == "whole":  # a batch of one
             rest = [a[None] for a in rest]
-            v, aux = self._call(_on_batch_of_one(ask), question, start[None], given.join(rest))
+            v, aux = self._call(_on_batch_of_one(ask), question, start[None], _options(given, rest))
             v, aux = v[0], [leaf[0] for leaf in aux]
         else:
-            v, aux = self._call(ask, question, start, given.join(rest))
+            v, aux = self._call(ask, question, start, _options(given, rest))
         return jax.numpy.asarray(v, v0.dtype), aux
 
     def _in_program(
-        self, given: Options, question: Question, problem: Problem, v0: Any, arrays: list[Any]
+        self, given: Any, question: Question, problem: Problem, v0: Any, arrays: list[Any]
     ) -> tuple[Any, list[Any]]:
         """Let the program under way run the solver."""
         number = next(_CALLS)
@@ -143,7 +145,7 @@ class HostSolver:
 
     def _traced(
         self,
-        given: Options,
+        given: Any,
         question: Question,
         problem: Problem,
         v0: Any,
@@ -156,7 +158,7 @@ class HostSolver:
         def run(ask: Any, v0: Any, arrays: Any) -> tuple[Any, list[Any]]:
             *rest, number = arrays
             try:
-                return self._call(ask, question, v0, given.join(rest))
+                return self._call(ask, question, v0, _options(given, rest))
             except Exception as error:
                 _ERRORS.get(int(np.ravel(number)[0]), []).append(error)
                 raise
@@ -192,27 +194,13 @@ _ERRORS: dict[int, list[BaseException]] = {}
 _CALLS = itertools.count(1)
 
 
-class Options(NamedTuple):
-    """The options of a solver without those that are arrays; hashable, so that it can be static."""
+def _options(given: Any, arrays: Sequence[Any]) -> dict[str, Any]:
+    """The options of a solver, from their structure and the arrays among them."""
+    return dict(unseal(tree_util.tree_unflatten(given, arrays)))
 
-    tree: Any  # PyTreeDef
-    statics: tuple[tuple[int, Any], ...]
 
-    @staticmethod
-    def split(options: dict[str, Any]) -> tuple[Options, list[Any]]:
-        """The options, and the arrays among them. A Python number stays one."""
-        leaves, tree = tree_util.tree_flatten(options)
-        kinds = (_compat.Array, np.ndarray, _compat.Tracer)
-        arrays = [x for x in leaves if isinstance(x, kinds)]
-        statics = tuple((i, x) for i, x in enumerate(leaves) if not isinstance(x, kinds))
-        return Options(tree, statics), arrays
-
-    def join(self, arrays: Sequence[Any]) -> dict[str, Any]:
-        """The options with these arrays."""
-        leaves = list(arrays)
-        for position, leaf in self.statics:
-            leaves.insert(position, leaf)
-        return dict(tree_util.tree_unflatten(self.tree, leaves))
+def _is_array(x: Any) -> bool:
+    return isinstance(x, (_compat.Array, np.ndarray, _compat.Tracer))
 
 
 def _on_batch_of_one(ask: Any) -> Any:
