@@ -60,7 +60,14 @@ class Source:
 
 def read_site(file: str, line: int) -> ReadSite:
     """The site with its text, read from the file or notebook cell if it is there."""
-    return ReadSite(file, line, linecache.getline(file, line).strip())
+    lines = _lines(file)
+    return ReadSite(file, line, lines[line - 1].strip() if 0 < line <= len(lines) else "")
+
+
+def _lines(file: str, module: dict[str, object] | None = None) -> list[str]:
+    """The lines of a file or a notebook cell. Whatever `exec` compiles is called `<string>`, which
+    since Python 3.13 is also the name of the text that `python -c` was given."""
+    return [] if file == "<string>" else linecache.getlines(file, module)
 
 
 def captured_by(fun: object) -> str:
@@ -78,7 +85,7 @@ def source_of(fun: object) -> Source | None:
     if type(inner) is not FunctionType:
         return None
     code = inner.__code__
-    lines = linecache.getlines(code.co_filename, inner.__globals__)
+    lines = _lines(code.co_filename, inner.__globals__)
     if not 0 < code.co_firstlineno <= len(lines):
         return None
     node = _find(code, "".join(lines))
