@@ -134,6 +134,7 @@ def test_functions_and_arrays_die(body, use) -> None:
 
 
 def test_the_table_of_programs_forgets() -> None:
+    _program._RECENT.clear()  # or some of these would be forgotten meanwhile
     gc.collect()
     before = len(_program._PROGRAMS)
     closures = [fv.Closure((lambda n: lambda x: x * n)(float(n)), X) for n in range(100, 120)]

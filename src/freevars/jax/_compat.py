@@ -190,7 +190,7 @@ def is_ref(x: Any) -> bool:
     if isinstance(x, (int, float, complex, np.ndarray, np.generic, str)):
         return False
     aval = getattr(x, "aval", None) if isinstance(x, Tracer) else _ref_aval(x)
-    return isinstance(aval, _AbstractRef)
+    return isinstance(aval, REF_TYPE)
 
 
 def _ref_aval(x: Any) -> Any:
@@ -198,7 +198,7 @@ def _ref_aval(x: Any) -> Any:
 
 
 _Ref: Any = jax.Ref if hasattr(jax, "Ref") else _core.Ref
-_AbstractRef: Any = jax.typeof(jax.new_ref(np.zeros(()))).__class__
+REF_TYPE: Any = jax.typeof(jax.new_ref(np.zeros(()))).__class__
 
 
 def trace_context() -> Hashable:

@@ -134,6 +134,8 @@ def _keep_what_rules_hold(
                 " differentiate. Pass the value to the function that has the rule as an argument."
             )
             raise CaptureError(msg)
+    if not held:
+        return jaxpr, values, []
     keys = {identity(x) for x in held}
     if not any(identity(v) in keys for v in values):
         return jaxpr, values, []
@@ -149,8 +151,8 @@ def _keep_what_rules_hold(
 
 
 def _refuse_refs(fun: Callable[..., Any], jaxpr: Any, values: Sequence[Any]) -> None:
-    for value in values:
-        if _compat.is_ref(value):
+    for var, value in zip(jaxpr.invars, values, strict=False):
+        if isinstance(var.aval, _compat.REF_TYPE):
             msg = (
                 f"{_name(fun)} captures the mutable reference"
                 f" {describe_capture(fun, value, jaxpr, values)}."

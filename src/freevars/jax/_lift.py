@@ -85,7 +85,7 @@ def _holds_constants(jaxpr: Any) -> bool:
         for v in eqn.invars:
             if type(v) is Literal and _is_array_literal(v):
                 return True
-        for nested in _compat.nested_programs(eqn):
+        for nested in _compat.nested_programs(eqn) if eqn.params else ():
             if _consts(nested) or _holds_constants(_opened(nested)):
                 return True
     return any(_is_array_literal(v) for v in jaxpr.outvars)

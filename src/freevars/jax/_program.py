@@ -29,7 +29,7 @@ __all__ = ["Program"]
 _LOCK = threading.Lock()
 _PROGRAMS: weakref.WeakValueDictionary[Hashable, Program] = weakref.WeakValueDictionary()
 _RECENT: OrderedDict[Program, None] = OrderedDict()
-_RECENT_SIZE = 256
+_RECENT_SIZE = 32
 
 
 class Program:
