@@ -503,3 +503,24 @@ def _uses_scale(x):
 
 
 _uses_scale.defjvp(lambda p, t: (jnp.sin(p[0]), _SCALE * t[0]))
+
+
+def test_a_constant_at_another_place_is_another_program() -> None:
+    held, other = jnp.array([1.0, 2.0]), jnp.array([10.0, 20.0])
+
+    @jax.custom_jvp
+    def rule(x):
+        return x
+
+    rule.defjvp(lambda primals, tangents: (primals[0], tangents[0] * held))
+
+    def make(first, second):
+        return fv.Closure(lambda x: rule(x) + first - 2 * second, jnp.zeros(2))
+
+    one, two = make(held, other), make(other, held)
+    assert one.constants[0] is held
+    assert two.constants[0] is held
+    assert jax.tree.structure(one) != jax.tree.structure(two)
+    x = jnp.ones(2)
+    np.testing.assert_array_equal(one(x), x + held - 2 * other)
+    np.testing.assert_array_equal(two(x), x + other - 2 * held)

@@ -71,10 +71,14 @@ def convert(fun: Callable[..., Any], example_args: Sequence[Any]) -> Conversion:
     jaxpr, values, inputs, outputs = trace(fun, example_args)
     _refuse_refs(fun, jaxpr, values)
     fingerprint = Fingerprint(jaxpr)
+    met = values
     jaxpr, values, fixed = _keep_what_rules_hold(fun, jaxpr, values, fingerprint.held)
+    constants = set(map(id, fixed))
     key = (
         fingerprint.key,
-        tuple(map(id, fixed)),  # alive as long as the key: the program holds them
+        # Which values are constants, and at which places. Their ids live as long as the key: the
+        # program holds them.
+        tuple([(i, id(v)) for i, v in enumerate(met) if id(v) in constants]) if fixed else (),
         _compat.trace_context(),
         *(_spec_key(fingerprint, spec) for spec in (inputs, outputs)),
     )
