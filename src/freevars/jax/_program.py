@@ -155,9 +155,8 @@ class Program:
                 msg = (
                     f"captured value {i} of"
                     f" {self.name}{first_read(self.jaxpr, len(self.fixed) + i)}:"
-                    f" expected {describe(expected)}, got {describe(value)}. Pass a value of the"
-                    " type"
-                    " that was captured."
+                    f" expected {describe(expected)}, got {describe(value)}."
+                    " Pass a value of the type that was captured."
                 )
                 mismatched = StructureError(msg)
                 mismatched.captured = i
