@@ -134,7 +134,8 @@ def _keep_what_rules_hold(
             msg = (
                 f"{_name(fun)}: a custom derivative rule or a callback in it captures the traced"
                 f" value {describe_capture(fun, x, jaxpr, values)}, which no caller could then"
-                " replace or differentiate. Pass the value to the function that has the rule as an argument."
+                " replace or differentiate. Pass the value to the function that has the rule as an"
+                " argument."
             )
             raise CaptureError(msg)
     if not held:
