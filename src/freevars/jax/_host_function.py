@@ -89,7 +89,6 @@ def _answer_compiled(kind: str, question: Question, problem: Any, v: Any, d: Any
 
 def ask_compiled(question: Question, problem: Problem) -> Ask:
     """Answer each question by a compiled function, called on the spot."""
-
     here, x64 = threading.get_ident(), jax.config.jax_enable_x64
 
     def ask(kind: str, v: Any, d: Any = None) -> tuple[Any, ...]:
