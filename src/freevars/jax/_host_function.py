@@ -8,6 +8,7 @@ the spot, or a program that waits in the middle of its own run. Not here: runnin
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from jax import tree_util
 from freevars.jax._problem import Problem
 from freevars.jax._vector import to_vector
 
-__all__ = ["HostFunction", "Layout", "Question", "answer"]
+__all__ = ["HostFunction", "Layout", "PytreeForm", "Question", "answer", "ask_compiled", "real"]
 
 # ask(kind, v, d) -> a tuple of arrays
 Ask = Callable[..., tuple[Any, ...]]
@@ -88,8 +89,12 @@ def _answer_compiled(kind: str, question: Question, problem: Any, v: Any, d: Any
 
 def ask_compiled(question: Question, problem: Problem) -> Ask:
     """Answer each question by a compiled function, called on the spot."""
+    here, x64 = threading.get_ident(), jax.config.jax_enable_x64
 
     def ask(kind: str, v: Any, d: Any = None) -> tuple[Any, ...]:
+        if threading.get_ident() != here:  # a thread of the solver's, where the setting is unknown
+            with jax.enable_x64(x64):
+                return tuple(_answer_compiled(kind, question, problem, v, d))
         result: tuple[Any, ...] = _answer_compiled(kind, question, problem, v, d)
         return result
 
@@ -110,17 +115,32 @@ class HostFunction:
     has a leading axis over the batch.
     """
 
-    def __init__(self, ask: Ask, *, equations: bool, pytrees: PytreeForm | None = None) -> None:
+    def __init__(
+        self,
+        ask: Ask,
+        shape: tuple[int, ...],
+        *,
+        equations: bool,
+        pytrees: PytreeForm | None = None,
+    ) -> None:
         self._ask = ask
+        self._shape = shape
         self._equations = equations
-        self._in = pytrees.to_vector if pytrees else _float64
-        self._out = pytrees.to_tree if pytrees else _float64
+        self._to_vector = pytrees.to_vector if pytrees else real
+        self._out = pytrees.to_tree if pytrees else _copy
+
+    def _in(self, v: Any) -> Any:
+        v = self._to_vector(v)
+        if v.shape != self._shape:
+            msg = f"the function takes a vector of shape {self._shape}, got shape {v.shape}."
+            raise TypeError(msg)
+        return v
 
     def __call__(self, v: Any) -> Any:
         (value,) = self._ask("value", self._in(v))
         if not self._equations:
             return _number(value)
-        return self._out(value) if np.size(value) == np.size(self._in(v)) else _float64(value)
+        return self._out(value) if np.shape(value) == self._shape else _copy(value)
 
     def value_and_grad(self, v: Any) -> tuple[Any, Any]:
         """The objective and its gradient: what `scipy.optimize.minimize` takes with `jac=True`."""
@@ -136,13 +156,13 @@ class HostFunction:
     def hessian(self, v: Any) -> Any:
         """The Hessian of the objective."""
         self._need_objective("hessian")
-        return _float64(self._ask("matrix", self._in(v))[0])
+        return _copy(self._ask("matrix", self._in(v))[0])
 
     def jacobian(self, v: Any) -> Any:
         """The Jacobian of the equations; of an objective, its gradient."""
         if not self._equations:
             return self.grad(v)
-        return _float64(self._ask("matrix", self._in(v))[0])
+        return _copy(self._ask("matrix", self._in(v))[0])
 
     def hvp(self, v: Any, d: Any) -> Any:
         """The Hessian of the objective, or the Jacobian of the equations, times d."""
@@ -164,10 +184,18 @@ class PytreeForm(NamedTuple):
 
     def to_vector(self, x: Any) -> Any:
         """A float64 vector."""
-        parts: list[Any] = []
-        for leaf in tree_util.tree_leaves(x):
+        leaves, tree = tree_util.tree_flatten(x)
+        if tree != self.layout.tree:
+            msg = f"expected a pytree like x0, {self.layout.tree}, got {tree}."
+            raise TypeError(msg)
+        parts: list[Any] = [np.zeros(0)]
+        for leaf, (shape, name) in zip(leaves, self.layout.leaves, strict=True):
             a = np.asarray(leaf)
-            parts += [a.real.ravel(), a.imag.ravel()] if np.iscomplexobj(a) else [a.ravel()]
+            if a.shape != shape:
+                msg = f"expected an array of shape {shape}, like the one in x0, got {a.shape}."
+                raise TypeError(msg)
+            is_complex = np.issubdtype(jnp.dtype(name), np.complexfloating)
+            parts += [a.real.ravel(), a.imag.ravel()] if is_complex else [real(a).ravel()]
         return np.concatenate([np.asarray(p, np.float64) for p in parts])
 
     def to_tree(self, v: Any) -> Any:
@@ -185,9 +213,22 @@ class PytreeForm(NamedTuple):
         return self.layout.tree.unflatten(leaves)
 
 
-def _float64(a: Any) -> Any:
-    return np.asarray(a, dtype=np.float64)
+def real(a: Any) -> Any:
+    """A float64 array."""
+    a = np.asarray(a)
+    if a.dtype.kind == "c":
+        msg = (
+            "complex numbers where real ones are expected: a complex unknown is two real ones here,"
+            " and no function can be asked at a complex point (by complex steps, say)."
+        )
+        raise TypeError(msg)
+    return a.astype(np.float64, copy=False)
+
+
+def _copy(a: Any) -> Any:
+    # JAX lends its memory for reading only, and many solvers change what they are given.
+    return np.array(a, dtype=np.float64)
 
 
 def _number(value: Any) -> Any:
-    return float(value) if np.ndim(value) == 0 else _float64(value)
+    return float(value) if np.ndim(value) == 0 else _copy(value)

@@ -46,6 +46,7 @@ class _Callbacks:
         count = self.shape.lanes if self.shape.separate and self.shape.lanes is not None else 1
         each = [[a[self.shape.lane(i)] for a in given] for i in range(count)]
         running = Lanes([Session(self.solve, v, rest) for v, *rest in each], self.shape)
+        running.begin()
         number = next(_NUMBERS)
         _RUNNING[number] = running
         return self._question(number)

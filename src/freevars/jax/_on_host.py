@@ -17,11 +17,18 @@ import numpy as np
 from jax import tree_util
 
 from freevars.jax import _compat
-from freevars.jax._host_function import HostFunction, Layout, PytreeForm, Question, ask_compiled
+from freevars.jax._host_function import (
+    HostFunction,
+    Layout,
+    PytreeForm,
+    Question,
+    ask_compiled,
+    real,
+)
 from freevars.jax._in_program import solve_in_program
 from freevars.jax._problem import Problem
 from freevars.jax._sealed import seal, unseal
-from freevars.jax._session import Solve
+from freevars.jax._session import GivenUpError, Solve
 from freevars.jax._vector import to_vector
 
 __all__ = ["HostSolver", "on_host", "scipy_status"]
@@ -82,8 +89,8 @@ class HostSolver:
     ) -> tuple[Any, list[Any]]:
         """Run the solver, in whatever thread this is."""
         form = None if self._flat else PytreeForm(question.layout)
-        fun = HostFunction(ask, equations=question.equations, pytrees=form)
-        v0 = np.asarray(v0, np.float64)
+        v0 = np.array(v0, np.float64)  # a copy: many solvers change it in place
+        fun = HostFunction(ask, v0.shape, equations=question.equations, pytrees=form)
         x0 = form.to_tree(v0) if form else v0
         try:
             out = self._solver(fun, x0, **options)
@@ -91,23 +98,34 @@ class HostSolver:
             error.add_note(f"raised by the solver {self.__name__} on the host")
             raise
         x, aux = out if self._has_aux else (out, None)
-        v = form.to_vector(x) if form else np.asarray(x, np.float64)
+        v = form.to_vector(x) if form else real(x)
         if v.shape != v0.shape:
             msg = (
                 f"{self.__name__}: the solver returned a vector of shape {v.shape}, expected"
                 f" {v0.shape}, like its starting point."
             )
             raise TypeError(msg)
-        return v, self._aux_leaves(aux)
+        return v, self._aux_leaves(aux, v0.shape[:1] if self._vmap == "whole" else ())
 
-    def _aux_leaves(self, aux: Any) -> list[Any]:
+    def _aux_leaves(self, aux: Any, lead: tuple[int, ...]) -> list[Any]:
+        """The leaves as copies, in arrays of the types of the example."""
         leaves, tree = tree_util.tree_flatten(aux)
         examples, expected = tree_util.tree_flatten(self._aux)
         if tree != expected:
             msg = f"{self.__name__}: the solver returned aux {tree}, expected {expected}."
             raise TypeError(msg)
-        types = [jax.numpy.result_type(e) for e in examples]
-        return [np.asarray(leaf, t) for leaf, t in zip(leaves, types, strict=True)]
+        arrays = [np.array(leaf) for leaf in leaves]
+        for a, example in zip(arrays, examples, strict=True):
+            to = _aux_type(example)
+            if a.shape != (*lead, *to.shape) or _compat.kind(a.dtype) > _compat.kind(to.dtype):
+                msg = (
+                    f"{self.__name__}: the solver returned {a!r} in aux where its example"
+                    f" {example!r} says {to.dtype}{[*lead, *to.shape]}."
+                )
+                raise TypeError(msg)
+        # To the dtype of the example only where the solve was called: a thread of its own knows
+        # nothing of `jax.enable_x64`.
+        return arrays
 
     def _at_once(
         self, given: Any, question: Question, problem: Problem, v0: Any, arrays: list[Any]
@@ -121,7 +139,11 @@ class HostSolver:
             v, aux = v[0], [leaf[0] for leaf in aux]
         else:
             v, aux = self._call(ask, question, start, _options(given, rest))
-        return jax.numpy.asarray(v, v0.dtype), aux
+        types = [_aux_type(a).dtype for a in jax.tree.leaves(self._aux)]
+        # Copies: a solver may use the memory of what it returned again.
+        return jax.numpy.array(v, v0.dtype), [
+            leaf.astype(t) for leaf, t in zip(aux, types, strict=True)
+        ]
 
     def _in_program(
         self, given: Any, question: Question, problem: Problem, v0: Any, arrays: list[Any]
@@ -159,14 +181,12 @@ class HostSolver:
             *rest, number = arrays
             try:
                 return self._call(ask, question, v0, _options(given, rest))
-            except Exception as error:
-                _ERRORS.get(int(np.ravel(number)[0]), []).append(error)
+            except BaseException as error:
+                if not isinstance(error, GivenUpError):
+                    _ERRORS.get(int(np.ravel(number)[0]), []).append(error)
                 raise
 
-        aux = [
-            jax.ShapeDtypeStruct(np.shape(a), jax.numpy.result_type(a))
-            for a in jax.tree.leaves(self._aux)
-        ]
+        aux = [_aux_type(a) for a in jax.tree.leaves(self._aux)]
         enter = functools.partial(
             solve_in_program, Solve(run, tuple(aux), self.__name__), question, whole=whole
         )
@@ -186,6 +206,10 @@ class HostSolver:
         one = _batched_by(None if self._vmap == "sequential" else together, alone)
         out: tuple[Any, list[Any]] = one(problem, v0, [*arrays, number])
         return out
+
+
+def _aux_type(example: Any) -> Any:
+    return jax.ShapeDtypeStruct(np.shape(example), jax.numpy.result_type(example))
 
 
 # The errors of solvers in the programs that run for a call under way, by the number of the call. A

@@ -38,23 +38,37 @@ class Session:
     """One solver in its thread. It asks; the program answers."""
 
     def __init__(self, solve: Solve, v0: Any, arrays: Sequence[Any]) -> None:
+        self._name = solve.name
         self._questions: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._turn = threading.Lock()  # a solver may ask from several threads of its own
+        self._closed: BaseException | None = None  # why nothing can be asked any more
         self.pending: tuple[str, Any, Any] | None = None
         self.result: tuple[Any, list[Any]] | None = None
         self._thread = threading.Thread(
             target=self._work, args=(solve, v0, arrays), name=f"freevars {solve.name}", daemon=True
         )
+
+    def start(self) -> None:
         self._thread.start()
-        self.advance()
 
     def _work(self, solve: Solve, v0: Any, arrays: Sequence[Any]) -> None:
+        end: tuple[str, Any] | None
         try:
-            self._questions.put(("done", solve.run(self._ask, v0, arrays)))
-        except _GivenUpError:
-            pass
+            end = ("done", solve.run(self._ask, v0, arrays))
+        except GivenUpError:
+            end = None
         except BaseException as error:  # noqa: BLE001 (raised again in the thread of the program)
-            self._questions.put(("failed", error))
+            end = ("failed", error)
+        with self._turn:
+            if self._closed is None:
+                self._closed = RuntimeError(
+                    f"the function that the solver {self._name} was given is called after the"
+                    " solver was done. Inside a program it answers while the solver runs, and"
+                    " not later."
+                )
+            if end is not None:
+                self._questions.put(end)
 
     def _ask(self, kind: str, v: Any, d: Any = None) -> tuple[Any, ...]:
         if kind == "matrix":
@@ -72,10 +86,14 @@ class Session:
         return np.swapaxes(np.concatenate(columns, axis=-2), -1, -2)
 
     def _exchange(self, kind: str, v: Any, block: Any) -> tuple[Any, ...]:
-        self._questions.put(("asked", (kind, v, block)))
-        got: Any = self._answers.get()
-        if got is _GIVEN_UP:
-            raise _GivenUpError
+        with self._turn:
+            if self._closed is not None:
+                raise self._closed
+            self._questions.put(("asked", (kind, v, block)))
+            got: Any = self._answers.get()
+            if got is _GIVEN_UP:
+                self._closed = GivenUpError()
+                raise self._closed
         return tuple(got)
 
     def reply(self, got: Any) -> None:
@@ -89,15 +107,21 @@ class Session:
         if what == "done":
             self.result = value
         elif what == "failed":
-            raise value
+            # JAX tells of an error its text alone: so the text says whose it is.
+            msg = f"the solver {self._name} on the host raised {type(value).__name__}: {value}"
+            raise HostSolverError(msg).with_traceback(value.__traceback__) from value
 
     def give_up(self) -> None:
-        if self.pending is not None:
-            self._answers.put(_GIVEN_UP)
+        """Whatever it asks now or next, nobody answers."""
+        self._answers.put(_GIVEN_UP)
 
 
-class _GivenUpError(BaseException):
+class GivenUpError(BaseException):
     """Ends the thread of a solver whose program will not come back."""
+
+
+class HostSolverError(RuntimeError):
+    """What a program says of an error of its solver."""
 
 
 class Shape(NamedTuple):
@@ -132,6 +156,17 @@ class Lanes:
     def __init__(self, sessions: list[Session], shape: Shape) -> None:
         self._sessions = sessions
         self._shape = shape
+
+    def begin(self) -> None:
+        """Start them, and wait for what each asks first."""
+        try:
+            for session in self._sessions:
+                session.start()
+            for session in self._sessions:
+                session.advance()
+        except BaseException:
+            self.give_up()
+            raise
 
     def reply(self, kind: str, results: Sequence[Any]) -> None:
         """Answer those that asked this kind of question, then wait for what each asks next."""
