@@ -208,3 +208,29 @@ def test_types() -> None:
     assert isinstance(closed.eqns[0], _compat.EQUATION)
     for value in (jax.typeof(X), jax.tree.structure(X), X.sharding, jax.make_mesh((1,), ("i",))):
         assert isinstance(value, _compat.VALUES)
+
+
+def test_computes_now() -> None:
+    seen = []
+
+    def note(x):
+        seen.append(_compat.computes_now())
+        return x
+
+    note(X)
+    jax.grad(lambda x: note(x).sum())(X)
+    jax.jit(note)(X)
+    assert seen == [True, True, False]
+
+
+def test_eval_context() -> None:
+    @jax.jit
+    def traced(x):
+        with _compat.eval_context():
+            seen.append(jnp.ones(2) + 1)
+        return x
+
+    seen: list[jax.Array] = []
+    traced(1.0)
+    assert not isinstance(seen[0], _compat.Tracer)
+    np.testing.assert_array_equal(seen[0], [2, 2])

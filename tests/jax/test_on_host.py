@@ -1,5 +1,6 @@
 """`on_host`: NumPy solvers eagerly and inside programs, with derivatives from the rules above."""
 
+import sys
 import threading
 
 import jax
@@ -389,3 +390,34 @@ def test_stress_large_captures_nested_solves_and_threads():
         thread.join(timeout=120)
     assert not any(thread.is_alive() for thread in threads), "a solve hangs"
     np.testing.assert_allclose(sorted(results), sorted([2.0 * i for i in range(40)] * 4), atol=1e-3)
+
+
+def test_a_question_inside_grad_takes_no_more_of_python_than_outside():
+    """JAX calls a compiled function in C++, unless a transformation is under way."""
+    calls = []
+
+    def solver(fun, x0):
+        fun.grad(x0)  # compile
+        n = 0
+
+        def count(*_):
+            nonlocal n
+            n += 1
+
+        sys.setprofile(count)
+        fun.grad(x0)
+        sys.setprofile(None)
+        calls.append(n)
+        return lbfgs(fun, x0)
+
+    minimize = fv.argmin(fv.on_host(solver))
+
+    def fit(a):
+        return minimize(lambda x: ((x - a) ** 2).sum(), jnp.zeros(2)).sum()
+
+    fit(1.0)
+    jax.grad(fit)(1.0)
+    jax.jvp(fit, (1.0,), (1.0,))
+    outside, *inside = calls
+    assert outside > 5
+    assert inside == [outside, outside]

@@ -70,16 +70,20 @@ class HostSolver:
         self, problem: Problem, x0: Any, options: dict[str, Any], *, equations: bool, has_aux: bool
     ) -> Any:
         """What the solver returns: `x`, or `(x, aux)`; `has_aux`: the function may have one too."""
-        question = Question(Layout.of(x0), equations, has_aux)
+        layout = Layout.of(x0)
+        question = Question(layout, equations, has_aux)
         # A Python number stays one: solvers count with it.
         arrays, given = tree_util.tree_flatten(seal(options, _is_array))
-        v0 = to_vector(x0)[0]
-        values = (*jax.tree.leaves(problem), v0, *arrays)
+        values = (*jax.tree.leaves((problem, x0)), *arrays)
         if any(isinstance(x, _compat.Tracer) for x in values) or not _compat.computes_now():
+            v0, to_x = to_vector(x0)
             v, aux = self._in_program(given, question, problem, v0, arrays)
+            x = to_x(v)
         else:
-            v, aux = self._at_once(given, question, problem, v0, arrays)
-        x = to_vector(x0)[1](v)
+            # No operation of JAX where NumPy will do: each costs as much as a short solve's step.
+            form = PytreeForm(layout)
+            v, aux = self._at_once(given, question, problem, form.to_vector(x0), arrays)
+            x = jax.tree.map(jax.numpy.array, form.to_tree(v))
         if not self._has_aux:
             return x
         return x, tree_util.tree_unflatten(jax.tree.structure(self._aux), aux)
@@ -132,18 +136,15 @@ class HostSolver:
     ) -> tuple[Any, list[Any]]:
         """Call the solver, here and now."""
         ask = ask_compiled(question, problem)
-        start, *rest = (np.asarray(a) for a in (v0, *arrays))
+        rest = [np.asarray(a) for a in arrays]
         if self._vmap == "whole":  # a batch of one
             rest = [a[None] for a in rest]
-            v, aux = self._call(_on_batch_of_one(ask), question, start[None], _options(given, rest))
+            v, aux = self._call(_on_batch_of_one(ask), question, v0[None], _options(given, rest))
             v, aux = v[0], [leaf[0] for leaf in aux]
         else:
-            v, aux = self._call(ask, question, start, _options(given, rest))
+            v, aux = self._call(ask, question, v0, _options(given, rest))
         types = [_aux_type(a).dtype for a in jax.tree.leaves(self._aux)]
-        # Copies: a solver may use the memory of what it returned again.
-        return jax.numpy.array(v, v0.dtype), [
-            leaf.astype(t) for leaf, t in zip(aux, types, strict=True)
-        ]
+        return v, [leaf.astype(t) for leaf, t in zip(aux, types, strict=True)]
 
     def _in_program(
         self, given: Any, question: Question, problem: Problem, v0: Any, arrays: list[Any]

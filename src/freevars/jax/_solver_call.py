@@ -131,7 +131,12 @@ def as_unknown(x0: Any, name: str) -> Any:
 def like(x: Any, x0: Any, name: str) -> Any:
     """`x`, if it is of the structure and types of `x0`; `name` is what an error calls it."""
     arrays, tree, statics = split(x0)
-    spec = Spec(tree, tuple(_compat.example_type(a) for a in arrays), statics)
+    types = [_compat.example_type(a) for a in arrays]
+    leaves, got = tree_util.tree_flatten(x)
+    alike = got == tree and all(map(_compat.is_array, leaves))
+    if alike and [_compat.example_type(leaf) for leaf in leaves] == types:
+        return x
+    spec = Spec(tree, tuple(types), statics)
     hint = " A solver returns an x of the structure, shapes and dtypes of its x0."
     error = mismatch(spec, x, name=name, weak_matters=False, hint=hint)
     if error is not None:
