@@ -22,7 +22,14 @@ from freevars.errors import CaptureError
 from freevars.report import CapturedValue, CaptureReport
 from freevars.torch._closure import Closure
 from freevars.torch._compat import resolve
-from freevars.torch._convert import Hoist, Rng, differentiable, discover, outside_compiler, policy_of
+from freevars.torch._convert import (
+    Hoist,
+    Rng,
+    differentiable,
+    discover,
+    outside_compiler,
+    policy_of,
+)
 from freevars.torch._discover import Discovery
 from freevars.torch._names import Line, facts, line_of_caller, names_of
 
@@ -99,7 +106,7 @@ def _run_again(
     """What a closure's function reads, with every line. By now it may read other tensors (a rebound
     name), fail, or belong to a transform that is over: what the conversion noted is used then."""
     try:
-        found: list[_Found] = outside_compiler(_run, fun, rng)(fun, example, hoist, rng)
+        found = outside_compiler(_run, fun, rng)(fun, example, hoist, rng)
     except Exception:  # noqa: BLE001 (a user's function may raise anything)
         return []
     return found
@@ -233,9 +240,7 @@ def _name_of(hoist: Hoist) -> str:
     return hoist if isinstance(hoist, str) else function_name(hoist)
 
 
-def _run(
-    fun: Callable[..., Any], example: tuple[Any, ...], hoist: Hoist, rng: Rng
-) -> list[_Found]:
+def _run(fun: Callable[..., Any], example: tuple[Any, ...], hoist: Hoist, rng: Rng) -> list[_Found]:
     policy = policy_of(hoist)
     recorder, _, _ = discover(fun, example, policy, rng, _Recorder)
     found = []

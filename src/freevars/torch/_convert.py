@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 D = TypeVar("D", bound=Discovery)
+F = TypeVar("F", bound=Callable[..., Any])
 Rng = Literal["allow", "error", "replay"]
 Hoist = Literal["differentiable", "floating", "all"] | Callable[[Tensor], bool]
 
@@ -83,7 +84,7 @@ def closure_convert(
     return outside_compiler(_convert, fun, rng)(fun, example_args, hoist, rng)
 
 
-def outside_compiler(run: Any, fun: Callable[..., Any], rng: Rng) -> Any:
+def outside_compiler(run: F, fun: Callable[..., Any], rng: Rng) -> F:
     """`run`, which calls `fun` under a watch, as it must be called; checks both arguments."""
     if not callable(fun):
         message = f"expected a function to convert, got {type(fun).__name__}."
@@ -92,7 +93,8 @@ def outside_compiler(run: Any, fun: Callable[..., Any], rng: Rng) -> Any:
         message = f"expected rng='allow', rng='error' or rng='replay', got {rng!r}."
         raise StructureError(message)
     _compat.install_hooks()
-    return _compat.eagerly(run) if torch.compiler.is_compiling() else run
+    chosen: F = _compat.eagerly(run) if torch.compiler.is_compiling() else run
+    return chosen
 
 
 def policy_of(hoist: Hoist) -> Callable[[Tensor], bool]:
@@ -123,7 +125,7 @@ def _convert(
 ) -> tuple["Converted", tuple[Tensor, ...]]:
     structure = Structure(example)
     policy = policy_of(hoist)
-    discovery, out, state = discover(fun, example, policy, rng)
+    discovery, out, state = discover(fun, example, policy, rng, Discovery)
     captured = tuple(t for t in discovery.captured.values() if policy(t))
     hoisted_ids = {id(t) for t in captured}
     # What the policy leaves out although a derivative could flow: the caller's declared constants.
@@ -147,7 +149,7 @@ def discover(
     example: tuple[Any, ...],
     policy: Callable[[Tensor], bool],
     rng: Rng,
-    watch: type[D] = Discovery,  # type: ignore[assignment]
+    watch: type[D],
 ) -> tuple[D, Any, Tensor]:
     """One watched run: what it saw, what `fun` returned, and the state of the random generator
     before it, which is that after it too."""
