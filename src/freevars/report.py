@@ -46,7 +46,8 @@ class CapturedValue:
         traced_by: the transformations that trace it, outermost first; empty for a concrete array.
         differentiable: whether a derivative can flow to it.
         hoisted: whether the conversion makes it an explicit argument.
-        policy: the rule that decided so, such as ``"traced"``, ``"all"`` or ``"differentiable"``, or a reason in words.
+        policy: the rule that decided so, such as ``"traced"``, ``"differentiable"`` or ``"all"``,
+            or a reason in words.
         reads: how many operations read it.
         sites: the lines that do, each once, in order of first use.
         captured_by: the capturing function and where it is written, ``objective at model.py:41``.

@@ -182,7 +182,7 @@ class _Recorder(Discovery):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.reads: dict[int, _Reads] = {}
-        self.below_api: dict[int, Tensor] = {}
+        self.below_api: set[int] = set()
         self._operation: set[int] | None = set()  # what the running operation has read
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -231,7 +231,10 @@ class _Recorder(Discovery):
             super()._check_seen(func, t, key)
         except CaptureError:
             self.refused = None
-            self.below_api[id(t)] = t
+            self.below_api.add(id(t))
+            self.captured[id(t)] = t
+            self.captured_keys[key] = t  # its views are seen from now on
+        if id(t) in self.below_api:
             with self._reading(set()):
                 self._count(t)
 
@@ -244,7 +247,7 @@ def _run(fun: Callable[..., Any], example: tuple[Any, ...], hoist: Hoist, rng: R
     policy = policy_of(hoist)
     recorder, _, _ = discover(fun, example, policy, rng, _Recorder)
     found = []
-    for t in (recorder.captured | recorder.below_api).values():
+    for t in recorder.captured.values():
         reads = recorder.reads.get(id(t), _Reads())
         if id(t) in recorder.below_api:
             found.append(_Found(t, reads, policy="refused: read below PyTorch's Python API"))

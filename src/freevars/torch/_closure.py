@@ -69,7 +69,7 @@ class Closure:
         install_hooks()
         converted = Converted(module, None, tuple(module.parameters()))
         new = cls._of(converted, converted.aliases())
-        new._is_mapped = False
+        new._is_mapped = False  # noqa: SLF001 (of this class)
         return new
 
     @classmethod

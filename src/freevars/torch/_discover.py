@@ -231,12 +231,11 @@ class Discovery(Watch):
             # while leaving a torch.func transform reads views of what was seen before.
             seen = key in self.captured_keys and id(t) not in self.captured
         if not seen and (t.requires_grad or (self.constants and t.dim() > 0 and self.hoist(t))):
+            named = describe(t, self.fun, line_of_caller())
             message = (
                 "expected every read of a captured tensor to go through PyTorch's Python API, "
-                f"got {func} "
-                f"reading {describe(t, self.fun, line_of_caller())} below it, where it cannot be replaced. Pass "
-                "that tensor "
-                "as an argument, or detach it to declare it constant."
+                f"got {func} reading {named} below it, where it cannot be replaced. Pass that "
+                "tensor as an argument, or detach it to declare it constant."
             )
             self.refuse(message)
 
@@ -257,11 +256,10 @@ class Discovery(Watch):
         argument = self.argument_keys.get(key)
         found = self.captured_keys.get(key, t) if argument is None else argument
         kind = "a captured tensor" if argument is None else "its argument"
+        named = describe(found, self.fun, line_of_caller())
         return (
             f"expected a function that writes to its own intermediates only, got {func} writing "
-            "in place to "
-            f"{kind}: {describe(found, self.fun, line_of_caller())}. Nothing was written. Write to a "
-            "clone."
+            f"in place to {kind}: {named}. Nothing was written. Write to a clone."
         )
 
 

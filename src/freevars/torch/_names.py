@@ -84,7 +84,7 @@ def facts(
     """What is known of one captured tensor. Our own look is no read."""
     layers = _compat.layers(value)
     with _compat.unseen():
-        parts = [u for u in _compat.parts(value) or [value]]
+        parts = _compat.parts(value) or [value]
         computed = any(u.grad_fn is not None for u in _compat.unwrap(value))
         inexact = value.is_floating_point() or value.is_complex()
         perturbed = [by for _, by in layers if by is not None]

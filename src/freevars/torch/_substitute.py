@@ -107,11 +107,11 @@ class Substitution(Watch):
         for t in _api.tensors(written):
             direct = id(t) in self.table
             if direct or (not _api.writes_metadata(func) and self._holds_memory_of(t)):
+                named = describe(t, self.fun, line_of_caller())
                 message = (
                     "expected a function that writes to its own intermediates only, got "
                     f"{getattr(func, '__name__', func)} writing in place to a captured tensor, its "
-                    f"argument, or a view of one: {describe(t, self.fun, line_of_caller())}. Nothing was "
-                    "written. Write to a clone."
+                    f"argument, or a view of one: {named}. Nothing was written. Write to a clone."
                 )
                 self.refuse(message)
 
