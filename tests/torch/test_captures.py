@@ -820,17 +820,21 @@ def test_names_cost_nothing_until_somebody_asks(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_nothing_is_kept() -> None:
+    def one() -> tuple[CaptureReport, CaptureReport, list[weakref.ref[Any]]]:
+        w, x = fresh(1000), fresh(1000)
+
+        def fun(x: Tensor) -> Tensor:
+            return x * w
+
+        closure = fv.Closure(fun, x)
+        refs = [weakref.ref(o) for o in (w, x, fun, closure)]
+        return fv.captures(fun, x), closure.captures, refs
+
     gc.disable()
     try:
-        w, x = fresh(1000), fresh(1000)
-        fun = lambda x: x * w
-        report = fv.captures(fun, x)
-        closure = fv.Closure(fun, x)
-        shown = closure.captures
-        refs = [weakref.ref(x), weakref.ref(fun), weakref.ref(closure), weakref.ref(w)]
-        del w, x, fun, closure
+        report, of_closure, refs = one()
         assert [ref() for ref in refs] == [None] * 4
-        assert report.values[0].nbytes == shown.values[0].nbytes == 8000
+        assert report.values[0].nbytes == of_closure.values[0].nbytes == 8000
     finally:
         gc.enable()
 
