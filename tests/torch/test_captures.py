@@ -380,6 +380,33 @@ def test_types_sizes_and_devices() -> None:
     assert {value.device for value in found.values()} == {"cpu"}
 
 
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors(layout: torch.layout) -> None:
+    rows = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=layout)
+    (value,) = fv.captures(lambda _: rows * 2, X).values
+    assert (value.name, value.type_text) == ("rows", "float32[2,-1]")
+    assert value.nbytes >= 20
+    json.dumps(dataclasses.asdict(value))
+
+
+def test_subclasses_hooks_and_library_wrappers() -> None:
+    class Own(Tensor):
+        pass
+
+    own = torch.ones(3).as_subclass(Own).requires_grad_()
+    net = nn.Linear(3, 3)
+    params = {k: v.detach().requires_grad_() for k, v in net.named_parameters()}
+    optimizer = torch.optim.SGD([fresh(3).float()])
+    assert names(lambda x: x @ optimizer.param_groups[0]["params"][0]) == [
+        "optimizer.param_groups[0]['params'][0]"
+    ]
+    net.register_forward_hook(lambda module, args, out: out * own)
+    assert names(lambda x: net(x)) == ["net.weight", "net.bias", "own"]
+    call = functools.partial(torch.func.functional_call, net)
+    assert names(lambda x: call(params, (x,))) == ["params['weight']", "params['bias']", "own"]
+
+
 def test_which_are_hoisted_and_by_which_rule() -> None:
     w, plain, k = fresh(3).float(), torch.ones(3), torch.arange(3)
 

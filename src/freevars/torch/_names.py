@@ -91,7 +91,7 @@ def facts(
         return CapturedValue(
             names=tuple(name.name for name in names),
             paths=tuple(name.path for name in names),
-            shape=tuple(value.shape),
+            shape=_shape(value),
             dtype=str(value.dtype).removeprefix("torch."),
             nbytes=sum(u.numel() * u.element_size() for u in parts),
             device=str(value.device),
@@ -105,6 +105,20 @@ def facts(
             sites=sites,
             captured_by=captured_by(fun),
         )
+
+
+def _shape(t: Tensor) -> tuple[int, ...]:
+    """The shape, with -1 where the parts of a nested tensor differ."""
+    if not t.is_nested:
+        return tuple(t.shape)
+    sizes: list[int] = []
+    for i in range(t.dim()):
+        try:
+            n: Any = t.size(i)
+        except RuntimeError:  # a strided one has no size there, a jagged one a symbol
+            n = None
+        sizes.append(n if type(n) is int else -1)
+    return tuple(sizes)
 
 
 def describe(value: Tensor, fun: Callable[..., Any], line: Line | None = None) -> str:
