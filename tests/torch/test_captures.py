@@ -397,7 +397,7 @@ def test_subclasses_hooks_and_library_wrappers() -> None:
     own = torch.ones(3).as_subclass(Own).requires_grad_()
     net = nn.Linear(3, 3)
     params = {k: v.detach().requires_grad_() for k, v in net.named_parameters()}
-    optimizer = torch.optim.SGD([fresh(3).float()])
+    optimizer = torch.optim.SGD([param(3)])
     assert names(lambda x: x @ optimizer.param_groups[0]["params"][0]) == [
         "optimizer.param_groups[0]['params'][0]"
     ]
