@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from freevars._naming import Name, function_name, name_values
+from freevars._naming import Name, function_name, name_values, reachable_leaves
 
 
 class Value:
@@ -325,6 +325,91 @@ def test_modules_of_layers() -> None:
         ["model['log scale']"],
     ]
     assert names(model, weight) == [["self.layers[1].weight"]]
+
+
+class Layers:
+    """A module of layers as PyTorch builds it; its `forward` runs when it is called."""
+
+    def __init__(self, **children: object) -> None:
+        self._parameters = {k: v for k, v in children.items() if type(v) is Value}
+        self._buffers: dict[str, object] = {}
+        self._modules = {k: v for k, v in children.items() if isinstance(v, Layers)}
+
+    def forward(self, x: object) -> object:
+        return x, GLOBAL
+
+
+class LayerDict(Layers):
+    def keys(self) -> object:
+        raise AssertionError("keys taken")
+
+    def __getitem__(self, key: str) -> object:
+        raise AssertionError("entered")
+
+
+def test_a_mapping_of_layers_is_named_by_its_keys() -> None:
+    up, first = Value(), Value()
+    layers = LayerDict(**{"up": Layers(w=up), "0": first})
+    assert names(lambda: layers, up, first) == [["layers['up'].w"], ["layers['0']"]]
+
+
+def test_a_compiled_module_goes_by_its_own_name_and_is_looked_through() -> None:
+    w = Value()
+    compiled = Layers(_orig_mod=Layers(w=w))
+    assert only(lambda: compiled, w) == Name(
+        "compiled.w", "<lambda>.__closure__['compiled']._orig_mod.w"
+    )
+    assert names(compiled, w) == [["self.w"]]
+    assert function_name(compiled) == "<Layers object>"
+
+
+def test_methods_that_only_the_framework_calls() -> None:
+    model = Layers()
+    implicit = frozenset({"forward"})
+    for fun in (model, lambda x: model(x)):  # type: ignore[operator]
+        assert name_values(fun, [GLOBAL], is_leaf=is_leaf) == [()]
+        (found,) = name_values(fun, [GLOBAL], is_leaf=is_leaf, implicit=implicit)
+        assert [name.name for name in found] == ["GLOBAL"]
+    hidden = Value()
+
+    class Local(Layers):
+        def forward(self, x: object) -> object:
+            return x, hidden
+
+    (found,) = name_values(Local(), [hidden], is_leaf=is_leaf, implicit=implicit)
+    assert [name.name for name in found] == ["hidden"]
+
+
+def test_classes_of_a_framework_whose_instances_are_entered() -> None:
+    class Distribution:
+        def __init__(self, loc: object) -> None:
+            self.loc = loc
+
+    Distribution.__module__ = "framework.distributions"
+    normal = Distribution(Value())
+    opaque = frozenset({"framework"})
+
+    def found(enters: Any) -> list[str]:
+        (names,) = name_values(
+            lambda: normal, [normal.loc], is_leaf=is_leaf, opaque=opaque, enters=enters
+        )
+        return [name.name for name in names]
+
+    assert found(None) == []
+    assert found(lambda cls: cls is not Distribution) == []
+    assert found(lambda cls: cls is Distribution) == ["normal.loc"]
+
+
+def test_every_leaf_that_is_reachable_sets_included() -> None:
+    a, b = Value(), object()
+    params = {"a": [a, a], "b": {b}, "c": frozenset({b})}
+    found = reachable_leaves(
+        lambda: (params, a), lambda obj: type(obj) is Value or type(obj) is object
+    )
+    assert [(id(value), name.name) for value, name in found] == [
+        (id(a), "a"),
+        (id(b), "params['b']{…}"),
+    ]
 
 
 # The rules of the walk

@@ -168,6 +168,7 @@ def test_a_warning_needs_large_constants() -> None:
     small = dataclasses.replace(large, nbytes=(1 << 20) - 1)
     for value in (traced, hoisted, small):
         assert CaptureReport(fun="f", values=(value,)).warnings == ()
+    assert CaptureReport(fun="f", values=(large,), bakes_in=False).warnings == ()
     (warning,) = CaptureReport(fun="f", values=(small, large)).warnings
     assert "2 concrete captures hold 2.0 MiB" in warning
     assert "the largest is data (1.0 MiB)" in warning

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 from typing import Any
 
-from freevars._inert import class_dict, class_name, instance_dict, is_a, mro
+from freevars._inert import class_dict, class_name, instance_dict, is_a, module_parts, mro
 
 __all__ = [
     "codes",
+    "compiled_module",
     "function_name",
     "home_name",
     "partial_parts",
@@ -23,6 +24,7 @@ __all__ = [
 
 _DEEPEST = 200  # wrappers around wrappers
 _DEEPEST_NAME = 8  # partials around partials in a name
+_COMPILED = "_orig_mod"  # under this name a compiled module of layers keeps the one it compiles
 
 
 def function_name(fun: object) -> str:
@@ -36,7 +38,7 @@ def _named(fun: object, depth: int) -> str:
         wrapped = fun.__func__
     elif not is_a(fun, type):
         attrs = instance_dict(fun)
-        wrapped = attrs.get("__wrapped__", attrs.get("__func__"))
+        wrapped = attrs.get("__wrapped__", attrs.get("__func__", compiled_module(fun)))
     if type(fun) is FunctionType:
         return fun.__qualname__.rpartition("<locals>.")[2]
     if depth and is_a(fun, functools.partial):
@@ -52,6 +54,12 @@ def home_name(fun: object) -> str:
     """How names in the function asked about start; a callable object calls itself ``self``."""
     plain = is_a(fun, FunctionType, MethodType, functools.partial)
     return f"\0{function_name(fun)}" if plain else "\0self"
+
+
+def compiled_module(obj: object) -> Any:
+    """The module of layers that a compiled one stands for; `None` for anything else."""
+    parts = module_parts(obj)
+    return dict.get(parts[-1], _COMPILED) if parts is not None else None
 
 
 def codes(code: CodeType) -> Iterator[CodeType]:
@@ -87,9 +95,13 @@ def unwrapped(fun: object) -> object:
         elif type(fun) is FunctionType:
             return fun
         else:
-            dicts = (class_dict(cls) for cls in mro(type(fun)))
-            call = next((d["__call__"] for d in dicts if "__call__" in d), None)
-            return call if type(call) is FunctionType else fun
+            inner = compiled_module(fun)
+            if inner is None:
+                called = "__call__" if module_parts(fun) is None else "forward"
+                dicts = (class_dict(cls) for cls in mro(type(fun)))
+                call = next((d[called] for d in dicts if called in d), None)
+                return call if type(call) is FunctionType else fun
+            fun = inner
     return fun
 
 

@@ -13,6 +13,7 @@ from types import FunctionType, GetSetDescriptorType, MemberDescriptorType
 from typing import Any, TypeGuard, TypeVar
 
 __all__ = [
+    "MODULE_PARTS",
     "by_name",
     "class_dict",
     "class_module",
@@ -21,6 +22,7 @@ __all__ = [
     "is_a",
     "is_exactly",
     "key_text",
+    "module_parts",
     "mro",
     "slot_values",
     "stored_members",
@@ -33,6 +35,9 @@ _dict_of = type.__dict__["__dict__"].__get__
 _mro_of = type.__dict__["__mro__"].__get__
 _name_of = type.__dict__["__name__"].__get__
 _module_of = type.__dict__["__module__"].__get__
+
+# A module of layers is known by these dicts: its parameters, buffers and children.
+MODULE_PARTS = ("_parameters", "_buffers", "_modules")
 
 _LONGEST_KEY = 80
 _DEEPEST_KEY = 4
@@ -96,6 +101,13 @@ def instance_dict(obj: object) -> dict[str, Any]:
         found = descriptor.__get__(obj)
         return by_name(found) if is_a(found, dict) else {}
     return {}
+
+
+def module_parts(obj: object) -> list[dict[Any, Any]] | None:
+    """The parameters, buffers and children of a module of layers; `None` for anything else."""
+    attrs = instance_dict(obj)
+    parts = [attrs.get(part) for part in MODULE_PARTS]
+    return parts if all(is_a(part, dict) for part in parts) else None  # type: ignore[return-value]
 
 
 def slot_values(obj: object) -> Iterator[tuple[str, Any]]:

@@ -17,7 +17,7 @@ from freevars._callables import function_name
 from freevars._inert import is_a
 from freevars._reach import Node, Reach
 
-__all__ = ["FRAMEWORKS", "Name", "function_name", "name_values"]
+__all__ = ["FRAMEWORKS", "Name", "function_name", "name_values", "reachable_leaves"]
 
 # Whose instances and functions are never entered; their containers and wrappers are looked through.
 FRAMEWORKS = frozenset({"jax", "jaxlib", "torch", "numpy", "scipy", "freevars"})
@@ -51,6 +51,8 @@ def name_values(
     is_leaf: Callable[[object], bool] | None = None,
     identity: Callable[[object], Hashable] = id,
     opaque: frozenset[str] = FRAMEWORKS,
+    enters: Callable[[type], bool] | None = None,
+    implicit: frozenset[str] = frozenset(),
 ) -> list[tuple[Name, ...]]:
     """The names under which ``fun`` reaches each of ``values``, in the order of the values.
 
@@ -66,14 +68,16 @@ def name_values(
     host that wraps arrays afresh: the address of their memory, say (it is called with leaves only);
     ``opaque``, the root packages whose functions and
     instances are not entered (``__wrapped__`` is followed, and so are containers, partials and
-    modules of layers).
+    modules of layers); ``enters``, says of a class with such a package among its bases that its
+    instances are entered all the same; ``implicit``, names of methods that the host's framework
+    calls, so that no code of the user need mention them.
 
     >>> w = object()
     >>> params = {"dense": {"kernel": w}}
     >>> name_values(lambda x: (x, params), [w])[0][0].name
     "params['dense']['kernel']"
     """
-    walk = _Walk(fun, values, is_leaf or _never, identity, opaque)
+    walk = _Walk(Reach(fun, opaque, enters, implicit), values, is_leaf or _never, identity)
     walk.run()
     found = [tuple(walk.found.get(key, ())) for key in walk.keys]
     users: dict[str, set[Hashable]] = {}
@@ -85,6 +89,24 @@ def name_values(
         return name if len(users[name.name]) == 1 else Name(name.path, name.path)
 
     return [tuple(told_apart(name) for name in names) for names in found]
+
+
+def reachable_leaves(
+    fun: object,
+    is_leaf: Callable[[object], bool],
+    *,
+    opaque: frozenset[str] = FRAMEWORKS,
+    enters: Callable[[type], bool] | None = None,
+    implicit: frozenset[str] = frozenset(),
+) -> list[tuple[object, Name]]:
+    """Every leaf that ``fun`` can reach, once, with its shortest name; sets are entered too.
+
+    The arguments are those of ``name_values``. The walk is the same, and as bounded.
+    """
+    found: dict[int, tuple[object, Name]] = {}
+    walk = _Walk(Reach(fun, opaque, enters, implicit, sets=True), (), is_leaf, id, found)
+    walk.run()
+    return list(found.values())
 
 
 def _never(obj: object) -> bool:  # noqa: ARG001 (stands for a host's `is_leaf`)
@@ -100,11 +122,11 @@ class _Walk:
 
     def __init__(
         self,
-        fun: Callable[..., object],
+        reach: Reach,
         values: Sequence[object],
         is_leaf: Callable[[object], bool],
         identity: Callable[[object], Hashable],
-        opaque: frozenset[str],
+        leaves: dict[int, tuple[object, Name]] | None = None,
     ) -> None:
         self.is_leaf = is_leaf
         self.identity = identity
@@ -119,10 +141,11 @@ class _Walk:
         self.queue: deque[Node] = deque()
         self.visits: dict[int, int] = {}
         self.kept: list[object] = []
-        self.reach = Reach(fun, opaque)
+        self.reach = reach
+        self.leaves = leaves  # where given, takes every leaf, whatever is looked for
 
     def run(self) -> None:
-        if not self.found:
+        if not self.found and self.leaves is None:
             return
         try:
             self.meet(self.reach.root)
@@ -139,6 +162,8 @@ class _Walk:
             raise _ExhaustedError
         obj = node.obj
         is_leaf = self.is_leaf(obj)
+        if is_leaf and self.leaves is not None and id(obj) not in self.leaves:
+            self.leaves[id(obj)] = obj, Name(*node.names())
         names = self.found.get(self.identity(obj) if is_leaf else id(obj))
         if names is not None:
             self.match(node, names)

@@ -9,7 +9,7 @@ order the links are followed, how far, and what is looked for (see ``_naming``).
 import functools
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from types import (
     BuiltinFunctionType,
@@ -23,6 +23,7 @@ from typing import Any
 
 from freevars._callables import (
     codes,
+    compiled_module,
     function_name,
     home_name,
     partial_parts,
@@ -31,6 +32,7 @@ from freevars._callables import (
     unwrapped,
 )
 from freevars._inert import (
+    MODULE_PARTS,
     by_name,
     class_dict,
     class_module,
@@ -38,6 +40,7 @@ from freevars._inert import (
     is_a,
     is_exactly,
     key_text,
+    module_parts,
     mro,
     slot_values,
     stored_members,
@@ -49,11 +52,6 @@ _WIDEST = 20_000  # entries looked at in one container, so that a huge one does 
 _MOST_INSTANCES = 2  # of one class, that are looked at for what the class itself holds
 _STDLIB = frozenset(sys.stdlib_module_names)
 _STDLIB_CONTAINERS = frozenset({"argparse", "collections", "types"})
-_MODULE_PARTS = (
-    "_parameters",
-    "_buffers",
-    "_modules",
-)  # a module of layers is known by these dicts
 _NOT_IMPLICIT = frozenset({"__init__", "__new__", "__del__", "__init_subclass__", "__repr__"})
 _MISSING: Any = object()
 
@@ -102,8 +100,19 @@ class Reach:
     of a module or class are followed when some code mentions their names.
     """
 
-    def __init__(self, fun: object, opaque: frozenset[str]) -> None:
+    def __init__(
+        self,
+        fun: object,
+        opaque: frozenset[str],
+        enters: Callable[[type], bool] | None = None,
+        implicit: frozenset[str] = frozenset(),
+        *,
+        sets: bool = False,
+    ) -> None:
         self.opaque = opaque
+        self.enters = enters
+        self.implicit = implicit
+        self.sets = sets
         self.root = Node(fun, None, home_name(fun), function_name(fun), home=True)
         inner = unwrapped(fun)
         self.scope = scope(inner)
@@ -140,6 +149,8 @@ class Reach:
                 yield from self.dictionary(node, obj)
             elif is_a(obj, list, tuple, deque):
                 yield from self.sequence(node)
+            elif self.sets and is_a(obj, set, frozenset):
+                yield from self.unordered(node)
             yield from self.instance(node)
 
     def function(self, node: Node, fun: FunctionType) -> Iterator[Node]:
@@ -223,20 +234,30 @@ class Reach:
             link = f".{fields[index]}" if named and index < len(fields) else f"[{index}]"
             yield Node(value, node, link, link)
 
+    def unordered(self, node: Node) -> Iterator[Node]:
+        """The members of a set, which have no name of their own."""
+        obj: Any = node.obj
+        base = set if is_a(obj, set) else frozenset
+        for value in list(islice(base.__iter__(obj), _WIDEST)):
+            yield Node(value, node, "{…}", "{…}")
+
     def instance(self, node: Node) -> Iterator[Node]:
         obj = node.obj
         attrs = instance_dict(obj)
-        layers: list[Any] = [attrs.get(part) for part in _MODULE_PARTS]
-        is_module = all(is_a(part, dict) for part in layers)
-        if self.is_opaque(type(obj)) and not is_module:
+        layers = module_parts(obj)
+        compiled = compiled_module(obj)
+        if compiled is not None:  # it gives the attributes of what it wraps as its own
+            yield from self.wrapped(node, compiled, "._orig_mod")
+            return
+        if self.is_opaque(type(obj)) and layers is None:
             yield from self.framework_wrapper(node, attrs)
             return
         items = _wrapped_items(type(obj), attrs)
         if "__self__" in attrs and "__func__" in attrs:  # a library's own kind of bound method
             yield from self.method(node, attrs["__self__"], attrs["__func__"])
-        elif is_module:
+        elif layers is not None:
             yield from self.layers(node, layers)
-            yield from self.attributes(node, attrs, skip=_MODULE_PARTS)
+            yield from self.attributes(node, attrs, skip=MODULE_PARTS)
         elif items is not None:
             yield from self.dictionary(node, items)
         else:
@@ -246,10 +267,15 @@ class Reach:
         yield from self.class_attributes(node, type(obj), hidden=attrs)
 
     def layers(self, node: Node, parts: list[dict[str, object]]) -> Iterator[Node]:
-        """The parameters, buffers and children of a module of layers; numbers are entries."""
+        """The parameters, buffers and children of a module of layers; numbers are entries, and
+        so is everything in one that is a mapping."""
+        own = [class_dict(cls) for cls in mro(type(node.obj))]
+        is_mapping = all(any(name in d for d in own) for name in ("__getitem__", "keys"))
         for part in parts:
             for key, value in by_name(part).items():
                 link = f"[{key}]" if key.isdecimal() else _attribute(key)
+                if is_mapping:
+                    link = f"[{key_text(key)}]"
                 yield Node(value, node, link, link)
 
     def framework_wrapper(self, node: Node, attrs: dict[str, Any]) -> Iterator[Node]:
@@ -261,7 +287,7 @@ class Reach:
                 # Such as the two rules of a custom derivative.
                 yield Node(value, node, f".{key}", f".{key}")
         if class_module(type(node.obj)).partition(".")[0] == "freevars":  # a `Closure`
-            for key, value in slot_values(node.obj):
+            for key, value in (*slot_values(node.obj), *attrs.items()):
                 if key == "_values" and type(value) is tuple:
                     yield Node(value, node, ".values", ".values")
 
@@ -287,11 +313,11 @@ class Reach:
             bases = [base for base in mro(cls) if not self.is_outside(class_module(base))]
             self.members[id(cls)] = members = stored_members(bases)
         yield from self.namespace(node, members, hidden)
-        for key in (key for key in members if key.startswith("__")):
+        for key in (key for key in members if key.startswith("__") or key in self.implicit):
             # Operators and `__call__` run without a mention; `__init__` when a class is called.
             implicit = hidden is None or key not in _NOT_IMPLICIT
             if implicit and type(members[key]) is FunctionType:
-                home = node.home and key == "__call__"
+                home = node.home and (key == "__call__" or key in self.implicit)
                 yield Node(members[key], node, f".{key}", f".{key}", home=home)
 
     def namespace(
@@ -323,7 +349,8 @@ class Reach:
         if known is None:
             roots = {class_module(base).partition(".")[0] for base in mro(cls)}
             own = class_module(cls).partition(".")[0]
-            known = bool(roots & self.opaque) or (own in _STDLIB and own not in _STDLIB_CONTAINERS)
+            known = bool(roots & self.opaque) and not (self.enters and self.enters(cls))
+            known = known or (own in _STDLIB and own not in _STDLIB_CONTAINERS)
             self.opacity[id(cls)] = known
         return known
 

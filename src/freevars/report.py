@@ -46,7 +46,8 @@ class CapturedValue:
         traced_by: the transformations that trace it, outermost first; empty for a concrete array.
         differentiable: whether a derivative can flow to it.
         hoisted: whether the conversion makes it an explicit argument.
-        policy: the rule that decided so, such as ``"traced"`` or ``"all"``, or a reason in words.
+        policy: the rule that decided so, such as ``"traced"``, ``"differentiable"`` or ``"all"``,
+            or a reason in words.
         reads: how many operations read it.
         sites: the lines that do, each once, in order of first use.
         captured_by: the capturing function and where it is written, ``objective at model.py:41``.
@@ -114,8 +115,8 @@ class CaptureReport:
     """Every value that a function captures: print it, look at it in a notebook, save it, query it.
 
     ``fun`` is the function's name, ``where`` the place that defines it, ``source`` its text if
-    there is any, ``values`` what it captures, in order of first use. The report holds no array and
-    no function.
+    there is any, ``values`` what it captures, in order of first use, ``bakes_in`` whether a program
+    that the host compiles holds a copy of each constant. The report holds no array and no function.
 
     >>> w = CapturedValue(names=("w",), paths=("f.__closure__['w']",), dtype="float32", shape=(3,),
     ...                   nbytes=12, traced_by=("grad",), differentiable=True, hoisted=True,
@@ -132,6 +133,7 @@ class CaptureReport:
     where: ReadSite | None = None
     source: Source | None = None
     values: tuple[CapturedValue, ...] = ()
+    bakes_in: bool = True
 
     @property
     def count(self) -> int:
@@ -153,7 +155,7 @@ class CaptureReport:
         """What deserves attention: concrete captures that stay constants and are large."""
         constants = [value for value in self.values if value.concrete and not value.hoisted]
         total = sum(value.nbytes for value in constants)
-        if total < LARGE:
+        if total < LARGE or not self.bakes_in:
             return ()
         largest = max(constants, key=lambda value: value.nbytes)
         hold = "1 concrete capture holds"
@@ -244,7 +246,7 @@ class CaptureReport:
 
 
 _HEADER = ("name", "type", "size", "kind", "grad", "hoisted", "reads")
-_CAPS = (_WIDTH, 18, 10, 20, 4, 7, 6)  # the name takes what the others leave
+_CAPS = (_WIDTH, 18, 10, 20, 4, 14, 6)  # the name takes what the others leave
 _TO_THE_RIGHT = (2, 6)
 
 

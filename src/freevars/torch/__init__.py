@@ -14,6 +14,7 @@ from freevars.errors import (
     SingularError,
     StructureError,
 )
+from freevars.torch._captures import captures
 from freevars.torch._closure import Closure
 from freevars.torch._convert import closure_convert
 from freevars.torch._rules import argmin, fixed_point, root
@@ -26,6 +27,7 @@ __all__ = [
     "SingularError",
     "StructureError",
     "argmin",
+    "captures",
     "closure_convert",
     "fixed_point",
     "root",

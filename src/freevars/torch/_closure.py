@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from freevars.report import CaptureReport
 from freevars.torch._compat import install_hooks, pytree
 from freevars.torch._convert import Converted, Hoist, Rng, closure_convert
 from freevars.torch._names import called
@@ -55,6 +56,8 @@ class Closure:
         rng: Rng = "allow",
     ) -> None:
         self._converted, self._values = closure_convert(fun, *example_args, hoist=hoist, rng=rng)
+        self._converted.origin = (example_args, hoist, rng)
+        self._is_mapped = False
 
     @classmethod
     def from_module(cls, module: torch.nn.Module) -> Self:
@@ -65,19 +68,35 @@ class Closure:
         """
         install_hooks()
         converted = Converted(module, None, tuple(module.parameters()))
-        return cls._of(converted, converted.aliases())
+        new = cls._of(converted, converted.aliases())
+        new._is_mapped = False  # noqa: SLF001 (of this class)
+        return new
 
     @classmethod
     def _of(cls, converted: Converted, values: Iterable[Any]) -> Self:
         new = object.__new__(cls)
         new._converted = converted
         new._values = tuple(values)
+        new._is_mapped = True  # its values may be any, not those that were captured
         return new
 
     @property
     def values(self) -> tuple[Tensor, ...]:
         """The captured tensors, in order of first use: what the leaves of this pytree are."""
         return self._values
+
+    @property
+    def captures(self) -> CaptureReport:
+        """What is captured, with names; made anew each time, by running the function once more on
+        its example.
+
+        A closure that came out of a transformation tells the types of its own values, under the
+        names of the captured tensors that they stand for. One that `from_module` made runs nothing,
+        so it knows no lines.
+        """
+        from freevars.torch._captures import captures_of  # noqa: PLC0415 (used by few, and above)
+
+        return captures_of(self)
 
     @property
     def in_struct(self) -> Any:

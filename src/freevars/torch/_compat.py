@@ -40,6 +40,7 @@ __all__ = [
     "install_hooks",
     "is_higher_order",
     "is_wrapped",
+    "layers",
     "parts",
     "pytree",
     "resolve",
@@ -198,6 +199,39 @@ def unwrap(t: Tensor) -> Iterator[Tensor]:
     while is_wrapped(t):
         t = _functorch.get_unwrapped(t)
         yield t
+
+
+def layers(t: Tensor) -> list[tuple[str, bool | None]]:
+    """The transformations that trace `t`, outermost first: the tape, then the torch.func transforms
+    that wrap it, and whether each takes a derivative by it; None where that is not its business.
+
+    A wrapper knows its level only; which transform that is, the stack of open transforms tells.
+    """
+    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+        stack = _functorch.get_interpreter_stack() or ()
+        names = {entry.level(): entry.key().name.lower() for entry in stack}
+        found: list[tuple[str, bool | None]] = []
+        for u in unwrap(t):
+            if not is_wrapped(u):
+                if dual_tangent(u) is not None:
+                    found.append(("jvp", True))
+                if u.requires_grad:
+                    found.append(("autograd", True))
+            elif _functorch.is_batchedtensor(u):
+                found.append(("vmap", None))
+            else:  # without its transform, which is over, it is called by the more common one
+                name = names.get(_functorch.maybe_get_level(u), "grad")
+                perturbed = _has_tangent(u) if name == "jvp" else bool(u.requires_grad)
+                found.append((name, perturbed))
+    return found[::-1]
+
+
+def _has_tangent(t: Tensor) -> bool:
+    """Whether a wrapper of `torch.func.jvp` carries a tangent; told for the innermost only."""
+    stack = _functorch.get_interpreter_stack() or ()
+    if not stack or _functorch.maybe_get_level(t) != stack[-1].level():
+        return True
+    return primal_and_tangent(t).tangent is not None
 
 
 def dual_tangent(t: Tensor) -> Tensor | None:

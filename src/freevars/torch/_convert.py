@@ -12,7 +12,7 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,12 +21,23 @@ from freevars.errors import CaptureError, StructureError
 from freevars.torch import _api, _compat
 from freevars.torch._compat import pytree, resolve
 from freevars.torch._discover import Discovery
-from freevars.torch._names import called, describe, reachable
+from freevars.torch._names import Line, called, describe, reachable
 from freevars.torch._structure import Structure, struct_of
 from freevars.torch._substitute import CarefulSubstitution, MadeMemory, Substitution, check_tape
 
-__all__ = ["Converted", "closure_convert"]
+__all__ = [
+    "Converted",
+    "Hoist",
+    "Rng",
+    "closure_convert",
+    "differentiable",
+    "discover",
+    "outside_compiler",
+    "policy_of",
+]
 
+D = TypeVar("D", bound=Discovery)
+F = TypeVar("F", bound=Callable[..., Any])
 Rng = Literal["allow", "error", "replay"]
 Hoist = Literal["differentiable", "floating", "all"] | Callable[[Tensor], bool]
 
@@ -70,6 +81,11 @@ def closure_convert(
         >>> converted(torch.ones(2), torch.tensor([5.0, 7.0]))
         tensor(12.)
     """
+    return outside_compiler(_convert, fun, rng)(fun, example_args, hoist, rng)
+
+
+def outside_compiler(run: F, fun: Callable[..., Any], rng: Rng) -> F:
+    """`run`, which calls `fun` under a watch, as it must be called; checks both arguments."""
     if not callable(fun):
         message = f"expected a function to convert, got {type(fun).__name__}."
         raise StructureError(message)
@@ -77,15 +93,16 @@ def closure_convert(
         message = f"expected rng='allow', rng='error' or rng='replay', got {rng!r}."
         raise StructureError(message)
     _compat.install_hooks()
-    convert = _compat.eagerly(_convert) if torch.compiler.is_compiling() else _convert
-    return convert(fun, example_args, hoist, rng)
+    chosen: F = _compat.eagerly(run) if torch.compiler.is_compiling() else run
+    return chosen
 
 
-def _policy(hoist: Hoist) -> Callable[[Tensor], bool]:
+def policy_of(hoist: Hoist) -> Callable[[Tensor], bool]:
+    """Whether a captured tensor is hoisted."""
     if hoist == "differentiable":
-        return _differentiable
+        return differentiable
     if hoist == "floating":
-        return lambda t: t.is_floating_point() or t.is_complex() or _differentiable(t)
+        return lambda t: t.is_floating_point() or t.is_complex() or differentiable(t)
     if hoist == "all":
         return lambda _: True
     if callable(hoist):
@@ -95,7 +112,8 @@ def _policy(hoist: Hoist) -> Callable[[Tensor], bool]:
     raise StructureError(message)
 
 
-def _differentiable(t: Tensor) -> bool:
+def differentiable(t: Tensor) -> bool:
+    """Whether a derivative could flow into a captured tensor now."""
     # What a running converted call gives in place of `t` counts as well: `t` itself is not read
     # there.
     given = resolve(t)
@@ -106,38 +124,52 @@ def _convert(
     fun: Callable[..., Any], example: tuple[Any, ...], hoist: Hoist, rng: Rng
 ) -> tuple["Converted", tuple[Tensor, ...]]:
     structure = Structure(example)
-    leaves, spec = pytree.tree_flatten(example)
-    # Aliases tell an argument from the same tensor captured.
-    arguments = [_api.alias(x) if isinstance(x, Tensor) else x for x in leaves]
-    given = [x for x in arguments if isinstance(x, Tensor)]
-    policy = _policy(hoist)
-    discovery = Discovery(fun, given, policy, rng=rng, constants=policy is not _differentiable)
-    state = torch.get_rng_state()
-    try:
-        with discovery.watching():
-            out = fun(*pytree.tree_unflatten(arguments, spec))
-            discovery.replace(tuple(outputs_of(out)))
-            refuse_hidden(out, lambda t: discovery.is_foreign(t) and policy(t), fun)
-    finally:
-        if discovery.drew is not None:
-            torch.set_rng_state(state)
-            for generator, before in discovery.generators.values():
-                generator.set_state(before)
+    policy = policy_of(hoist)
+    discovery, out, state = discover(fun, example, policy, rng, Discovery)
     captured = tuple(t for t in discovery.captured.values() if policy(t))
     hoisted_ids = {id(t) for t in captured}
     # What the policy leaves out although a derivative could flow: the caller's declared constants.
     declared = [
-        t for t in discovery.captured.values() if id(t) not in hoisted_ids and _differentiable(t)
+        t for t in discovery.captured.values() if id(t) not in hoisted_ids and differentiable(t)
     ]
     read = [resolve(t) for t in (*captured, *declared)]
-    check_tape(outputs_of(out), [*given, *read], discovery.has_made, fun)
+    check_tape(outputs_of(out), [*discovery.arguments.values(), *read], discovery.has_made, fun)
     replay = None
     if rng == "replay" and discovery.drew is not None:
         replay = (state, tuple(discovery.generators.values()))
     converted = Converted(
         fun, structure, captured, declared, replay, makes_leaves=discovery.makes_leaves, out=out
     )
+    converted.first_reads = tuple(discovery.where.get(id(t)) for t in captured)
     return converted, converted.aliases()
+
+
+def discover(
+    fun: Callable[..., Any],
+    example: tuple[Any, ...],
+    policy: Callable[[Tensor], bool],
+    rng: Rng,
+    watch: type[D],
+) -> tuple[D, Any, Tensor]:
+    """One watched run: what it saw, what `fun` returned, and the state of the random generator
+    before it, which is that after it too."""
+    leaves, spec = pytree.tree_flatten(example)
+    # Aliases tell an argument from the same tensor captured.
+    arguments = [_api.alias(x) if isinstance(x, Tensor) else x for x in leaves]
+    given = [x for x in arguments if isinstance(x, Tensor)]
+    discovery = watch(fun, given, policy, rng=rng, constants=policy is not differentiable)
+    state = torch.get_rng_state()
+    try:
+        with discovery.watching():
+            out = fun(*pytree.tree_unflatten(arguments, spec))
+            discovery.returned(outputs_of(out))
+            refuse_hidden(out, lambda t: discovery.is_foreign(t) and policy(t), fun)
+    finally:
+        if discovery.drew is not None:
+            torch.set_rng_state(state)
+            for generator, before in discovery.generators.values():
+                generator.set_state(before)
+    return discovery, out, state
 
 
 _SIGNATURE = inspect.Signature([inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)])
@@ -167,6 +199,10 @@ class Converted:
         self._declared = declared
         self._replay = replay
         self._makes_leaves = makes_leaves
+        # For errors and reports: the line that read each tensor first, and, within a `Closure`, the
+        # example, `hoist` and `rng` that it was made with.
+        self.first_reads: tuple[Line | None, ...] = (None,) * len(captured)
+        self.origin: tuple[tuple[Any, ...], Hoist, Rng] | None = None
         self.in_struct = None if structure is None else structure.struct
         self.out_struct = struct_of(out)
 
@@ -238,7 +274,7 @@ class Converted:
         values = args[n:]
         for i, (value, (shape, dtype)) in enumerate(zip(values, self._types, strict=True)):
             if not isinstance(value, Tensor) or value.shape != shape or value.dtype is not dtype:
-                captured = describe(self._captured[i], self._fun)
+                captured = describe(self._captured[i], self._fun, self.first_reads[i])
                 message = (
                     f"hoisted value {i} expected like {captured}, got {Structure.shown(value)}."
                 )
@@ -276,7 +312,7 @@ def refuse_hidden(out: Any, captured: Callable[[Tensor], bool], fun: Any) -> Non
     for leaf in pytree.tree_leaves(out):
         if isinstance(leaf, Tensor | int | float | complex | str | bytes | type(None)):
             continue
-        for name, t in reachable(leaf).values():
+        for t, name in reachable(leaf).values():
             if captured(t):
                 message = (
                     "expected captured tensors to be returned in containers that PyTorch's pytrees "

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from freevars.torch import _api, _compat
 from freevars.torch._compat import DispatchWatch, Watch, storage_key
-from freevars.torch._names import caller, describe, reachable
+from freevars.torch._names import caller, describe, line_of_caller, reachable
 
 __all__ = ["Discovery"]
 
@@ -39,7 +39,7 @@ class Discovery(Watch):
         self.drew: str | None = None  # the first random operation
         self.generators: dict[int, tuple[torch.Generator, Tensor]] = {}
         self.captured: dict[int, Tensor] = {}
-        self.where: dict[int, str | None] = {}
+        self.where: dict[int, tuple[str, int] | None] = {}
         self.arguments = {id(t): t for t in arguments}
         self.argument_keys = {storage_key(u): t for t in arguments for u in _api.inner(t)}
         self.captured_keys: dict[int, Tensor] = {}
@@ -115,7 +115,11 @@ class Discovery(Watch):
         self.captured[key] = t
         self.captured_keys |= {storage_key(u): t for u in bases}
         if self.hoist(t):
-            self.where[key] = caller()
+            self.where[key] = line_of_caller()
+
+    def returned(self, outputs: Sequence[Tensor]) -> None:
+        """What `fun` returns is captured too if it did not make it."""
+        self.replace(outputs)
 
     def _inner(self, t: Tensor) -> list[Tensor]:
         """Every plain tensor that reading `t` may read, where converted calls stand below us
@@ -144,7 +148,7 @@ class Discovery(Watch):
         if id(t) in self.captured and not t.requires_grad and (args[1:] in {(), (True,)}):
             message = (
                 f"expected a function that leaves its captured values as they are, got "
-                f"{func.__name__} on {describe(t, self.fun, caller())}. Use "
+                f"{func.__name__} on {describe(t, self.fun, line_of_caller())}. Use "
                 "t.detach().requires_grad_()."
             )
             self.refuse(message)
@@ -161,7 +165,7 @@ class Discovery(Watch):
     def _read_reachable(self, fun: Any) -> None:
         if fun is None:
             return
-        for _, t in reachable(fun).values():
+        for t, _ in reachable(fun).values():
             if self.hoist(t):
                 self.read(t)
 
@@ -227,12 +231,11 @@ class Discovery(Watch):
             # while leaving a torch.func transform reads views of what was seen before.
             seen = key in self.captured_keys and id(t) not in self.captured
         if not seen and (t.requires_grad or (self.constants and t.dim() > 0 and self.hoist(t))):
+            named = describe(t, self.fun, line_of_caller())
             message = (
                 "expected every read of a captured tensor to go through PyTorch's Python API, "
-                f"got {func} "
-                f"reading {describe(t, self.fun)} below it, where it cannot be replaced. Pass "
-                "that tensor "
-                "as an argument, or detach it to declare it constant."
+                f"got {func} reading {named} below it, where it cannot be replaced. Pass that "
+                "tensor as an argument, or detach it to declare it constant."
             )
             self.refuse(message)
 
@@ -253,10 +256,10 @@ class Discovery(Watch):
         argument = self.argument_keys.get(key)
         found = self.captured_keys.get(key, t) if argument is None else argument
         kind = "a captured tensor" if argument is None else "its argument"
+        named = describe(found, self.fun, line_of_caller())
         return (
             f"expected a function that writes to its own intermediates only, got {func} writing "
-            "in place to "
-            f"{kind}: {describe(found, self.fun, caller())}. Nothing was written. Write to a clone."
+            f"in place to {kind}: {named}. Nothing was written. Write to a clone."
         )
 
 

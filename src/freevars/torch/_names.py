@@ -1,134 +1,151 @@
-"""What a person would call a captured tensor: the walk over what a function can reach.
+"""What a person would call a captured tensor, and what else is known of it, for reports and errors.
 
-A small stand-in for the host-neutral naming module: closure cells, globals that the code uses,
-defaults, bound self, partials, attributes, containers, module parameters. It calls no property.
+Runs only when somebody asks. Names come from the walk over what a function can reach
+(`freevars._naming`); here stand the three things that the walk has to be told of PyTorch. Not here:
+finding the captured tensors (`_discover.py`), and counting their reads (`_captures.py`).
 """
 
-import functools
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["called", "caller", "describe", "reachable"]
+from freevars import report
+from freevars._inert import class_module
+from freevars._naming import (
+    FRAMEWORKS,
+    Name,
+    function_name,
+    name_values,
+    reachable_leaves,
+)
+from freevars.report import CapturedValue, ReadSite, captured_by, read_site
+from freevars.torch import _compat
 
-_LIMIT = 20_000  # objects visited: a walk over a big program must end
-_SKIP = (types.ModuleType, type, str, bytes, int, float, complex, bool, type(None), Tensor)
+__all__ = [
+    "Line",
+    "called",
+    "caller",
+    "describe",
+    "facts",
+    "line_of_caller",
+    "names_of",
+    "reachable",
+]
+
+Line = tuple[str, int]  # file and number
+
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+_GENERATED = ("<frozen", "<eval_with_key>")  # by Python and by torch.fx
+
+# Methods that PyTorch calls, of modules and of custom Functions.
+_IMPLICIT = frozenset({"forward", "backward", "setup_context", "vjp", "jvp", "vmap"})
 
 
-def reachable(fun: Any) -> dict[int, tuple[str, Tensor]]:
-    """The tensors that `fun` reaches without running: by id, the shortest name and the tensor."""
-    names: dict[int, tuple[str, Tensor]] = {}
-    seen: set[int] = set()
-    queue: list[tuple[Any, str]] = [(fun, "")]
-    for value, name in queue:  # grows while it is walked: breadth first, so short names win
-        if isinstance(value, Tensor):
-            names.setdefault(id(value), (name, value))
-        if id(value) in seen or isinstance(value, _SKIP) or len(seen) > _LIMIT:
-            continue
-        seen.add(id(value))
-        queue.extend(_children(value, name))
-    return names
+def _is_tensor(x: object) -> bool:
+    return issubclass(type(x), Tensor)
 
 
-def _children(value: Any, name: str) -> Iterator[tuple[Any, str]]:  # noqa: C901 (a case a line)
-    if isinstance(value, types.FunctionType):
-        yield from _of_function(value)
-    elif isinstance(value, types.MethodType):
-        yield value.__self__, name or "self"
-        yield value.__func__, name
-    elif isinstance(value, functools.partial):
-        yield value.func, name
-        for i, x in enumerate(value.args):
-            yield x, f"{name or 'partial'}.args[{i}]"
-        for k, x in value.keywords.items():
-            yield x, k
-    elif isinstance(value, dict):
-        for k, x in value.items():
-            yield x, f"{name}[{k!r}]"
-    elif isinstance(value, list | tuple | set | frozenset):
-        for i, x in enumerate(value):
-            yield x, f"{name}[{i}]"
-    elif not (type(value).__module__ or "").startswith("torch.utils"):
-        yield from _of_object(value, name)
+def _enters(cls: type) -> bool:
+    """Distributions, optimizers, data sets, and what users derive from PyTorch's classes hold
+    tensors under names that a person knows; its private classes do not."""
+    root, _, rest = class_module(cls).partition(".")
+    return root not in FRAMEWORKS or (root == "torch" and rest != "" and not rest.startswith("_"))
 
 
-def _of_function(fun: types.FunctionType) -> Iterator[tuple[Any, str]]:
-    code = fun.__code__
-    for variable, cell in zip(code.co_freevars, fun.__closure__ or (), strict=True):
+_WALK: Any = {"is_leaf": _is_tensor, "enters": _enters, "implicit": _IMPLICIT}
+
+
+def names_of(fun: Callable[..., Any], values: Sequence[Tensor]) -> list[tuple[Name, ...]]:
+    """The names under which `fun` reaches each tensor."""
+    return name_values(fun, values, **_WALK)
+
+
+def reachable(fun: Any) -> dict[int, tuple[Tensor, str]]:
+    """The tensors that `fun` reaches without running: by id, the tensor and its shortest name."""
+    found: Any = reachable_leaves(fun, **_WALK)
+    return {id(t): (t, name.name) for t, name in found}
+
+
+def facts(
+    fun: Callable[..., Any],
+    value: Tensor,
+    names: Sequence[Name],
+    *,
+    hoisted: bool,
+    policy: str,
+    reads: int = 0,
+    sites: tuple[ReadSite, ...] = (),
+) -> CapturedValue:
+    """What is known of one captured tensor. Our own look is no read."""
+    layers = _compat.layers(value)
+    with _compat.unseen():
+        parts = _compat.parts(value) or [value]
+        computed = any(u.grad_fn is not None for u in _compat.unwrap(value))
+        inexact = value.is_floating_point() or value.is_complex()
+        perturbed = [by for _, by in layers if by is not None]
+        return CapturedValue(
+            names=tuple(name.name for name in names),
+            paths=tuple(name.path for name in names),
+            shape=_shape(value),
+            dtype=str(value.dtype).removeprefix("torch."),
+            nbytes=sum(u.numel() * u.element_size() for u in parts),
+            device=str(value.device),
+            # Without a tape nothing tells what was computed; what has a name is taken for a leaf.
+            kind="derived" if computed or not (names or any(perturbed)) else "leaf",
+            traced_by=tuple(name for name, _ in layers),
+            differentiable=inexact and (any(perturbed) or (hoisted and not perturbed)),
+            hoisted=hoisted,
+            policy=policy,
+            reads=reads,
+            sites=sites,
+            captured_by=captured_by(fun),
+        )
+
+
+def _shape(t: Tensor) -> tuple[int, ...]:
+    """The shape, with -1 where the parts of a nested tensor differ."""
+    if not t.is_nested:
+        return tuple(t.shape)
+    sizes: list[int] = []
+    for i in range(t.dim()):
         try:
-            yield cell.cell_contents, variable
-        except ValueError:  # an empty cell
-            continue
-    for variable in _global_names(code):
-        if variable in fun.__globals__:
-            yield fun.__globals__[variable], variable
-    arguments = code.co_varnames[: code.co_argcount]
-    defaults = fun.__defaults__ or ()
-    yield from zip(defaults, arguments[len(arguments) - len(defaults) :], strict=True)
-    for variable, default in (fun.__kwdefaults__ or {}).items():
-        yield default, variable
-    if hasattr(fun, "__wrapped__"):
-        yield fun.__wrapped__, ""
+            n: Any = t.size(i)
+        except RuntimeError:  # a strided one has no size there, a jagged one a symbol
+            n = None
+        sizes.append(n if type(n) is int else -1)
+    return tuple(sizes)
 
 
-def _global_names(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _global_names(constant)
+def describe(value: Tensor, fun: Callable[..., Any], line: Line | None = None) -> str:
+    """One tensor in words, for an error: name, type, path, who captures it, and the line that reads
+    it, which the caller knows."""
+    sites = () if line is None else (read_site(*line),)
+    names = names_of(fun, [value])[0]
+    return report.describe(facts(fun, value, names, hoisted=False, policy="", sites=sites))
 
 
-def _of_object(value: Any, name: str) -> Iterator[tuple[Any, str]]:
-    if isinstance(value, torch.nn.Module):
-        for prefix, module in value.named_modules():
-            stem = name + "".join(_step(part) for part in prefix.split(".") if part)
-            for key, x in (*module._parameters.items(), *module._buffers.items()):  # noqa: SLF001
-                yield x, f"{stem}.{key}"
-            for key, x in vars(module).items():
-                if key not in {"_parameters", "_buffers", "_modules"}:
-                    yield x, f"{stem}.{key}"
-        return
-    for key, x in getattr(value, "__dict__", {}).items():
-        yield x, f"{name or 'self'}.{key}"
-    for key in getattr(type(value), "__slots__", ()):
-        slot = getattr(type(value), key, None)
-        if isinstance(slot, types.MemberDescriptorType) and hasattr(value, key):
-            yield getattr(value, key), f"{name or 'self'}.{key}"
-    call = vars(type(value)).get("__call__")
-    if isinstance(call, types.FunctionType):
-        yield call, name
-
-
-def _step(part: str) -> str:
-    return f"[{part}]" if part.isdigit() else f".{part}"
-
-
-def describe(value: Tensor, fun: Any, where: str | None = None) -> str:
-    """`w (float32[3, 4]), first read at model.py:41`, for an error message."""
-    name = reachable(fun).get(id(value), ("", None))[0] or "an unnamed tensor"
-    shape = ", ".join(str(n) for n in value.shape)
-    kind = str(value.dtype).removeprefix("torch.")
-    return f"{name} ({kind}[{shape}])" + (f", read at {where}" if where else "")
-
-
-def caller() -> str | None:
-    """`file:line` of the innermost frame that is neither PyTorch's nor ours."""
-    frame = sys._getframe(1)  # noqa: SLF001 (no public way to walk frames is as cheap)
-    step: types.FrameType | None = frame
+def line_of_caller() -> Line | None:
+    """File and line of the innermost frame that is neither PyTorch's nor ours."""
+    step: types.FrameType | None = sys._getframe(1)  # noqa: SLF001 (no public way is as cheap)
     while step is not None:
         file = step.f_code.co_filename
-        if not file.startswith((*_LIBRARIES, "<")):
-            return f"{file}:{step.f_lineno}"
+        if not file.startswith((*_LIBRARIES, *_GENERATED)):
+            return file, step.f_lineno
         step = step.f_back
     return None
 
 
-def called(fun: Callable[..., Any]) -> str:
+def caller() -> str:
+    """The same for a message, `model.py:41`."""
+    line = line_of_caller()
+    return "an unknown line" if line is None else str(ReadSite(*line))
+
+
+def called(fun: object) -> str:
     """What to call `fun` in a message."""
-    return str(getattr(fun, "__qualname__", None) or type(fun).__qualname__)
+    return function_name(fun)

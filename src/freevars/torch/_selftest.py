@@ -105,6 +105,19 @@ def _unwrapping() -> bool:
     return len(found) == 2 and found[1] is x  # noqa: PLR2004 (the wrapper and what it wraps)
 
 
+def _layers() -> bool:
+    found: list[list[tuple[str, bool | None]]] = []
+
+    def fun(z: Tensor) -> Tensor:
+        found.append(_compat.layers(z))
+        return z.sum()
+
+    x = torch.ones(2, requires_grad=True)
+    torch.func.vmap(torch.func.grad(fun))(x)
+    torch.func.jvp(fun, (x.detach(),), (x.detach(),))
+    return found == [[("autograd", True), ("vmap", None), ("grad", True)], [("jvp", True)]]
+
+
 def _tangents() -> bool:
     x = torch.ones(2)
     with torch.autograd.forward_ad.dual_level():
@@ -136,6 +149,7 @@ _CHECKS: dict[str, Callable[[], bool]] = {
     "the hook in checkpoint's recomputation": _recomputation,
     "the hook that runs compiled callees eagerly": _compiled_callee,
     "unwrapping torch.func's tensors": _unwrapping,
+    "telling which transforms wrap a tensor": _layers,
     "reading forward-mode tangents": _tangents,
     "telling storages apart": _storages,
     "knowing that the autograd engine runs": _engine,

@@ -16,7 +16,7 @@ from torch import Tensor
 from freevars.errors import CaptureError
 from freevars.torch import _api, _compat
 from freevars.torch._compat import CheckpointFunction, DispatchWatch, Watch, storage_key
-from freevars.torch._names import caller, describe, reachable
+from freevars.torch._names import Line, describe, line_of_caller, reachable
 
 __all__ = ["CarefulSubstitution", "MadeMemory", "Substitution", "check_tape"]
 
@@ -107,11 +107,11 @@ class Substitution(Watch):
         for t in _api.tensors(written):
             direct = id(t) in self.table
             if direct or (not _api.writes_metadata(func) and self._holds_memory_of(t)):
+                named = describe(t, self.fun, line_of_caller())
                 message = (
                     "expected a function that writes to its own intermediates only, got "
                     f"{getattr(func, '__name__', func)} writing in place to a captured tensor, its "
-                    f"argument, or a view of one: {describe(t, self.fun, caller())}. Nothing was "
-                    "written. Write to a clone."
+                    f"argument, or a view of one: {named}. Nothing was written. Write to a clone."
                 )
                 self.refuse(message)
 
@@ -152,7 +152,7 @@ class CarefulSubstitution(Substitution):
         known = list(known)
         super().__init__(fun, table, known)
         self._made: dict[int, weakref.ref[Tensor]] = {}
-        self._reachable: dict[int, tuple[str, Tensor]] | None = None
+        self._reachable: dict[int, tuple[Tensor, str]] | None = None
         self.note((*known, *table.values()))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -170,7 +170,7 @@ class CarefulSubstitution(Substitution):
                 if self._reachable is None:
                     self._reachable = reachable(self.fun)
                 if id(t) in self._reachable:
-                    self.refuse(not_hoisted(t, self.fun))
+                    self.refuse(not_hoisted(t, self.fun, line_of_caller()))
 
     def note(self, value: Any) -> None:
         for t in _api.tensors(value):
@@ -239,11 +239,11 @@ def _only(t: Tensor) -> tuple[Tensor]:
     return (t,)
 
 
-def not_hoisted(t: Tensor, fun: Any) -> str:
+def not_hoisted(t: Tensor, fun: Any, line: Line | None = None) -> str:
     return (
         "expected to read the hoisted values and the arguments only, got a tensor that could "
         "carry a "
-        f"derivative and was not hoisted: {describe(t, fun, caller())}. The example arguments "
+        f"derivative and was not hoisted: {describe(t, fun, line)}. The example arguments "
         "did not lead "
         "to this branch: convert again with arguments that do, or detach the tensor to declare "
         "it constant."
