@@ -7,7 +7,7 @@ import platform
 import jax
 import jaxlib
 
-from benchmarks import _table, call, captures, convert, gradient, memory, rules, solver
+from benchmarks import _table, call, captures, convert, gradient, host, memory, rules, solver
 
 TABLES = {
     "convert": convert,
@@ -16,6 +16,7 @@ TABLES = {
     "gradient": gradient,
     "solver": solver,
     "rules": rules,
+    "host": host,
     "memory": memory,
 }
 

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.optimize
 from jax import Array
 
 import freevars.jax as fv
@@ -184,43 +183,6 @@ def forward_mode(train: Any) -> Iterator[Row]:
     )
 
 
-def on_the_host(train: Any, valid: Any) -> Iterator[Row]:
-    log_reg = jnp.zeros(FEATURES)
-    run = lambda f, x0: scipy.optimize.minimize(f, x0, jac=True, method="L-BFGS-B").x  # noqa: E731
-    value_and_grad = jax.jit(jax.value_and_grad(objective))
-
-    @jax.custom_vjp
-    def fit(log_reg: Array) -> Array:
-        def f(v: Any) -> Any:
-            value, slope = value_and_grad(v, log_reg, train)
-            return float(value), np.asarray(slope)
-
-        return jnp.asarray(run(f, np.zeros(FEATURES)))
-
-    def forward(log_reg: Array) -> Any:
-        w = fit(log_reg)
-        return w, (w, log_reg)
-
-    @jax.jit
-    def backward(saved: Any, w_bar: Array) -> Any:
-        w, log_reg = saved
-        u = -jnp.linalg.solve(jax.hessian(objective)(w, log_reg, train), w_bar)
-        return jax.vjp(lambda r: jax.grad(objective)(w, r, train), log_reg)[1](u)
-
-    fit.defvjp(forward, backward)
-    minimize = fv.argmin(fv.on_host(lambda fun, x0: run(fun.value_and_grad, x0)))
-    mine = lambda log_reg: minimize(lambda w: objective(w, log_reg, train), X0)  # noqa: E731
-    sides = [ready(hypergradient(f, valid), log_reg) for f in (fit, mine)]
-    timing = alternate(*sides, budget=3.0)
-    yield Row(
-        "scipy's L-BFGS-B on the host, eager",
-        timing.ratios[1],
-        1.2,
-        seconds(timing.seconds[0]),
-        seconds(timing.seconds[1]),
-    )
-
-
 MEMORY = {"freevars": ours, "unrolled": unrolled}
 
 
@@ -254,7 +216,6 @@ def rows() -> Iterator[Row]:
         yield from jitted(train, valid)
         yield from eager(train, valid)
         yield from forward_mode(train)
-        yield from on_the_host(train, valid)
     yield from memory()
 
 
