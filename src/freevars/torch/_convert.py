@@ -10,7 +10,7 @@ here: the conversion as one value (`_closure.py`).
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -23,7 +23,13 @@ from freevars.torch._compat import pytree, resolve
 from freevars.torch._discover import Discovery
 from freevars.torch._names import called, describe, reachable
 from freevars.torch._structure import Structure, struct_of
-from freevars.torch._substitute import CarefulSubstitution, MadeMemory, Substitution, check_tape
+from freevars.torch._substitute import (
+    CarefulSubstitution,
+    MadeMemory,
+    Outside,
+    Substitution,
+    check_tape,
+)
 
 __all__ = ["Converted", "closure_convert"]
 
@@ -135,7 +141,14 @@ def _convert(
     if rng == "replay" and discovery.drew is not None:
         replay = (state, tuple(discovery.generators.values()))
     converted = Converted(
-        fun, structure, captured, declared, replay, makes_leaves=discovery.makes_leaves, out=out
+        fun,
+        structure,
+        captured,
+        declared,
+        replay,
+        constants=[t for t in discovery.captured.values() if id(t) not in hoisted_ids],
+        makes_leaves=discovery.makes_leaves,
+        out=out,
     )
     return converted, converted.aliases()
 
@@ -154,6 +167,7 @@ class Converted:
         declared: Sequence[Tensor] = (),
         replay: tuple[Tensor, tuple[tuple[torch.Generator, Tensor], ...]] | None = None,
         *,
+        constants: Sequence[Tensor] = (),
         makes_leaves: bool = False,
         out: Any = None,
     ) -> None:
@@ -165,6 +179,7 @@ class Converted:
         self._keys = tuple(id(t) for t in captured)
         self._types = tuple((t.shape, t.dtype) for t in captured)
         self._declared = declared
+        self._outside = Outside(fun, constants)
         self._replay = replay
         self._makes_leaves = makes_leaves
         self.in_struct = None if structure is None else structure.struct
@@ -221,8 +236,8 @@ class Converted:
 
     def _mode(self, table: dict[int, Tensor], known: Sequence[Tensor]) -> Substitution:
         if torch.is_grad_enabled() and not _compat.transforms_active():
-            return Substitution(self._fun, table, known)
-        return CarefulSubstitution(self._fun, table, known)
+            return Substitution(self._fun, table, known, self._outside)
+        return CarefulSubstitution(self._fun, table, known, self._outside)
 
     def _table(self, args: tuple[Any, ...], n: int) -> dict[int, Tensor]:
         """Which tensor to give for which captured one; raises where the hoisted values do not
@@ -271,11 +286,22 @@ class Converted:
                 generator.set_state(now)
 
 
+# What a function may return before it has run: generators, `map`, coroutines.
+_LATER = (Iterator, AsyncIterator, Awaitable)
+
+
 def refuse_hidden(out: Any, captured: Callable[[Tensor], bool], fun: Any) -> None:
     """Refuses captured tensors that `fun` returned inside an object that is no pytree."""
     for leaf in pytree.tree_leaves(out):
         if isinstance(leaf, Tensor | int | float | complex | str | bytes | type(None)):
             continue
+        if isinstance(leaf, _LATER):
+            message = (
+                f"expected a function that has run when it returns, got a {type(leaf).__name__}, "
+                "which reads its values later, where they cannot be replaced. Return a list, or "
+                "run it inside."
+            )
+            raise CaptureError(message)
         for name, t in reachable(leaf).values():
             if captured(t):
                 message = (

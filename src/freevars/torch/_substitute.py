@@ -18,7 +18,7 @@ from freevars.torch import _api, _compat
 from freevars.torch._compat import CheckpointFunction, DispatchWatch, Watch, storage_key
 from freevars.torch._names import caller, describe, reachable
 
-__all__ = ["CarefulSubstitution", "MadeMemory", "Substitution", "check_tape"]
+__all__ = ["CarefulSubstitution", "MadeMemory", "Outside", "Substitution", "check_tape"]
 
 _SPECIAL: dict[Any, str] = (
     dict.fromkeys(_api.METADATA, "metadata")
@@ -34,8 +34,15 @@ _plain_calls: set[Any] = set()
 class Substitution(Watch):
     """Replaces each tensor whose id is in `table`, as an argument of any operation."""
 
-    def __init__(self, fun: Any, table: dict[int, Tensor], known: Iterable[Tensor] = ()) -> None:
+    def __init__(
+        self,
+        fun: Any,
+        table: dict[int, Tensor],
+        known: Iterable[Tensor] = (),
+        outside: "Outside | None" = None,
+    ) -> None:
         self.fun = fun
+        self.outside = outside or Outside(fun)
         self.table = table
         self.known = known  # the tensors given to this call, whose memory is not `fun`'s
         self.leaves: list[Tensor] = []  # made by `fun`: they end the tape, and are no captures
@@ -54,17 +61,9 @@ class Substitution(Watch):
         kind = _SPECIAL.get(func)
         if kind == "metadata":
             return func(*args, **kwargs)
-        if kind == "backward" and not (_compat.in_backward() or self.solvers):
-            self.refuse(_api.backward_message(self.fun))
-        if _compat.is_higher_order(func):
-            self.refuse(_api.higher_order_message(func, self.fun))
-        if kind == "statistics":
-            _api.refuse_running_statistics(self, func, args, kwargs)
-        if _api.writes_first(func):
-            self._refuse_write(func, args[:1])
-        elif kind is None and _api.is_builtin(func):
+        self._refuse(kind, func, args, kwargs)
+        if kind is None and _api.is_builtin(func) and not _api.writes_first(func):
             _plain_calls.add(func)
-        self._refuse_write(func, kwargs.get("out"))
         new_args, new_kwargs = self.replace(args), self.replace(kwargs)
         if _api.is_python(func):
             new_args, new_kwargs = _api.resumed(self, new_args), _api.resumed(self, new_kwargs)
@@ -74,6 +73,18 @@ class Substitution(Watch):
         if _compat.is_custom_function_call(func):
             _compat.keep_watching_backward(out, self)
         return out
+
+    def _refuse(self, kind: str | None, func: Any, args: Any, kwargs: Any) -> None:
+        if kind == "backward" and not (_compat.in_backward() or self.solvers):
+            self.refuse(_api.backward_message(self.fun))
+        if _compat.is_higher_order(func):
+            self.refuse(_api.higher_order_message(func, self.fun))
+        if kind == "leaf":
+            self._refuse_new_leaf(func, args, kwargs)
+        if kind == "statistics":
+            _api.refuse_running_statistics(self, func, args, kwargs)
+        for t in _api.written_by_call(func, args, kwargs):
+            self._refuse_write(func, t)
 
     def replace(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -103,22 +114,30 @@ class Substitution(Watch):
     def is_foreign(self, t: Tensor) -> bool:
         return id(t) in reachable(self.fun)
 
-    def _refuse_write(self, func: Any, written: Any) -> None:
-        for t in _api.tensors(written):
-            direct = id(t) in self.table
-            if direct or (not _api.writes_metadata(func) and self._holds_memory_of(t)):
-                message = (
-                    "expected a function that writes to its own intermediates only, got "
-                    f"{getattr(func, '__name__', func)} writing in place to a captured tensor, its "
-                    f"argument, or a view of one: {describe(t, self.fun, caller())}. Nothing was "
-                    "written. Write to a clone."
-                )
-                self.refuse(message)
+    def _refuse_new_leaf(self, func: Any, args: Any, kwargs: Any) -> None:
+        t = self.given(args[0])
+        if (t is not args[0] or self.outside.holds(t)) and _api.changes_requires_grad(
+            t, args[1:], kwargs
+        ):
+            self.refuse(_api.change_message(func, args[0], self.fun))
+
+    def _refuse_write(self, func: Any, t: Tensor) -> None:
+        direct = id(t) in self.table or self.outside.holds(t)
+        if direct or (not _api.writes_metadata(func) and self._holds_memory_of(t)):
+            message = (
+                "expected a function that writes to its own intermediates only, got "
+                f"{getattr(func, '__name__', func)} writing in place to a captured tensor, its "
+                f"argument, or a view of one: {describe(t, self.fun, caller())}. Nothing was "
+                "written. Write to a clone; a module that updates running statistics belongs in "
+                "eval mode."
+            )
+            self.refuse(message)
 
     def _holds_memory_of(self, t: Tensor) -> bool:
         if self._keys is None:
             self._keys = {storage_key(u) for x in self.known for u in _api.inner(x)}
-        return any(storage_key(u) in self._keys for u in _api.inner(t))
+        keys = [storage_key(u) for u in _api.inner(t)]
+        return any(key in self._keys or self.outside.holds_memory(key) for key in keys)
 
     # --- called by the hooks
 
@@ -148,9 +167,15 @@ class CarefulSubstitution(Substitution):
     """Also refuses to read a tensor that is differentiable and not hoisted, where no tape would
     tell: without gradient mode, in forward mode, under a torch.func transform."""
 
-    def __init__(self, fun: Any, table: dict[int, Tensor], known: Iterable[Tensor]) -> None:
+    def __init__(
+        self,
+        fun: Any,
+        table: dict[int, Tensor],
+        known: Iterable[Tensor] = (),
+        outside: "Outside | None" = None,
+    ) -> None:
         known = list(known)
-        super().__init__(fun, table, known)
+        super().__init__(fun, table, known, outside)
         self._made: dict[int, weakref.ref[Tensor]] = {}
         self._reachable: dict[int, tuple[str, Tensor]] | None = None
         self.note((*known, *table.values()))
@@ -183,6 +208,40 @@ class CarefulSubstitution(Substitution):
 
     def _checkpointed(self, fun: Any, preserve: Any, *inputs: Any) -> tuple[Any, ...]:
         return tuple(_api.resumed(self, (fun, preserve, *self.replace(inputs))))
+
+
+class Outside:
+    """The tensors that `fun` reads as constants, or reaches without running: not its own, so it
+    must not write to them. Held weakly, and looked for at the first write only."""
+
+    def __init__(self, fun: Any, captured: Iterable[Tensor] = ()) -> None:
+        self._fun = fun
+        self._captured = [weakref.ref(t) for t in captured]
+        self._found: tuple[dict[int, weakref.ref[Tensor]], dict[int, weakref.ref[Tensor]]] | None
+        self._found = None
+
+    def _look(self) -> tuple[dict[int, Any], dict[int, Any]]:
+        if self._found is None:
+            alive = [t for ref in self._captured if (t := ref()) is not None]
+            every = [*alive, *(t for _, t in reachable(self._fun).values() if t.grad_fn is None)]
+            refs = {id(t): weakref.ref(t) for t in every}
+            self._found = (refs, {key: refs[id(t)] for t in every for key in _memory(t)})
+        return self._found
+
+    def holds(self, t: Tensor) -> bool:
+        ref = self._look()[0].get(id(t))
+        return ref is not None and ref() is t
+
+    def holds_memory(self, key: int) -> bool:
+        ref = self._look()[1].get(key)
+        t = None if ref is None else ref()  # memory that was freed may be another's now
+        return t is not None and key in _memory(t)
+
+
+def _memory(t: Tensor) -> list[int]:
+    """The memory of `t`, and that of its `.grad`."""
+    grad = t.grad if t.is_leaf else None
+    return [storage_key(u) for x in (t, grad) if x is not None for u in _api.inner(x)]
 
 
 class MadeMemory(DispatchWatch):  # type: ignore[no-untyped-call]
