@@ -42,6 +42,7 @@ class Dense:
 
     def __init__(self, a: Tensor, name: str, *, least_squares: bool) -> None:
         n = len(a)
+        a = a.to(torch.promote_types(a.dtype, torch.float32))  # no factorisation in half precision
         rcond = 0.0
         eye = torch.eye(n, dtype=a.dtype, device=a.device)
         if bool(torch.isfinite(a).all()):
@@ -65,11 +66,13 @@ class Dense:
             raise SingularError(message)
 
     def solve(self, b: Tensor, *, transposed: bool) -> Tensor:
+        dtype = b.dtype
+        b = b.to(torch.promote_types(dtype, torch.float32))
         if self._factors is None:
             inverse: Tensor = self._pseudo_inverse
-            return (inverse.T if transposed else inverse) @ b
+            return ((inverse.T if transposed else inverse) @ b).to(dtype)
         u: Tensor = torch.linalg.lu_solve(*self._factors, b[:, None], adjoint=transposed)
-        return u[:, 0]
+        return u[:, 0].to(dtype)
 
     def size_of_step(self, f: Tensor) -> float:
         return float(torch.linalg.vector_norm(self.solve(f, transposed=False)))

@@ -13,9 +13,11 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from freevars.errors import StructureError
+from freevars.torch import _compat
 from freevars.torch._compat import pytree
 from freevars.torch._convert import closure_convert
 from freevars.torch._flat import Flat
@@ -45,6 +47,14 @@ class ImplicitSolver:
         return f"<{self._rule.name} with the derivative rule of {self._rule.kind}>"
 
     def __call__(self, fun: Callable[..., Any], x0: Any, *args: Any, **kwargs: Any) -> Any:
+        call = self._eagerly if torch.compiler.is_compiling() else self._call
+        return call(fun, x0, *args, **kwargs)
+
+    @_compat.eagerly  # type: ignore[untyped-decorator]
+    def _eagerly(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    def _call(self, fun: Callable[..., Any], x0: Any, *args: Any, **kwargs: Any) -> Any:
         bound = self._signature.bind(fun, x0, *args, **kwargs)
         fun_args, fun_kwargs, options = _sort_arguments(bound)
 
