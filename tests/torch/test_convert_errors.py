@@ -336,6 +336,30 @@ def test_a_lazy_module() -> None:
 # --- reads that cannot be replaced
 
 
+def test_an_inner_derivative_whose_path_runs_outside() -> None:
+    """Hoisted, the two are independent: the inner derivative would have another value."""
+    w, x = fresh(3), fresh(3, grad=False)
+    v = 2 * w
+    inner = torch.autograd.grad
+
+    def fun(x: Tensor) -> Any:
+        return inner((v * w * x).sum(), [w, v], create_graph=True)
+
+    with pytest.raises(CaptureError, match=r"derivative with respect to w .*got v .*computed"):
+        closure_convert(fun, x)
+    with pytest.raises(CaptureError, match=r"derivative with respect to w .*got v .*computed"):
+        closure_convert(lambda x: x * inner((v**2).sum(), inputs=w, create_graph=True)[0], x)
+    u = fresh(3)
+    independent: list[Any] = [
+        lambda x: inner((v * u * x).sum(), [u, v], create_graph=True),
+        lambda x: inner((v.detach() * w * x).sum(), w, create_graph=True),
+        lambda x: inner(((2 * w) ** 2 * w * x).sum(), w, create_graph=True),
+    ]
+    for g in independent:
+        converted, hoisted = closure_convert(g, x)
+        same(converted(x, *hoisted), g(x))
+
+
 async def _product(x: Tensor, w: Tensor) -> Tensor:
     return x * w
 

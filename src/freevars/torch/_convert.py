@@ -28,8 +28,8 @@ from freevars.torch._substitute import (
     MadeMemory,
     Outside,
     Substitution,
-    check_tape,
 )
+from freevars.torch._tape import check_tape
 
 __all__ = ["Converted", "closure_convert"]
 

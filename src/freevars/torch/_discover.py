@@ -19,6 +19,7 @@ from torch import Tensor
 from freevars.torch import _api, _compat
 from freevars.torch._compat import DispatchWatch, Watch, storage_key
 from freevars.torch._names import caller, describe, reachable
+from freevars.torch._tape import hidden_path
 
 __all__ = ["Discovery"]
 
@@ -71,6 +72,12 @@ class Discovery(Watch):
         for t in given:
             self.read(t)
         self._refuse_change(func, args, kwargs)
+        if func is torch.autograd.grad:
+            outputs, inputs = ([*_api.tensors(x)] for x in args[:2])
+            inputs = [t for t in inputs if id(t) in self.captured]
+            problem = hidden_path(outputs, inputs, self.captured.values(), self.fun)
+            if problem is not None:
+                self.refuse(problem)
         if _api.is_python(func):
             args, kwargs = _api.resumed(self, args), _api.resumed(self, kwargs)
             self._read_of_callables((args, kwargs))

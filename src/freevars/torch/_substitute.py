@@ -13,12 +13,17 @@ from typing import Any
 
 from torch import Tensor
 
-from freevars.errors import CaptureError
 from freevars.torch import _api, _compat
 from freevars.torch._compat import CheckpointFunction, DispatchWatch, Watch, storage_key
 from freevars.torch._names import caller, describe, reachable
+from freevars.torch._tape import not_hoisted
 
-__all__ = ["CarefulSubstitution", "MadeMemory", "Outside", "Substitution", "check_tape"]
+__all__ = [
+    "CarefulSubstitution",
+    "MadeMemory",
+    "Outside",
+    "Substitution",
+]
 
 _SPECIAL: dict[Any, str] = (
     dict.fromkeys(_api.METADATA, "metadata")
@@ -260,50 +265,3 @@ class MadeMemory(DispatchWatch):  # type: ignore[no-untyped-call]
 
     def holds(self, t: Tensor) -> bool:
         return any(storage_key(u) in self._keys for u in _api.inner(t))
-
-
-def check_tape(
-    outputs: Iterable[Tensor], known: Iterable[Tensor], made: Callable[[Tensor], bool], fun: Any
-) -> None:
-    """Refuses outputs whose tape ends in a tensor that is neither one of `known` nor `made` by
-    `fun`: a captured tensor that was read where nothing could see or replace it. With torch.func
-    there is one tape a level."""
-    levels = _compat.unwrap if _compat.functorch_active() else _only
-    stops: set[tuple[Any, int]] = set()
-    leaves: set[int] = set()
-    for t in known:
-        for u in levels(t):
-            node = u.grad_fn
-            if node is None:
-                leaves.add(id(u))
-            else:
-                stops.add((node, u.output_nr))
-    edges: list[tuple[Any, int]] = [(u.grad_fn, u.output_nr) for t in outputs for u in levels(t)]
-    seen: set[Any] = {None}
-    for edge in edges:  # grows while it is walked
-        node = edge[0]
-        if node in seen or edge in stops:
-            continue
-        seen.add(node)
-        following = node.next_functions
-        if following:
-            edges += following
-        elif hasattr(node, "variable"):
-            leaf = node.variable
-            if id(leaf) not in leaves and not made(leaf):
-                raise CaptureError(not_hoisted(leaf, fun))
-
-
-def _only(t: Tensor) -> tuple[Tensor]:
-    return (t,)
-
-
-def not_hoisted(t: Tensor, fun: Any) -> str:
-    return (
-        "expected to read the hoisted values and the arguments only, got a tensor that could "
-        "carry a "
-        f"derivative and was not hoisted: {describe(t, fun, caller())}. The example arguments "
-        "did not lead "
-        "to this branch: convert again with arguments that do, or detach the tensor to declare "
-        "it constant."
-    )
