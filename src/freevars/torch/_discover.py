@@ -146,11 +146,11 @@ class Discovery(Watch):
 
     def _refuse_change(self, func: Any, args: Any, kwargs: Any) -> None:
         """Refuses to change a captured tensor itself; writes to its memory are told below."""
-        if not (args and isinstance(args[0], Tensor) and id(args[0]) in self.captured):
+        if func not in _api.CHANGES and func not in _api.MAKES_LEAF:
             return
         t = args[0]
-        if torch.nn.parameter.is_lazy(t):
-            return  # its first run gives a lazy module its parameters
+        if id(t) not in self.captured or torch.nn.parameter.is_lazy(t):
+            return  # the first run of a lazy module gives it its parameters
         new_leaf = func in _api.MAKES_LEAF and _api.changes_requires_grad(t, args[1:], kwargs)
         if new_leaf or func in _api.CHANGES:
             self.refuse(_api.change_message(func, t, self.fun))
