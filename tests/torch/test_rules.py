@@ -513,3 +513,16 @@ def test_what_changed_between_the_passes_is_told() -> None:
         change()
         with pytest.raises(NotASolutionError, match="did not converge"):
             torch.autograd.grad(x.sum(), a)
+
+
+def test_a_linear_solve_that_does_not_solve() -> None:
+    a, zero = fresh(3), torch.zeros(3, dtype=F64)
+    for wrong in (lambda _, b: b / 2, lambda _, b: b * float("nan")):
+        x = root(newton.__wrapped__, linear_solve=wrong)(lambda x: x**3 + x - a, zero)
+        with pytest.raises((SingularError, NotASolutionError)):
+            torch.autograd.grad(x.sum(), a)
+    # A caller may mean it: one step of a series in place of the solution.
+    x = root(newton.__wrapped__, linear_solve=lambda _, b: b, check=False)(
+        lambda x: x**3 + x - a, zero
+    )
+    close(torch.autograd.grad(x.sum(), a), [torch.ones(3, dtype=F64)])

@@ -64,7 +64,10 @@ def closure_convert(
 
     Raises:
         CaptureError: `fun` writes in place to a captured tensor, to its argument or to a running
-            statistic, calls `.backward()`, or reads a captured tensor where it cannot be replaced.
+            statistic, changes a captured tensor itself (`requires_grad_`, `.grad`, `.data`, a
+            hook), calls `.backward()`, reads a captured tensor where it cannot be replaced,
+            returns a generator that has yet to run, or takes an inner derivative whose path runs
+            outside of it.
         StructureError: (from `converted`) a call with another structure, type, shape or number of
         values.
 

@@ -235,6 +235,7 @@ class Problem:
             name,
             symmetric=symmetric,
             own=self.rule.linear_solve,
+            check=self.rule.check,
         )
 
 

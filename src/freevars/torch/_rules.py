@@ -133,7 +133,8 @@ def argmin(
             is not finite, or the system is singular (reciprocal condition number below 10 n eps).
             "raise": an error. "nan": a derivative of NaN. "least_squares": the shortest solution
             of a singular system of up to 100 unknowns, and as "raise" for the rest.
-        check: False leaves the first two out; it costs one more right-hand side.
+        check: False leaves the first two out, and takes what `linear_solve` gives without a look
+            at what is left; it costs one more right-hand side.
 
     Raises:
         NotASolutionError, SingularError: see `on_failure`; where the derivative is taken.
