@@ -208,7 +208,176 @@ def test_making_a_captured_tensor_differentiable() -> None:
     assert not w.requires_grad
 
 
+def constant_writers() -> dict[str, Callable[[Tensor, Tensor], Any]]:
+    """Writes to a captured constant `c`, by every kind of call."""
+
+    def grad(x: Tensor, c: Tensor) -> None:
+        assert c.grad is not None
+        c.grad.zero_()
+
+    return {
+        "method": lambda x, c: c.add_(x),
+        "item": lambda x, c: c.__setitem__(0, x[0]),
+        "view": lambda x, c: c[1:].mul_(2),
+        "detached": lambda x, c: c.detach().mul_(2),
+        "inplace=": lambda x, c: nn.functional.relu(c, inplace=True),
+        "out=": lambda x, c: torch.add(x, x, out=c),
+        "overload": lambda x, c: torch.ops.aten.add_.Tensor(c, x),
+        "packet": lambda x, c: torch.ops.aten.add_(c, x),
+        "custom operator": lambda x, c: _add_to(c, x),
+        "embedding": lambda x, c: nn.functional.embedding(
+            torch.tensor(0), c[:, None], max_norm=0.1
+        ),
+        "data": lambda x, c: type(c).data.__set__(c, x),  # type: ignore[attr-defined]
+        "shape": lambda x, c: c.unsqueeze_(0),
+        "grad": grad,
+        "new grad": lambda x, c: type(c).grad.__set__(c, None),  # type: ignore[attr-defined]
+        "requires_grad_": lambda x, c: c.requires_grad_(),
+    }
+
+
+@torch.library.custom_op("freevars_tests::add_to", mutates_args={"a"})
+def _add_to(a: Tensor, b: Tensor) -> None:
+    a.add_(b)
+
+
+@pytest.mark.parametrize("read_before", [True, False])
+@pytest.mark.parametrize("name", sorted(constant_writers()))
+def test_writing_to_a_constant_in_a_later_call(name: str, read_before: bool) -> None:  # noqa: FBT001
+    write = constant_writers()[name]
+    w, c, x = fresh(3), fresh(3, grad=False), fresh(3, grad=False)
+    c.grad = torch.ones_like(c)
+    now = False
+
+    def fun(x: Tensor) -> Tensor:
+        if now:
+            with torch.no_grad():
+                write(x, c)
+        return x * w + c if read_before else x * w
+
+    converted, hoisted = closure_convert(fun, x)
+    assert len(hoisted) == 1
+    now = True
+    before = c.clone()
+    for context in (torch.enable_grad, torch.no_grad):
+        with context(), pytest.raises(CaptureError, match="Nothing was written"):
+            converted(x, *hoisted)
+    with pytest.raises(CaptureError, match="Nothing was written"):
+        closure_convert(fun, x)
+    assert torch.equal(c, before)
+    assert torch.equal(c.grad, torch.ones_like(c))
+    assert not c.requires_grad
+
+
+def test_writing_to_its_own_is_no_write_to_a_constant() -> None:
+    """Also where the function keeps what it made, and memory of freed constants is used again."""
+    w, x, kept = fresh(3), fresh(3, grad=False), []
+
+    def fun(x: Tensor) -> Tensor:
+        y = (x * w).relu_()
+        kept.append(y)
+        z = torch.zeros(3, dtype=torch.float64)
+        z[0] = 1.0
+        return y.add_(z) + nn.functional.relu(x * 2, inplace=True)
+
+    converted, hoisted = closure_convert(fun, x)
+    for _ in range(3):
+        same(converted(x, *hoisted), fun(x))
+
+
+def test_changing_a_captured_tensor_itself() -> None:
+    x = fresh(3, grad=False)
+    changes: list[Callable[[Tensor], Any]] = [
+        lambda w: w.requires_grad_(False),
+        lambda w: type(w).requires_grad.__set__(w, False),  # type: ignore[attr-defined]
+        lambda w: type(w).grad.__set__(w, x),  # type: ignore[attr-defined]
+        lambda w: type(w).data.__set__(w, x),  # type: ignore[attr-defined]
+        lambda w: w.register_hook(lambda g: g * 3),
+        lambda w: w.register_post_accumulate_grad_hook(lambda _: None),
+    ]
+    for change in changes:
+        w = fresh(3)
+        before, now = w.detach().clone(), True
+
+        def fun(x: Tensor, change: Any = change, w: Tensor = w) -> Tensor:
+            if now:
+                change(w)
+            return x * w
+
+        with pytest.raises(CaptureError, match="Nothing was written"):
+            closure_convert(fun, x)
+        now = False
+        converted, hoisted = closure_convert(fun, x)
+        now = True
+        with pytest.raises(CaptureError, match="Nothing was written"):
+            converted(x, *hoisted)
+        assert w.requires_grad
+        assert w.grad is None
+        assert not w._backward_hooks
+        assert torch.equal(w, before)
+
+
+def test_the_given_value_does_not_become_a_leaf() -> None:
+    w, x = fresh(3), fresh(3, grad=False)
+    converted, hoisted = closure_convert(lambda x: x * w.requires_grad_(), x)  # changes nothing
+    same(converted(x, *hoisted), x * w)
+    other = fresh(3, grad=False)
+    with pytest.raises(CaptureError, match="requires_grad_"):
+        converted(x, other)
+    assert not other.requires_grad
+
+
+def test_a_lazy_module() -> None:
+    net = nn.LazyLinear(3)
+    converted, hoisted = closure_convert(net, torch.ones(2, 4))
+    assert torch.equal(converted(torch.ones(2, 4), *hoisted), net(torch.ones(2, 4)))
+    assert len(hoisted) == 2
+
+
 # --- reads that cannot be replaced
+
+
+def test_an_inner_derivative_whose_path_runs_outside() -> None:
+    """Hoisted, the two are independent: the inner derivative would have another value."""
+    w, x = fresh(3), fresh(3, grad=False)
+    v = 2 * w
+    inner = torch.autograd.grad
+
+    def fun(x: Tensor) -> Any:
+        return inner((v * w * x).sum(), [w, v], create_graph=True)
+
+    with pytest.raises(CaptureError, match=r"derivative with respect to w .*got v .*computed"):
+        closure_convert(fun, x)
+    with pytest.raises(CaptureError, match=r"derivative with respect to w .*got v .*computed"):
+        closure_convert(lambda x: x * inner((v**2).sum(), inputs=w, create_graph=True)[0], x)
+    u = fresh(3)
+    independent: list[Any] = [
+        lambda x: inner((v * u * x).sum(), [u, v], create_graph=True),
+        lambda x: inner((v.detach() * w * x).sum(), w, create_graph=True),
+        lambda x: inner(((2 * w) ** 2 * w * x).sum(), w, create_graph=True),
+    ]
+    for g in independent:
+        converted, hoisted = closure_convert(g, x)
+        same(converted(x, *hoisted), g(x))
+
+
+async def _product(x: Tensor, w: Tensor) -> Tensor:
+    return x * w
+
+
+def test_what_runs_after_the_call() -> None:
+    w, x = fresh(3), fresh(3)
+    later: list[Callable[[Tensor], Any]] = [
+        lambda x: (x * w for _ in range(2)),
+        lambda x: [map(w.mul, [x])],
+    ]
+    for fun in later:
+        with pytest.raises(CaptureError, match=r"has run when it returns, got a (generator|map)"):
+            closure_convert(fun, x)
+    coroutine = _product(x, w)
+    with pytest.raises(CaptureError, match="got a coroutine"):
+        closure_convert(lambda x: coroutine, x)
+    coroutine.close()
 
 
 def test_torchscript() -> None:

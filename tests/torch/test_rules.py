@@ -451,3 +451,78 @@ def test_errors_of_the_solver_reach_the_caller() -> None:
 
     with pytest.raises(ValueError, match="of my own"):
         failing(lambda x: x - 1, torch.ones(2))
+
+
+# --- found by trying to break it
+
+
+def test_no_aux_for_a_batch() -> None:
+    def solver(fun: Any, x0: Tensor) -> Any:
+        x = x0 - fun(x0)[0]
+        return x, x * 2
+
+    solve = root(solver, has_aux=True)
+    zero = torch.zeros(3, dtype=F64)
+    with pytest.raises(StructureError, match=r"has_aux=True.*loop"):
+        f.vmap(lambda b: solve(lambda x: (x - b, None), zero))(fresh(2, 3))
+    b = fresh(3)
+    gradient, aux = f.grad(
+        lambda b: (lambda x, aux: (x.sum(), aux))(*solve(lambda x: (x - b, None), zero)),
+        has_aux=True,
+    )(b)
+    close([gradient, aux], [torch.ones(3, dtype=F64), 2 * b])
+
+
+def test_nothing_unknown() -> None:
+    a = fresh(3)
+    x = root(lambda fun, x0: x0 - fun(x0))(lambda x: x - a[:0], torch.zeros(0, dtype=F64))
+    assert x.shape == (0,)
+    assert not torch.autograd.grad(x.sum(), a)[0].any()
+
+
+def test_half_precision() -> None:
+    a = torch.tensor([2.0, 3.0], dtype=torch.bfloat16, requires_grad=True)
+    x = root(lambda fun, x0: x0 - fun(x0))(lambda x: 2 * x - 2 * a, a.detach())
+    (g,) = torch.autograd.grad(x.sum(), a)
+    assert g.dtype is torch.bfloat16
+    assert torch.equal(g, torch.ones_like(g))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_compile_around() -> None:
+    a = fresh(3)
+    fun = torch.compile(lambda a: by_root(a, a).sum() * 2, backend="eager")
+    close(torch.autograd.grad(fun(a), a), torch.autograd.grad(2 * by_root(a, a).sum(), a))
+
+
+def test_the_solution_may_be_written_to_and_tells_the_backward_pass() -> None:
+    a, zero = fresh(2), torch.zeros(2, dtype=F64)
+    x = newton(lambda x: x**3 + x - a, zero)
+    before = x.detach().clone()
+    x.add_(1)
+    close(x, before + 1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(x.sum(), a)
+
+
+def test_what_changed_between_the_passes_is_told() -> None:
+    """A constant, or what Python holds, is read again in the backward pass."""
+    a, c, k = fresh(3), torch.ones(3, dtype=F64), [1.0]
+    for change in (lambda: c.mul_(5), lambda: k.append(k.pop() * 5)):
+        x = newton(lambda x: x - a * c * k[0], torch.zeros(3, dtype=F64))
+        change()
+        with pytest.raises(NotASolutionError, match="did not converge"):
+            torch.autograd.grad(x.sum(), a)
+
+
+def test_a_linear_solve_that_does_not_solve() -> None:
+    a, zero = fresh(3), torch.zeros(3, dtype=F64)
+    for wrong in (lambda _, b: b / 2, lambda _, b: b * float("nan")):
+        x = root(newton.__wrapped__, linear_solve=wrong)(lambda x: x**3 + x - a, zero)
+        with pytest.raises((SingularError, NotASolutionError)):
+            torch.autograd.grad(x.sum(), a)
+    # A caller may mean it: one step of a series in place of the solution.
+    x = root(newton.__wrapped__, linear_solve=lambda _, b: b, check=False)(
+        lambda x: x**3 + x - a, zero
+    )
+    close(torch.autograd.grad(x.sum(), a), [torch.ones(3, dtype=F64)])

@@ -10,18 +10,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freevars.torch._compat import Watch, dual_tangent, is_wrapped, parts, unwrap
-from freevars.torch._names import called, caller
+from freevars.torch._compat import (
+    Watch,
+    dual_tangent,
+    is_wrapped,
+    overloads,
+    parts,
+    schema,
+    unwrap,
+)
+from freevars.torch._names import called, caller, describe, line_of_caller
 
 __all__ = [
     "BACKWARD",
     "BATCH_STATISTICS",
+    "CHANGES",
     "METADATA",
     "PLAIN",
     "REQUIRES_GRAD",
     "alias",
     "backward_message",
     "callables",
+    "change_message",
+    "changes_requires_grad",
     "higher_order_message",
     "inner",
     "is_builtin",
@@ -32,6 +43,8 @@ __all__ = [
     "tensors",
     "writes_first",
     "writes_metadata",
+    "written",
+    "written_by_call",
 ]
 
 Func = Callable[..., Any]
@@ -87,6 +100,11 @@ REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 METADATA -= {REQUIRES_GRAD}
 
 MAKES_LEAF = frozenset({Tensor.requires_grad_, Tensor.requires_grad.__set__})  # type: ignore[attr-defined]
+# These change a tensor itself, not its memory: no dispatch mode tells of them.
+CHANGES = frozenset(
+    {Tensor.register_hook, Tensor.register_post_accumulate_grad_hook}
+    | {Tensor.grad.__set__, Tensor.data.__set__}  # type: ignore[attr-defined,union-attr]
+)
 BACKWARD = frozenset({Tensor.backward, torch.autograd.backward})
 BATCH_STATISTICS = frozenset(
     getattr(module, name)
@@ -130,18 +148,67 @@ def writes_first(func: Func) -> bool:
     if func in MAKES_LEAF:
         return False
     name = getattr(func, "__name__", "") or ""
-    return name == "__set__" or _writes(name)
+    return name == "__set__" or _writes(name) or func in CHANGES
+
+
+@functools.lru_cache(maxsize=8192)
+def _written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
+    """Position and name of the arguments that an operator writes to."""
+    found = []
+    for i, argument in enumerate(schema(func).arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found.append((i, argument.name))
+    return tuple(found)
+
+
+def written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
+    """The tensors that an operator is about to write to."""
+    for i, name in _written_arguments(func):
+        yield from tensors(args[i] if i < len(args) else kwargs.get(name))
+    if "batch_norm" in schema(func).name and "backward" not in schema(func).name:
+        names = [argument.name for argument in schema(func).arguments]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if given.get("training", given.get("train")):  # updates these, and declares no mutation
+            yield from tensors((given.get("running_mean"), given.get("running_var")))
+
+
+def written_by_call(func: Func, args: Any, kwargs: Any) -> Iterator[Tensor]:
+    """The tensors that a function of the Python API is about to write to."""
+    for overload in overloads(func):  # of `torch.ops`
+        yield from written(overload, args, kwargs)
+    if writes_first(func) or kwargs.get("inplace"):
+        yield from tensors(args[:1])
+    if kwargs.get("max_norm") is not None:  # an embedding renormalises its weights in place
+        yield from tensors(args[1:2])
+    yield from tensors(kwargs.get("out"))
 
 
 _METADATA_WRITES = frozenset(
     {"__set__", "detach_", "rename_", "squeeze_", "unsqueeze_", "t_", "transpose_", "swapaxes_"}
     | {"swapdims_", "as_strided_", "share_memory_"}
+    | {"register_hook", "register_post_accumulate_grad_hook"}
 )
 
 
 def writes_metadata(func: Func) -> bool:
     """Whether what `func` writes is no memory, so that an alias of a captured tensor may be."""
     return getattr(func, "__name__", "") in _METADATA_WRITES
+
+
+def changes_requires_grad(t: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether `t.requires_grad_(*args, **kwargs)`, or setting it to `args[0]`, would change `t`."""
+    return t.requires_grad != bool(args[0] if args else kwargs.get("requires_grad", True))
+
+
+def change_message(func: Func, t: Tensor, fun: Any) -> str:
+    name = getattr(func, "__name__", str(func))
+    if name == "__set__":  # of `t.grad`, say
+        name = f"setting .{getattr(getattr(func, '__self__', None), '__name__', 'an attribute')}"
+    return (
+        f"expected a function that leaves its captured values as they are, got {name} on "
+        f"{describe(t, fun, line_of_caller())}. Nothing was written. Use t.detach(), which is "
+        "another tensor."
+    )
 
 
 def is_builtin(func: Func) -> bool:

@@ -275,6 +275,14 @@ def is_operator(func: object) -> bool:
     return isinstance(func, torch._ops.OpOverload)
 
 
+def overloads(func: Any) -> list[Any]:
+    """The operators that calling `func` of `torch.ops` may mean; none for any other function."""
+    if isinstance(func, torch._ops.OpOverloadPacket):
+        names: list[str] = func.overloads()  # type: ignore[no-untyped-call]
+        return [getattr(func, name) for name in names]
+    return [func] if is_operator(func) else []
+
+
 def schema(func: Any) -> Any:
     """An operator's name and arguments, each with what it may write to."""
     return func._schema

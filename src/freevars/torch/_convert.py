@@ -10,7 +10,7 @@ here: the conversion as one value (`_closure.py`).
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, TypeVar
 
@@ -23,7 +23,13 @@ from freevars.torch._compat import pytree, resolve
 from freevars.torch._discover import Discovery
 from freevars.torch._names import Line, called, describe, reachable
 from freevars.torch._structure import Structure, struct_of
-from freevars.torch._substitute import CarefulSubstitution, MadeMemory, Substitution, check_tape
+from freevars.torch._substitute import (
+    CarefulSubstitution,
+    MadeMemory,
+    Outside,
+    Substitution,
+)
+from freevars.torch._tape import check_tape
 
 __all__ = [
     "Converted",
@@ -69,7 +75,10 @@ def closure_convert(
 
     Raises:
         CaptureError: `fun` writes in place to a captured tensor, to its argument or to a running
-            statistic, calls `.backward()`, or reads a captured tensor where it cannot be replaced.
+            statistic, changes a captured tensor itself (`requires_grad_`, `.grad`, `.data`, a
+            hook), calls `.backward()`, reads a captured tensor where it cannot be replaced,
+            returns a generator that has yet to run, or takes an inner derivative whose path runs
+            outside of it.
         StructureError: (from `converted`) a call with another structure, type, shape or number of
         values.
 
@@ -138,7 +147,14 @@ def _convert(
     if rng == "replay" and discovery.drew is not None:
         replay = (state, tuple(discovery.generators.values()))
     converted = Converted(
-        fun, structure, captured, declared, replay, makes_leaves=discovery.makes_leaves, out=out
+        fun,
+        structure,
+        captured,
+        declared,
+        replay,
+        constants=[t for t in discovery.captured.values() if id(t) not in hoisted_ids],
+        makes_leaves=discovery.makes_leaves,
+        out=out,
     )
     converted.first_reads = tuple(discovery.where.get(id(t)) for t in captured)
     return converted, converted.aliases()
@@ -186,6 +202,7 @@ class Converted:
         declared: Sequence[Tensor] = (),
         replay: tuple[Tensor, tuple[tuple[torch.Generator, Tensor], ...]] | None = None,
         *,
+        constants: Sequence[Tensor] = (),
         makes_leaves: bool = False,
         out: Any = None,
     ) -> None:
@@ -197,6 +214,7 @@ class Converted:
         self._keys = tuple(id(t) for t in captured)
         self._types = tuple((t.shape, t.dtype) for t in captured)
         self._declared = declared
+        self._outside = Outside(fun, constants)
         self._replay = replay
         self._makes_leaves = makes_leaves
         # For errors and reports: the line that read each tensor first, and, within a `Closure`, the
@@ -257,8 +275,8 @@ class Converted:
 
     def _mode(self, table: dict[int, Tensor], known: Sequence[Tensor]) -> Substitution:
         if torch.is_grad_enabled() and not _compat.transforms_active():
-            return Substitution(self._fun, table, known)
-        return CarefulSubstitution(self._fun, table, known)
+            return Substitution(self._fun, table, known, self._outside)
+        return CarefulSubstitution(self._fun, table, known, self._outside)
 
     def _table(self, args: tuple[Any, ...], n: int) -> dict[int, Tensor]:
         """Which tensor to give for which captured one; raises where the hoisted values do not
@@ -307,11 +325,22 @@ class Converted:
                 generator.set_state(now)
 
 
+# What a function may return before it has run: generators, `map`, coroutines.
+_LATER = (Iterator, AsyncIterator, Awaitable)
+
+
 def refuse_hidden(out: Any, captured: Callable[[Tensor], bool], fun: Any) -> None:
     """Refuses captured tensors that `fun` returned inside an object that is no pytree."""
     for leaf in pytree.tree_leaves(out):
         if isinstance(leaf, Tensor | int | float | complex | str | bytes | type(None)):
             continue
+        if isinstance(leaf, _LATER):
+            message = (
+                f"expected a function that has run when it returns, got a {type(leaf).__name__}, "
+                "which reads its values later, where they cannot be replaced. Return a list, or "
+                "run it inside."
+            )
+            raise CaptureError(message)
         for t, name in reachable(leaf).values():
             if captured(t):
                 message = (

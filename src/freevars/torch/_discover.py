@@ -8,9 +8,8 @@ writes before they happen, and reads that did not come through the Python API.
 Not here: calling `fun` with other values (`_substitute.py`).
 """
 
-import functools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from freevars.torch import _api, _compat
 from freevars.torch._compat import DispatchWatch, Watch, storage_key
 from freevars.torch._names import caller, describe, line_of_caller, reachable
+from freevars.torch._tape import hidden_path
 
 __all__ = ["Discovery"]
 
@@ -71,8 +71,13 @@ class Discovery(Watch):
         given = list(_api.tensors((args, kwargs)))
         for t in given:
             self.read(t)
-        if func in _api.MAKES_LEAF:
-            self._refuse_new_leaf(func, args)
+        self._refuse_change(func, args, kwargs)
+        if func is torch.autograd.grad:
+            outputs, inputs = ([*_api.tensors(x)] for x in args[:2])
+            inputs = [t for t in inputs if id(t) in self.captured]
+            problem = hidden_path(outputs, inputs, self.captured.values(), self.fun)
+            if problem is not None:
+                self.refuse(problem)
         if _api.is_python(func):
             args, kwargs = _api.resumed(self, args), _api.resumed(self, kwargs)
             self._read_of_callables((args, kwargs))
@@ -143,15 +148,16 @@ class Discovery(Watch):
         ref = self._made.get(id(t))
         return ref is not None and ref() is t
 
-    def _refuse_new_leaf(self, func: Any, args: Any) -> None:
+    def _refuse_change(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Refuses to change a captured tensor itself; writes to its memory are told below."""
+        if func not in _api.CHANGES and func not in _api.MAKES_LEAF:
+            return
         t = args[0]
-        if id(t) in self.captured and not t.requires_grad and (args[1:] in {(), (True,)}):
-            message = (
-                f"expected a function that leaves its captured values as they are, got "
-                f"{func.__name__} on {describe(t, self.fun, line_of_caller())}. Use "
-                "t.detach().requires_grad_()."
-            )
-            self.refuse(message)
+        if id(t) not in self.captured or torch.nn.parameter.is_lazy(t):
+            return  # the first run of a lazy module gives it its parameters
+        new_leaf = func in _api.MAKES_LEAF and _api.changes_requires_grad(t, args[1:], kwargs)
+        if new_leaf or func in _api.CHANGES:
+            self.refuse(_api.change_message(func, t, self.fun))
 
     def _read_of_callables(self, value: Any) -> None:
         for x in _api.callables(value):
@@ -204,7 +210,7 @@ class Discovery(Watch):
         keys = [storage_key(t) for t in given]
         if func is torch.ops.aten.lift_fresh.default:
             self.made_keys.update(keys)  # memory of a literal, `torch.tensor([1.0])`
-        for t in written(func, args, kwargs):
+        for t in _api.written(func, args, kwargs):
             own = storage_key(t) in self.made_keys
             if torch.Tag.inplace_view in func.tags:  # metadata: an alias is its own
                 own = id(t) not in self.captured and id(t) not in self.arguments
@@ -275,24 +281,3 @@ class _Below(DispatchWatch):  # type: ignore[no-untyped-call]
             return func(*args, **(kwargs or {}))
         with _compat.unseen():
             return self.discovery.below(func, args, kwargs or {})
-
-
-@functools.lru_cache(maxsize=8192)
-def _written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
-    """Position and name of the arguments that an operator writes to."""
-    found = []
-    for i, argument in enumerate(_compat.schema(func).arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            found.append((i, argument.name))
-    return tuple(found)
-
-
-def written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
-    """The tensors that an operator is about to write to."""
-    for i, name in _written_arguments(func):
-        yield from _api.tensors(args[i] if i < len(args) else kwargs.get(name))
-    if "batch_norm" in _compat.schema(func).name and "backward" not in _compat.schema(func).name:
-        names = [argument.name for argument in _compat.schema(func).arguments]
-        given = dict(zip(names, args, strict=False)) | kwargs
-        if given.get("training", given.get("train")):  # updates these, and declares no mutation
-            yield from _api.tensors((given.get("running_mean"), given.get("running_var")))

@@ -41,9 +41,11 @@ class Flat:
         return self._structure.check((x,), name)
 
     def unravel(self, x: Tensor) -> Any:
-        parts = torch.split(x, [n for _, _, n in self._like])
         leaves = []
-        for part, (shape, dtype, _) in zip(parts, self._like, strict=True):
+        start = 0
+        for shape, dtype, n in self._like:
+            part = x.narrow(0, start, n)  # unlike those of `split`, it may be written to in place
+            start += n
             leaves.append(
                 torch.view_as_complex(part.reshape(*shape, 2))
                 if dtype.is_complex

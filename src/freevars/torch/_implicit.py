@@ -36,6 +36,9 @@ class Problem(Protocol):
     constants: frozenset[int]
     """The positions of values that the residual does not depend on, or not continuously."""
 
+    def refuse_batch(self) -> None:
+        """Raises where one answer cannot stand for the solves of a batch."""
+
     def residual(self, x: Tensor, /, *values: Tensor) -> Tensor:
         """The optimality function, differentiable to any order."""
 
@@ -59,6 +62,9 @@ class Linear:
         self.of = of
         self.transposed = transposed
         self.constants = frozenset(i + 1 for i in of.constants)
+
+    def refuse_batch(self) -> None:
+        """A linear system returns its solution only."""
 
     def residual(self, u: Tensor, /, *given: Tensor) -> Tensor:
         x, *values, b = given
@@ -130,6 +136,7 @@ class _Implicit(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, problem: Problem, *inputs: Tensor) -> tuple[Tensor, int]:
         """One solve after the other: a solver may branch on its data and leave PyTorch."""
+        problem.refuse_batch()
         dims = in_dims[1:]
         roots = []
         for k in range(info.batch_size):

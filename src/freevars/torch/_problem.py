@@ -117,6 +117,16 @@ class Problem:
 
     # --- the solver
 
+    def refuse_batch(self) -> None:
+        """Under `torch.func.vmap` each element has an aux of its own, and only one is returned."""
+        if self.rule.has_aux:
+            message = (
+                f"{self.rule.name}: expected a solver without aux under torch.func.vmap, which "
+                "runs it once for each element, got has_aux=True. Return x only, or write the loop "
+                "over the elements in Python."
+            )
+            raise StructureError(message)
+
     def solve(self, x0: Tensor, values: tuple[Tensor, ...]) -> Tensor:
         """Runs the user's solver, as it was called, on plain tensors."""
         args, kwargs, options = self._arguments(values)
@@ -147,6 +157,8 @@ class Problem:
 
     def linear(self, transposed: bool, x: Tensor, values: tuple[Tensor, ...], b: Tensor) -> Tensor:  # noqa: FBT001
         """`u` with `F_x u = b` or `F_x^T u = b`; raises, or is NaN, where it cannot be trusted."""
+        if not b.numel():
+            return b
         try:
             system = self._system(x.detach(), tuple(v.detach() for v in values))
             return system.solve(b, transposed=transposed and self.rule.kind != "argmin")
@@ -193,7 +205,9 @@ class Problem:
         least_squares = self.rule.on_failure == "least_squares"
         if not f.requires_grad:
             return Dense(
-                torch.zeros(len(f), len(f), dtype=f.dtype), name, least_squares=least_squares
+                torch.zeros(len(f), len(f), dtype=f.dtype, device=f.device),
+                name,
+                least_squares=least_squares,
             )
         if self.rule.linear_solve is None and len(f) <= DIRECT_LIMIT:
             return Dense(_jacobian(f, at), name, least_squares=least_squares)
@@ -221,6 +235,7 @@ class Problem:
             name,
             symmetric=symmetric,
             own=self.rule.linear_solve,
+            check=self.rule.check,
         )
 
 

@@ -13,9 +13,11 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from freevars.errors import StructureError
+from freevars.torch import _compat
 from freevars.torch._compat import pytree
 from freevars.torch._convert import closure_convert
 from freevars.torch._flat import Flat
@@ -45,6 +47,14 @@ class ImplicitSolver:
         return f"<{self._rule.name} with the derivative rule of {self._rule.kind}>"
 
     def __call__(self, fun: Callable[..., Any], x0: Any, *args: Any, **kwargs: Any) -> Any:
+        call = self._eagerly if torch.compiler.is_compiling() else self._call
+        return call(fun, x0, *args, **kwargs)
+
+    @_compat.eagerly  # type: ignore[untyped-decorator]
+    def _eagerly(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    def _call(self, fun: Callable[..., Any], x0: Any, *args: Any, **kwargs: Any) -> Any:
         bound = self._signature.bind(fun, x0, *args, **kwargs)
         fun_args, fun_kwargs, options = _sort_arguments(bound)
 
@@ -123,7 +133,8 @@ def argmin(
             is not finite, or the system is singular (reciprocal condition number below 10 n eps).
             "raise": an error. "nan": a derivative of NaN. "least_squares": the shortest solution
             of a singular system of up to 100 unknowns, and as "raise" for the rest.
-        check: False leaves the first two out; it costs one more right-hand side.
+        check: False leaves the first two out, and takes what `linear_solve` gives without a look
+            at what is left; it costs one more right-hand side.
 
     Raises:
         NotASolutionError, SingularError: see `on_failure`; where the derivative is taken.

@@ -13,12 +13,17 @@ from typing import Any
 
 from torch import Tensor
 
-from freevars.errors import CaptureError
 from freevars.torch import _api, _compat
 from freevars.torch._compat import CheckpointFunction, DispatchWatch, Watch, storage_key
-from freevars.torch._names import Line, describe, line_of_caller, reachable
+from freevars.torch._names import describe, line_of_caller, reachable
+from freevars.torch._tape import not_hoisted
 
-__all__ = ["CarefulSubstitution", "MadeMemory", "Substitution", "check_tape"]
+__all__ = [
+    "CarefulSubstitution",
+    "MadeMemory",
+    "Outside",
+    "Substitution",
+]
 
 _SPECIAL: dict[Any, str] = (
     dict.fromkeys(_api.METADATA, "metadata")
@@ -34,8 +39,15 @@ _plain_calls: set[Any] = set()
 class Substitution(Watch):
     """Replaces each tensor whose id is in `table`, as an argument of any operation."""
 
-    def __init__(self, fun: Any, table: dict[int, Tensor], known: Iterable[Tensor] = ()) -> None:
+    def __init__(
+        self,
+        fun: Any,
+        table: dict[int, Tensor],
+        known: Iterable[Tensor] = (),
+        outside: "Outside | None" = None,
+    ) -> None:
         self.fun = fun
+        self.outside = outside or Outside(fun)
         self.table = table
         self.known = known  # the tensors given to this call, whose memory is not `fun`'s
         self.leaves: list[Tensor] = []  # made by `fun`: they end the tape, and are no captures
@@ -54,17 +66,9 @@ class Substitution(Watch):
         kind = _SPECIAL.get(func)
         if kind == "metadata":
             return func(*args, **kwargs)
-        if kind == "backward" and not (_compat.in_backward() or self.solvers):
-            self.refuse(_api.backward_message(self.fun))
-        if _compat.is_higher_order(func):
-            self.refuse(_api.higher_order_message(func, self.fun))
-        if kind == "statistics":
-            _api.refuse_running_statistics(self, func, args, kwargs)
-        if _api.writes_first(func):
-            self._refuse_write(func, args[:1])
-        elif kind is None and _api.is_builtin(func):
+        self._refuse(kind, func, args, kwargs)
+        if kind is None and _api.is_builtin(func) and not _api.writes_first(func):
             _plain_calls.add(func)
-        self._refuse_write(func, kwargs.get("out"))
         new_args, new_kwargs = self.replace(args), self.replace(kwargs)
         if _api.is_python(func):
             new_args, new_kwargs = _api.resumed(self, new_args), _api.resumed(self, new_kwargs)
@@ -74,6 +78,18 @@ class Substitution(Watch):
         if _compat.is_custom_function_call(func):
             _compat.keep_watching_backward(out, self)
         return out
+
+    def _refuse(self, kind: str | None, func: Any, args: Any, kwargs: Any) -> None:
+        if kind == "backward" and not (_compat.in_backward() or self.solvers):
+            self.refuse(_api.backward_message(self.fun))
+        if _compat.is_higher_order(func):
+            self.refuse(_api.higher_order_message(func, self.fun))
+        if kind == "leaf":
+            self._refuse_new_leaf(func, args, kwargs)
+        if kind == "statistics":
+            _api.refuse_running_statistics(self, func, args, kwargs)
+        for t in _api.written_by_call(func, args, kwargs):
+            self._refuse_write(func, t)
 
     def replace(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -103,22 +119,30 @@ class Substitution(Watch):
     def is_foreign(self, t: Tensor) -> bool:
         return id(t) in reachable(self.fun)
 
-    def _refuse_write(self, func: Any, written: Any) -> None:
-        for t in _api.tensors(written):
-            direct = id(t) in self.table
-            if direct or (not _api.writes_metadata(func) and self._holds_memory_of(t)):
-                named = describe(t, self.fun, line_of_caller())
-                message = (
-                    "expected a function that writes to its own intermediates only, got "
-                    f"{getattr(func, '__name__', func)} writing in place to a captured tensor, its "
-                    f"argument, or a view of one: {named}. Nothing was written. Write to a clone."
-                )
-                self.refuse(message)
+    def _refuse_new_leaf(self, func: Any, args: Any, kwargs: Any) -> None:
+        t = self.given(args[0])
+        if (t is not args[0] or self.outside.holds(t)) and _api.changes_requires_grad(
+            t, args[1:], kwargs
+        ):
+            self.refuse(_api.change_message(func, args[0], self.fun))
+
+    def _refuse_write(self, func: Any, t: Tensor) -> None:
+        direct = id(t) in self.table or self.outside.holds(t)
+        if direct or (not _api.writes_metadata(func) and self._holds_memory_of(t)):
+            named = describe(t, self.fun, line_of_caller())
+            message = (
+                "expected a function that writes to its own intermediates only, got "
+                f"{getattr(func, '__name__', func)} writing in place to a captured tensor, its "
+                f"argument, or a view of one: {named}. Nothing was written. Write to a "
+                "clone; a module that updates running statistics belongs in eval mode."
+            )
+            self.refuse(message)
 
     def _holds_memory_of(self, t: Tensor) -> bool:
         if self._keys is None:
             self._keys = {storage_key(u) for x in self.known for u in _api.inner(x)}
-        return any(storage_key(u) in self._keys for u in _api.inner(t))
+        keys = [storage_key(u) for u in _api.inner(t)]
+        return any(key in self._keys or self.outside.holds_memory(key) for key in keys)
 
     # --- called by the hooks
 
@@ -148,9 +172,15 @@ class CarefulSubstitution(Substitution):
     """Also refuses to read a tensor that is differentiable and not hoisted, where no tape would
     tell: without gradient mode, in forward mode, under a torch.func transform."""
 
-    def __init__(self, fun: Any, table: dict[int, Tensor], known: Iterable[Tensor]) -> None:
+    def __init__(
+        self,
+        fun: Any,
+        table: dict[int, Tensor],
+        known: Iterable[Tensor] = (),
+        outside: "Outside | None" = None,
+    ) -> None:
         known = list(known)
-        super().__init__(fun, table, known)
+        super().__init__(fun, table, known, outside)
         self._made: dict[int, weakref.ref[Tensor]] = {}
         self._reachable: dict[int, tuple[Tensor, str]] | None = None
         self.note((*known, *table.values()))
@@ -185,6 +215,40 @@ class CarefulSubstitution(Substitution):
         return tuple(_api.resumed(self, (fun, preserve, *self.replace(inputs))))
 
 
+class Outside:
+    """The tensors that `fun` reads as constants, or reaches without running: not its own, so it
+    must not write to them. Held weakly, and looked for at the first write only."""
+
+    def __init__(self, fun: Any, captured: Iterable[Tensor] = ()) -> None:
+        self._fun = fun
+        self._captured = [weakref.ref(t) for t in captured]
+        self._found: tuple[dict[int, weakref.ref[Tensor]], dict[int, weakref.ref[Tensor]]] | None
+        self._found = None
+
+    def _look(self) -> tuple[dict[int, Any], dict[int, Any]]:
+        if self._found is None:
+            alive = [t for ref in self._captured if (t := ref()) is not None]
+            every = [*alive, *(t for t, _ in reachable(self._fun).values() if t.grad_fn is None)]
+            refs = {id(t): weakref.ref(t) for t in every}
+            self._found = (refs, {key: refs[id(t)] for t in every for key in _memory(t)})
+        return self._found
+
+    def holds(self, t: Tensor) -> bool:
+        ref = self._look()[0].get(id(t))
+        return ref is not None and ref() is t
+
+    def holds_memory(self, key: int) -> bool:
+        ref = self._look()[1].get(key)
+        t = None if ref is None else ref()  # memory that was freed may be another's now
+        return t is not None and key in _memory(t)
+
+
+def _memory(t: Tensor) -> list[int]:
+    """The memory of `t`, and that of its `.grad`."""
+    grad = t.grad if t.is_leaf else None
+    return [storage_key(u) for x in (t, grad) if x is not None for u in _api.inner(x)]
+
+
 class MadeMemory(DispatchWatch):  # type: ignore[no-untyped-call]
     """Which memory was made while `fun` ran. Dear, so only for functions that make leaves of
     their own in a way that function modes do not see (`torch.nn.Parameter`)."""
@@ -201,50 +265,3 @@ class MadeMemory(DispatchWatch):  # type: ignore[no-untyped-call]
 
     def holds(self, t: Tensor) -> bool:
         return any(storage_key(u) in self._keys for u in _api.inner(t))
-
-
-def check_tape(
-    outputs: Iterable[Tensor], known: Iterable[Tensor], made: Callable[[Tensor], bool], fun: Any
-) -> None:
-    """Refuses outputs whose tape ends in a tensor that is neither one of `known` nor `made` by
-    `fun`: a captured tensor that was read where nothing could see or replace it. With torch.func
-    there is one tape a level."""
-    levels = _compat.unwrap if _compat.functorch_active() else _only
-    stops: set[tuple[Any, int]] = set()
-    leaves: set[int] = set()
-    for t in known:
-        for u in levels(t):
-            node = u.grad_fn
-            if node is None:
-                leaves.add(id(u))
-            else:
-                stops.add((node, u.output_nr))
-    edges: list[tuple[Any, int]] = [(u.grad_fn, u.output_nr) for t in outputs for u in levels(t)]
-    seen: set[Any] = {None}
-    for edge in edges:  # grows while it is walked
-        node = edge[0]
-        if node in seen or edge in stops:
-            continue
-        seen.add(node)
-        following = node.next_functions
-        if following:
-            edges += following
-        elif hasattr(node, "variable"):
-            leaf = node.variable
-            if id(leaf) not in leaves and not made(leaf):
-                raise CaptureError(not_hoisted(leaf, fun))
-
-
-def _only(t: Tensor) -> tuple[Tensor]:
-    return (t,)
-
-
-def not_hoisted(t: Tensor, fun: Any, line: Line | None = None) -> str:
-    return (
-        "expected to read the hoisted values and the arguments only, got a tensor that could "
-        "carry a "
-        f"derivative and was not hoisted: {describe(t, fun, line)}. The example arguments "
-        "did not lead "
-        "to this branch: convert again with arguments that do, or detach the tensor to declare "
-        "it constant."
-    )
