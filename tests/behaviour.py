@@ -9,6 +9,7 @@ conversions (`test_behaviour_table.py` of each host).
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -149,12 +150,9 @@ def _global_fun(host: Host, x: Any) -> Any:
 
 
 def _global(host: Host, via: Via, x: Any, w: Any, v: Any) -> Any:
-    global _GLOBAL
-    _GLOBAL = (w, v)
-    try:
-        return via(functools.partial(_global_fun, host), x)
-    finally:
-        _GLOBAL = None
+    # Each program has a module of its own: a host may run the function again in its backward pass.
+    fun = types.FunctionType(_global_fun.__code__, {**globals(), "_GLOBAL": (w, v)})
+    return via(functools.partial(fun, host), x)
 
 
 def _nested_function(host: Host, via: Via, x: Any, w: Any, v: Any) -> Any:

@@ -77,7 +77,7 @@ def closure_convert(
         message = f"expected rng='allow', rng='error' or rng='replay', got {rng!r}."
         raise StructureError(message)
     _compat.install_hooks()
-    convert = _compat.eagerly(_convert) if torch.compiler.is_compiling() else _convert
+    convert = _compat.eagerly(_convert) if _compat.compiling() else _convert
     return convert(fun, example_args, hoist, rng)
 
 
@@ -178,7 +178,7 @@ class Converted:
         return f"<{called(self._fun)} with {len(self._keys)} captured values as trailing arguments>"
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if _compat.compiling():
             return self._eagerly(*args)
         return self._call(args)
 
