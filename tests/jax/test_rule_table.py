@@ -31,14 +31,12 @@ def _pairs(a, b):
 
 
 TRANSFORMATIONS = {
-    "value": lambda g: g,
     "grad": lambda g: jax.grad(g, (0, 1)),
     "jvp": lambda g: lambda a, b: jax.jvp(g, (a, b), (b, a)),
     "hessian": lambda g: jax.hessian(g, (0, 1)),
     "hessian_reversed": lambda g: jax.jacrev(jax.jacfwd(g, (0, 1)), (0, 1)),
     "third": lambda g: jax.jacfwd(jax.hessian(g, (0, 1)), (0, 1)),
     "vmap_grad": lambda g: lambda a, b: jax.vmap(jax.grad(g, (0, 1)))(*_pairs(a, b)),
-    "vmap_some": lambda g: lambda a, b: jax.vmap(g, (None, 0))(a, _pairs(a, b)[1]),
 }
 # Compiling takes most of the time, so the last orders meet the problems of one kind each.
 DEAR = {"hessian_reversed", "third"}
