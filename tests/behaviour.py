@@ -3,12 +3,13 @@
 Each case states one function twice: as a user writes it, a closure over its values, and with every
 value handed down explicitly, which is the oracle. Nothing here names a host: a host brings its
 array functions as `xp` and its `vmap`, and its own tests bring the transformations and the
-conversions.
+conversions (`test_behaviour_table.py` of each host).
 """
 
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -149,12 +150,9 @@ def _global_fun(host: Host, x: Any) -> Any:
 
 
 def _global(host: Host, via: Via, x: Any, w: Any, v: Any) -> Any:
-    global _GLOBAL
-    _GLOBAL = (w, v)
-    try:
-        return via(functools.partial(_global_fun, host), x)
-    finally:
-        _GLOBAL = None
+    # Each program has a module of its own: a host may run the function again in its backward pass.
+    fun = types.FunctionType(_global_fun.__code__, {**globals(), "_GLOBAL": (w, v)})
+    return via(functools.partial(fun, host), x)
 
 
 def _nested_function(host: Host, via: Via, x: Any, w: Any, v: Any) -> Any:
@@ -179,6 +177,28 @@ def _derived_explicit(host: Host, x: Any, w: Any) -> Any:
     return host.xp.sum(host.xp.sin(host.xp.exp(w) * x * x) * w)
 
 
+def _row(m: Any, x: Any, host: Host) -> Any:
+    return host.xp.sum(host.xp.matmul(m, host.xp.sin(x)) * m[0])
+
+
+def _matrix(host: Host, via: Via, x: Any, m: Any) -> Any:
+    # Held by a partial, read whole and in part.
+    return via(functools.partial(_row, m, host=host), x)
+
+
+def _matrix_explicit(host: Host, x: Any, m: Any) -> Any:
+    return _row(m, x, host)
+
+
+def _related(host: Host, via: Via, x: Any, w: Any) -> Any:
+    held = [2 * w, w[1]]  # captured beside the value that they come from
+    return via(lambda x: host.xp.sum(host.xp.sin(w * x) * held[0] ** 2 + held[1] * w), x)
+
+
+def _related_explicit(host: Host, x: Any, w: Any) -> Any:
+    return host.xp.sum(host.xp.sin(w * x) * 4 * w * w + w[1] * w)
+
+
 X = np.array([0.3, 0.9])
 
 CASES = [
@@ -195,4 +215,6 @@ CASES = [
     Case("global", (W, V), _global, _two_explicit),
     Case("nested_function", (W, V), _nested_function, _two_explicit),
     Case("derived_outside", (W,), _derived_outside, _derived_explicit),
+    Case("matrix", (np.stack([W, V]),), _matrix, _matrix_explicit),
+    Case("related", (W,), _related, _related_explicit),
 ]

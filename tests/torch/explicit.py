@@ -31,7 +31,10 @@ def derivatives(fun: Explicit, inputs: Sequence[Tensor], order: int) -> list[Any
     for k in range(order):
         if not scalar.requires_grad:
             break
-        grads = torch.autograd.grad(scalar, inputs, create_graph=k + 1 < order, allow_unused=True)
+        # Retained: what was computed before the call belongs to the caller.
+        grads = torch.autograd.grad(
+            scalar, inputs, create_graph=k + 1 < order, retain_graph=True, allow_unused=True
+        )
         results.append(grads)
         scalar = first([g for g in grads if g is not None])
     return results

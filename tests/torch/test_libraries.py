@@ -46,6 +46,53 @@ def test_torchdiffeq() -> None:
     assert torch.autograd.grad((y**2).sum(), w, allow_unused=True) == (None,)
 
 
+class Diffusion(nn.Module):
+    """What torchsde integrates: the drift is a function argument, the noise is small."""
+
+    noise_type = "diagonal"
+    sde_type = "stratonovich"
+
+    def __init__(self, drift: Any) -> None:
+        super().__init__()
+        self.drift = drift
+
+    def f(self, t: Tensor, y: Tensor) -> Tensor:
+        return self.drift(t, y)
+
+    def g(self, t: Tensor, y: Tensor) -> Tensor:
+        return 0.1 * torch.ones_like(y)
+
+
+def test_torchsde() -> None:
+    torchsde = pytest.importorskip("torchsde")
+    w, y0, t = fresh(2), torch.ones(1, 2, dtype=F64), torch.tensor([0.0, 1.0], dtype=F64)
+
+    def drift(t: Tensor, y: Tensor) -> Tensor:
+        return -w.exp() * y
+
+    def total(integrate: Any, drift: Any, **options: Any) -> Tensor:
+        noise = torchsde.BrownianInterval(0.0, 1.0, size=(1, 2), dtype=F64, entropy=3)
+        step = {"bm": noise, "method": "midpoint", "dt": 1 / 64}
+        y: Tensor = integrate(Diffusion(drift), y0, t, **step, **options)
+        return y[-1].sum()
+
+    # The same adjoint, where the user has found and named the captured value.
+    named = total(torchsde.sdeint_adjoint, drift, adjoint_params=(w,))
+    expected = torch.autograd.grad(named, w)
+    through_the_steps = torch.autograd.grad(total(torchsde.sdeint, drift), w)
+    torch.testing.assert_close(expected, through_the_steps, rtol=1e-2, atol=0)
+    converted, hoisted = closure_convert(drift, t[0], y0)
+    by_hand = lambda t, y: converted(t, y, *hoisted)
+    ours = total(torchsde.sdeint_adjoint, by_hand, adjoint_params=hoisted)
+    close(torch.autograd.grad(ours, w), expected)
+    f = Closure(drift, t[0], y0)
+    again = total(torchsde.sdeint_adjoint, f, adjoint_params=f.values)
+    close(torch.autograd.grad(again, w), expected)
+
+    # The same call with the plain closure loses it, silently.
+    assert not total(torchsde.sdeint_adjoint, drift).requires_grad
+
+
 def objective(x: Tensor, w: Tensor) -> Tensor:
     return ((x - w.sin()) ** 2).sum() + (x**4).sum()
 
@@ -69,6 +116,16 @@ def test_torchopt() -> None:
     theirs = torch.autograd.grad(solve(x0, *hoisted).sum(), w)
     ours = torch.autograd.grad(argmin(newton)(lambda x: objective(x, w), x0).sum(), w)
     close(ours, theirs)
+
+    # The same with the plain closure loses it, silently.
+    @torchopt.diff.implicit.custom_root(lambda x, y: torch.func.grad(plain)(x) + 0 * y, argnums=1)
+    def lossy(x0: Tensor, y: Tensor) -> Tensor:
+        return newton(plain, x0)
+
+    plain = lambda x: objective(x, w)
+    lost = lossy(x0, fresh(3))
+    close([lost], [newton(plain, x0)])
+    assert torch.autograd.grad(lost.sum(), w, allow_unused=True) == (None,)
 
     # One of its optimisers as the solver, on a module as the objective.
     net = nn.Sequential(nn.Linear(3, 4), nn.Softplus(), nn.Linear(4, 1)).double()
@@ -137,6 +194,21 @@ def test_torchdeq() -> None:
         return torchdeq.get_deq(**options)(fun, z0)[0][-1]
 
     close(torch.autograd.grad(equilibrium(layer, z0).square().sum(), (w, x)), expected)
+
+    # Its own rule finds captured values in its backward pass, but loses a part of the second
+    # derivative, silently. Ours is that of the unrolled iteration.
+    def unrolled(z: Tensor) -> Tensor:
+        for _ in range(100):
+            z = layer(z)
+        return z
+
+    def twice(solution: Tensor) -> Any:
+        grads = torch.autograd.grad(solution.square().sum(), (w, x), create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), (w, x))
+
+    true = twice(unrolled(z0))
+    close(twice(equilibrium(layer, z0)), true)
+    assert not torch.allclose(twice(deq(layer, z0)[0][-1])[0], true[0], rtol=0.01)
 
 
 def test_dataloader_and_module() -> None:

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from freevars.torch._compat import (
     Watch,
-    dual_tangent,
     is_wrapped,
     overloads,
     parts,
     schema,
     unwrap,
 )
+from freevars.torch._compat import tangents as tangents_of
 from freevars.torch._names import called, caller, describe, line_of_caller
 
 __all__ = [
@@ -238,17 +238,15 @@ def inner(t: Tensor) -> list[Tensor]:
     found: list[Tensor] = []
     for u in unwrap(t):
         found.append(u)
-        tangent = dual_tangent(u)
-        if tangent is not None:
-            found.extend(unwrap(tangent))
         if u.layout is not torch.strided or hasattr(u, "__tensor_flatten__"):
             found.extend(part for x in parts(u) for part in inner(x))
+    found.extend(u for tangent in tangents_of(t) for u in unwrap(tangent))
     return found
 
 
 def may_carry_derivative(t: Tensor) -> bool:
     """Whether a derivative could flow into `t` now: the default of what is hoisted."""
-    return t.requires_grad or is_wrapped(t) or dual_tangent(t) is not None
+    return t.requires_grad or is_wrapped(t) or bool(tangents_of(t))
 
 
 def alias(t: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch._functorch.eager_transforms as _eager
+import torch._functorch.pyfunctorch
 import torch._functorch.vmap as _vmap
 import torch.utils.checkpoint as _checkpoint
 from torch import Tensor
@@ -32,7 +33,7 @@ __all__ = [
     "DispatchWatch",
     "Watch",
     "active",
-    "dual_tangent",
+    "compiling",
     "eagerly",
     "functorch_active",
     "hook_compiler",
@@ -47,6 +48,7 @@ __all__ = [
     "self_test",
     "solver_running",
     "storage_key",
+    "tangents",
     "transforms_active",
     "unwrap",
 ]
@@ -57,6 +59,15 @@ pytree = torch.utils._pytree
 
 # `torch.compiler.disable` without the import of the compiler, which takes seconds.
 eagerly: Any = getattr(torch, "_disable_dynamo")  # noqa: B009 (not exported, says the type checker)
+
+
+def compiling() -> bool:
+    """Whether `torch.compile` traces now, or would compile each function that is called next, as it
+    does after a graph break inside a torch.func transform: our own modes must not be compiled."""
+    return torch.compiler.is_compiling() or _compiler_callback() is not None
+
+
+_compiler_callback = torch._C._dynamo.eval_frame.get_eval_frame_callback
 
 # Reentrant checkpointing, a custom Function: told apart because its backward runs `fun` once more.
 CheckpointFunction = _checkpoint.CheckpointFunction
@@ -213,7 +224,7 @@ def layers(t: Tensor) -> list[tuple[str, bool | None]]:
         found: list[tuple[str, bool | None]] = []
         for u in unwrap(t):
             if not is_wrapped(u):
-                if dual_tangent(u) is not None:
+                if tangents(u):
                     found.append(("jvp", True))
                 if u.requires_grad:
                     found.append(("autograd", True))
@@ -234,14 +245,27 @@ def _has_tangent(t: Tensor) -> bool:
     return primal_and_tangent(t).tangent is not None
 
 
-def dual_tangent(t: Tensor) -> Tensor | None:
-    """The forward-mode tangent of `t`, where a dual level is open; under torch.func the wrapper
-    tells instead."""
-    if torch.autograd.forward_ad._current_level < 0 or _functorch.maybe_current_level() is not None:
-        return None
+def tangents(t: Tensor) -> list[Tensor]:
+    """The forward-mode tangents that `t` carries, at every open level. PyTorch tells those of the
+    innermost torch.func transform only, so the transforms are left one by one."""
+    if torch.autograd.forward_ad._current_level < 0:
+        return []
+    level = _functorch.maybe_current_level()
+    if level is None:
+        return [] if is_wrapped(t) else _tangent(t)  # wrapped by a transform that is over
+    is_jvp = _functorch.peek_interpreter_stack().key() == _functorch.TransformType.Jvp
+    found = _tangent(t) if is_jvp and _functorch.maybe_get_level(t) == level else []
+    here = [(u, _functorch.maybe_get_level(u) == level) for u in (t, *found)]
+    with _one_transform_less():
+        for u, wrapped in here:
+            found += tangents(_functorch.get_unwrapped(u) if wrapped else u)
+    return found
+
+
+def _tangent(t: Tensor) -> list[Tensor]:
     with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
-        tangent: Tensor | None = primal_and_tangent(t).tangent
-    return tangent
+        tangent = primal_and_tangent(t).tangent
+    return [] if tangent is None else [tangent]
 
 
 def parts(t: Tensor) -> list[Tensor]:
@@ -261,6 +285,7 @@ def parts(t: Tensor) -> list[Tensor]:
         return [getattr(t, name) for name in flatten()[0]] if flatten is not None else []
 
 
+_one_transform_less: Any = torch._functorch.pyfunctorch.temporarily_pop_interpreter_stack
 primal_and_tangent: Any = torch.autograd.forward_ad.unpack_dual
 
 # Forward mode is off while PyTorch calls a custom Function's `jvp`; this turns it on again.

@@ -102,7 +102,7 @@ def outside_compiler(run: F, fun: Callable[..., Any], rng: Rng) -> F:
         message = f"expected rng='allow', rng='error' or rng='replay', got {rng!r}."
         raise StructureError(message)
     _compat.install_hooks()
-    chosen: F = _compat.eagerly(run) if torch.compiler.is_compiling() else run
+    chosen: F = _compat.eagerly(run) if _compat.compiling() else run
     return chosen
 
 
@@ -232,7 +232,7 @@ class Converted:
         return f"<{called(self._fun)} with {len(self._keys)} captured values as trailing arguments>"
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if _compat.compiling():
             return self._eagerly(*args)
         return self._call(args)
 

@@ -122,9 +122,24 @@ def _tangents() -> bool:
     x = torch.ones(2)
     with torch.autograd.forward_ad.dual_level():
         dual: Any = torch.autograd.forward_ad.make_dual(x, 3 * x)  # type: ignore[no-untyped-call]
-        tangent = _compat.dual_tangent(dual)
-        found = tangent is not None and torch.equal(tangent, 3 * x)
-        return found and _compat.dual_tangent(x) is None
+        (tangent,) = _compat.tangents(dual)
+        plain = torch.equal(tangent, 3 * x) and not _compat.tangents(x)
+    found: list[float] = []
+
+    def fun(z: Tensor) -> Tensor:  # at both levels, under a third that has no tangents
+        def inner(y: Tensor) -> Tensor:
+            found.extend(map(_number, _compat.tangents(z)))
+            return y
+
+        torch.func.grad(inner)(torch.ones(()))
+        return z
+
+    torch.func.jvp(lambda y: torch.func.jvp(fun, (y,), (3 * x,))[1], (x,), (5 * x,))
+    return plain and found == [3.0, 5.0]
+
+
+def _number(t: Tensor) -> float:
+    return float(list(_compat.unwrap(t))[-1].flatten()[0])
 
 
 def _storages() -> bool:

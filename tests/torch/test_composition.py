@@ -1,0 +1,87 @@
+"""Compositions and messages of `closure_convert` that have no test elsewhere."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from freevars.torch import CaptureError, closure_convert
+from tests.torch.explicit import check, fresh, same
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_foreach(*, in_place: bool) -> None:
+    def explicit(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        own = [x * w, x.sin()]
+        if in_place:
+            torch._foreach_mul_(own, [v, w])
+        else:
+            own = torch._foreach_mul(own, [v, w])
+        return own[0] * own[1]
+
+    check(explicit, [fresh(3)], [fresh(3), fresh(3)])
+
+
+# PyTorch warns that it is a beta.
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_a_captured_sparse_constant_is_read(layout: Any) -> None:
+    m = fresh(3, 3, grad=False).to_sparse(layout=layout)
+
+    def explicit(x: Tensor, w: Tensor) -> Tensor:
+        return m @ (x * w)
+
+    check(explicit, [fresh(3)], [fresh(3)])
+
+
+def test_a_branch_of_a_loop_and_a_container_in_an_attribute() -> None:
+    def explicit(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        for k in range(5):
+            if (x * w).sum() > k:
+                return x.cos() * v * w
+            x = x * w + v
+        return x * v
+
+    check(explicit, [fresh(3)], [fresh(3), fresh(3)])
+
+
+@pytest.mark.parametrize(
+    ("write", "text"),
+    [
+        (lambda x, w: w.data.add_(x), "Write to a clone"),
+        (lambda x, w: (x * w).sum().backward(), "Use torch.autograd.grad"),
+        (lambda x, w: torch.cond(x.sum() > 0, lambda: x * w, lambda: x - w), "Use Python's own if"),
+    ],
+)
+def test_a_refusal_says_what_to_do(write: Any, text: str) -> None:
+    w, x = fresh(3), fresh(3, grad=False)
+    with pytest.raises(CaptureError, match=text) as caught:
+        closure_convert(lambda x: write(x, w), x)
+    assert isinstance(caught.value, TypeError)
+    assert str(caught.value).startswith("expected ")
+    assert "test_composition.py:" in str(caught.value)
+
+
+def test_not_hoisted_says_what_to_do() -> None:
+    hidden, take = fresh(3), False
+    converted, hoisted = closure_convert(lambda x: x * hidden if take else x, fresh(3))
+    take = True
+    with pytest.raises(CaptureError, match=r"hidden .*convert again.*or detach") as caught:
+        converted(fresh(3), *hoisted)
+    assert "got a tensor that could carry a derivative" in str(caught.value)
+
+
+def test_tangents_at_every_level_are_no_foreign_reads() -> None:
+    """What is derived inside a transform has a tangent that may itself require a gradient."""
+    w, x = fresh(3), fresh(3)
+
+    def solve(w: Tensor, hoist: Any) -> Tensor:
+        derived = w.exp()
+        converted, hoisted = closure_convert(lambda x: (x * derived).sin().sum(), x, hoist=hoist)
+        return converted(x, *hoisted)
+
+    f = torch.func
+    for hoist in ("differentiable", "floating", "all"):
+        got = f.jacfwd(f.jacfwd(lambda w: solve(w, hoist)))(w)
+        same(got, f.hessian(lambda w: (x * w.exp()).sin().sum())(w))
