@@ -335,17 +335,25 @@ def test_a_function_with_a_rule(square):
         close(transform(jax.grad(solve))(A), D1)
         close(transform(lambda a: jax.jvp(solve, (a,), (1.0,))[1])(A), D1)
         close(transform(jax.grad(jax.grad(solve)))(A), D2)
-    if square is square_with_jvp:
-        close(jax.hessian(solve)(A), D2)
-    else:  # JAX has no forward mode for it, and says so
-        with pytest.raises(TypeError, match="forward-mode"):
-            jax.hessian(solve)(A)
+    for second in (jax.hessian, lambda f: jax.jacrev(jax.jacfwd(f)), forward_twice):
+        close(second(solve)(A), D2)
+        close(jax.jit(second(solve))(A), D2)
+    close(jax.jacfwd(jax.hessian(solve))(A), D3)
+    # One that depends on a value by which nothing is differentiated yet, and on x and such a value.
+    product = lambda a, b: solver(lambda x: square(x) * b - a * square(b), 2.5)  # sqrt(a b)
+    mixed = 0.25 * (A * 3.0) ** -0.5
+    close(jax.jacfwd(jax.grad(product), 1)(A, 3.0), mixed)
+    close(jax.jacfwd(jax.jacfwd(product), 1)(A, 3.0), mixed)
     by_value = lambda a: solver(lambda x: x**2 - square(a), 2.5)
     close(jax.jvp(by_value, (A,), (1.0,))[1], 1.0)
     descend = fv.argmin(lambda fun, x0: bisect(jax.grad(fun), x0))
     by_descent = lambda a: descend(lambda x: x * square(x) / 3 - a * x, 2.5)
     close(jax.grad(by_descent)(A), D1)
     close(jax.jvp(by_descent, (A,), (1.0,))[1], D1)
+
+
+def forward_twice(f):
+    return jax.jacfwd(jax.jacfwd(f))
 
 
 def test_a_rule_inside_a_rule():
