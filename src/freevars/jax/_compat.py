@@ -537,3 +537,8 @@ def _checked(values: Sequence[Any], results: Sequence[Any]) -> tuple[Any, ...]:
 def computes_now() -> bool:
     """Whether an operation on known values gives a value, and not a step of a program under way."""
     return not isinstance(jax.lax.neg(np.float32(0)), Tracer)
+
+
+# Computes at once, whatever transformation is under way. `jax.ensure_compile_time_eval` does so too,
+# but as a setting: everything would be compiled once more under it.
+eval_context = _core.eval_context

@@ -23,6 +23,7 @@ from typing import Any, TypeAlias, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from freevars.errors import SingularError, StructureError
 from freevars.jax import _compat, _linear
@@ -156,7 +157,7 @@ class ImplicitSolver:
     # The rule.
 
     def _rule(self, primals: Any, tangents: Any) -> Any:
-        out = self._implicit(*primals)
+        out = self._solve_again(primals)
         x, aux = out if self._has_aux else (out, None)
         leaves, tree = jax.tree.flatten(primals[0])
         dots = jax.tree.leaves(tangents[0], is_leaf=_compat.is_symbolic_zero)
@@ -170,6 +171,16 @@ class ImplicitSolver:
         if not self._has_aux:
             return x, dx
         return out, (dx, jax.tree.map(_compat.symbolic_zero, aux))
+
+    def _solve_again(self, primals: Any) -> Any:
+        """The solution, differentiable again where somebody could differentiate further."""
+        traced = any(isinstance(x, _compat.Tracer) for x in jax.tree.leaves(primals))
+        if traced or not _compat.computes_now():
+            return self._implicit(*primals)
+        # All is known, but JAX is in the middle of a transformation, where a call of a compiled
+        # function takes a detour, three times as long as the call: a solver on the host makes many.
+        with _compat.eval_context():
+            return self._forward(*primals)
 
     def _tangent_map(
         self, tree: Any, moving: tuple[int, ...], leaves: list[Any], x: Any, dots: list[Any]
@@ -239,10 +250,11 @@ class ImplicitSolver:
         """Raise what can be raised now: inside a compiled program NaN tells."""
         if isinstance(evidence.good, _compat.Tracer):
             return
-        dv = to_vector(dx)[0]
         if not evidence.good:
-            raise failure(evidence, dv.size, self.__name__)
-        if not isinstance(dv, _compat.Tracer) and not jnp.all(jnp.isfinite(dv)):
+            raise failure(evidence, count(dx), self.__name__)
+        leaves = jax.tree.leaves(dx)
+        known = not any(isinstance(dot, _compat.Tracer) for dot in leaves)
+        if known and not all(np.all(np.isfinite(dot)) for dot in leaves):
             msg = (
                 f"{self.__name__}: the derivative is not finite: the iterative linear solver"
                 " stopped short, or the direction of differentiation is not finite itself. Give"
