@@ -11,12 +11,13 @@ import weakref
 import equinox
 import jax
 import jax.numpy as jnp
+import lineax as lx
 import numpy as np
 import pytest
 from jax import lax
 
 import freevars.jax as fv
-from freevars.errors import StructureError
+from freevars.errors import NotASolutionError, StructureError
 from freevars.jax._rules import ImplicitSolver
 
 TRACES = []
@@ -293,6 +294,68 @@ def test_float32_and_a_python_start():
         assert x.dtype == slope.dtype == jnp.float32
         close(slope, D1, 1e-6)
         assert newton(lambda x: x - A, 1.0).weak_type is False
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision(dtype):
+    a = jnp.asarray([A, 3.0], dtype)
+
+    def solve(a):
+        x = iterate(lambda x: (x + a / x) / 2, jnp.ones(2, dtype))
+        assert x.dtype == dtype
+        return jnp.sum(x)
+
+    for transform in (jax.grad, jax.jacfwd, lambda f: jax.jit(jax.grad(f))):
+        slope = transform(solve)(a)
+        assert slope.dtype == dtype
+        close(slope.astype(float), 0.5 * a.astype(float) ** -0.5, 2e-2)
+    with pytest.raises(NotASolutionError, match=r"up to (3\.0e-01|1\.8e-01) is accepted"):
+        jax.grad(lambda a: iterate(lambda x: (x + a / x) / 2, 9 + 0 * a, steps=0)[0])(a)
+
+
+@pytest.mark.parametrize(
+    "x0", [{}, (), None, jnp.zeros(0), {"a": jnp.zeros((0, 3))}], ids=lambda x: str(np.shape(x))
+)
+def test_no_unknowns(x0):
+    same = lambda fun, x0: x0
+    functions = {
+        fv.root: lambda x, a: jax.tree.map(lambda leaf: a * leaf, x),
+        fv.fixed_point: lambda x, a: jax.tree.map(lambda leaf: a * leaf, x),
+        fv.argmin: lambda x, a: a * sum(map(jnp.sum, jax.tree.leaves(x)), 0.0),
+    }
+    for decorate, fun in functions.items():
+        for how in (None, lx.QR(), lx.GMRES(rtol=1e-9, atol=1e-9), lambda matvec, b: matvec(b)):
+            solver = decorate(same, linear_solve=how)
+
+            def solve(a, solver=solver, fun=fun):
+                x = solver(lambda x: fun(x, a), x0)
+                return sum(map(jnp.sum, jax.tree.leaves(x)), 3 * a)
+
+            close([jax.grad(solve)(A), jax.jacfwd(solve)(A), jax.jit(jax.grad(solve))(A)], 3.0)
+
+
+LEAST = {"on_failure": "least_squares"}
+SETTINGS = {
+    "debug_nans": lambda: jax.debug_nans(True),
+    "debug_infs": lambda: jax.debug_infs(True),
+    "disable_jit": jax.disable_jit,
+    "checking_leaks": jax.checking_leaks,
+    "rank_promotion": lambda: jax.numpy_rank_promotion("raise"),
+    "dtype_promotion": lambda: jax.numpy_dtype_promotion("strict"),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("how", [{}, {"linear_solve": lx.CG(rtol=1e-9, atol=1e-9)}, LEAST])
+def test_settings_that_find_mistakes_find_none_here(setting, how):
+    half = jnp.asarray(0.5)
+    step = lambda fun: lambda _, x: x - half * jax.grad(fun)(x)
+    descend = fv.argmin(lambda fun, x0: lax.fori_loop(0, 60, step(fun), x0), **how)
+    solve = lambda a: jnp.sum(descend(lambda x: jnp.sum((x - a * a) ** 2), jnp.ones(3)))
+    with SETTINGS[setting]():
+        for transform in (jax.grad, jax.jacfwd, lambda f: jax.jit(jax.grad(f))):
+            close(transform(solve)(jnp.asarray(A)), 6 * A)
+        close(jax.hessian(solve)(jnp.asarray(A)), 6.0)
 
 
 # --- Functions with rules of their own ------------------------------------------------------------

@@ -539,6 +539,6 @@ def computes_now() -> bool:
     return not isinstance(jax.lax.neg(np.float32(0)), Tracer)
 
 
-# Computes at once, whatever transformation is under way. `jax.ensure_compile_time_eval` does so too,
-# but as a setting: everything would be compiled once more under it.
+# Computes at once, whatever transformation is under way. `jax.ensure_compile_time_eval` does so
+# too, but as a setting: everything would be compiled once more under it.
 eval_context = _core.eval_context

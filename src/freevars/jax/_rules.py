@@ -205,7 +205,7 @@ class ImplicitSolver:
         dv = -system.solve(by_moved(dots))
         if not self._check:
             return to_x(dv), None
-        evidence = self._evidence(system, *map(jax.lax.stop_gradient, (v, f)))
+        evidence = self._evidence(system, x, *map(jax.lax.stop_gradient, (v, f)))
         return to_x(dv * jnp.where(evidence.good, 1, jnp.nan).astype(dv.dtype)), evidence
 
     def _optimality(self, problem: Problem, v: Any, to_x: ToX) -> Any:
@@ -235,11 +235,14 @@ class ImplicitSolver:
         return self._has_aux and problem.has_aux(wanted)
 
     @staticmethod
-    def _evidence(system: _linear.System, v: Any, f: Any) -> Evidence:
+    def _evidence(system: _linear.System, x: Any, v: Any, f: Any) -> Evidence:
+        error = system.newton_step / jnp.maximum(jnp.linalg.norm(v), 1.0)
+        # An x in half precision is no closer to the solution than that, although v is float32.
+        dtype = jnp.finfo(jnp.result_type(*jax.tree.leaves(x))).dtype if v.size else v.dtype
         evidence = Evidence.of(
             v.size,
             finite=jnp.all(jnp.isfinite(v)) & jnp.all(jnp.isfinite(f)) & jnp.isfinite(system.size),
-            error=system.newton_step / jnp.maximum(jnp.linalg.norm(v), 1.0),
+            error=error.astype(dtype),
             rcond=system.rcond,
             residual=system.residual,
             asymmetry=system.asymmetry,
