@@ -1,5 +1,6 @@
 """The derivative rules: closed forms, finite differences, every composition of transformations."""
 
+import dataclasses
 import functools
 import gc
 import inspect
@@ -11,12 +12,13 @@ import weakref
 import equinox
 import jax
 import jax.numpy as jnp
+import lineax as lx
 import numpy as np
 import pytest
 from jax import lax
 
 import freevars.jax as fv
-from freevars.errors import StructureError
+from freevars.errors import NotASolutionError, StructureError
 from freevars.jax._rules import ImplicitSolver
 
 TRACES = []
@@ -295,6 +297,70 @@ def test_float32_and_a_python_start():
         assert newton(lambda x: x - A, 1.0).weak_type is False
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision(dtype):
+    a = jnp.asarray([A, 3.0], dtype)
+
+    def solve(a):
+        x = iterate(lambda x: (x + a / x) / 2, jnp.ones(2, dtype))
+        assert x.dtype == dtype
+        return jnp.sum(x)
+
+    for transform in (jax.grad, jax.jacfwd, lambda f: jax.jit(jax.grad(f))):
+        slope = transform(solve)(a)
+        assert slope.dtype == dtype
+        close(slope.astype(float), 0.5 * a.astype(float) ** -0.5, 2e-2)
+    with pytest.raises(NotASolutionError, match=r"up to (3\.0e-01|1\.8e-01) is accepted"):
+        jax.grad(lambda a: iterate(lambda x: (x + a / x) / 2, 9 + 0 * a, steps=0)[0])(a)
+
+
+@pytest.mark.parametrize(
+    "x0", [{}, (), None, jnp.zeros(0), {"a": jnp.zeros((0, 3))}], ids=lambda x: str(np.shape(x))
+)
+def test_no_unknowns(x0):
+    same = lambda fun, x0: x0
+    functions = {
+        fv.root: lambda x, a: jax.tree.map(lambda leaf: a * leaf, x),
+        fv.fixed_point: lambda x, a: jax.tree.map(lambda leaf: a * leaf, x),
+        fv.argmin: lambda x, a: a * sum(map(jnp.sum, jax.tree.leaves(x)), 0.0),
+    }
+    for decorate, fun in functions.items():
+        for how in (None, lx.QR(), lx.GMRES(rtol=1e-9, atol=1e-9), lambda matvec, b: matvec(b)):
+            solver = decorate(same, linear_solve=how)
+
+            def solve(a, solver=solver, fun=fun):
+                x = solver(lambda x: fun(x, a), x0)
+                return sum(map(jnp.sum, jax.tree.leaves(x)), 3 * a)
+
+            close([jax.grad(solve)(A), jax.jacfwd(solve)(A), jax.jit(jax.grad(solve))(A)], 3.0)
+
+
+LEAST = {"on_failure": "least_squares"}
+SETTINGS = {
+    "debug_nans": lambda: jax.debug_nans(True),
+    "debug_infs": lambda: jax.debug_infs(True),
+    "disable_jit": jax.disable_jit,
+    "checking_leaks": jax.checking_leaks,
+    "rank_promotion": lambda: jax.numpy_rank_promotion("raise"),
+    "dtype_promotion": lambda: jax.numpy_dtype_promotion("strict"),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("how", [{}, {"linear_solve": lx.CG(rtol=1e-9, atol=1e-9)}, LEAST])
+def test_settings_that_find_mistakes_find_none_here(setting, how):
+    if setting == "checking_leaks" and "linear_solve" in how:
+        pytest.skip("a cache of equinox's, which lineax uses, keeps tracers")
+    half = jnp.asarray(0.5)
+    step = lambda fun: lambda _, x: x - half * jax.grad(fun)(x)
+    descend = fv.argmin(lambda fun, x0: lax.fori_loop(0, 60, step(fun), x0), **how)
+    solve = lambda a: jnp.sum(descend(lambda x: jnp.sum((x - a * a) ** 2), jnp.ones(3)))
+    with SETTINGS[setting]():
+        for transform in (jax.grad, jax.jacfwd, lambda f: jax.jit(jax.grad(f))):
+            close(transform(solve)(jnp.asarray(A)), 6 * A)
+        close(jax.hessian(solve)(jnp.asarray(A)), 6.0)
+
+
 # --- Functions with rules of their own ------------------------------------------------------------
 
 
@@ -335,17 +401,25 @@ def test_a_function_with_a_rule(square):
         close(transform(jax.grad(solve))(A), D1)
         close(transform(lambda a: jax.jvp(solve, (a,), (1.0,))[1])(A), D1)
         close(transform(jax.grad(jax.grad(solve)))(A), D2)
-    if square is square_with_jvp:
-        close(jax.hessian(solve)(A), D2)
-    else:  # JAX has no forward mode for it, and says so
-        with pytest.raises(TypeError, match="forward-mode"):
-            jax.hessian(solve)(A)
+    for second in (jax.hessian, lambda f: jax.jacrev(jax.jacfwd(f)), forward_twice):
+        close(second(solve)(A), D2)
+        close(jax.jit(second(solve))(A), D2)
+    close(jax.jacfwd(jax.hessian(solve))(A), D3)
+    # One that depends on a value by which nothing is differentiated yet, and on x and such a value.
+    product = lambda a, b: solver(lambda x: square(x) * b - a * square(b), 2.5)  # sqrt(a b)
+    mixed = 0.25 * (A * 3.0) ** -0.5
+    close(jax.jacfwd(jax.grad(product), 1)(A, 3.0), mixed)
+    close(jax.jacfwd(jax.jacfwd(product), 1)(A, 3.0), mixed)
     by_value = lambda a: solver(lambda x: x**2 - square(a), 2.5)
     close(jax.jvp(by_value, (A,), (1.0,))[1], 1.0)
     descend = fv.argmin(lambda fun, x0: bisect(jax.grad(fun), x0))
     by_descent = lambda a: descend(lambda x: x * square(x) / 3 - a * x, 2.5)
     close(jax.grad(by_descent)(A), D1)
     close(jax.jvp(by_descent, (A,), (1.0,))[1], D1)
+
+
+def forward_twice(f):
+    return jax.jacfwd(jax.jacfwd(f))
 
 
 def test_a_rule_inside_a_rule():
@@ -403,6 +477,18 @@ def test_options_of_equal_value_and_another_type_are_not_mixed_up():
 
     solve = lambda option: float(typed(lambda x: x, 0.0, option))
     assert [solve(1), solve(1.0), solve(True)] == [1.0, 2.0, 3.0]
+    inside = fv.root(lambda fun, x0, option: typed.__wrapped__(fun, x0, *option))
+    solve = lambda option: float(inside(lambda x: x, 0.0, option))
+    assert [solve(frozenset({n})) for n in (1, 1.0, True)] == [1.0, 2.0, 3.0]
+
+    @dataclasses.dataclass(frozen=True)
+    class Option:
+        number: object
+
+        def __iter__(self):
+            return iter((self.number,))
+
+    assert [solve(Option(n)) for n in (1, 1.0, True)] == [1.0, 2.0, 3.0]
     signed = fv.root(lambda fun, x0, zero: jnp.copysign(x0, zero) + 0 * fun(x0))
     assert [float(signed(lambda x: x, 1.0, z)) for z in (0.0, -0.0)] == [1.0, -1.0]
 

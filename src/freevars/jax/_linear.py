@@ -35,7 +35,7 @@ class System(NamedTuple):
     """A system A x = b, prepared for any number of b.
 
     `solve(b)` is linear in b and differentiable. The rest is for the check and depends on A and on
-    the residual of the solution alone: see `_trust.Evidence`, NaN where it was not measured.
+    the residual of the solution alone: see `_trust.Evidence`.
     """
 
     solve: Callable[[Vector], Vector]
@@ -83,6 +83,8 @@ def prepare(
     `symmetric` says that the system is a second derivative. That is told to a solver which needs to
     know it, and is checked; `least_squares` says that there may be no exact solution.
     """
+    if example.size == 0:
+        return _unmeasured(lambda b: b, example.dtype)
     if linear_solve is not None and not _is_lineax(linear_solve):
         return _matrix_free(
             matvec, example, residual, linear_solve, check=check, least_squares=least_squares
@@ -165,7 +167,7 @@ def _direct(
     """Write the matrix out and factorise it once."""
     n, dtype = example.size, example.dtype
     # Zeros like the example bring along over which axes of an enclosing shard_map it varies.
-    columns = jnp.eye(n, dtype=dtype) + jnp.zeros_like(example)
+    columns = jnp.eye(n, dtype=dtype) + jnp.zeros_like(example)[:, None]
     matrix = jax.vmap(matvec, in_axes=1, out_axes=1)(columns)
     constant = jax.lax.stop_gradient(matrix)
     solve, transpose_solve = factorise(constant)
@@ -175,20 +177,20 @@ def _direct(
             lambda v: matrix @ v, b, lambda _, b: solve(b), lambda _, b: transpose_solve(b)
         )
 
-    nan = jnp.full((), jnp.nan, dtype)
     if not check:
-        return System(linear, nan, nan, nan, nan, nan)
+        return _unmeasured(linear, dtype)
     # Both at once: two right-hand sides cost little more than one. For a random v, |A^-1 v| / |v|
     # is within a factor of about sqrt(n) of |A^-1|.
     v = _probe(example, 0)
     x, step = jax.vmap(solve, in_axes=1, out_axes=1)(jnp.stack([v, residual], axis=1)).T
     size = jnp.linalg.norm(constant)
-    rcond = unsolved = nan
+    system = _unmeasured(linear, dtype)._replace(size=size, newton_step=jnp.linalg.norm(step))
     if not least_squares:
         rcond = jnp.linalg.norm(v) / (jnp.linalg.norm(x) * size)
         rcond = jnp.where(jnp.isfinite(rcond), rcond, 0.0)
         unsolved = jnp.linalg.norm(constant @ x - v) / jnp.linalg.norm(v)
-    return System(linear, size, rcond, unsolved, nan, jnp.linalg.norm(step))
+        system = system._replace(rcond=rcond, residual=unsolved)
+    return system
 
 
 def _matrix_free(
@@ -221,17 +223,18 @@ def _matrix_free(
         # Not told to be symmetric: then the solution of the transposed system is checked in that.
         return jax.lax.custom_linear_solve(matvec, b, checked, checked)
 
-    nan = jnp.full((), jnp.nan, dtype)
     if not check:
-        return System(linear, nan, nan, nan, nan, nan)
+        return _unmeasured(linear, dtype)
     constant = jax.lax.stop_gradient
     u, v = _probe(example, 0), _probe(example, 1)
     au, av = constant(matvec(u)), constant(matvec(v))
     size = jnp.linalg.norm(au) / jnp.linalg.norm(u)
-    asymmetry = rcond = unsolved = nan
+    system = _unmeasured(linear, dtype)._replace(size=size)
     if symmetric:
         scale = jnp.linalg.norm(u) * jnp.linalg.norm(av) + jnp.linalg.norm(v) * jnp.linalg.norm(au)
-        asymmetry = jnp.where(scale > 0, jnp.abs(u @ av - v @ au) / scale, 0.0)
+        # Of a system that is 0, which is symmetric, the quotient is 0 / 1.
+        asymmetry = jnp.abs(u @ av - v @ au) / jnp.where(scale > 0, scale, 1)
+        system = system._replace(asymmetry=asymmetry)
     if least_squares:
         inverse_size = 1 / size
     else:
@@ -240,9 +243,16 @@ def _matrix_free(
         rcond = 1 / (size * inverse_size)
         unsolved = jnp.linalg.norm(constant(matvec(x)) - v) / jnp.linalg.norm(v)
         unsolved = jnp.where(jnp.isfinite(unsolved), unsolved, jnp.inf)
+        system = system._replace(rcond=rcond, residual=unsolved)
     # The step is only estimated here: a solve of its own would cost as much as the derivative.
-    step = jnp.linalg.norm(residual) * inverse_size
-    return System(linear, size, rcond, unsolved, asymmetry, step)
+    return system._replace(newton_step=jnp.linalg.norm(residual) * inverse_size)
+
+
+def _unmeasured(solve: Solve, dtype: Any) -> System:
+    """A system of which nothing is measured, and so nothing held against it. Not NaN: that is for
+    whoever searches for NaN (`jax_debug_nans`) to find."""
+    zero, one = jnp.zeros((), dtype), jnp.ones((), dtype)
+    return System(solve, size=zero, rcond=one, residual=zero, asymmetry=zero, newton_step=zero)
 
 
 def _probe(example: Vector, seed: int) -> Vector:

@@ -18,7 +18,7 @@ counts (`_trust`), and how a call is taken apart (`_solver_call`).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, TypedDict, Unpack, overload
 
 import jax
@@ -189,15 +189,10 @@ class ImplicitSolver:
         `dots`, and what tells whether to trust it."""
         v, to_x = to_vector(x)
 
-        def optimality(v: Any, moved: list[Any]) -> Any:
-            all_leaves = list(leaves)
-            for i, leaf in zip(moving, moved, strict=True):
-                all_leaves[i] = leaf
-            return self._optimality(jax.tree.unflatten(tree, all_leaves), v, to_x)
+        def optimality(v: Any, leaves: list[Any]) -> Any:
+            return self._optimality(jax.tree.unflatten(tree, leaves), v, to_x)
 
-        moved = [leaves[i] for i in moving]
-        f, by_x = _push(lambda v: optimality(v, moved), v)
-        _, by_moved = _push(lambda moved: optimality(v, moved), moved)
+        f, by_x, by_moved = _push(optimality, v, leaves, moving)
         system = _linear.prepare(
             by_x,
             v,
@@ -210,7 +205,7 @@ class ImplicitSolver:
         dv = -system.solve(by_moved(dots))
         if not self._check:
             return to_x(dv), None
-        evidence = self._evidence(system, *map(jax.lax.stop_gradient, (v, f)))
+        evidence = self._evidence(system, x, *map(jax.lax.stop_gradient, (v, f)))
         return to_x(dv * jnp.where(evidence.good, 1, jnp.nan).astype(dv.dtype)), evidence
 
     def _optimality(self, problem: Problem, v: Any, to_x: ToX) -> Any:
@@ -240,11 +235,14 @@ class ImplicitSolver:
         return self._has_aux and problem.has_aux(wanted)
 
     @staticmethod
-    def _evidence(system: _linear.System, v: Any, f: Any) -> Evidence:
+    def _evidence(system: _linear.System, x: Any, v: Any, f: Any) -> Evidence:
+        error = system.newton_step / jnp.maximum(jnp.linalg.norm(v), 1.0)
+        # An x in half precision is no closer to the solution than that, although v is float32.
+        dtype = jnp.finfo(jnp.result_type(*jax.tree.leaves(x))).dtype if v.size else v.dtype
         evidence = Evidence.of(
             v.size,
             finite=jnp.all(jnp.isfinite(v)) & jnp.all(jnp.isfinite(f)) & jnp.isfinite(system.size),
-            error=system.newton_step / jnp.maximum(jnp.linalg.norm(v), 1.0),
+            error=error.astype(dtype),
             rcond=system.rcond,
             residual=system.residual,
             asymmetry=system.asymmetry,
@@ -268,18 +266,42 @@ class ImplicitSolver:
             raise SingularError(msg)
 
 
-def _push(f: Callable[[Any], Any], x: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """The value of `f` at x, and how it pushes a direction forward.
+def _push(
+    f: Callable[[Any, list[Any]], Any], v: Any, leaves: list[Any], moving: tuple[int, ...]
+) -> tuple[Any, Callable[[Any], Any], Callable[[Any], Any]]:
+    """The value of `f` at v and the leaves, and how it pushes forward a direction of v, and
+    directions of the moving leaves.
 
     A function with a `custom_vjp` in it has no forward mode. But its pullback is linear, and the
-    transpose of that is the derivative again.
+    transpose of that is the derivative again. It is pulled back to all that has a derivative, so
+    that the rules of no function in it remain: a derivative of this derivative may be forward.
     """
-    if not _compat.has_custom_vjp(jax.make_jaxpr(f)(x).jaxpr):
-        value, push = jax.linearize(f, x)
-        return value, push
-    value, pull = jax.vjp(f, x)
+
+    def at(places: Sequence[int], values: Sequence[Any]) -> list[Any]:
+        replaced = dict(zip(places, values, strict=True))
+        return [replaced.get(i, leaf) for i, leaf in enumerate(leaves)]
+
+    if not _compat.has_custom_vjp(jax.make_jaxpr(f)(v, leaves).jaxpr):
+        value, by_v = jax.linearize(lambda v: f(v, leaves), v)
+        _, by_moved = jax.linearize(
+            lambda moved: f(v, at(moving, moved)), [leaves[i] for i in moving]
+        )
+        return value, by_v, by_moved
+    smooth = [
+        i for i, leaf in enumerate(leaves) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+    ]
+    value, pull = jax.vjp(lambda v, *s: f(v, at(smooth, s)), v, *[leaves[i] for i in smooth])
     transpose = jax.linear_transpose(pull, value)
-    return value, lambda dot: transpose((dot,))[0]
+    zeros = {i: jnp.zeros_like(leaves[i]) for i in smooth}
+
+    def push(dv: Any, dots: dict[int, Any]) -> Any:
+        return transpose((dv, *(zeros | dots).values()))[0]
+
+    return (
+        value,
+        lambda dv: push(dv, {}),
+        lambda dots: push(jnp.zeros_like(v), dict(zip(moving, dots, strict=True))),
+    )
 
 
 def _shapes(tree: Any) -> Any:

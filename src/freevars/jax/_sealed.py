@@ -8,6 +8,7 @@ leaves are to be sealed.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -44,10 +45,15 @@ def _key(x: Any) -> Hashable:
         return (type(x), x.dtype, x.tobytes())
     if isinstance(x, (float, complex)):
         return scalar_key(x)
+    if isinstance(x, frozenset):
+        return (type(x), frozenset(map(_key, x)))
     try:
         hash(x)
     except TypeError:
         return Same(x)
+    if dataclasses.is_dataclass(x):  # a frozen one, whose fields compare as Python compares them
+        fields = tuple(_key(getattr(x, f.name)) for f in dataclasses.fields(x))
+        return (type(x), x, fields)
     return (type(x), x)
 
 

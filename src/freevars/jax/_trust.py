@@ -35,8 +35,8 @@ def _eps(dtype: Any) -> float:
 
 
 class Evidence(NamedTuple):
-    """What tells whether a derivative can be trusted. Scalars; NaN where something was not
-    measured."""
+    """What tells whether a derivative can be trusted: scalars, each as good as can be where it was
+    not measured."""
 
     good: Any  # bool: nothing below is wrong
     finite: Any  # bool: x, its optimality and the matrix are finite
@@ -49,35 +49,35 @@ class Evidence(NamedTuple):
     def of(
         n: int, *, finite: Any, error: Any, rcond: Any, residual: Any, asymmetry: Any
     ) -> Evidence:
-        """Judge: a NaN that stands for "not measured" is no reason for doubt."""
-        tol = tolerance(error.dtype)
-        good = finite & (error <= tol) & ~(rcond <= least_rcond(n, error.dtype))
-        good &= ~(residual > tol) & ~(asymmetry > tol)
+        """Judge each by the spacing of its own dtype; a NaN is never good."""
+        good = finite & (error <= tolerance(error.dtype)) & (rcond > least_rcond(n, rcond.dtype))
+        good &= residual <= tolerance(residual.dtype)
+        good &= asymmetry <= tolerance(asymmetry.dtype)
         return Evidence(good, finite, error, rcond, residual, asymmetry)
 
 
 def failure(evidence: Evidence, n: int, name: str) -> FreevarsError:
     """The error for evidence that is not good."""
-    tol = tolerance(evidence.error.dtype)
+    tol = tolerance(evidence.residual.dtype)
     error, rcond, residual, asymmetry = map(float, evidence[2:])
     if not evidence.finite:
         return NotASolutionError(
             f"{name}: the solver returned a value that is not finite, or its optimality or the"
             " derivative of that is not finite there."
         )
-    if rcond <= least_rcond(n, evidence.error.dtype):
+    if not rcond > least_rcond(n, evidence.rcond.dtype):
         return SingularError(
             f"{name}: the system of the derivative is singular (reciprocal condition number about"
             f" {rcond:.1e}), so the solution is not a differentiable function of the captured"
             ' values there. on_failure="least_squares" takes the shortest solution.'
         )
-    if asymmetry > tol:
+    if not asymmetry <= tol:
         return SingularError(
             f"{name}: the second derivative of the objective is not symmetric (by {asymmetry:.1e},"
             " relative): a custom rule in it is not a gradient. Mend that rule, or give"
             " linear_solve=lineax.GMRES(...), which does not rest on symmetry."
         )
-    if residual > tol:
+    if not residual <= tol:
         return SingularError(
             f"{name}: the linear solver leaves a residual of {residual:.1e}, relative; up to"
             f" {tol:.1e} is accepted. The system is singular, or linear_solve needs more steps, or"
@@ -85,6 +85,7 @@ def failure(evidence: Evidence, n: int, name: str) -> FreevarsError:
         )
     return NotASolutionError(
         f"{name}: the solver did not converge: a Newton step from its result would still move it by"
-        f" {error:.1e}, relative to its norm (absolute below norm 1); up to {tol:.1e} is accepted."
+        f" {error:.1e}, relative to its norm (absolute below norm 1); up to"
+        f" {tolerance(evidence.error.dtype):.1e} is accepted."
         " Let it run longer, or declare the result good with check=False."
     )

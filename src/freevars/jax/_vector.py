@@ -18,10 +18,17 @@ __all__ = ["to_vector"]
 
 
 def to_vector(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """The real vector of a pytree, and the linear function that turns such a vector back."""
+    """The real vector of a pytree, and the linear function that turns such a vector back.
+
+    It is of float32 at least: no linear algebra is done in half precision.
+    """
     is_complex = [jnp.iscomplexobj(x) for x in jax.tree.leaves(tree)]
     if not any(is_complex):
-        return ravel_pytree(tree)
+        vector, from_vector = ravel_pytree(tree)
+        half = vector.dtype
+        if jnp.finfo(half).bits >= 32:  # noqa: PLR2004
+            return vector, from_vector
+        return vector.astype(jnp.float32), lambda vector: from_vector(vector.astype(half))
     leaves, treedef = tree_util.tree_flatten(tree)
     parts = [(x.real, x.imag) if c else x for x, c in zip(leaves, is_complex, strict=True)]
     vector, from_vector = ravel_pytree(parts)
