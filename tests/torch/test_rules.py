@@ -456,21 +456,49 @@ def test_errors_of_the_solver_reach_the_caller() -> None:
 # --- found by trying to break it
 
 
-def test_no_aux_for_a_batch() -> None:
+def test_aux_of_a_batch() -> None:
+    """Each element has its own; a transform inside or outside of the batch sees the right one."""
+
     def solver(fun: Any, x0: Tensor) -> Any:
         x = x0 - fun(x0)[0]
-        return x, x * 2
+        return x, {"double": x * 2, "count": torch.tensor(len(x)), "name": "one step", "no": None}
 
     solve = root(solver, has_aux=True)
     zero = torch.zeros(3, dtype=F64)
-    with pytest.raises(StructureError, match=r"has_aux=True.*loop"):
-        f.vmap(lambda b: solve(lambda x: (x - b, None), zero))(fresh(2, 3))
-    b = fresh(3)
-    gradient, aux = f.grad(
-        lambda b: (lambda x, aux: (x.sum(), aux))(*solve(lambda x: (x - b, None), zero)),
-        has_aux=True,
-    )(b)
-    close([gradient, aux], [torch.ones(3, dtype=F64), 2 * b])
+
+    def both(b: Tensor) -> Any:
+        return solve(lambda x: (x - b, None), zero)
+
+    def loss(b: Tensor) -> Any:
+        x, aux = both(b)
+        return (x**2).sum() + aux["double"].sum(), aux["double"]  # aux adds no derivative
+
+    b = fresh(4, 2, 3).detach()
+    pick = lambda x, aux: (x, aux["double"], aux["count"])
+    found = f.vmap(f.vmap(lambda b: pick(*both(b))))(b)
+    close(list(found), [b, 2 * b, torch.full((4, 2), 3)])
+    close(list(f.vmap(f.grad(loss, has_aux=True))(b[0])), [2 * b[0], 2 * b[0]])
+    close(list(f.vmap(f.vmap(f.grad(loss, has_aux=True)))(b)), [2 * b, 2 * b])
+    close(
+        list(f.jacrev(f.vmap(lambda b: both(b)[1]["double"]))(b[0])),
+        list(torch.zeros(2, 3, 2, 3, dtype=F64)),
+    )
+    primal, tangent = f.jvp(lambda b: loss(b)[0], (b[0, 0],), (b[1, 0],))
+    close([primal, tangent], [(b[0, 0] ** 2).sum() + 2 * b[0, 0].sum(), 2 * b[0, 0] @ b[1, 0]])
+    w = b[0, 0].clone().requires_grad_()
+    _, aux = both(w)
+    assert (aux["name"], aux["no"], aux["double"].requires_grad) == ("one step", None, False)
+
+
+def test_aux_that_is_no_tensor_is_one_for_a_batch() -> None:
+    solve = root(lambda fun, x0: (x0 - fun(x0)[0], float(fun(x0)[0])), has_aux=True)
+    zero = torch.zeros((), dtype=F64)
+    run = f.vmap(lambda b: solve(lambda x: (x - b, None), zero)[0])
+    close([run(torch.ones(2, dtype=F64))], [torch.ones(2, dtype=F64)])
+    with pytest.raises(
+        StructureError, match=r"got -1\.0 and -2\.0\. Return what differs as tensors"
+    ):
+        run(torch.tensor([1.0, 2.0], dtype=F64))
 
 
 def test_nothing_unknown() -> None:

@@ -36,22 +36,21 @@ class Problem(Protocol):
     constants: frozenset[int]
     """The positions of values that the residual does not depend on, or not continuously."""
 
-    def refuse_batch(self) -> None:
-        """Raises where one answer cannot stand for the solves of a batch."""
-
     def residual(self, x: Tensor, /, *values: Tensor) -> Tensor:
         """The optimality function, differentiable to any order."""
 
-    def solve(self, x0: Tensor, values: tuple[Tensor, ...]) -> Tensor:
-        """A root, from plain tensors; no derivative is taken of this."""
+    def solve(self, x0: Tensor, values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """A root and whatever tensors come with it, from plain tensors; no derivative is taken of
+        this."""
 
     def linear(self, transposed: bool, x: Tensor, values: tuple[Tensor, ...], b: Tensor) -> Tensor:  # noqa: FBT001
         """`u` with `F_x u = b`, or `F_x^T u = b`, from plain tensors."""
 
 
-def implicit(problem: Problem, x0: Tensor, *values: Tensor) -> Tensor:
-    """The root of `problem`, differentiable in the values to any order and in forward mode."""
-    out: Tensor = _Implicit.apply(problem, x0, *values)  # type: ignore[no-untyped-call]
+def implicit(problem: Problem, x0: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+    """The root of `problem`, differentiable in the values to any order and in forward mode, and
+    what comes with it, which is constant."""
+    out: tuple[Tensor, ...] = _Implicit.apply(problem, x0, *values)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -63,17 +62,14 @@ class Linear:
         self.transposed = transposed
         self.constants = frozenset(i + 1 for i in of.constants)
 
-    def refuse_batch(self) -> None:
-        """A linear system returns its solution only."""
-
     def residual(self, u: Tensor, /, *given: Tensor) -> Tensor:
         x, *values, b = given
         product = vjp if self.transposed else _product
         return product(lambda z: self.of.residual(z, *values), x, u) - b
 
-    def solve(self, _: Tensor, values: tuple[Tensor, ...]) -> Tensor:
+    def solve(self, _: Tensor, values: tuple[Tensor, ...]) -> tuple[Tensor]:
         x, *rest = values
-        return self.of.linear(self.transposed, x, tuple(rest[:-1]), rest[-1])
+        return (self.of.linear(self.transposed, x, tuple(rest[:-1]), rest[-1]),)
 
     def linear(self, transposed: bool, _: Tensor, values: tuple[Tensor, ...], b: Tensor) -> Tensor:  # noqa: FBT001
         x, *rest = values  # the matrix of this system does not depend on its unknown
@@ -81,29 +77,32 @@ class Linear:
 
 
 class _Implicit(torch.autograd.Function):
-    """Takes `(problem, x0, *values)`, gives `x`. `x0` gets no derivative: the root does not
-    depend on it."""
+    """Takes `(problem, x0, *values)`, gives `(x, *others)`. `x0` gets no derivative: the root does
+    not depend on it."""
 
     @staticmethod
-    def forward(problem: Problem, x0: Tensor, *values: Tensor) -> Tensor:
+    def forward(problem: Problem, x0: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
         # The solver may use autograd as it likes: it sees copies without history.
         plain = tuple(v.detach() for v in values)
         with _compat.solver_running(), torch.inference_mode(mode=False), torch.enable_grad():
-            return problem.solve(x0.detach(), plain).detach()
+            return tuple(t.detach() for t in problem.solve(x0.detach(), plain))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.problem, _, *values = inputs
-        ctx.save_for_backward(output, *values)
+        x, *others = output
+        ctx.mark_non_differentiable(*others)
+        ctx.n_others = len(others)
+        ctx.save_for_backward(x, *values)
         if (
             _compat.transforms_active()
         ):  # this one is a cycle: it would live until the next collection
-            ctx.save_for_forward(output, *values)
+            ctx.save_for_forward(x, *values)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
+    def backward(ctx: Any, g: Tensor, *_: Any) -> Any:
         x, *values = ctx.saved_tensors
-        u = implicit(Linear(ctx.problem, transposed=True), torch.zeros_like(g), x, *values, g)
+        (u,) = implicit(Linear(ctx.problem, transposed=True), torch.zeros_like(g), x, *values, g)
         wanted = [i for i in _continuous(ctx.problem, values) if ctx.needs_input_grad[i + 2]]
 
         def residual(*some: Tensor) -> Tensor:
@@ -115,7 +114,7 @@ class _Implicit(torch.autograd.Function):
         return None, None, *grads
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         # PyTorch calls this with forward mode off, which would also lose the tangents of every
         # outer transform. On again, the tangents of this one must be taken off, or this rule
         # calls itself.
@@ -129,20 +128,21 @@ class _Implicit(torch.autograd.Function):
                 return ctx.problem.residual(x, *_merged(values, wanted, inputs))  # type: ignore[no-any-return]
 
             r = jvp(residual, [values[i] for i in wanted], some, like=x)
-            return implicit(
+            (dx,) = implicit(
                 Linear(ctx.problem, transposed=False), torch.zeros_like(r), x, *values, -r
             )
+            return dx, *(None,) * ctx.n_others
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, problem: Problem, *inputs: Tensor) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: Any, problem: Problem, *inputs: Tensor) -> Any:
         """One solve after the other: a solver may branch on its data and leave PyTorch."""
-        problem.refuse_batch()
         dims = in_dims[1:]
-        roots = []
+        found = []
         for k in range(info.batch_size):
             one = [t if d is None else t.select(d, k) for t, d in zip(inputs, dims, strict=True)]
-            roots.append(implicit(problem, *one))
-        return torch.stack(roots), 0
+            found.append(implicit(problem, *one))
+        out = tuple(torch.stack(same) for same in zip(*found, strict=True))
+        return out, (0,) * len(out)
 
 
 def _continuous(problem: Problem, values: Sequence[Tensor]) -> list[int]:

@@ -48,6 +48,23 @@ class Rule:
             raise ValueError(message)
 
 
+class _Tensor:
+    """Stands for a tensor of aux."""
+
+    def __repr__(self) -> str:
+        return "a tensor"
+
+
+_A_TENSOR = _Tensor()
+
+
+def _equal(a: Any, b: Any) -> bool:
+    try:
+        return a is b or (type(a) is type(b) and bool(a == b))
+    except ValueError:  # NumPy arrays
+        return False
+
+
 class Problem:
     """`residual(x, *values) = 0`, and how the user's solver finds `x`."""
 
@@ -64,7 +81,7 @@ class Problem:
         self.converted = converted
         self.unknown = unknown
         self.bound = bound
-        self.aux: Any = None
+        self._aux: tuple[list[Any], Any] | None = None
         leaves, self._spec = pytree.tree_flatten((fun_arguments, options))
         self._where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -117,18 +134,8 @@ class Problem:
 
     # --- the solver
 
-    def refuse_batch(self) -> None:
-        """Under `torch.func.vmap` each element has an aux of its own, and only one is returned."""
-        if self.rule.has_aux:
-            message = (
-                f"{self.rule.name}: expected a solver without aux under torch.func.vmap, which "
-                "runs it once for each element, got has_aux=True. Return x only, or write the loop "
-                "over the elements in Python."
-            )
-            raise StructureError(message)
-
-    def solve(self, x0: Tensor, values: tuple[Tensor, ...]) -> Tensor:
-        """Runs the user's solver, as it was called, on plain tensors."""
+    def solve(self, x0: Tensor, values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Runs the user's solver, as it was called, on plain tensors: x, and the tensors of aux."""
         args, kwargs, options = self._arguments(values)
         hoisted = values[len(self._where) :]
 
@@ -149,9 +156,34 @@ class Problem:
                 given[parameter.name] = args
         call = inspect.BoundArguments(self.bound.signature, given)
         out = self.rule.solver(*call.args, **call.kwargs)
+        tensors = []
         if self.rule.has_aux:
-            out, self.aux = out
-        return self.unknown.ravel(out, f"the result of {self.rule.name}").detach()
+            out, aux = out
+            tensors = self._take_apart(aux)
+        return self.unknown.ravel(out, f"the result of {self.rule.name}"), *tensors
+
+    def _take_apart(self, aux: Any) -> list[Tensor]:
+        """The tensors of aux, as copies that nobody else writes to. What is no tensor is told
+        beside, once for a whole batch."""
+        leaves, spec = pytree.tree_flatten(aux)
+        rest = [_A_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        if self._aux is None:
+            self._aux = (rest, spec)
+        elif spec != self._aux[1] or not all(map(_equal, rest, self._aux[0])):
+            before, now = (pytree.tree_unflatten(*aux) for aux in (self._aux, (rest, spec)))
+            message = (
+                f"{self.rule.name}: expected an aux that differs in tensors only from one element "
+                f"of a batch to the next, got {before} and {now}. Return what differs as tensors."
+            )
+            raise StructureError(message)
+        return [leaf.clone() for leaf in leaves if isinstance(leaf, Tensor)]
+
+    def with_aux(self, tensors: Sequence[Tensor]) -> Any:
+        """Aux as the solver returned it, of the tensors that came back with `x`."""
+        assert self._aux is not None  # noqa: S101 (a solver has run)
+        rest, spec = self._aux
+        left = iter(tensors)
+        return pytree.tree_unflatten([next(left) if x is _A_TENSOR else x for x in rest], spec)
 
     # --- the linear systems of its derivative
 

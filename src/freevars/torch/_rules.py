@@ -67,8 +67,9 @@ class ImplicitSolver:
         problem = Problem(self._rule, converted, flat, bound, (fun_args, fun_kwargs), options)
         leaves = pytree.tree_leaves(((fun_args, fun_kwargs), options))
         given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        x = flat.unravel(implicit(problem, flat.ravel(x0, "x0").detach(), *given, *hoisted))
-        return (x, problem.aux) if self._rule.has_aux else x
+        v, *aux = implicit(problem, flat.ravel(x0, "x0").detach(), *given, *hoisted)
+        x = flat.unravel(v)
+        return (x, problem.with_aux(aux)) if self._rule.has_aux else x
 
 
 def _sort_arguments(
@@ -123,7 +124,8 @@ def argmin(
             of the structure of `x0`. It may leave PyTorch. `torch.func.vmap` runs it once for
             each element.
         has_aux: the solver returns `(x, aux)`, and `fun` returns `(value, aux)`; aux has no
-        derivative.
+            derivative. Under `torch.func.vmap`, what is no tensor in it must be the same for all
+            elements.
         linear_solve: a callable `solve(matvec, b)` on real vectors (a complex unknown counts as
             two) for the systems of the derivative. By default a factorisation up to 100 unknowns;
             beyond, conjugate gradients for `argmin`, GMRES else.
