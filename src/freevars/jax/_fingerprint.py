@@ -10,6 +10,7 @@ here: the types of arguments and results as the user sees them.
 from __future__ import annotations
 
 import dataclasses
+import weakref
 import zlib
 from collections.abc import Hashable
 from typing import Any
@@ -28,6 +29,10 @@ _NAMED = {"jit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp
 # Above this size the content of a NumPy array that a rule or a callback holds is not read: a
 # function that holds one equals itself and nothing else.
 _READ_BYTES = 1 << 20
+
+# The keys of nested programs, which JAX keeps from one trace to the next: those of jitted functions,
+# its own among them. Not where the user's functions or arrays are in it, which can change.
+_NESTED: weakref.WeakKeyDictionary[Any, Hashable] = weakref.WeakKeyDictionary()
 
 _SCALARS = {type(None), bool, int, str, bytes, float, complex}
 
@@ -109,9 +114,18 @@ class Fingerprint:
         return (kind, _hashable(x))
 
     def _closed(self, jaxpr: Any) -> Hashable:
+        known = _NESTED.get(jaxpr)
+        if known is not None:
+            return known
+        held, foreign = len(self.held), self._callables.foreign
+        self._callables.foreign = False
         opened = getattr(jaxpr, "jaxpr", jaxpr)
         consts = tuple([self._param(c) for c in getattr(jaxpr, "consts", ())])
-        return (self._program(opened), consts)
+        key = (self._program(opened), consts)
+        if len(self.held) == held and not self._callables.foreign:
+            _NESTED[jaxpr] = key
+        self._callables.foreign |= foreign
+        return key
 
     def _held(self, x: Any) -> Hashable:
         self.held.append(x)
