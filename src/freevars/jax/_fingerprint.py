@@ -31,8 +31,8 @@ _NAMED = {"jit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp
 _READ_BYTES = 1 << 20
 
 # The keys of nested programs, which JAX keeps from one trace to the next: those of jitted functions,
-# its own among them. Not where the user's functions or arrays are in it, which can change.
-_NESTED: weakref.WeakKeyDictionary[Any, Hashable] = weakref.WeakKeyDictionary()
+# its own among them. None for one that holds a function of the user's or an array, which can change.
+_NESTED: weakref.WeakKeyDictionary[Any, Hashable | None] = weakref.WeakKeyDictionary()
 
 _SCALARS = {type(None), bool, int, str, bytes, float, complex}
 
@@ -114,18 +114,16 @@ class Fingerprint:
         return (kind, _hashable(x))
 
     def _closed(self, jaxpr: Any) -> Hashable:
-        known = _NESTED.get(jaxpr)
+        if jaxpr not in _NESTED:
+            alone = Fingerprint(getattr(jaxpr, "jaxpr", jaxpr))
+            can_change = alone.foreign or getattr(jaxpr, "consts", ())
+            _NESTED[jaxpr] = None if can_change else alone.key
+        known = _NESTED[jaxpr]
         if known is not None:
             return known
-        held, foreign = len(self.held), self._callables.foreign
-        self._callables.foreign = False
         opened = getattr(jaxpr, "jaxpr", jaxpr)
         consts = tuple([self._param(c) for c in getattr(jaxpr, "consts", ())])
-        key = (self._program(opened), consts)
-        if len(self.held) == held and not self._callables.foreign:
-            _NESTED[jaxpr] = key
-        self._callables.foreign |= foreign
-        return key
+        return (self._program(opened), consts)
 
     def _held(self, x: Any) -> Hashable:
         self.held.append(x)
