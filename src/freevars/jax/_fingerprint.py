@@ -30,8 +30,9 @@ _NAMED = {"jit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp
 # function that holds one equals itself and nothing else.
 _READ_BYTES = 1 << 20
 
-# The keys of nested programs, which JAX keeps from one trace to the next: those of jitted functions,
-# its own among them. None for one that holds a function of the user's or an array, which can change.
+# The keys of nested programs, which JAX keeps from one trace to the next: those of jitted
+# functions, its own among them. None for one that holds a function of the user's or an array, which
+# can change.
 _NESTED: weakref.WeakKeyDictionary[Any, Hashable | None] = weakref.WeakKeyDictionary()
 
 _SCALARS = {type(None), bool, int, str, bytes, float, complex}
