@@ -94,15 +94,14 @@ _Namespace = tuple[Node, Mapping[str, Any], dict[str, object]]
 
 
 class Reach:
-    """The links out of each object, for one walk that starts at ``fun``.
+    """The links out of each object, for walks that start at one function after the other.
 
-    It remembers which variables and names it has met: a variable is followed once, and the members
-    of a module or class are followed when some code mentions their names.
+    It remembers which variables and names it has met: a variable is followed once in a walk, and
+    the members of a module or class are followed when some code mentions their names.
     """
 
     def __init__(
         self,
-        fun: object,
         opaque: frozenset[str],
         enters: Callable[[type], bool] | None = None,
         implicit: frozenset[str] = frozenset(),
@@ -113,16 +112,20 @@ class Reach:
         self.enters = enters
         self.implicit = implicit
         self.sets = sets
-        self.root = Node(fun, None, home_name(fun), function_name(fun), home=True)
-        inner = unwrapped(fun)
-        self.scope = scope(inner)
-        self.globals = inner.__globals__ if type(inner) is FunctionType else None
         self.once: set[object] = set()  # cells and globals: a variable has one name
         self.mentioned: dict[str, None] = {}  # every name in the code read so far
         self.namespaces: list[_Namespace] = []
         self.instances: dict[int, int] = {}  # how many of each class have been met
         self.members: dict[int, dict[str, Any]] = {}  # by id: hashing a class can run code
         self.opacity: dict[int, bool] = {}
+
+    def start(self, fun: object) -> Node:
+        """Where a walk begins that asks about ``fun``."""
+        inner = unwrapped(fun)
+        self.scope = scope(inner)
+        self.globals = inner.__globals__ if type(inner) is FunctionType else None
+        self.once.clear()  # a variable may hold something else by now
+        return Node(fun, None, home_name(fun), function_name(fun), home=True)
 
     def inside(self, node: Node) -> Iterator[Node]:  # noqa: C901 (one branch for each kind)
         """The links out of ``node``: one method below for each kind of object."""

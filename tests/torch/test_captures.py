@@ -834,7 +834,7 @@ def test_names_cost_nothing_until_somebody_asks(monkeypatch: pytest.MonkeyPatch)
     def asked(*_: Any, **__: Any) -> None:
         raise AssertionError("named")
 
-    for part in ("name_values", "reachable_leaves", "read_site"):
+    for part in ("name_values", "Leaves", "read_site"):
         monkeypatch.setattr(_names, part, asked)
     net = Net()
     closure = fv.Closure(lambda x: net(x), X)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from freevars.torch import _api, _compat
 from freevars.torch._compat import DispatchWatch, Watch, storage_key
-from freevars.torch._names import caller, describe, line_of_caller, reachable
+from freevars.torch._names import Reachable, caller, describe, line_of_caller
 from freevars.torch._tape import hidden_path
 
 __all__ = ["Discovery"]
@@ -49,6 +49,7 @@ class Discovery(Watch):
             Tensor
         ] = []  # made by `fun` as function modes see it, and those they do not:
         self.makes_leaves = False
+        self._reachable: Reachable | None = None
         self._call: set[int] | None = None  # memory that the running operation was given
 
     def watching(self) -> AbstractContextManager[Any]:
@@ -171,7 +172,8 @@ class Discovery(Watch):
     def _read_reachable(self, fun: Any) -> None:
         if fun is None:
             return
-        for t, _ in reachable(fun).values():
+        self._reachable = self._reachable or Reachable()  # one for the run: each object is met once
+        for t, _ in self._reachable.of(fun):
             if self.hoist(t):
                 self.read(t)
 
