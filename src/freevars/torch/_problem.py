@@ -17,6 +17,7 @@ from freevars.errors import FreevarsError, NotASolutionError, StructureError
 from freevars.torch._compat import pytree
 from freevars.torch._convert import Converted
 from freevars.torch._flat import Flat
+from freevars.torch._grads import caller_leaves, put_aside
 from freevars.torch._implicit import vjp
 from freevars.torch._linear import DIRECT_LIMIT, Dense, LinearSolve, MatrixFree, System, tolerance
 from freevars.torch._names import called
@@ -81,6 +82,7 @@ class Problem:
         self.converted = converted
         self.unknown = unknown
         self.bound = bound
+        self._callers = caller_leaves(rule.solver, *options.values())
         self._aux: tuple[list[Any], Any] | None = None
         leaves, self._spec = pytree.tree_flatten((fun_arguments, options))
         self._where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -155,7 +157,8 @@ class Problem:
             ):
                 given[parameter.name] = args
         call = inspect.BoundArguments(self.bound.signature, given)
-        out = self.rule.solver(*call.args, **call.kwargs)
+        with put_aside(self._callers):
+            out = self.rule.solver(*call.args, **call.kwargs)
         tensors = []
         if self.rule.has_aux:
             out, aux = out
