@@ -245,7 +245,8 @@ def _name_of(hoist: Hoist) -> str:
 
 def _run(fun: Callable[..., Any], example: tuple[Any, ...], hoist: Hoist, rng: Rng) -> list[_Found]:
     policy = policy_of(hoist)
-    recorder, _, _ = discover(fun, example, policy, rng, _Recorder)
+    recorder = discover(fun, example, policy, rng, _Recorder)[0]
+    recorder.drop_unheld()
     found = []
     for t in recorder.captured.values():
         reads = recorder.reads.get(id(t), _Reads())

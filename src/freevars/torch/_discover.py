@@ -127,6 +127,20 @@ class Discovery(Watch):
         """What `fun` returns is captured too if it did not make it."""
         self.replace(outputs)
 
+    def drop_unheld(self) -> None:
+        """Forgets the constants that nobody else holds, once the run and its results are over. The
+        function made them where no mode sees it (`torch.frombuffer`): a later call makes its own.
+        """
+        self.captured_keys.clear()
+        constants = [k for k, t in self.captured.items() if not _api.may_carry_derivative(t)]
+        refs = {key: weakref.ref(self.captured[key]) for key in constants}
+        kept = {key: None if key in refs else t for key, t in self.captured.items()}
+        self.captured.clear()
+        for key, t in kept.items():
+            found = t if key not in refs else refs[key]()
+            if found is not None:
+                self.captured[key] = found
+
     def _inner(self, t: Tensor) -> list[Tensor]:
         """Every plain tensor that reading `t` may read, where converted calls stand below us
         too."""

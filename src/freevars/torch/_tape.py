@@ -75,7 +75,7 @@ def hidden_path(
 
 def leaves_behind(tensors: Iterable[Tensor]) -> list[Tensor]:
     """The leaves in which the tapes of `tensors` end."""
-    nodes = [t.grad_fn for t in tensors if t.grad_fn is not None]
+    nodes: list[Any] = [t.grad_fn for t in tensors if t.grad_fn is not None]
     seen: set[Any] = {None, *nodes}
     for node in nodes:  # grows while it is walked
         following = {n for n, _ in node.next_functions} - seen
