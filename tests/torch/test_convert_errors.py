@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from freevars.torch import CaptureError, StructureError, closure_convert
+from tests.torch import other_module
 from tests.torch.explicit import fresh, same
 
 f = torch.func
@@ -71,6 +72,60 @@ def test_a_branch_inside_a_transform(transform: str) -> None:
         "dual": dual,
     }
     with pytest.raises(CaptureError, match="hidden"):
+        apply[transform](run)
+
+
+class Table:
+    """Holds a tensor on the class itself."""
+
+    held: Tensor
+
+    def get(self) -> Tensor:
+        return self.held
+
+
+FAR: dict[str, Callable[[Tensor], Tensor]] = {
+    "class": lambda x: x * Table.held,
+    "class of an instance": lambda x: x * TABLE.held,
+    "method": lambda x: x * TABLE.get(),
+    "module": lambda x: x * other_module.SCALE,
+    "callee in a module": lambda x: other_module.scaled(x),
+    "set": lambda x: x * next(iter(HELD)),
+}
+TABLE = Table()
+HELD: set[Tensor] = set()
+
+
+@pytest.mark.parametrize("transform", ["jvp", "vmap", "dual", "no_grad", "grad"])
+@pytest.mark.parametrize("where", FAR)
+def test_a_branch_that_reads_far_away(
+    where: str, transform: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a tape, only a look at what the function can reach tells."""
+    w, x = fresh(3, grad=False), fresh(3, grad=False)
+
+    def run(hidden: Tensor) -> Tensor:
+        monkeypatch.setattr(Table, "held", hidden, raising=False)
+        monkeypatch.setattr(other_module, "SCALE", hidden)
+        monkeypatch.setitem(globals(), "HELD", {hidden})
+        take, far = False, FAR[where]
+        converted, hoisted = closure_convert(lambda x: far(x) if take else x * 2, x)
+        assert hoisted == ()
+        take = True
+        return converted(x).sum()
+
+    def dual(run: Any) -> None:
+        with torch.autograd.forward_ad.dual_level():
+            run(torch.autograd.forward_ad.make_dual(w, x))
+
+    apply: dict[str, Any] = {
+        "grad": lambda run: f.grad(run)(w),
+        "jvp": lambda run: f.jvp(run, (w,), (w,)),
+        "vmap": lambda run: f.vmap(run)(torch.stack([w, w])),
+        "dual": dual,
+        "no_grad": lambda run: torch.no_grad()(run)(fresh(3)),
+    }
+    with pytest.raises(CaptureError, match=r"not hoisted: .*(held|SCALE|HELD)"):
         apply[transform](run)
 
 
