@@ -387,6 +387,8 @@ def test_nested_tensors(layout: torch.layout) -> None:
     (value,) = fv.captures(lambda _: rows * 2, X).values
     assert (value.name, value.type_text) == ("rows", "float32[2,-1]")
     assert value.nbytes >= 20
+    (refused,) = fv.captures(lambda _: rows * 2, X, hoist="all").values
+    assert (refused.hoisted, refused.policy) == (False, "refused: a nested tensor")
     json.dumps(dataclasses.asdict(value))
 
 

@@ -416,6 +416,48 @@ def test_an_inner_derivative_whose_path_runs_outside() -> None:
         same(converted(x, *hoisted), g(x))
 
 
+def test_a_pullback_from_outside() -> None:
+    """It is a path from one captured tensor to another."""
+    w, x = fresh(3), fresh(3, grad=False)
+    _, pullback = f.vjp(lambda z: (z * w).sin(), x)
+    with pytest.raises(CaptureError, match=r"call torch\.func\.vjp inside"):
+        closure_convert(lambda x: pullback(x)[0], x)
+    inside = lambda x: f.vjp(lambda z: (z * w).sin(), x)[1](x)[0]
+    converted, hoisted = closure_convert(inside, x)
+    same(converted(x, *hoisted), pullback(x)[0])
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors(layout: torch.layout) -> None:
+    nested, w, x = torch.nested, fresh(3), fresh(3, grad=False)
+
+    def total(rows: Tensor) -> Tensor:
+        return nested.to_padded_tensor(rows, 0.0).sum()
+
+    def make(x: Tensor) -> Tensor:
+        return nested.as_nested_tensor([w * x, w[:2]], layout=layout)
+
+    rows, derived = nested.nested_tensor([[1.0, 2.0], [3.0]], layout=layout), make(x)
+    leaf = nested.nested_tensor([[1.0, 2.0], [3.0]], layout=layout, requires_grad=True)
+    for held in (leaf, derived):
+        with pytest.raises(CaptureError, match=r"a nested tensor: held .*t\.unbind\(\)"):
+            closure_convert(lambda x: total(held * 2) * x.sum(), x)
+    with pytest.raises(CaptureError, match="a nested tensor: rows"):
+        closure_convert(lambda x: total(rows * 2) * x.sum(), x, hoist="all")
+    with pytest.raises(StructureError, match="nested tensor of 2 parts"):
+        closure_convert(lambda rows: total(rows) * w.sum(), rows)
+    with pytest.raises(StructureError, match="nested tensor of 2 parts"):
+        closure_convert(make, x)
+    # What is nested inside, and constants, are no trouble.
+    fun = lambda x: total(make(x)) * total(rows * 2)
+    converted, hoisted = closure_convert(fun, x)
+    same(torch.autograd.grad(converted(x, *hoisted), hoisted), torch.autograd.grad(fun(x), w))
+    for args in ((x, rows), (rows, w)):
+        with pytest.raises(StructureError, match=r"expected .*float64\[3\].*, got a nested tensor"):
+            converted(*args)
+
+
 async def _product(x: Tensor, w: Tensor) -> Tensor:
     return x * w
 

@@ -294,7 +294,8 @@ class Converted:
             raise StructureError(message)
         values = args[n:]
         for i, (value, (shape, dtype)) in enumerate(zip(values, self._types, strict=True)):
-            if not isinstance(value, Tensor) or value.shape != shape or value.dtype is not dtype:
+            is_plain = isinstance(value, Tensor) and not value.is_nested
+            if not is_plain or value.shape != shape or value.dtype is not dtype:
                 captured = describe(self._captured[i], self._fun, self.first_reads[i])
                 message = (
                     f"hoisted value {i} expected like {captured}, got {Structure.shown(value)}."

@@ -68,7 +68,8 @@ def hidden_path(
                 return (
                     f"expected an inner derivative with respect to {describe(u, fun)} that has "
                     f"all its paths inside the function, got {describe(t, fun)}, which was "
-                    "computed from it outside. Compute that inside the function, or detach it."
+                    "computed from it outside. Compute that inside the function, or detach it; "
+                    "call torch.func.vjp inside too, for its pullback holds such a path."
                 )
     return None
 
