@@ -409,11 +409,15 @@ def test_singular() -> None:
 def test_singular_without_a_matrix() -> None:
     n = 150
     a = fresh(n)
-    x = root(lambda fun, x0: x0, check=False)(
-        lambda x: x.roll(1) - x + a - a.detach(), torch.zeros(n, dtype=F64)
-    )
+
+    def solve(**options: Any) -> Tensor:
+        solver = root(lambda fun, x0: x0, **options)
+        return solver(lambda x: x.roll(1) - x + a - a.detach(), torch.zeros(n, dtype=F64))
+
     with pytest.raises(SingularError, match="linear_solve="):
-        torch.autograd.grad(x[0], a)
+        torch.autograd.grad(solve()[0], a)
+    (unchecked,) = torch.autograd.grad(solve(check=False)[0], a)  # whatever the iteration gives
+    assert unchecked.shape == a.shape
 
 
 def test_wrong_structures() -> None:

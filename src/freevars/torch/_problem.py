@@ -237,15 +237,15 @@ class Problem:
 
     def _of_derivative(self, at: Tensor, f: Tensor) -> System:
         name, symmetric = self.rule.name, self.rule.kind == "argmin"
-        least_squares = self.rule.on_failure == "least_squares"
+        options = {
+            "least_squares": self.rule.on_failure == "least_squares",
+            "check": self.rule.check,
+        }
         if not f.requires_grad:
-            return Dense(
-                torch.zeros(len(f), len(f), dtype=f.dtype, device=f.device),
-                name,
-                least_squares=least_squares,
-            )
+            zero = torch.zeros(len(f), len(f), dtype=f.dtype, device=f.device)
+            return Dense(zero, name, **options)
         if self.rule.linear_solve is None and len(f) <= DIRECT_LIMIT:
-            return Dense(_jacobian(f, at), name, least_squares=least_squares)
+            return Dense(_jacobian(f, at), name, **options)
 
         def by_transpose(u: Tensor) -> Tensor:
             (product,) = torch.autograd.grad(f, at, u, retain_graph=True, materialize_grads=True)
