@@ -518,6 +518,38 @@ def test_returned_where_it_cannot_be_replaced() -> None:
         converted(x, *hoisted)
 
 
+READ_BELOW = torch.ones(3, dtype=torch.float64, requires_grad=True)
+TABLE_BELOW = torch.ones(3, dtype=torch.float64)
+
+
+@torch.library.custom_op("freevars_tests::scale", mutates_args=())
+def _scale(x: Tensor) -> Tensor:
+    return x * READ_BELOW.detach()
+
+
+@torch.library.custom_op("freevars_tests::shift", mutates_args=())
+def _shift(x: Tensor) -> Tensor:
+    return x + TABLE_BELOW
+
+
+def test_custom_operators() -> None:
+    """Their functions run below every mode."""
+    w, x = fresh(3), fresh(3, grad=False)
+    named = r"custom operator freevars_tests.scale.*can read READ_BELOW .*as an argument"
+    for call in (_scale, torch.ops.freevars_tests.scale, torch.ops.freevars_tests.scale.default):
+        with pytest.raises(CaptureError, match=named):
+            closure_convert(lambda x: call(x) * w, x)
+    late = False
+    converted, hoisted = closure_convert(lambda x: _scale(x) if late else _shift(x) * w, x)
+    for _ in range(2):
+        same(converted(x, *hoisted), (x + 1) * w)
+    late = True
+    with pytest.raises(CaptureError, match=named):
+        converted(x, *hoisted)
+    with pytest.raises(CaptureError, match="TABLE_BELOW"):
+        closure_convert(lambda x: _shift(x) * w, x, hoist="all")
+
+
 def test_higher_order_operators() -> None:
     w, x = fresh(3), fresh(3)
 

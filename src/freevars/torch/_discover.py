@@ -99,6 +99,9 @@ class Discovery(Watch):
             self.refuse(_api.backward_message(self.fun))
         if _compat.is_higher_order(func):
             self.refuse(_api.higher_order_message(func, self.fun))
+        body = _compat.operator_body(func)
+        if body is not None:
+            _api.refuse_reads_of_operator(self, func, body, self.hoist, self.fun)
         if func in _api.BATCH_STATISTICS:
             _api.refuse_running_statistics(self, func, args, kwargs)
 
