@@ -15,6 +15,7 @@ from freevars.torch import (
     SingularError,
     StructureError,
     argmin,
+    closure_convert,
     fixed_point,
     root,
 )
@@ -634,3 +635,17 @@ def test_what_a_solver_reaches_itself_keeps_its_grad(before: float | None) -> No
     for t, grad in zip(watched, grads, strict=True):
         assert t.grad is grad
         assert grad is None or bool((grad == before).all())
+
+
+def test_what_a_converted_call_gives_a_solver_keeps_its_grad() -> None:
+    a, other, zero = fresh(3), fresh(), torch.zeros(3, dtype=F64)
+    of_global = argmin(lambda fun, x0: gradient_step(fun, x0, SEEN))
+    fun = lambda x0: of_global(lambda x: ((x - a) ** 2).sum(), x0)
+    SEEN.grad = None
+    converted, hoisted = closure_convert(fun, zero)
+    given = [other if h.data_ptr() == SEEN.data_ptr() else h for h in hoisted]
+    assert len(given) == 2
+    x = converted(zero, *given)
+    close(x, a)
+    assert (a.grad, other.grad, SEEN.grad) == (None, None, None)
+    close(torch.autograd.grad(x.sum(), a), [torch.ones(3, dtype=F64)])

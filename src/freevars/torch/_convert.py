@@ -76,11 +76,11 @@ def closure_convert(
     Raises:
         CaptureError: `fun` writes in place to a captured tensor, to its argument or to a running
             statistic, changes a captured tensor itself (`requires_grad_`, `.grad`, `.data`, a
-            hook), calls `.backward()`, reads a captured tensor where it cannot be replaced,
-            returns a generator that has yet to run, or takes an inner derivative whose path runs
+            hook), calls `.backward()`, reads a captured tensor where it cannot be replaced
+            (TorchScript, a custom operator's own function), captures a nested tensor, returns a generator that has yet to run, or takes an inner derivative whose path runs
             outside of it.
-        StructureError: (from `converted`) a call with another structure, type, shape or number of
-        values.
+        StructureError: an argument or result is a nested tensor; from `converted`, a call with
+            another structure, type, shape or number of values.
 
     Example:
         >>> import torch

@@ -21,7 +21,8 @@ def caller_leaves(*reaching: object) -> list[Tensor]:
     """The tensors whose `.grad` a backward pass could change that runs through something the given
     objects can reach."""
     reachable = Reachable()
-    found = [t for x in reaching for t, _ in reachable.of(x)]
+    reached = [t for x in reaching for t, _ in reachable.of(x)]
+    found = [*reached, *map(_compat.resolve, reached)]  # within a converted call, what that gives
     with _compat.unseen():
         plain = [t for t in found if not _compat.is_wrapped(t)]
         leaves = [t for t in plain if t.is_leaf or t.retains_grad]
