@@ -7,6 +7,7 @@ and its tests bring the transformations (`test_rule_table.py` of each host).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -215,18 +216,17 @@ PROBLEMS = [
 
 class Failure(NamedTuple):
     """A problem of a scalar `t` without a derivative to be trusted: what is raised, and what the
-    derivative is with `on_failure="least_squares"` and with `check=False`. None: it raises. With
-    `check=False` a singular system is each host's own: an error here, not finite there."""
+    derivative is with `on_failure="least_squares"` and with `check=False`. None: it raises."""
 
     name: str
     program: Callable[..., Any]  # (host, options, t), a scalar
     error: type[Exception]
     match: str
     least_squares: float | None
-    unchecked: float | Any | None
+    unchecked: float | None  # NOT_FINITE: it is not
 
 
-OWN = object()
+NOT_FINITE = math.inf
 
 
 SINGULAR = np.array([[1.0, 2.0], [2.0, 4.0]])
@@ -260,7 +260,7 @@ FAILURES = [
     Failure("root not found", _lazy, NotASolutionError, "did not converge", None, 1.5),
     Failure("minimum not found", _lazy_minimiser, NotASolutionError, "did not conv", None, 3.0),
     Failure("not finite", _infinite, NotASolutionError, "finite", None, 4.0),
-    Failure("singular", _singular, SingularError, "reciprocal condition", 0.6, OWN),
+    Failure("singular", _singular, SingularError, "reciprocal condition", 0.6, NOT_FINITE),
 ]
 
 # Mistakes: what is called, and which exceptions tell, with what.

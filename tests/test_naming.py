@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from freevars._naming import Name, function_name, name_values, reachable_leaves
+from freevars._naming import Leaves, Name, function_name, name_values
 
 
 class Value:
@@ -403,13 +403,53 @@ def test_classes_of_a_framework_whose_instances_are_entered() -> None:
 def test_every_leaf_that_is_reachable_sets_included() -> None:
     a, b = Value(), object()
     params = {"a": [a, a], "b": {b}, "c": frozenset({b})}
-    found = reachable_leaves(
-        lambda: (params, a), lambda obj: type(obj) is Value or type(obj) is object
-    )
+    leaves = Leaves(lambda obj: type(obj) is Value or type(obj) is object)
+    found = leaves.of(lambda: (params, a))
     assert [(id(value), name.name) for value, name in found] == [
         (id(a), "a"),
         (id(b), "params['b']{…}"),
     ]
+
+
+def test_a_second_function_opens_only_what_the_first_did_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    a, b, c = Value(), Value(), Value()
+    shared = {"many": [a, *map(float, range(1000))]}
+    looked: list[object] = []
+
+    def is_leaf(obj: object) -> bool:
+        looked.append(obj)
+        return type(obj) is Value
+
+    leaves = Leaves(is_leaf)
+    current = b
+
+    def read() -> object:
+        return shared, current
+
+    assert [name.name for _, name in leaves.of(read)] == ["current", "shared['many'][0]"]
+    looked.clear()
+    assert leaves.of(lambda: (shared, b)) == []
+    assert len(looked) < 20
+    current = c  # a variable may be bound again between two walks
+    assert [value for value, _ in leaves.of(read)] == [c]
+    monkeypatch.setattr("freevars._naming._BUDGET", 10)
+    deep = [[[Value()]] for _ in range(8)]
+    leaves = Leaves(is_leaf)
+    counts = [len(leaves.of(lambda: deep)) for _ in range(9)]
+    assert counts[0] < 8  # out of its budget, and the next goes on
+    assert sum(counts) == 8
+
+
+def test_a_member_that_only_a_second_function_mentions() -> None:
+    class Held:
+        table = Value()
+
+    held = Held()
+    leaves = Leaves(lambda obj: type(obj) is Value)
+    assert leaves.of(lambda: held) == []
+    assert [value for value, _ in leaves.of(lambda: held.table)] == [Held.table]
 
 
 # The rules of the walk

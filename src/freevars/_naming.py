@@ -11,13 +11,13 @@ from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from types import CodeType, FunctionType, ModuleType
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 
 from freevars._callables import function_name
 from freevars._inert import is_a
 from freevars._reach import Node, Reach
 
-__all__ = ["FRAMEWORKS", "Name", "function_name", "name_values", "reachable_leaves"]
+__all__ = ["FRAMEWORKS", "Leaves", "Name", "function_name", "name_values"]
 
 # Whose instances and functions are never entered; their containers and wrappers are looked through.
 FRAMEWORKS = frozenset({"jax", "jaxlib", "torch", "numpy", "scipy", "freevars"})
@@ -77,8 +77,8 @@ def name_values(
     >>> name_values(lambda x: (x, params), [w])[0][0].name
     "params['dense']['kernel']"
     """
-    walk = _Walk(Reach(fun, opaque, enters, implicit), values, is_leaf or _never, identity)
-    walk.run()
+    walk = _Walk(Reach(opaque, enters, implicit), values, is_leaf or _never, identity)
+    walk.run(fun)
     found = [tuple(walk.found.get(key, ())) for key in walk.keys]
     users: dict[str, set[Hashable]] = {}
     for key, names in zip(walk.keys, found, strict=True):
@@ -91,22 +91,31 @@ def name_values(
     return [tuple(told_apart(name) for name in names) for names in found]
 
 
-def reachable_leaves(
-    fun: object,
-    is_leaf: Callable[[object], bool],
-    *,
-    opaque: frozenset[str] = FRAMEWORKS,
-    enters: Callable[[type], bool] | None = None,
-    implicit: frozenset[str] = frozenset(),
-) -> list[tuple[object, Name]]:
-    """Every leaf that ``fun`` can reach, once, with its shortest name; sets are entered too.
+class Leaves:
+    """Every leaf that functions can reach, each once, with its shortest name; sets are entered too.
 
-    The arguments are those of ``name_values``. The walk is the same, and as bounded.
+    The arguments are those of ``name_values``. The walk is the same, and as bounded. It may be
+    asked about one function after the other: what it opened before, it does not open again, but for
+    functions, whose variables may hold something else by then. It holds all that it has opened.
     """
-    found: dict[int, tuple[object, Name]] = {}
-    walk = _Walk(Reach(fun, opaque, enters, implicit, sets=True), (), is_leaf, id, found)
-    walk.run()
-    return list(found.values())
+
+    def __init__(
+        self,
+        is_leaf: Callable[[object], bool],
+        *,
+        opaque: frozenset[str] = FRAMEWORKS,
+        enters: Callable[[type], bool] | None = None,
+        implicit: frozenset[str] = frozenset(),
+    ) -> None:
+        self._found: dict[int, tuple[object, Name]] = {}
+        reach = Reach(opaque, enters, implicit, sets=True)
+        self._walk = _Walk(reach, (), is_leaf, id, self._found)
+
+    def of(self, fun: object) -> list[tuple[object, Name]]:
+        """Those that ``fun`` can reach and that were not met before."""
+        before = len(self._found)
+        self._walk.run(fun)
+        return list(islice(self._found.values(), before, None))
 
 
 def _never(obj: object) -> bool:  # noqa: ARG001 (stands for a host's `is_leaf`)
@@ -118,7 +127,7 @@ class _ExhaustedError(Exception):
 
 
 class _Walk:
-    """One breadth-first walk. It keeps every object that it opens, so that no id is reused."""
+    """Breadth-first walks. It keeps every object that it opens, so that no id is reused."""
 
     def __init__(
         self,
@@ -137,22 +146,29 @@ class _Walk:
             if id(type(value)) not in _NO_IDENTITY
         }
         self.unnamed = len(self.found)
-        self.budget = _BUDGET
+        self.budget = 0
         self.queue: deque[Node] = deque()
         self.visits: dict[int, int] = {}
         self.kept: list[object] = []
+        self.functions: list[int] = []  # that this walk has opened
         self.reach = reach
         self.leaves = leaves  # where given, takes every leaf, whatever is looked for
+        self.most_visits = _MOST_VISITS if leaves is None else 1
 
-    def run(self) -> None:
+    def run(self, fun: object) -> None:
         if not self.found and self.leaves is None:
             return
+        for key in self.functions:
+            del self.visits[key]
+        self.functions.clear()
+        self.budget = _BUDGET
         try:
-            self.meet(self.reach.root)
+            self.meet(self.reach.start(fun))
             while self.queue:
-                for node in self.reach.inside(self.queue.popleft()):
+                for node in self.reach.inside(self.queue[0]):
                     self.meet(node)
-        except _ExhaustedError:
+                self.queue.popleft()
+        except _ExhaustedError:  # the next walk goes on with what is left in the queue
             return
 
     def meet(self, node: Node) -> None:
@@ -172,10 +188,12 @@ class _Walk:
         visits = self.visits.get(id(obj), 0)
         if visits:
             shared = is_a(obj, FunctionType, ModuleType, type)
-            if shared or visits >= _MOST_VISITS or _inside_itself(node):
+            if shared or visits >= self.most_visits or _inside_itself(node):
                 return
         else:
             self.kept.append(obj)
+            if is_a(obj, FunctionType, MethodType, CellType):
+                self.functions.append(id(obj))
         self.visits[id(obj)] = visits + 1
         self.queue.append(node)
 

@@ -53,6 +53,8 @@ _MOST_INSTANCES = 2  # of one class, that are looked at for what the class itsel
 _STDLIB = frozenset(sys.stdlib_module_names)
 _STDLIB_CONTAINERS = frozenset({"argparse", "collections", "types"})
 _NOT_IMPLICIT = frozenset({"__init__", "__new__", "__del__", "__init_subclass__", "__repr__"})
+# Instances of these hold nothing but their entries; by id, for hashing a class can run code.
+_PLAIN_CONTAINERS = frozenset(map(id, (dict, list, tuple, set, frozenset, deque)))
 _MISSING: Any = object()
 
 
@@ -94,15 +96,14 @@ _Namespace = tuple[Node, Mapping[str, Any], dict[str, object]]
 
 
 class Reach:
-    """The links out of each object, for one walk that starts at ``fun``.
+    """The links out of each object, for walks that start at one function after the other.
 
-    It remembers which variables and names it has met: a variable is followed once, and the members
-    of a module or class are followed when some code mentions their names.
+    It remembers which variables and names it has met: a variable is followed once in a walk, and
+    the members of a module or class are followed when some code mentions their names.
     """
 
     def __init__(
         self,
-        fun: object,
         opaque: frozenset[str],
         enters: Callable[[type], bool] | None = None,
         implicit: frozenset[str] = frozenset(),
@@ -113,10 +114,6 @@ class Reach:
         self.enters = enters
         self.implicit = implicit
         self.sets = sets
-        self.root = Node(fun, None, home_name(fun), function_name(fun), home=True)
-        inner = unwrapped(fun)
-        self.scope = scope(inner)
-        self.globals = inner.__globals__ if type(inner) is FunctionType else None
         self.once: set[object] = set()  # cells and globals: a variable has one name
         self.mentioned: dict[str, None] = {}  # every name in the code read so far
         self.namespaces: list[_Namespace] = []
@@ -124,11 +121,21 @@ class Reach:
         self.members: dict[int, dict[str, Any]] = {}  # by id: hashing a class can run code
         self.opacity: dict[int, bool] = {}
 
-    def inside(self, node: Node) -> Iterator[Node]:  # noqa: C901 (one branch for each kind)
+    def start(self, fun: object) -> Node:
+        """Where a walk begins that asks about ``fun``."""
+        inner = unwrapped(fun)
+        self.scope = scope(inner)
+        self.globals = inner.__globals__ if type(inner) is FunctionType else None
+        self.once.clear()  # a variable may hold something else by now
+        return Node(fun, None, home_name(fun), function_name(fun), home=True)
+
+    def inside(self, node: Node) -> Iterator[Node]:
         """The links out of ``node``: one method below for each kind of object."""
         obj: Any = node.obj
         kind = type(obj)
-        if kind is FunctionType:
+        if id(kind) in _PLAIN_CONTAINERS:
+            yield from self.entries(node, obj)
+        elif kind is FunctionType:
             yield from self.function(node, obj)
         elif kind is MethodType:
             yield from self.method(node, obj.__self__, obj.__func__)
@@ -145,13 +152,16 @@ class Reach:
         else:
             if is_a(obj, functools.partial):
                 yield from self.partial(node)
-            elif is_a(obj, dict):
-                yield from self.dictionary(node, obj)
-            elif is_a(obj, list, tuple, deque):
-                yield from self.sequence(node)
-            elif self.sets and is_a(obj, set, frozenset):
-                yield from self.unordered(node)
+            yield from self.entries(node, obj)
             yield from self.instance(node)
+
+    def entries(self, node: Node, obj: Any) -> Iterator[Node]:
+        if is_a(obj, dict):
+            yield from self.dictionary(node, obj)
+        elif is_a(obj, list, tuple, deque):
+            yield from self.sequence(node)
+        elif self.sets and is_a(obj, set, frozenset):
+            yield from self.unordered(node)
 
     def function(self, node: Node, fun: FunctionType) -> Iterator[Node]:
         attrs = instance_dict(fun)

@@ -387,6 +387,8 @@ def test_nested_tensors(layout: torch.layout) -> None:
     (value,) = fv.captures(lambda _: rows * 2, X).values
     assert (value.name, value.type_text) == ("rows", "float32[2,-1]")
     assert value.nbytes >= 20
+    (refused,) = fv.captures(lambda _: rows * 2, X, hoist="all").values
+    assert (refused.hoisted, refused.policy) == (False, "refused: a nested tensor")
     json.dumps(dataclasses.asdict(value))
 
 
@@ -834,7 +836,7 @@ def test_names_cost_nothing_until_somebody_asks(monkeypatch: pytest.MonkeyPatch)
     def asked(*_: Any, **__: Any) -> None:
         raise AssertionError("named")
 
-    for part in ("name_values", "reachable_leaves", "read_site"):
+    for part in ("name_values", "Leaves", "read_site"):
         monkeypatch.setattr(_names, part, asked)
     net = Net()
     closure = fv.Closure(lambda x: net(x), X)

@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from freevars.torch import CaptureError, closure_convert
+from freevars.torch import CaptureError, captures, closure_convert
 from tests.torch.explicit import check, fresh, same
 
 
@@ -85,3 +86,29 @@ def test_tangents_at_every_level_are_no_foreign_reads() -> None:
     for hoist in ("differentiable", "floating", "all"):
         got = f.jacfwd(f.jacfwd(lambda w: solve(w, hoist)))(w)
         same(got, f.hessian(lambda w: (x * w.exp()).sin().sum())(w))
+
+
+NUMBERS = np.array([1.0, -2.0, 3.0])
+MAKES: dict[str, Any] = {
+    "asarray": lambda: torch.asarray(NUMBERS),
+    "asarray of a list": lambda: torch.asarray([1.0, -2.0, 3.0], dtype=torch.float64),
+    "as_tensor": lambda: torch.as_tensor(NUMBERS),
+    "as_tensor of a list": lambda: torch.as_tensor([1.0, -2.0, 3.0], dtype=torch.float64),
+    "tensor": lambda: torch.tensor(NUMBERS),
+    "from_numpy": lambda: torch.from_numpy(NUMBERS),
+    "frombuffer": lambda: torch.frombuffer(NUMBERS, dtype=torch.float64),
+    "from_dlpack": lambda: torch.from_dlpack(NUMBERS),
+}
+
+
+@pytest.mark.parametrize("hoist", ["differentiable", "floating", "all"])
+@pytest.mark.parametrize("name", MAKES)
+def test_a_tensor_made_of_numpy_memory_is_no_capture(name: str, hoist: Any) -> None:
+    make, w, x = MAKES[name], fresh(3), fresh(3)
+    converted, hoisted = closure_convert(lambda x: (make() * w * x).sin(), x, hoist=hoist)
+    assert [h.data_ptr() for h in hoisted] == [w.data_ptr()]
+    same(converted(x, x), (torch.tensor(NUMBERS) * x * x).sin())
+    assert [c.name for c in captures(lambda x: make() * w * x, x, hoist=hoist).values] == ["w"]
+    held = make()
+    _, hoisted = closure_convert(lambda x: held * w * x, x, hoist="all")
+    assert [h.data_ptr() for h in hoisted] == [held.data_ptr(), w.data_ptr()]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from freevars.torch import CaptureError, StructureError, closure_convert
+from tests.torch import other_module
 from tests.torch.explicit import fresh, same
 
 f = torch.func
@@ -71,6 +72,60 @@ def test_a_branch_inside_a_transform(transform: str) -> None:
         "dual": dual,
     }
     with pytest.raises(CaptureError, match="hidden"):
+        apply[transform](run)
+
+
+class Table:
+    """Holds a tensor on the class itself."""
+
+    held: Tensor
+
+    def get(self) -> Tensor:
+        return self.held
+
+
+FAR: dict[str, Callable[[Tensor], Tensor]] = {
+    "class": lambda x: x * Table.held,
+    "class of an instance": lambda x: x * TABLE.held,
+    "method": lambda x: x * TABLE.get(),
+    "module": lambda x: x * other_module.SCALE,
+    "callee in a module": lambda x: other_module.scaled(x),
+    "set": lambda x: x * next(iter(HELD)),
+}
+TABLE = Table()
+HELD: set[Tensor] = set()
+
+
+@pytest.mark.parametrize("transform", ["jvp", "vmap", "dual", "no_grad", "grad"])
+@pytest.mark.parametrize("where", FAR)
+def test_a_branch_that_reads_far_away(
+    where: str, transform: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a tape, only a look at what the function can reach tells."""
+    w, x = fresh(3, grad=False), fresh(3, grad=False)
+
+    def run(hidden: Tensor) -> Tensor:
+        monkeypatch.setattr(Table, "held", hidden, raising=False)
+        monkeypatch.setattr(other_module, "SCALE", hidden)
+        monkeypatch.setitem(globals(), "HELD", {hidden})
+        take, far = False, FAR[where]
+        converted, hoisted = closure_convert(lambda x: far(x) if take else x * 2, x)
+        assert hoisted == ()
+        take = True
+        return converted(x).sum()
+
+    def dual(run: Any) -> None:
+        with torch.autograd.forward_ad.dual_level():
+            run(torch.autograd.forward_ad.make_dual(w, x))
+
+    apply: dict[str, Any] = {
+        "grad": lambda run: f.grad(run)(w),
+        "jvp": lambda run: f.jvp(run, (w,), (w,)),
+        "vmap": lambda run: f.vmap(run)(torch.stack([w, w])),
+        "dual": dual,
+        "no_grad": lambda run: torch.no_grad()(run)(fresh(3)),
+    }
+    with pytest.raises(CaptureError, match=r"not hoisted: .*(held|SCALE|HELD)"):
         apply[transform](run)
 
 
@@ -361,6 +416,48 @@ def test_an_inner_derivative_whose_path_runs_outside() -> None:
         same(converted(x, *hoisted), g(x))
 
 
+def test_a_pullback_from_outside() -> None:
+    """It is a path from one captured tensor to another."""
+    w, x = fresh(3), fresh(3, grad=False)
+    _, pullback = f.vjp(lambda z: (z * w).sin(), x)
+    with pytest.raises(CaptureError, match=r"call torch\.func\.vjp inside"):
+        closure_convert(lambda x: pullback(x)[0], x)
+    inside = lambda x: f.vjp(lambda z: (z * w).sin(), x)[1](x)[0]
+    converted, hoisted = closure_convert(inside, x)
+    same(converted(x, *hoisted), pullback(x)[0])
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors(layout: torch.layout) -> None:
+    nested, w, x = torch.nested, fresh(3), fresh(3, grad=False)
+
+    def total(rows: Tensor) -> Tensor:
+        return nested.to_padded_tensor(rows, 0.0).sum()
+
+    def make(x: Tensor) -> Tensor:
+        return nested.as_nested_tensor([w * x, w[:2]], layout=layout)
+
+    rows, derived = nested.nested_tensor([[1.0, 2.0], [3.0]], layout=layout), make(x)
+    leaf = nested.nested_tensor([[1.0, 2.0], [3.0]], layout=layout, requires_grad=True)
+    for held in (leaf, derived):
+        with pytest.raises(CaptureError, match=r"a nested tensor: held .*t\.unbind\(\)"):
+            closure_convert(lambda x: total(held * 2) * x.sum(), x)
+    with pytest.raises(CaptureError, match="a nested tensor: rows"):
+        closure_convert(lambda x: total(rows * 2) * x.sum(), x, hoist="all")
+    with pytest.raises(StructureError, match="nested tensor of 2 parts"):
+        closure_convert(lambda rows: total(rows) * w.sum(), rows)
+    with pytest.raises(StructureError, match="nested tensor of 2 parts"):
+        closure_convert(make, x)
+    # What is nested inside, and constants, are no trouble.
+    fun = lambda x: total(make(x)) * total(rows * 2)
+    converted, hoisted = closure_convert(fun, x)
+    same(torch.autograd.grad(converted(x, *hoisted), hoisted), torch.autograd.grad(fun(x), w))
+    for args in ((x, rows), (rows, w)):
+        with pytest.raises(StructureError, match=r"expected .*float64\[3\].*, got a nested tensor"):
+            converted(*args)
+
+
 async def _product(x: Tensor, w: Tensor) -> Tensor:
     return x * w
 
@@ -419,6 +516,38 @@ def test_returned_where_it_cannot_be_replaced() -> None:
     late = True
     with pytest.raises(CaptureError, match="inside a Result"):
         converted(x, *hoisted)
+
+
+READ_BELOW = torch.ones(3, dtype=torch.float64, requires_grad=True)
+TABLE_BELOW = torch.ones(3, dtype=torch.float64)
+
+
+@torch.library.custom_op("freevars_tests::scale", mutates_args=())
+def _scale(x: Tensor) -> Tensor:
+    return x * READ_BELOW.detach()
+
+
+@torch.library.custom_op("freevars_tests::shift", mutates_args=())
+def _shift(x: Tensor) -> Tensor:
+    return x + TABLE_BELOW
+
+
+def test_custom_operators() -> None:
+    """Their functions run below every mode."""
+    w, x = fresh(3), fresh(3, grad=False)
+    named = r"custom operator freevars_tests.scale.*can read READ_BELOW .*as an argument"
+    for call in (_scale, torch.ops.freevars_tests.scale, torch.ops.freevars_tests.scale.default):
+        with pytest.raises(CaptureError, match=named):
+            closure_convert(lambda x: call(x) * w, x)
+    late = False
+    converted, hoisted = closure_convert(lambda x: _scale(x) if late else _shift(x) * w, x)
+    for _ in range(2):
+        same(converted(x, *hoisted), (x + 1) * w)
+    late = True
+    with pytest.raises(CaptureError, match=named):
+        converted(x, *hoisted)
+    with pytest.raises(CaptureError, match="TABLE_BELOW"):
+        closure_convert(lambda x: _shift(x) * w, x, hoist="all")
 
 
 def test_higher_order_operators() -> None:

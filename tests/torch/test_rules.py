@@ -15,6 +15,7 @@ from freevars.torch import (
     SingularError,
     StructureError,
     argmin,
+    closure_convert,
     fixed_point,
     root,
 )
@@ -409,11 +410,15 @@ def test_singular() -> None:
 def test_singular_without_a_matrix() -> None:
     n = 150
     a = fresh(n)
-    x = root(lambda fun, x0: x0, check=False)(
-        lambda x: x.roll(1) - x + a - a.detach(), torch.zeros(n, dtype=F64)
-    )
+
+    def solve(**options: Any) -> Tensor:
+        solver = root(lambda fun, x0: x0, **options)
+        return solver(lambda x: x.roll(1) - x + a - a.detach(), torch.zeros(n, dtype=F64))
+
     with pytest.raises(SingularError, match="linear_solve="):
-        torch.autograd.grad(x[0], a)
+        torch.autograd.grad(solve()[0], a)
+    (unchecked,) = torch.autograd.grad(solve(check=False)[0], a)  # whatever the iteration gives
+    assert unchecked.shape == a.shape
 
 
 def test_wrong_structures() -> None:
@@ -553,4 +558,94 @@ def test_a_linear_solve_that_does_not_solve() -> None:
     x = root(newton.__wrapped__, linear_solve=lambda _, b: b, check=False)(
         lambda x: x**3 + x - a, zero
     )
+    close(torch.autograd.grad(x.sum(), a), [torch.ones(3, dtype=F64)])
+
+
+SEEN = torch.tensor(2.0, dtype=F64, requires_grad=True)
+
+
+def gradient_step(fun: Any, x0: Tensor, through: Tensor) -> Tensor:
+    """Half a step from `x0`, by a backward pass that also runs through another tensor."""
+    x = x0.clone().requires_grad_()
+    (fun(x) + through.sum()).backward()
+    return x0 - x.grad / 2
+
+
+class Steps:
+    """A solver that holds an optimizer of a parameter of its own."""
+
+    def __init__(self, p: Tensor) -> None:
+        self.optimizer = torch.optim.SGD([p], lr=0.5)
+
+    def __call__(self, fun: Any, x0: Tensor) -> Tensor:
+        (p,) = self.optimizer.param_groups[0]["params"]
+        with torch.no_grad():
+            p.copy_(x0)
+        self.optimizer.zero_grad()
+        fun(p).backward()
+        self.optimizer.step()
+        return p
+
+
+class Holder:
+    """An option that is no pytree."""
+
+    def __init__(self, t: Tensor) -> None:
+        self.t = t
+
+
+def failing(fun: Any, x0: Tensor) -> Tensor:
+    gradient_step(fun, x0, SEEN)
+    message = "of my own"
+    raise ValueError(message)
+
+
+@pytest.mark.parametrize("before", [None, 5.0])
+def test_what_a_solver_reaches_itself_keeps_its_grad(before: float | None) -> None:
+    a, leaf, behind = fresh(3), fresh(3), fresh(3)
+    kept = behind.sin()
+    kept.retain_grad()
+    watched = (leaf, behind, kept, SEEN)
+    grads = [None if before is None else torch.full_like(t, before) for t in watched]
+    for t, grad in zip(watched, grads, strict=True):
+        t.grad = grad
+    objective = lambda x: ((x - a) ** 2).sum()
+    zero = torch.zeros(3, dtype=F64)
+    of_global = argmin(lambda fun, x0: gradient_step(fun, x0, SEEN))
+    of_closure = argmin(lambda fun, x0: gradient_step(fun, x0, kept * 2))
+    of_option = argmin(lambda fun, x0, held: gradient_step(fun, x0, held.t))
+    solves: list[Any] = [
+        lambda: of_global(objective, zero),
+        lambda: argmin(Steps(leaf))(objective, zero),
+        lambda: of_option(objective, zero, Holder(leaf)),
+        lambda: of_option(objective, zero, held=Holder(behind.cos())),
+        lambda: f.vmap(lambda a: of_global(lambda x: ((x - a) ** 2).sum(), zero))(a[None])[0],
+        lambda: of_closure(objective, zero),
+    ]
+    for solve in solves:
+        x = solve()
+        close(x, a)
+        assert all(t.grad is grad for t, grad in zip(watched, grads, strict=True))
+        # What the solver captures has no derivative: the solution does not depend on it.
+        got = torch.autograd.grad(x.sum(), [a, SEEN, leaf, behind], allow_unused=True)
+        close(got[0], torch.ones(3, dtype=F64))
+        assert got[1:] == (None, None, None)
+    with pytest.raises(ValueError, match="of my own"):
+        argmin(failing)(objective, zero)
+    for t, grad in zip(watched, grads, strict=True):
+        assert t.grad is grad
+        assert grad is None or bool((grad == before).all())
+
+
+def test_what_a_converted_call_gives_a_solver_keeps_its_grad() -> None:
+    a, other, zero = fresh(3), fresh(), torch.zeros(3, dtype=F64)
+    of_global = argmin(lambda fun, x0: gradient_step(fun, x0, SEEN))
+    fun = lambda x0: of_global(lambda x: ((x - a) ** 2).sum(), x0)
+    SEEN.grad = None
+    converted, hoisted = closure_convert(fun, zero)
+    given = [other if h.data_ptr() == SEEN.data_ptr() else h for h in hoisted]
+    assert len(given) == 2
+    x = converted(zero, *given)
+    close(x, a)
+    assert (a.grad, other.grad, SEEN.grad) == (None, None, None)
     close(torch.autograd.grad(x.sum(), a), [torch.ones(3, dtype=F64)])

@@ -19,7 +19,7 @@ from freevars.torch._compat import (
     unwrap,
 )
 from freevars.torch._compat import tangents as tangents_of
-from freevars.torch._names import called, caller, describe, line_of_caller
+from freevars.torch._names import called, caller, describe, line_of_caller, reachable
 
 __all__ = [
     "BACKWARD",
@@ -38,6 +38,7 @@ __all__ = [
     "is_builtin",
     "is_factory",
     "may_carry_derivative",
+    "refuse_reads_of_operator",
     "refuse_running_statistics",
     "resumed",
     "tensors",
@@ -314,6 +315,20 @@ def higher_order_message(func: Any, fun: Any) -> str:
         f"in {called(fun)!r}: what its branches read cannot be replaced. Use Python's own if, "
         "for, while."
     )
+
+
+def refuse_reads_of_operator(
+    watch: Watch, func: Any, body: Any, matters: Callable[[Tensor], bool], fun: Any
+) -> None:
+    """Refuses a custom operator whose own function can reach a tensor that matters."""
+    for t, _ in reachable(body).values():
+        if matters(t):
+            message = (
+                "expected every read of a captured tensor to go through PyTorch's Python API, got "
+                f"the custom operator {func} at {caller()} in {called(fun)!r}, whose function can "
+                f"read {describe(t, body)}. Pass that tensor to the operator as an argument."
+            )
+            watch.refuse(message)
 
 
 def is_python(func: Func) -> bool:

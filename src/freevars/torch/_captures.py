@@ -202,6 +202,9 @@ class _Recorder(Discovery):
         if id(t) in self.captured:
             self._count(t)
 
+    def refuse_nested(self, t: Tensor) -> None:
+        """Listed, with the reason."""
+
     def _count(self, t: Tensor) -> None:
         operation = self._operation
         if operation is None or id(t) in operation:
@@ -245,11 +248,14 @@ def _name_of(hoist: Hoist) -> str:
 
 def _run(fun: Callable[..., Any], example: tuple[Any, ...], hoist: Hoist, rng: Rng) -> list[_Found]:
     policy = policy_of(hoist)
-    recorder, _, _ = discover(fun, example, policy, rng, _Recorder)
+    recorder = discover(fun, example, policy, rng, _Recorder)[0]
+    recorder.drop_unheld()
     found = []
     for t in recorder.captured.values():
         reads = recorder.reads.get(id(t), _Reads())
-        if id(t) in recorder.below_api:
+        if t.is_nested and policy(t):
+            found.append(_Found(t, reads, policy="refused: a nested tensor"))
+        elif id(t) in recorder.below_api:
             found.append(_Found(t, reads, policy="refused: read below PyTorch's Python API"))
         elif policy(t):
             found.append(_Found(t, reads, hoisted=True, policy=_name_of(hoist)))

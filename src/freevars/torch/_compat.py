@@ -42,6 +42,7 @@ __all__ = [
     "is_higher_order",
     "is_wrapped",
     "layers",
+    "operator_body",
     "parts",
     "pytree",
     "resolve",
@@ -306,6 +307,14 @@ def overloads(func: Any) -> list[Any]:
         names: list[str] = func.overloads()  # type: ignore[no-untyped-call]
         return [getattr(func, name) for name in names]
     return [func] if is_operator(func) else []
+
+
+def operator_body(func: Any) -> Any:
+    """The Python function that a custom operator (`torch.library.custom_op`) runs, or None: it runs
+    below every mode. The registry of these operators is private."""
+    defined = torch._library.custom_ops.OPDEFS
+    found = (defined.get(schema(overload).name) for overload in overloads(func))
+    return next((op._init_fn for op in found if op is not None), None)
 
 
 def schema(func: Any) -> Any:

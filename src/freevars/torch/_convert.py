@@ -76,11 +76,11 @@ def closure_convert(
     Raises:
         CaptureError: `fun` writes in place to a captured tensor, to its argument or to a running
             statistic, changes a captured tensor itself (`requires_grad_`, `.grad`, `.data`, a
-            hook), calls `.backward()`, reads a captured tensor where it cannot be replaced,
-            returns a generator that has yet to run, or takes an inner derivative whose path runs
+            hook), calls `.backward()`, reads a captured tensor where it cannot be replaced
+            (TorchScript, a custom operator's own function), captures a nested tensor, returns a generator that has yet to run, or takes an inner derivative whose path runs
             outside of it.
-        StructureError: (from `converted`) a call with another structure, type, shape or number of
-        values.
+        StructureError: an argument or result is a nested tensor; from `converted`, a call with
+            another structure, type, shape or number of values.
 
     Example:
         >>> import torch
@@ -135,14 +135,17 @@ def _convert(
     structure = Structure(example)
     policy = policy_of(hoist)
     discovery, out, state = discover(fun, example, policy, rng, Discovery)
+    read = [resolve(t) for t in discovery.captured.values()]
+    check_tape(outputs_of(out), [*discovery.arguments.values(), *read], discovery.has_made, fun)
+    out_struct = struct_of(out)
+    del read, out  # which hold tensors
+    discovery.drop_unheld()
     captured = tuple(t for t in discovery.captured.values() if policy(t))
     hoisted_ids = {id(t) for t in captured}
     # What the policy leaves out although a derivative could flow: the caller's declared constants.
     declared = [
         t for t in discovery.captured.values() if id(t) not in hoisted_ids and differentiable(t)
     ]
-    read = [resolve(t) for t in (*captured, *declared)]
-    check_tape(outputs_of(out), [*discovery.arguments.values(), *read], discovery.has_made, fun)
     replay = None
     if rng == "replay" and discovery.drew is not None:
         replay = (state, tuple(discovery.generators.values()))
@@ -154,7 +157,7 @@ def _convert(
         replay,
         constants=[t for t in discovery.captured.values() if id(t) not in hoisted_ids],
         makes_leaves=discovery.makes_leaves,
-        out=out,
+        out_struct=out_struct,
     )
     converted.first_reads = tuple(discovery.where.get(id(t)) for t in captured)
     return converted, converted.aliases()
@@ -204,7 +207,7 @@ class Converted:
         *,
         constants: Sequence[Tensor] = (),
         makes_leaves: bool = False,
-        out: Any = None,
+        out_struct: Any = None,
     ) -> None:
         functools.update_wrapper(self, fun, updated=())
         self.__signature__ = _SIGNATURE  # not that of `fun`: the hoisted values follow
@@ -222,7 +225,7 @@ class Converted:
         self.first_reads: tuple[Line | None, ...] = (None,) * len(captured)
         self.origin: tuple[tuple[Any, ...], Hoist, Rng] | None = None
         self.in_struct = None if structure is None else structure.struct
-        self.out_struct = struct_of(out)
+        self.out_struct = out_struct
 
     def aliases(self) -> tuple[Tensor, ...]:
         """The captured tensors, each with a place of its own on the tape."""
@@ -291,7 +294,8 @@ class Converted:
             raise StructureError(message)
         values = args[n:]
         for i, (value, (shape, dtype)) in enumerate(zip(values, self._types, strict=True)):
-            if not isinstance(value, Tensor) or value.shape != shape or value.dtype is not dtype:
+            is_plain = isinstance(value, Tensor) and not value.is_nested
+            if not is_plain or value.shape != shape or value.dtype is not dtype:
                 captured = describe(self._captured[i], self._fun, self.first_reads[i])
                 message = (
                     f"hoisted value {i} expected like {captured}, got {Structure.shown(value)}."

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from freevars.torch import _api, _compat
 from freevars.torch._compat import DispatchWatch, Watch, storage_key
-from freevars.torch._names import caller, describe, line_of_caller, reachable
+from freevars.torch._names import Reachable, caller, describe, line_of_caller
 from freevars.torch._tape import hidden_path
 
 __all__ = ["Discovery"]
@@ -49,6 +49,8 @@ class Discovery(Watch):
             Tensor
         ] = []  # made by `fun` as function modes see it, and those they do not:
         self.makes_leaves = False
+        self._reachable: Reachable | None = None
+        self.looking = False  # we look at a tensor ourselves, which is no read
         self._call: set[int] | None = None  # memory that the running operation was given
 
     def watching(self) -> AbstractContextManager[Any]:
@@ -97,6 +99,9 @@ class Discovery(Watch):
             self.refuse(_api.backward_message(self.fun))
         if _compat.is_higher_order(func):
             self.refuse(_api.higher_order_message(func, self.fun))
+        body = _compat.operator_body(func)
+        if body is not None:
+            _api.refuse_reads_of_operator(self, func, body, self.hoist, self.fun)
         if func in _api.BATCH_STATISTICS:
             _api.refuse_running_statistics(self, func, args, kwargs)
 
@@ -112,6 +117,8 @@ class Discovery(Watch):
         key = id(t)
         if key in self.captured or key in self.arguments or self._is_made(t):
             return
+        if t.is_nested and self.hoist(t):
+            self.refuse_nested(t)
         bases = self._inner(t)
         plain = list(_compat.unwrap(t))[-1]
         if storage_key(plain) in self.made_keys:
@@ -122,9 +129,38 @@ class Discovery(Watch):
         if self.hoist(t):
             self.where[key] = line_of_caller()
 
+    def refuse_nested(self, t: Tensor) -> None:
+        message = (
+            "expected captured tensors with a shape, got a nested tensor: "
+            f"{self._named(t)}. Capture its parts, t.unbind(), and nest "
+            "them inside; or declare it constant, by hoist= or t.detach()."
+        )
+        self.refuse(message)
+
     def returned(self, outputs: Sequence[Tensor]) -> None:
         """What `fun` returns is captured too if it did not make it."""
         self.replace(outputs)
+
+    def _named(self, t: Tensor) -> str:
+        self.looking = True
+        try:
+            return describe(t, self.fun, line_of_caller())
+        finally:
+            self.looking = False
+
+    def drop_unheld(self) -> None:
+        """Forgets the constants that nobody else holds, once the run and its results are over. The
+        function made them where no mode sees it (`torch.frombuffer`): a later call makes its own.
+        """
+        self.captured_keys.clear()
+        constants = [k for k, t in self.captured.items() if not _api.may_carry_derivative(t)]
+        refs = {key: weakref.ref(self.captured[key]) for key in constants}
+        kept = {key: None if key in refs else t for key, t in self.captured.items()}
+        self.captured.clear()
+        for key, t in kept.items():
+            found = t if key not in refs else refs[key]()
+            if found is not None:
+                self.captured[key] = found
 
     def _inner(self, t: Tensor) -> list[Tensor]:
         """Every plain tensor that reading `t` may read, where converted calls stand below us
@@ -171,7 +207,8 @@ class Discovery(Watch):
     def _read_reachable(self, fun: Any) -> None:
         if fun is None:
             return
-        for t, _ in reachable(fun).values():
+        self._reachable = self._reachable or Reachable()  # one for the run: each object is met once
+        for t, _ in self._reachable.of(fun):
             if self.hoist(t):
                 self.read(t)
 
@@ -237,7 +274,7 @@ class Discovery(Watch):
             # while leaving a torch.func transform reads views of what was seen before.
             seen = key in self.captured_keys and id(t) not in self.captured
         if not seen and (t.requires_grad or (self.constants and t.dim() > 0 and self.hoist(t))):
-            named = describe(t, self.fun, line_of_caller())
+            named = self._named(t)
             message = (
                 "expected every read of a captured tensor to go through PyTorch's Python API, "
                 f"got {func} reading {named} below it, where it cannot be replaced. Pass that "
@@ -262,7 +299,7 @@ class Discovery(Watch):
         argument = self.argument_keys.get(key)
         found = self.captured_keys.get(key, t) if argument is None else argument
         kind = "a captured tensor" if argument is None else "its argument"
-        named = describe(found, self.fun, line_of_caller())
+        named = self._named(found)
         return (
             f"expected a function that writes to its own intermediates only, got {func} writing "
             f"in place to {kind}: {named}. Nothing was written. Write to a clone."
@@ -277,7 +314,7 @@ class _Below(DispatchWatch):  # type: ignore[no-untyped-call]
         self.discovery = discovery
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not _compat.is_operator(func):
+        if self.discovery.looking or not _compat.is_operator(func):
             return func(*args, **(kwargs or {}))
         with _compat.unseen():
             return self.discovery.below(func, args, kwargs or {})

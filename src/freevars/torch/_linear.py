@@ -40,19 +40,19 @@ class System(Protocol):
 class Dense:
     """A system by its matrix, factorised once."""
 
-    def __init__(self, a: Tensor, name: str, *, least_squares: bool) -> None:
+    def __init__(self, a: Tensor, name: str, *, least_squares: bool, check: bool) -> None:
         n = len(a)
         a = a.to(torch.promote_types(a.dtype, torch.float32))  # no factorisation in half precision
+        factors, pivots, info = torch.linalg.lu_factor_ex(a)
         rcond = 0.0
-        eye = torch.eye(n, dtype=a.dtype, device=a.device)
-        if bool(torch.isfinite(a).all()):
-            factors, pivots, info = torch.linalg.lu_factor_ex(a)
-            if int(info) == 0:
-                inverse = torch.linalg.lu_solve(factors, pivots, eye)
-                norms = torch.linalg.matrix_norm(a, 1) * torch.linalg.matrix_norm(inverse, 1)
-                rcond = float(1 / norms)
+        if (check or least_squares) and int(info) == 0 and bool(torch.isfinite(a).all()):
+            eye = torch.eye(n, dtype=a.dtype, device=a.device)
+            inverse = torch.linalg.lu_solve(factors, pivots, eye)
+            norms = torch.linalg.matrix_norm(a, 1) * torch.linalg.matrix_norm(inverse, 1)
+            rcond = float(1 / norms)
         self._factors = None
-        if rcond >= 10 * n * torch.finfo(a.dtype).eps:
+        unchecked = not (check or least_squares)
+        if unchecked or rcond >= 10 * n * torch.finfo(a.dtype).eps:
             self._factors = (factors, pivots)
         elif least_squares:
             self._pseudo_inverse = torch.linalg.pinv(a)
@@ -97,7 +97,7 @@ class MatrixFree:
         self._name = name
         self._symmetric = symmetric
         self._own = own
-        self._check = check  # whether a solution of `own` must solve the system
+        self._check = check  # whether a solution must solve the system
 
     def solve(self, b: Tensor, *, transposed: bool) -> Tensor:
         matvec = self._by_transpose if transposed else self._by
@@ -105,10 +105,10 @@ class MatrixFree:
             return torch.zeros_like(b)
         if self._own is not None:
             u = self._own(matvec, b)
-            if not self._check:
-                return u
         else:
             u = self._iterate(matvec, b, float(torch.finfo(b.dtype).eps ** 0.75))
+        if not self._check:
+            return u
         left = float(torch.linalg.vector_norm(matvec(u) - b) / torch.linalg.vector_norm(b))
         if left <= tolerance(b.dtype):
             return u
@@ -117,7 +117,7 @@ class MatrixFree:
             "be solved "
             f"to a relative residual of {tolerance(b.dtype):.1e}, got {left:.1e}. It may be "
             "singular; else give linear_solve=, a solver that suits it. check=False takes what "
-            "linear_solve= gives."
+            "is found."
         )
         raise SingularError(message)
 

@@ -18,16 +18,17 @@ from freevars import report
 from freevars._inert import class_module
 from freevars._naming import (
     FRAMEWORKS,
+    Leaves,
     Name,
     function_name,
     name_values,
-    reachable_leaves,
 )
 from freevars.report import CapturedValue, ReadSite, captured_by, read_site
 from freevars.torch import _compat
 
 __all__ = [
     "Line",
+    "Reachable",
     "called",
     "caller",
     "describe",
@@ -67,8 +68,19 @@ def names_of(fun: Callable[..., Any], values: Sequence[Tensor]) -> list[tuple[Na
 
 def reachable(fun: Any) -> dict[int, tuple[Tensor, str]]:
     """The tensors that `fun` reaches without running: by id, the tensor and its shortest name."""
-    found: Any = reachable_leaves(fun, **_WALK)
-    return {id(t): (t, name.name) for t, name in found}
+    return {id(t): (t, name) for t, name in Reachable().of(fun)}
+
+
+class Reachable:
+    """The same for one function after the other; each tensor comes once."""
+
+    def __init__(self) -> None:
+        self._leaves = Leaves(**_WALK)
+
+    def of(self, fun: Any) -> list[tuple[Tensor, str]]:
+        """The tensors that `fun` reaches and that were not met before, with their names."""
+        found: Any = self._leaves.of(fun)
+        return [(t, name.name) for t, name in found]
 
 
 def facts(

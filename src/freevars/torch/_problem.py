@@ -17,6 +17,7 @@ from freevars.errors import FreevarsError, NotASolutionError, StructureError
 from freevars.torch._compat import pytree
 from freevars.torch._convert import Converted
 from freevars.torch._flat import Flat
+from freevars.torch._grads import caller_leaves, put_aside
 from freevars.torch._implicit import vjp
 from freevars.torch._linear import DIRECT_LIMIT, Dense, LinearSolve, MatrixFree, System, tolerance
 from freevars.torch._names import called
@@ -81,6 +82,7 @@ class Problem:
         self.converted = converted
         self.unknown = unknown
         self.bound = bound
+        self._callers = caller_leaves(rule.solver, *options.values())
         self._aux: tuple[list[Any], Any] | None = None
         leaves, self._spec = pytree.tree_flatten((fun_arguments, options))
         self._where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -155,7 +157,8 @@ class Problem:
             ):
                 given[parameter.name] = args
         call = inspect.BoundArguments(self.bound.signature, given)
-        out = self.rule.solver(*call.args, **call.kwargs)
+        with put_aside(self._callers):
+            out = self.rule.solver(*call.args, **call.kwargs)
         tensors = []
         if self.rule.has_aux:
             out, aux = out
@@ -234,15 +237,15 @@ class Problem:
 
     def _of_derivative(self, at: Tensor, f: Tensor) -> System:
         name, symmetric = self.rule.name, self.rule.kind == "argmin"
-        least_squares = self.rule.on_failure == "least_squares"
+        options = {
+            "least_squares": self.rule.on_failure == "least_squares",
+            "check": self.rule.check,
+        }
         if not f.requires_grad:
-            return Dense(
-                torch.zeros(len(f), len(f), dtype=f.dtype, device=f.device),
-                name,
-                least_squares=least_squares,
-            )
+            zero = torch.zeros(len(f), len(f), dtype=f.dtype, device=f.device)
+            return Dense(zero, name, **options)
         if self.rule.linear_solve is None and len(f) <= DIRECT_LIMIT:
-            return Dense(_jacobian(f, at), name, least_squares=least_squares)
+            return Dense(_jacobian(f, at), name, **options)
 
         def by_transpose(u: Tensor) -> Tensor:
             (product,) = torch.autograd.grad(f, at, u, retain_graph=True, materialize_grads=True)

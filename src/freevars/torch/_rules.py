@@ -116,8 +116,12 @@ def argmin(
     solver passes on to `fun`: what its signature collects in `*args` and `**kwargs`, or a tuple
     named `args`. To any order, in reverse and forward mode, under every torch.func transform.
     Everything else in its signature is an option of its own and gets no derivative, and neither
-    does `x0`. The solver sees tensors without history, so its own use of autograd touches no
-    `.grad` of the caller.
+    does `x0`. What the solver itself captures gets none either: the solution does not depend on how
+    it was found.
+
+    The solver sees tensors without history, so its own use of autograd touches no `.grad` of the
+    caller. The `.grad` of a tensor that the solver can reach itself, by an optimizer that it holds,
+    say, is None when it starts and afterwards what it was.
 
     Args:
         solver: `solver(fun, x0, ...)` takes any pytree of real or complex tensors and returns `x`
@@ -135,8 +139,9 @@ def argmin(
             is not finite, or the system is singular (reciprocal condition number below 10 n eps).
             "raise": an error. "nan": a derivative of NaN. "least_squares": the shortest solution
             of a singular system of up to 100 unknowns, and as "raise" for the rest.
-        check: False leaves the first two out, and takes what `linear_solve` gives without a look
-            at what is left; it costs one more right-hand side.
+        check: False leaves all of that out: a singular system gives what its factorisation gives,
+            which is not finite, or what `linear_solve` does. The check costs one more right-hand
+            side, and the inverse of a small matrix.
 
     Raises:
         NotASolutionError, SingularError: see `on_failure`; where the derivative is taken.

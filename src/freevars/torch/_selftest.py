@@ -156,6 +156,16 @@ def _engine() -> bool:
     return seen == [True] and not _compat.in_backward()
 
 
+def _operator_body() -> bool:
+    def body(x: Tensor) -> Tensor:
+        return x.clone()
+
+    name = "freevars_self_test::clone"
+    operator: Any = torch.library.custom_op(name, body, mutates_args=())
+    found = _compat.operator_body(torch.ops.freevars_self_test.clone)
+    return found is body and _compat.operator_body(operator._opoverload) is body  # noqa: SLF001
+
+
 _CHECKS: dict[str, Callable[[], bool]] = {
     "the stack of function modes": _stack,
     "the hook in _SingleLevelFunction.apply": _apply,
@@ -168,6 +178,7 @@ _CHECKS: dict[str, Callable[[], bool]] = {
     "reading forward-mode tangents": _tangents,
     "telling storages apart": _storages,
     "knowing that the autograd engine runs": _engine,
+    "finding the function of a custom operator": _operator_body,
 }
 
 

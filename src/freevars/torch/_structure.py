@@ -67,17 +67,21 @@ class _Leaf:
         self.kind = type(x)
         self.value = None if isinstance(x, Tensor) or type(x) in _NUMBERS else x
         self.tensor = isinstance(x, Tensor)
-        if self.tensor:
+        self.nested = self.tensor and x.is_nested
+        if self.tensor and not self.nested:
             self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
 
     def fits(self, x: Any) -> bool:
         if self.tensor:
-            return isinstance(x, Tensor) and x.shape == self.shape and x.dtype is self.dtype
+            same_kind = isinstance(x, Tensor) and not x.is_nested
+            return same_kind and x.shape == self.shape and x.dtype is self.dtype
         if self.kind in _NUMBERS:
             return type(x) is self.kind
         return type(x) is self.kind and _equal(x, self.value)
 
     def __str__(self) -> str:
+        if self.nested:
+            return "a nested tensor"
         if self.tensor:
             shape = ", ".join(str(n) for n in self.shape)
             return f"{str(self.dtype).removeprefix('torch.')}[{shape}]"
@@ -119,6 +123,15 @@ def _first_difference(expected: Any, got: Any, path: str) -> tuple[str, str, str
 
 def struct_of(tree: Any) -> Any:
     """`tree` with a tensor without memory (on the device "meta") in place of each tensor."""
-    return pytree.tree_map_only(
-        Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"), tree
-    )
+    return pytree.tree_map_only(Tensor, _struct_of_tensor, tree)
+
+
+def _struct_of_tensor(t: Tensor) -> Tensor:
+    if t.is_nested:  # it has no shape that could be compared
+        message = (
+            "expected tensors with a shape as arguments and results of a converted function, got a "
+            f"nested tensor of {t.size(0)} parts. Hand over its parts, t.unbind(), or a padded "
+            "tensor, and nest them inside."
+        )
+        raise StructureError(message)
+    return torch.empty(t.shape, dtype=t.dtype, device="meta")

@@ -84,6 +84,10 @@ class Substitution(Watch):
             self.refuse(_api.backward_message(self.fun))
         if _compat.is_higher_order(func):
             self.refuse(_api.higher_order_message(func, self.fun))
+        body = _compat.operator_body(func)
+        if body is not None and body not in self.outside.operators:
+            _api.refuse_reads_of_operator(self, func, body, self._matters, self.fun)
+            self.outside.operators.add(body)
         if kind == "leaf":
             self._refuse_new_leaf(func, args, kwargs)
         if kind == "statistics":
@@ -118,6 +122,9 @@ class Substitution(Watch):
 
     def is_foreign(self, t: Tensor) -> bool:
         return id(t) in reachable(self.fun)
+
+    def _matters(self, t: Tensor) -> bool:
+        return id(t) in self.table or _api.may_carry_derivative(t)
 
     def _refuse_new_leaf(self, func: Any, args: Any, kwargs: Any) -> None:
         t = self.given(args[0])
@@ -222,6 +229,8 @@ class Outside:
     def __init__(self, fun: Any, captured: Iterable[Tensor] = ()) -> None:
         self._fun = fun
         self._captured = [weakref.ref(t) for t in captured]
+        # The functions of custom operators that were found to read nothing that matters.
+        self.operators: weakref.WeakSet[Any] = weakref.WeakSet()
         self._found: tuple[dict[int, weakref.ref[Tensor]], dict[int, weakref.ref[Tensor]]] | None
         self._found = None
 

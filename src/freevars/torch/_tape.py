@@ -13,7 +13,7 @@ from freevars.errors import CaptureError
 from freevars.torch import _compat
 from freevars.torch._names import Line, describe
 
-__all__ = ["check_tape", "hidden_path", "not_hoisted"]
+__all__ = ["check_tape", "hidden_path", "leaves_behind", "not_hoisted"]
 
 Edge = tuple[Any, int]
 
@@ -68,9 +68,21 @@ def hidden_path(
                 return (
                     f"expected an inner derivative with respect to {describe(u, fun)} that has "
                     f"all its paths inside the function, got {describe(t, fun)}, which was "
-                    "computed from it outside. Compute that inside the function, or detach it."
+                    "computed from it outside. Compute that inside the function, or detach it; "
+                    "call torch.func.vjp inside too, for its pullback holds such a path."
                 )
     return None
+
+
+def leaves_behind(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The leaves in which the tapes of `tensors` end."""
+    nodes: list[Any] = [t.grad_fn for t in tensors if t.grad_fn is not None]
+    seen: set[Any] = {None, *nodes}
+    for node in nodes:  # grows while it is walked
+        following = {n for n, _ in node.next_functions} - seen
+        seen |= following
+        nodes += following
+    return [node.variable for node in nodes if hasattr(node, "variable")]
 
 
 def _edge(t: Tensor) -> Edge:
