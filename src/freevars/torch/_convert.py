@@ -183,6 +183,7 @@ def discover(
         with discovery.watching():
             out = fun(*pytree.tree_unflatten(arguments, spec))
             discovery.returned(outputs_of(out))
+            discovery.run_is_over()
             refuse_hidden(out, lambda t: discovery.is_foreign(t) and policy(t), fun)
     finally:
         if discovery.drew is not None:
