@@ -553,6 +553,46 @@ def test_backward_bodies_read_the_given_values() -> None:
     same(torch.autograd.grad(g.sum(), other), [x.sum()])
 
 
+STATE: dict[str, Tensor] = {}
+
+
+class RereadsState(torch.autograd.Function):
+    """The backward body reads an entry of a dict, whatever it is by then."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * STATE["now"]
+
+
+@pytest.mark.parametrize("kind", ["custom Function", "hook"])
+def test_backward_bodies_read_what_changed_while_the_function_ran(kind: str) -> None:
+    w, v, x = fresh(3), fresh(3), fresh(3)
+
+    def fun(x: Tensor) -> Tensor:
+        for t in (w, v):
+            STATE["now"] = t
+            if kind == "hook":
+                x = x * 2
+                x.register_hook(lambda g: g * STATE["now"])
+            else:
+                x = RereadsState.apply(x)
+        return x
+
+    converted, hoisted = closure_convert(fun, x)
+    assert v.data_ptr() in [h.data_ptr() for h in hoisted]
+    given = [fresh(3) if h.data_ptr() == v.data_ptr() else h for h in hoisted]
+    (other,) = (t for t, h in zip(given, hoisted, strict=True) if t is not h)
+    (g,) = torch.autograd.grad(converted(x, *given).sum(), x, create_graph=True)
+    factor = 4 if kind == "hook" else 1
+    same([g], [factor * other**2])
+    same(torch.autograd.grad(g.sum(), other), [2 * factor * other])
+    STATE.clear()
+
+
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor:UserWarning"
 )  # the compiler's own look

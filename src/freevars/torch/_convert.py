@@ -77,8 +77,9 @@ def closure_convert(
         CaptureError: `fun` writes in place to a captured tensor, to its argument or to a running
             statistic, changes a captured tensor itself (`requires_grad_`, `.grad`, `.data`, a
             hook), calls `.backward()`, reads a captured tensor where it cannot be replaced
-            (TorchScript, a custom operator's own function), captures a nested tensor, returns a generator that has yet to run, or takes an inner derivative whose path runs
-            outside of it.
+            (TorchScript, a custom operator's own function), captures a nested tensor, returns a
+            generator that has yet to run, or takes an inner derivative whose path runs outside of
+            it.
         StructureError: an argument or result is a nested tensor; from `converted`, a call with
             another structure, type, shape or number of values.
 
@@ -182,6 +183,7 @@ def discover(
         with discovery.watching():
             out = fun(*pytree.tree_unflatten(arguments, spec))
             discovery.returned(outputs_of(out))
+            discovery.run_is_over()
             refuse_hidden(out, lambda t: discovery.is_foreign(t) and policy(t), fun)
     finally:
         if discovery.drew is not None:

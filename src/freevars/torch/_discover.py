@@ -50,6 +50,7 @@ class Discovery(Watch):
         ] = []  # made by `fun` as function modes see it, and those they do not:
         self.makes_leaves = False
         self._reachable: Reachable | None = None
+        self._later: dict[int, Any] = {}  # by id: what may be called after the run
         self.looking = False  # we look at a tensor ourselves, which is no read
         self._call: set[int] | None = None  # memory that the running operation was given
 
@@ -207,10 +208,17 @@ class Discovery(Watch):
     def _read_reachable(self, fun: Any) -> None:
         if fun is None:
             return
+        self._later[id(fun)] = fun
         self._reachable = self._reachable or Reachable()  # one for the run: each object is met once
         for t, _ in self._reachable.of(fun):
             if self.hoist(t):
                 self.read(t)
+
+    def run_is_over(self) -> None:
+        """What is called after the run, in a backward pass, reads what it can reach by now."""
+        self._reachable = None
+        for fun in list(self._later.values()):
+            self._read_reachable(fun)
 
     # --- what it does not see (called by the hooks)
 
