@@ -20,6 +20,7 @@ import sys
 import sysconfig
 import types
 from collections.abc import Callable, Hashable
+from pathlib import Path
 from typing import Any
 
 __all__ = ["CallableKeys", "Same", "scalar_key"]
@@ -30,7 +31,7 @@ _LIMIT = 20_000
 # Libraries, this one among them wherever it lies.
 _INSTALLED = (
     *{sysconfig.get_paths()[name] + os.sep for name in ("purelib", "platlib", "stdlib")},
-    os.path.dirname(__file__) + os.sep,
+    str(Path(__file__).parent) + os.sep,
 )
 
 
@@ -233,7 +234,7 @@ def _around(package: str) -> list[str]:
 
 def _is_installed(name: str) -> bool:
     """Whether the module of this name belongs to Python or to a library."""
-    top = name.split(".")[0]
+    top = name.split(".", maxsplit=1)[0]
     if top in sys.stdlib_module_names:
         return True
     module = sys.modules.get(name) or sys.modules.get(top)

@@ -14,6 +14,7 @@ import enum
 import functools
 import sys
 import types
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -263,8 +264,8 @@ class Equal:
         return self.c
 
 
-class Pair(collections.namedtuple("Pair", "c")):
-    __slots__ = ()
+class Pair(NamedTuple):
+    c: float
 
     def get(self):
         return self.c

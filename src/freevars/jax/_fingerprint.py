@@ -130,10 +130,8 @@ class Fingerprint:
             return ("key", (Same(x), x.dtype, x.shape, content))
         if isinstance(x, (np.generic, np.dtype)):
             return ("key", (type(x), x.dtype, x.tobytes()) if isinstance(x, np.generic) else x)
-        if isinstance(x, tree_util.PyTreeDef):
-            return ("key", tree_key(x))
-        if isinstance(x, _compat.VALUES):
-            return ("key", _hashable(x))
+        if isinstance(x, (*_compat.VALUES, tree_util.PyTreeDef)):
+            return ("key", tree_key(x) if isinstance(x, tree_util.PyTreeDef) else _hashable(x))
         if isinstance(x, _compat.JAXPR_TYPES):
             return ("key", self._closed(x))
         if isinstance(x, _compat.EQUATION):  # held by what JAX puts around a rule
