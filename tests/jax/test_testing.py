@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import freevars.jax as fv
@@ -117,3 +118,111 @@ def test_what_cannot_be_checked_is_refused():
     a = jnp.array(50.0)
     with pytest.raises(NotASolutionError):
         fv.testing.check_rule(newton, lambda x: x**2 - a, 1.0, steps=1)
+
+
+# Mutations: a solver, a rule or a linear system that is wrong in one way each.
+
+TARGET = np.array([1.0, 2.0])  # of NumPy: float64 whatever the setting at import
+
+
+def _equations(x):
+    return jnp.stack([x[0] ** 2 + 0.3 * x[1], x[1] ** 3 + 0.5 * x[0]]) - TARGET
+
+
+def _newton_system(fun, x0, steps=20):
+    step = lambda _, x: x - jnp.linalg.solve(jax.jacobian(fun)(x), fun(x))
+    return jax.lax.fori_loop(0, steps, step, x0)
+
+
+@jax.custom_jvp
+def _dropped(w):
+    return w**2
+
+
+_dropped.defjvp(lambda w, d: (w[0] ** 2, jnp.zeros_like(d[0])))
+
+
+@jax.custom_jvp
+def _negated(w):
+    return w**2
+
+
+_negated.defjvp(lambda w, d: (w[0] ** 2, -2 * w[0] * d[0]))
+
+WRONG = {
+    "stops early": (
+        fv.root(lambda fun, x0: _newton_system(fun, x0, steps=1), check=False),
+        _equations,
+    ),
+    "stops early, less so": (
+        fv.root(lambda fun, x0: _newton_system(fun, x0, steps=2), check=False),
+        _equations,
+    ),
+    "ignores the function": (fv.root(lambda fun, x0: x0 * 1.1, check=False), _equations),
+    "is another condition": (
+        fv.root(lambda fun, x0: _newton_system(lambda x: fun(x) - 0.5 * x, x0), check=False),
+        _equations,
+    ),
+    "a diagonal for the system": (
+        fv.root(
+            _newton_system, linear_solve=lambda apply, b: b / apply(jnp.ones_like(b)), check=False
+        ),
+        _equations,
+    ),
+    "the system transposed": (
+        fv.root(
+            _newton_system,
+            linear_solve=lambda apply, b: jnp.linalg.solve(
+                jax.vmap(apply)(jnp.eye(b.size, dtype=b.dtype)), b
+            ),
+            check=False,
+        ),
+        _equations,
+    ),
+    "the sign of the system": (
+        fv.root(
+            _newton_system,
+            linear_solve=lambda apply, b: (
+                -jnp.linalg.solve(jax.vmap(apply, out_axes=1)(jnp.eye(b.size, dtype=b.dtype)), b)
+            ),
+            check=False,
+        ),
+        _equations,
+    ),
+    "a fixed point for a root": (
+        fv.fixed_point(_newton_system, check=False),
+        _equations,
+    ),
+    "a rule that drops a value": (
+        fv.root(_newton_system),
+        lambda x: _equations(x) - 0.1 * _dropped(TARGET),
+    ),
+    "a rule of the wrong sign": (
+        fv.root(_newton_system),
+        lambda x: _equations(x) - 0.1 * _negated(TARGET),
+    ),
+    "a wrong custom_vjp": (
+        fv.root(_newton_system),
+        lambda x: _equations(x) - 0.1 * wrong_in_reverse(TARGET),
+    ),
+    "a value that is detached": (
+        fv.root(_newton_system),
+        lambda x: _equations(x) - 0.1 * jax.lax.stop_gradient(TARGET),
+    ),
+}
+
+
+def test_the_right_system_passes():
+    fv.testing.check_rule(fv.root(_newton_system), _equations, jnp.ones(2), order=2)
+    solve = lambda apply, b: jnp.linalg.solve(
+        jax.vmap(apply, out_axes=1)(jnp.eye(b.size, dtype=b.dtype)), b
+    )
+    right = fv.root(_newton_system, linear_solve=solve, check=False)
+    fv.testing.check_rule(right, _equations, jnp.ones(2))
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_mutation_is_caught(name):
+    solver, fun = WRONG[name]
+    with pytest.raises(AssertionError, match="the derivative by "):
+        fv.testing.check_rule(solver, fun, jnp.ones(2))

@@ -456,9 +456,10 @@ def function_parts(x: Any) -> tuple[Any, ...] | None:
         params = tuple((k, v) for k, v in x._params.items() if k != "name")  # noqa: SLF001
         return (params, x._in_tree, x.out_tree, tuple(x._consts))  # noqa: SLF001
     if isinstance(x, (jax.custom_jvp, jax.custom_vjp)):
-        # Its attributes without those that it copied from the function.
+        # Its attributes without those that it copied from the function. One of the function's may
+        # have the name of one of its own, `jvp` say: then it holds something else.
         copied = getattr(x.fun, "__dict__", {})
-        own = [k for k in vars(x) if not k.startswith("__") and k not in copied]
+        own = [k for k, v in vars(x).items() if k[:2] != "__" and copied.get(k, x) is not v]
         return tuple((k, vars(x)[k]) for k in sorted(own))
     name = getattr(x, "__qualname__", "")
     if name == "_memoize.<locals>.memoized" and x.__module__ == _partial_eval.__name__:
@@ -470,7 +471,6 @@ def function_parts(x: Any) -> tuple[Any, ...] | None:
 # Compared by value: two that are equal mean the same.
 VALUES: Any = (
     _core.AbstractValue,
-    jax.tree_util.PyTreeDef,
     jax.sharding.Mesh,
     jax.sharding.AbstractMesh,
     jax.sharding.Sharding,

@@ -23,6 +23,7 @@ from freevars.jax._fingerprint import Fingerprint
 from freevars.jax._lift import identity, lift_constants
 from freevars.jax._named import describe_capture
 from freevars.jax._program import Program
+from freevars.jax._sealed import tree_key
 
 __all__ = ["Conversion", "check_hoist", "closure_convert", "convert", "trace"]
 
@@ -167,14 +168,8 @@ def _refuse_refs(fun: Callable[..., Any], jaxpr: Any, values: Sequence[Any]) -> 
 
 
 def _spec_key(fingerprint: Fingerprint, spec: Spec) -> Any:
-    try:
-        hash(spec.tree)
-    except TypeError:
-        # Metadata that does not hash: equal to itself alone.
-        tree: Any = object()
-    else:
-        tree = spec.tree
-    return (tree, spec.types, tuple((i, fingerprint.of(x)) for i, x in spec.statics))
+    statics = tuple([(i, fingerprint.of(x)) for i, x in spec.statics])
+    return (tree_key(spec.tree), spec.types, statics)
 
 
 def _name(fun: Callable[..., Any]) -> str:

@@ -10,16 +10,18 @@ here: the types of arguments and results as the user sees them.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import weakref
-import zlib
 from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
+from jax import tree_util
 
 from freevars._callable_key import CallableKeys, Same, scalar_key
 from freevars.jax import _compat
 from freevars.jax._compat import Array, Literal, Tracer
+from freevars.jax._sealed import static_key, tree_key
 
 __all__ = ["Fingerprint"]
 
@@ -112,7 +114,7 @@ class Fingerprint:
             return said[1]
         if said is not None or (callable(x) and not isinstance(x, type)):
             return self._callables.of(x)
-        return (kind, _hashable(x))
+        return static_key(x)
 
     def _closed(self, jaxpr: Any) -> Hashable:
         if jaxpr not in _NESTED:
@@ -136,12 +138,13 @@ class Fingerprint:
             return ("key", self._held(x))
         if isinstance(x, np.ndarray):
             self.held.append(x)
-            content = zlib.crc32(x.tobytes()) if x.nbytes <= _READ_BYTES else object()
-            return ("key", (Same(x), content))
+            readable = x.nbytes <= _READ_BYTES and not x.dtype.hasobject
+            content = hashlib.blake2b(x.tobytes()).digest() if readable else object()
+            return ("key", (Same(x), x.dtype, x.shape, content))
         if isinstance(x, (np.generic, np.dtype)):
             return ("key", (type(x), x.dtype, x.tobytes()) if isinstance(x, np.generic) else x)
-        if isinstance(x, _compat.VALUES):
-            return ("key", _hashable(x))
+        if isinstance(x, (*_compat.VALUES, tree_util.PyTreeDef)):
+            return ("key", tree_key(x) if isinstance(x, tree_util.PyTreeDef) else _hashable(x))
         if isinstance(x, _compat.JAXPR_TYPES):
             return ("key", self._closed(x))
         if isinstance(x, _compat.EQUATION):  # held by what JAX puts around a rule

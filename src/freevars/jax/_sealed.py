@@ -9,7 +9,7 @@ leaves are to be sealed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from jax import tree_util
 
 from freevars._callable_key import Same, scalar_key
 
-__all__ = ["seal", "unseal"]
+__all__ = ["seal", "static_key", "tree_key", "unseal"]
 
 
 @tree_util.register_static
@@ -28,7 +28,7 @@ class _Sealed:
 
     def __init__(self, value: Any) -> None:
         self.value = value
-        self._key = _key(value)
+        self._key = static_key(value)
 
     def __eq__(self, other: object) -> bool:
         return type(other) is _Sealed and other._key == self._key
@@ -40,21 +40,47 @@ class _Sealed:
         return repr(self.value)
 
 
-def _key(x: Any) -> Hashable:
+def static_key(x: Any) -> Hashable:
+    """A key for what is part of a structure: Python's equality, but numbers as in `scalar_key`."""
     if isinstance(x, np.generic):
         return (type(x), x.dtype, x.tobytes())
     if isinstance(x, (float, complex)):
         return scalar_key(x)
+    if isinstance(x, tuple):
+        return (type(x), tuple(map(static_key, x)))
     if isinstance(x, frozenset):
-        return (type(x), frozenset(map(_key, x)))
+        return (type(x), len(x), frozenset(map(static_key, x)))
     try:
         hash(x)
     except TypeError:
         return Same(x)
-    if dataclasses.is_dataclass(x):  # a frozen one, whose fields compare as Python compares them
-        fields = tuple(_key(getattr(x, f.name)) for f in dataclasses.fields(x))
+    params = getattr(type(x), "__dataclass_params__", None)
+    if params is not None and params.eq:  # its fields are compared as Python compares them
+        fields = tuple(static_key(getattr(x, f.name)) for f in dataclasses.fields(x) if f.compare)
         return (type(x), x, fields)
     return (type(x), x)
+
+
+def tree_key(tree: Any) -> Hashable:
+    """A key for a tree structure in which the metadata of its nodes count as in `static_key`."""
+    try:
+        hash(tree)
+    except TypeError:
+        # Metadata that does not hash: equal to itself alone.
+        return object()
+    return (tree, tuple(_metadata(tree)))
+
+
+def _metadata(tree: Any) -> Iterator[Hashable]:
+    node = tree.node_data()  # None for a leaf
+    if node is None or node[1] is None:
+        yield from ()
+    elif isinstance(node[1], list):  # the keys of a dict
+        yield tuple(map(static_key, node[1]))
+    else:
+        yield static_key(node[1])
+    for child in tree.children():
+        yield from _metadata(child)
 
 
 def seal(tree: Any, is_leaf: Callable[[Any], bool]) -> Any:

@@ -98,7 +98,7 @@ def check_rule(
 
     def number(leaves: list[Any]) -> Any:
         x = to_vector(solve(jax.tree.unflatten(tree, leaves)))[0]
-        return x @ _weights(x.size).astype(x.dtype)
+        return x @ _weights(x.size, 2.1).astype(x.dtype)
 
     dtypes = [jax.eval_shape(number, leaves).dtype, *(v.direction.dtype for v in values)]
     if step is None:
@@ -164,14 +164,15 @@ def _directions(place: int, x: Any, name: str) -> Iterator[_Value]:
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact) or x.size == 0:
         return
-    unit = _weights(x.size).reshape(x.shape)
+    # Other than the weights of the solution: u.Bu is the same for B and its transpose.
+    unit = _weights(x.size, 1.3).reshape(x.shape)
     direction = (unit * jnp.maximum(jnp.linalg.norm(jnp.ravel(x)), 1.0)).astype(x.dtype)
     yield _Value(place, name, direction)
     if jnp.iscomplexobj(x):
         yield _Value(place, f"{name} along i", 1j * direction)
 
 
-def _weights(n: int) -> Any:
+def _weights(n: int, frequency: float) -> Any:
     """A fixed vector of length 1 with a bit of every direction."""
-    v = jnp.cos(1.3 * jnp.arange(n) + 0.3)
+    v = jnp.cos(frequency * jnp.arange(n) + 0.3)
     return v / jnp.linalg.norm(v)
