@@ -506,6 +506,12 @@ def test_aux_that_is_no_tensor_is_one_for_a_batch() -> None:
         run(torch.tensor([1.0, 2.0], dtype=F64))
 
 
+def test_an_option_that_there_is_not() -> None:
+    expected = "argmin: expected the options has_aux, linear_solve, on_failure, check, got chek."
+    with pytest.raises(TypeError, match=expected):
+        argmin(lambda _, x0: x0, chek=False)
+
+
 def test_nothing_unknown() -> None:
     a = fresh(3)
     x = root(lambda fun, x0: x0 - fun(x0))(lambda x: x - a[:0], torch.zeros(0, dtype=F64))

@@ -119,7 +119,7 @@ class Fingerprint:
     def _closed(self, jaxpr: Any) -> Hashable:
         if jaxpr not in _NESTED:
             alone = Fingerprint(getattr(jaxpr, "jaxpr", jaxpr))
-            can_change = alone.foreign or getattr(jaxpr, "consts", ())
+            can_change = alone.foreign or bool(getattr(jaxpr, "consts", ()))
             _NESTED[jaxpr] = None if can_change else alone.key
         known = _NESTED[jaxpr]
         if known is not None:

@@ -36,10 +36,10 @@ class Rule:
     kind: Kind
     solver: Callable[..., Any]
     name: str
-    has_aux: bool
-    linear_solve: LinearSolve | None
-    on_failure: OnFailure
-    check: bool
+    has_aux: bool = False
+    linear_solve: LinearSolve | None = None
+    on_failure: OnFailure = "raise"
+    check: bool = True
 
     def __post_init__(self) -> None:
         if self.on_failure not in {"raise", "nan", "least_squares"}:

@@ -11,7 +11,7 @@ one call of a solver as a problem (`_problem.py`), linear systems (`_linear.py`)
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -34,8 +34,13 @@ Solver = Callable[..., Any]
 class ImplicitSolver:
     """A solver with a derivative rule; made by `argmin`, `root` and `fixed_point`."""
 
-    def __init__(self, kind: Kind, solver: Solver, options: dict[str, Any]) -> None:
+    def __init__(self, kind: Kind, solver: Solver, options: "Options") -> None:
         functools.update_wrapper(self, solver, updated=())
+        unknown = set(options) - set(Options.__annotations__)
+        if unknown:
+            known = ", ".join(Options.__annotations__)
+            message = f"{kind}: expected the options {known}, got {', '.join(sorted(unknown))}."
+            raise TypeError(message)
         self._rule = Rule(kind, solver, called(solver), **options)
         self._signature = inspect.signature(solver)
         if len(self._signature.parameters) < len(("fun", "x0")):
@@ -94,21 +99,22 @@ def _sort_arguments(
     return args, kwargs, options
 
 
-def _decorator(kind: Kind, solver: Solver | None, options: dict[str, Any]) -> Any:
+class Options(TypedDict, total=False):
+    """The keyword arguments of `argmin`, `root` and `fixed_point`; see `argmin`."""
+
+    has_aux: bool  # False
+    linear_solve: LinearSolve | None  # None
+    on_failure: OnFailure  # "raise"
+    check: bool  # True
+
+
+def _decorator(kind: Kind, solver: Solver | None, options: Options) -> Any:
     if solver is None:
         return lambda solver: ImplicitSolver(kind, solver, options)
     return ImplicitSolver(kind, solver, options)
 
 
-def argmin(
-    solver: Solver | None = None,
-    /,
-    *,
-    has_aux: bool = False,
-    linear_solve: LinearSolve | None = None,
-    on_failure: OnFailure = "raise",
-    check: bool = True,
-) -> Any:
+def argmin(solver: Solver | None = None, /, **options: Unpack[Options]) -> Any:
     """Attaches the derivative of a minimiser `x = argmin fun(x, *args)` to a solver.
 
     The decorated solver is called as before and returns what it returned before, now a
@@ -162,24 +168,10 @@ def argmin(
         >>> torch.autograd.grad(x, a)
         (tensor(1.),)
     """
-    options = {
-        "has_aux": has_aux,
-        "linear_solve": linear_solve,
-        "on_failure": on_failure,
-        "check": check,
-    }
     return _decorator("argmin", solver, options)
 
 
-def root(
-    solver: Solver | None = None,
-    /,
-    *,
-    has_aux: bool = False,
-    linear_solve: LinearSolve | None = None,
-    on_failure: OnFailure = "raise",
-    check: bool = True,
-) -> Any:
+def root(solver: Solver | None = None, /, **options: Unpack[Options]) -> Any:
     """Attaches the derivative of a root, `fun(x, *args) = 0`, to a solver; else as `argmin`.
 
     `fun` returns the structure of `x`.
@@ -196,24 +188,10 @@ def root(
         >>> torch.autograd.grad(newton(lambda x: x**2 - a, torch.tensor(1.0)), a)
         (tensor(0.2500),)
     """
-    options = {
-        "has_aux": has_aux,
-        "linear_solve": linear_solve,
-        "on_failure": on_failure,
-        "check": check,
-    }
     return _decorator("root", solver, options)
 
 
-def fixed_point(
-    solver: Solver | None = None,
-    /,
-    *,
-    has_aux: bool = False,
-    linear_solve: LinearSolve | None = None,
-    on_failure: OnFailure = "raise",
-    check: bool = True,
-) -> Any:
+def fixed_point(solver: Solver | None = None, /, **options: Unpack[Options]) -> Any:
     """Attaches the derivative of a fixed point, `x = fun(x, *args)`, to a solver; else as `argmin`.
 
     Example:
@@ -228,10 +206,4 @@ def fixed_point(
         >>> torch.autograd.grad(iterate(lambda x: x / 2 + a, torch.tensor(0.0)), a)
         (tensor(2.),)
     """
-    options = {
-        "has_aux": has_aux,
-        "linear_solve": linear_solve,
-        "on_failure": on_failure,
-        "check": check,
-    }
     return _decorator("fixed_point", solver, options)
