@@ -221,16 +221,3 @@ def test_computes_now() -> None:
     jax.grad(lambda x: note(x).sum())(X)
     jax.jit(note)(X)
     assert seen == [True, True, False]
-
-
-def test_eval_context() -> None:
-    @jax.jit
-    def traced(x):
-        with _compat.eval_context():
-            seen.append(jnp.ones(2) + 1)
-        return x
-
-    seen: list[jax.Array] = []
-    traced(1.0)
-    assert not isinstance(seen[0], _compat.Tracer)
-    np.testing.assert_array_equal(seen[0], [2, 2])

@@ -538,8 +538,3 @@ def computes_now() -> bool:
     """Whether an operation on known values gives a value, and not a step of a program under way."""
     # Asking by an operation is the public way, and takes a hundred times as long.
     return nothing_traced() or not isinstance(jax.lax.neg(np.float32(0)), Tracer)
-
-
-# Computes at once, whatever transformation is under way. `jax.ensure_compile_time_eval` does so
-# too, but as a setting: everything would be compiled once more under it.
-eval_context = _core.eval_context

@@ -157,7 +157,7 @@ class ImplicitSolver:
     # The rule.
 
     def _rule(self, primals: Any, tangents: Any) -> Any:
-        out = self._solve_again(primals)
+        out = self._implicit(*primals)  # the rule again, for higher orders
         x, aux = out if self._has_aux else (out, None)
         leaves, tree = jax.tree.flatten(primals[0])
         dots = jax.tree.leaves(tangents[0], is_leaf=_compat.is_symbolic_zero)
@@ -171,16 +171,6 @@ class ImplicitSolver:
         if not self._has_aux:
             return x, dx
         return out, (dx, jax.tree.map(_compat.symbolic_zero, aux))
-
-    def _solve_again(self, primals: Any) -> Any:
-        """The solution, differentiable again where somebody could differentiate further."""
-        traced = any(isinstance(x, _compat.Tracer) for x in jax.tree.leaves(primals))
-        if traced or not _compat.computes_now():
-            return self._implicit(*primals)
-        # All is known, but JAX is in the middle of a transformation, where a call of a compiled
-        # function takes a detour, three times as long as the call: a solver on the host makes many.
-        with _compat.eval_context():
-            return self._forward(*primals)
 
     def _tangent_map(
         self, tree: Any, moving: tuple[int, ...], leaves: list[Any], x: Any, dots: list[Any]
