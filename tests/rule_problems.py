@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 
 from freevars.errors import NotASolutionError, SingularError
 
@@ -227,6 +228,24 @@ class Failure(NamedTuple):
 
 
 NOT_FINITE = math.inf
+
+
+def check_failure(failure: Failure, derivative: Callable[..., float]) -> None:
+    """That `derivative(**options)` is, or raises, what `failure` says."""
+    with pytest.raises(failure.error, match=failure.match):
+        derivative()
+    assert math.isnan(derivative(on_failure="nan"))
+    for options, expected in (
+        ({"on_failure": "least_squares"}, failure.least_squares),
+        ({"check": False}, failure.unchecked),
+    ):
+        if expected is None:
+            with pytest.raises(failure.error, match=failure.match):
+                derivative(**options)
+        elif expected == NOT_FINITE:
+            assert not math.isfinite(derivative(**options))
+        else:
+            assert derivative(**options) == pytest.approx(expected, rel=1e-9)
 
 
 SINGULAR = np.array([[1.0, 2.0], [2.0, 4.0]])

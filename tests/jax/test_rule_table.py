@@ -1,7 +1,5 @@
 """The problems of the rules, the same as for PyTorch, under the transformations of JAX."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,7 @@ import pytest
 from jax import lax
 
 import freevars.jax as fv
-from tests.rule_problems import FAILURES, MISTAKES, NOT_FINITE, PROBLEMS, A, B, RuleHost
+from tests.rule_problems import FAILURES, MISTAKES, PROBLEMS, A, B, RuleHost, check_failure
 
 HOST = RuleHost(
     xp=jnp,
@@ -74,20 +72,7 @@ def test_failures(failure) -> None:
         return float(jax.jvp(lambda t: failure.program(HOST, options, t), (1.0,), (1.0,))[1])
 
     for derivative in (by_reverse, by_forward):
-        with pytest.raises(failure.error, match=failure.match):
-            derivative()
-        assert np.isnan(derivative(on_failure="nan"))
-        for options, expected in (
-            ({"on_failure": "least_squares"}, failure.least_squares),
-            ({"check": False}, failure.unchecked),
-        ):
-            if expected is None:
-                with pytest.raises(failure.error, match=failure.match):
-                    derivative(**options)
-            elif expected == NOT_FINITE:
-                assert not math.isfinite(derivative(**options))
-            else:
-                assert derivative(**options) == pytest.approx(expected, rel=1e-9)
+        check_failure(failure, derivative)
 
 
 @pytest.mark.parametrize(("wrong", "error", "text"), MISTAKES)

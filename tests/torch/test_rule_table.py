@@ -1,6 +1,5 @@
 """The problems of the rules, the same as for JAX, under the transformations of PyTorch."""
 
-import math
 from typing import Any
 
 import pytest
@@ -11,13 +10,13 @@ import freevars.torch as fv
 from tests.rule_problems import (
     FAILURES,
     MISTAKES,
-    NOT_FINITE,
     PROBLEMS,
     A,
     B,
     Failure,
     Problem,
     RuleHost,
+    check_failure,
 )
 
 f = torch.func
@@ -103,20 +102,7 @@ def test_failures(failure: Failure) -> None:
         return float(f.jvp(lambda t: failure.program(HOST, options, t), (t,), (t,))[1])
 
     for derivative in (by_reverse, by_forward):
-        with pytest.raises(failure.error, match=failure.match):
-            derivative()
-        assert torch.isnan(torch.tensor(derivative(on_failure="nan")))
-        for options, expected in (
-            ({"on_failure": "least_squares"}, failure.least_squares),
-            ({"check": False}, failure.unchecked),
-        ):
-            if expected is None:
-                with pytest.raises(failure.error, match=failure.match):
-                    derivative(**options)
-            elif expected == NOT_FINITE:
-                assert not math.isfinite(derivative(**options))
-            else:
-                assert derivative(**options) == pytest.approx(expected, rel=1e-9)
+        check_failure(failure, derivative)
 
 
 @pytest.mark.parametrize(("wrong", "error", "text"), MISTAKES)

@@ -134,11 +134,10 @@ def like(x: Any, x0: Any, name: str) -> Any:
     types = [_compat.example_type(a) for a in arrays]
     leaves, got = tree_util.tree_flatten(x)
     alike = got == tree and all(map(_compat.is_array, leaves))
-    if alike and [_compat.example_type(leaf) for leaf in leaves] == types:
-        return x
-    spec = Spec(tree, tuple(types), statics)
-    hint = " A solver returns an x of the structure, shapes and dtypes of its x0."
-    error = mismatch(spec, x, name=name, weak_matters=False, hint=hint)
-    if error is not None:
-        raise error
+    if not (alike and [_compat.example_type(leaf) for leaf in leaves] == types):
+        spec = Spec(tree, tuple(types), statics)
+        hint = " A solver returns an x of the structure, shapes and dtypes of its x0."
+        error = mismatch(spec, x, name=name, weak_matters=False, hint=hint)
+        if error is not None:
+            raise error
     return jax.tree.map(lambda a, b: jnp.asarray(a, dtype=b.dtype), x, x0)

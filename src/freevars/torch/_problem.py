@@ -21,7 +21,7 @@ from freevars.torch._grads import caller_leaves, put_aside
 from freevars.torch._implicit import vjp
 from freevars.torch._linear import DIRECT_LIMIT, Dense, LinearSolve, MatrixFree, System, tolerance
 from freevars.torch._names import called
-from freevars.torch._structure import Structure
+from freevars.torch._structure import Structure, same
 
 __all__ = ["Kind", "OnFailure", "Problem", "Rule"]
 
@@ -57,13 +57,6 @@ class _Tensor:
 
 
 _A_TENSOR = _Tensor()
-
-
-def _equal(a: Any, b: Any) -> bool:
-    try:
-        return a is b or (type(a) is type(b) and bool(a == b))
-    except ValueError:  # NumPy arrays
-        return False
 
 
 class Problem:
@@ -172,7 +165,7 @@ class Problem:
         rest = [_A_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         if self._aux is None:
             self._aux = (rest, spec)
-        elif spec != self._aux[1] or not all(map(_equal, rest, self._aux[0])):
+        elif spec != self._aux[1] or not all(map(same, rest, self._aux[0])):
             before, now = (pytree.tree_unflatten(*aux) for aux in (self._aux, (rest, spec)))
             message = (
                 f"{self.rule.name}: expected an aux that differs in tensors only from one element "

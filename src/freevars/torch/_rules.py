@@ -13,7 +13,6 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypedDict, Unpack
 
-import torch
 from torch import Tensor
 
 from freevars.errors import StructureError
@@ -52,7 +51,7 @@ class ImplicitSolver:
         return f"<{self._rule.name} with the derivative rule of {self._rule.kind}>"
 
     def __call__(self, fun: Callable[..., Any], x0: Any, *args: Any, **kwargs: Any) -> Any:
-        call = self._eagerly if torch.compiler.is_compiling() else self._call
+        call = self._eagerly if _compat.compiling() else self._call
         return call(fun, x0, *args, **kwargs)
 
     @_compat.eagerly  # type: ignore[untyped-decorator]

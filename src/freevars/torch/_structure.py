@@ -8,7 +8,7 @@ from torch import Tensor
 from freevars.errors import StructureError
 from freevars.torch._compat import pytree
 
-__all__ = ["Structure", "struct_of"]
+__all__ = ["Structure", "same", "struct_of"]
 
 _NUMBERS = (int, float, complex)
 
@@ -77,7 +77,7 @@ class _Leaf:
             return same_kind and x.shape == self.shape and x.dtype is self.dtype
         if self.kind in _NUMBERS:
             return type(x) is self.kind
-        return type(x) is self.kind and _equal(x, self.value)
+        return same(x, self.value)
 
     def __str__(self) -> str:
         if self.nested:
@@ -90,11 +90,12 @@ class _Leaf:
         return repr(self.value)
 
 
-def _equal(a: Any, b: Any) -> bool:
+def same(a: Any, b: Any) -> bool:
+    """Whether two values that are no tensors are of one type and equal."""
     if a is b:
         return True
     try:
-        return bool(a == b)
+        return type(a) is type(b) and bool(a == b)
     except Exception:  # noqa: BLE001 (an object whose == fails equals only itself)
         return False
 

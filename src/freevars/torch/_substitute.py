@@ -169,7 +169,8 @@ class Substitution(Watch):
 
         def explicit(*values: Any) -> Any:
             split = len(values) - len(keys)
-            with type(self)(self.fun, dict(zip(keys, values[split:], strict=True))):
+            table = dict(zip(keys, values[split:], strict=True))
+            with type(self)(self.fun, table, self.known, self.outside):
                 return fun(*values[:split])
 
         return (explicit, preserve, *self.replace(inputs), *given)
