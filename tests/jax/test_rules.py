@@ -731,3 +731,13 @@ def test_finite_differences():
         central = (solve(t + step(i)) - solve(t - step(i))) / 2e-5
         close(slope[:, i], central, 1e-7)
     close(jax.jacfwd(solve)(t), slope)
+
+
+def test_what_a_numpy_solver_returns_is_an_array_of_jax():
+    @fv.root(jit=False)
+    def solver(fun, x0):
+        return np.asarray(x0 - fun(x0))
+
+    x = solver(lambda x: x - 2.0, jnp.ones(3))
+    assert isinstance(x, jax.Array)
+    np.testing.assert_array_equal(x, 2.0)
