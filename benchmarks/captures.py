@@ -16,7 +16,7 @@ import freevars.jax as fv
 from benchmarks._table import Row, seconds
 from benchmarks._timing import alternate
 from benchmarks.convert import X, chain
-from freevars.jax import _convert
+from freevars.jax._convert import convert as _convert
 
 TITLE = "captures: what names cost a conversion, and the time of a report"
 UNINSPECTED = 1.02

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import freevars.jax as fv
-from freevars.jax import _program
+from freevars.jax._convert import program as _program
 
 X = jnp.array([0.5, -0.25, 2.0])
 

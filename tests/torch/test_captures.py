@@ -17,10 +17,11 @@ from torch.autograd import forward_ad
 
 import freevars.torch as fv
 from freevars.report import CapturedValue, CaptureReport
-from freevars.torch import CaptureError, StructureError, _compat, _names
+from freevars.torch import CaptureError, StructureError, _compat
+from freevars.torch import _describe as _names
 from tests.torch import other_module
+from tests.torch.convert.test_convert_errors import scripted
 from tests.torch.explicit import fresh
-from tests.torch.test_convert_errors import scripted
 
 HERE = Path(__file__).name
 LAM = torch.tensor(0.1, requires_grad=True)

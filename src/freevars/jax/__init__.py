@@ -4,10 +4,10 @@ from freevars.jax import _compat  # noqa: F401, I001 (first: it says what to ins
 from freevars.jax import testing
 from freevars.jax._captures import captures
 from freevars.jax._closure import Closure
-from freevars.jax._convert import closure_convert
-from freevars.jax._leaks import explain_leaks
-from freevars.jax._on_host import on_host, scipy_status
-from freevars.jax._rules import argmin, fixed_point, root
+from freevars.jax._convert.convert import closure_convert
+from freevars.jax._report.leaks import explain_leaks
+from freevars.jax._host.on_host import on_host, scipy_status
+from freevars.jax._rules.rules import argmin, fixed_point, root
 
 __all__ = [
     "Closure",

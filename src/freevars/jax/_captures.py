@@ -2,7 +2,7 @@
 
 A report is a look and changes nothing: it holds no array, forces no value, and what a conversion
 would refuse (a mutable reference, a traced value that a custom rule holds) is listed, with the
-reason. Not here: finding the values (`_convert`), naming them (`_named`), and how a report looks.
+reason. Not here: finding the values (`convert`), naming them (`describe`), and how a report looks.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from freevars._naming import function_name
-from freevars._source import read_site, source_of
+from freevars._names.search import function_name
 from freevars.jax import _compat
 from freevars.jax._closure import Closure
-from freevars.jax._convert import check_hoist, trace
-from freevars.jax._fingerprint import Fingerprint
-from freevars.jax._lift import identity
-from freevars.jax._named import captured_values
-from freevars.jax._reads import Reads, reads_of
+from freevars.jax._convert.convert import check_hoist, trace
+from freevars.jax._convert.jaxpr_key import Fingerprint
+from freevars.jax._convert.lambda_lift import identity
+from freevars.jax._describe.describe import captured_values
+from freevars.jax._describe.reads import Reads, reads_of
 from freevars.report import CaptureReport
+from freevars.report._source import read_site, source_of
 
 __all__ = ["captures"]
 

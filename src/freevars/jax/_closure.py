@@ -16,9 +16,9 @@ import jax
 from jax import tree_util
 
 from freevars.jax import _compat
-from freevars.jax._arguments import describe
-from freevars.jax._convert import convert
-from freevars.jax._program import Program
+from freevars.jax._convert.arguments import describe
+from freevars.jax._convert.convert import convert
+from freevars.jax._convert.program import Program
 from freevars.report import CaptureReport
 
 __all__ = ["Closure"]

@@ -1,7 +1,7 @@
 """Checks for a user's own test-suite: are the derivatives of a decorated solver right?
 
 The oracle is the solver itself, called again with each captured value moved a little. Not here:
-what the derivatives rest on (`_rules`).
+what the derivatives rest on (`rules`).
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from freevars._naming import name_values
+from freevars._names.search import name_values
 from freevars.jax import _compat
-from freevars.jax._problem import Problem
-from freevars.jax._rules import ImplicitSolver
-from freevars.jax._vector import to_vector
+from freevars.jax._rules.rules import ImplicitSolver
+from freevars.jax._solver.problem import Problem
+from freevars.jax._solver.ravel import to_vector
 
 __all__ = ["check_rule"]
 

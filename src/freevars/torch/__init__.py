@@ -16,8 +16,8 @@ from freevars.errors import (
 )
 from freevars.torch._captures import captures
 from freevars.torch._closure import Closure
-from freevars.torch._convert import closure_convert
-from freevars.torch._rules import argmin, fixed_point, root
+from freevars.torch._convert.convert import closure_convert
+from freevars.torch._rules.rules import argmin, fixed_point, root
 
 __all__ = [
     "CaptureError",

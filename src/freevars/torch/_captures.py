@@ -4,7 +4,7 @@ describe.
 A report is a look and changes nothing: it holds no tensor and leaves no mode behind. A read that a
 conversion would refuse, because it comes past PyTorch's Python API, is listed with the reason; what
 would change a captured tensor raises, as it does in a conversion. Not here: finding the tensors
-(`_discover.py`), naming them (`_names.py`), and how a report looks.
+(`discovery.py`), naming them (`_describe.py`), and how a report looks.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 
 from torch import Tensor
 
-from freevars._naming import function_name
-from freevars._source import ReadSite, read_site, source_of
+from freevars._names.search import function_name
 from freevars.errors import CaptureError
 from freevars.report import CapturedValue, CaptureReport
+from freevars.report._source import ReadSite, read_site, source_of
 from freevars.torch._closure import Closure
 from freevars.torch._compat import resolve
-from freevars.torch._convert import (
+from freevars.torch._convert.convert import (
     Hoist,
     Rng,
     differentiable,
@@ -30,8 +30,8 @@ from freevars.torch._convert import (
     outside_compiler,
     policy_of,
 )
-from freevars.torch._discover import Discovery
-from freevars.torch._names import Line, facts, line_of_caller, names_of
+from freevars.torch._convert.discovery import Discovery
+from freevars.torch._describe import Line, facts, line_of_caller, names_of
 
 __all__ = ["captures", "captures_of"]
 

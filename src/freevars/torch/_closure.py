@@ -3,7 +3,7 @@
     f = Closure(objective, x0)
     torch.func.grad(lambda f: f(x0))(f)       # a Closure of derivatives
 
-Not here: finding the captured tensors (`_convert.py`).
+Not here: finding the captured tensors (`convert.py`).
 """
 
 import importlib.util
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from freevars.report import CaptureReport
 from freevars.torch._compat import install_hooks, pytree
-from freevars.torch._convert import Converted, Hoist, Rng, closure_convert
-from freevars.torch._names import called
+from freevars.torch._convert.convert import Converted, Hoist, Rng, closure_convert
+from freevars.torch._describe import called
 
 __all__ = ["Closure"]
 

@@ -7,7 +7,7 @@ thread's stack of function modes and do nothing unless one of ours (a `Watch`) i
 no state, so there is nothing to undo when a function fails, and threads do not see each other.
 `self_test` tries each touch point and says which one a new release of PyTorch has broken.
 
-Not here: what a watch does with what it sees (`_discover.py`, `_substitute.py`).
+Not here: what a watch does with what it sees (`discovery.py`, `substitution.py`).
 """
 
 import functools

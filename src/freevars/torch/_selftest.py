@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from freevars.torch import _compat
-from freevars.torch._substitute import Substitution
+from freevars.torch._convert.substitution import Substitution
 
 __all__ = ["broken"]
 

@@ -1,0 +1,378 @@
+"""What is inside an object that code can read: the links from one object to the next.
+
+A function leads to its cells, the globals that its code mentions, and its defaults; a bound method
+to its ``self``; an instance to its attributes; a container to its entries. Each link says how a
+person writes it. Nothing here runs code of what it looks at (see ``introspection``). Not here: in
+which order the links are followed, how far, and what is looked for (see ``search``).
+"""
+
+import functools
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from types import (
+    BuiltinFunctionType,
+    CellType,
+    FunctionType,
+    MethodType,
+    MethodWrapperType,
+    ModuleType,
+)
+from typing import Any
+
+from freevars._names.callables import (
+    codes,
+    compiled_module,
+    function_name,
+    home_name,
+    partial_parts,
+    positional,
+    scope,
+    unwrapped,
+)
+from freevars._names.introspection import (
+    MODULE_PARTS,
+    by_name,
+    class_dict,
+    class_module,
+    instance_dict,
+    is_a,
+    is_exactly,
+    key_text,
+    module_parts,
+    mro,
+    slot_values,
+    stored_members,
+)
+
+__all__ = ["Node", "Reach"]
+
+_WIDEST = 20_000  # entries looked at in one container, so that a huge one does not use up the walk
+_MOST_INSTANCES = 2  # of one class, that are looked at for what the class itself holds
+_STDLIB = frozenset(sys.stdlib_module_names)
+_STDLIB_CONTAINERS = frozenset({"argparse", "collections", "types"})
+_NOT_IMPLICIT = frozenset({"__init__", "__new__", "__del__", "__init_subclass__", "__repr__"})
+# Instances of these hold nothing but their entries; by id, for hashing a class can run code.
+_PLAIN_CONTAINERS = frozenset(map(id, (dict, list, tuple, set, frozenset, deque)))
+_MISSING: Any = object()
+
+
+class Node:
+    """One object on the way, and the link that led to it; names are put together when asked."""
+
+    __slots__ = ("home", "obj", "parent", "path", "show")
+
+    def __init__(
+        self, obj: object, parent: "Node | None", show: str | None, path: str, *, home: bool = False
+    ) -> None:
+        self.obj = obj
+        self.parent = parent
+        self.show = show  # added to the parent's name; a leading NUL starts a new name
+        self.path = path  # added to the parent's path
+        self.home = (
+            home  # the function asked about, or what it wraps: its variables go by bare names
+        )
+
+    def lineage(self) -> Iterator["Node"]:
+        node: Node | None = self
+        while node is not None:
+            yield node
+            node = node.parent
+
+    def names(self) -> tuple[str, str]:
+        shown: list[str] = []
+        for node in self.lineage():
+            if node.show is not None and node.show.startswith("\0"):
+                shown.append(node.show[1:])
+                break
+            shown.append(node.show or "")
+        path = [node.path for node in self.lineage()]
+        return "".join(reversed(shown)), "".join(reversed(path))
+
+
+# A module or class: where it was met, what it holds, and the instance attributes that hide its own.
+_Namespace = tuple[Node, Mapping[str, Any], dict[str, object]]
+
+
+class Reach:
+    """The links out of each object, for walks that start at one function after the other.
+
+    It remembers which variables and names it has met: a variable is followed once in a walk, and
+    the members of a module or class are followed when some code mentions their names.
+    """
+
+    def __init__(
+        self,
+        opaque: frozenset[str],
+        enters: Callable[[type], bool] | None = None,
+        implicit: frozenset[str] = frozenset(),
+        *,
+        sets: bool = False,
+    ) -> None:
+        self.opaque = opaque
+        self.enters = enters
+        self.implicit = implicit
+        self.sets = sets
+        self.once: set[object] = set()  # cells and globals: a variable has one name
+        self.mentioned: dict[str, None] = {}  # every name in the code read so far
+        self.namespaces: list[_Namespace] = []
+        self.instances: dict[int, int] = {}  # how many of each class have been met
+        self.members: dict[int, dict[str, Any]] = {}  # by id: hashing a class can run code
+        self.opacity: dict[int, bool] = {}
+
+    def start(self, fun: object) -> Node:
+        """Where a walk begins that asks about ``fun``."""
+        inner = unwrapped(fun)
+        self.scope = scope(inner)
+        self.globals = inner.__globals__ if type(inner) is FunctionType else None
+        self.once.clear()  # a variable may hold something else by now
+        return Node(fun, None, home_name(fun), function_name(fun), home=True)
+
+    def inside(self, node: Node) -> Iterator[Node]:
+        """The links out of ``node``: one method below for each kind of object."""
+        obj: Any = node.obj
+        kind = type(obj)
+        if id(kind) in _PLAIN_CONTAINERS:
+            yield from self.entries(node, obj)
+        elif kind is FunctionType:
+            yield from self.function(node, obj)
+        elif kind is MethodType:
+            yield from self.method(node, obj.__self__, obj.__func__)
+        elif is_exactly(obj, BuiltinFunctionType, MethodWrapperType):  # `w.dot`, `w.__matmul__`
+            yield Node(obj.__self__, node, ".__self__", ".__self__")
+        elif kind is CellType:
+            yield from self.cell(node, obj, None, ".cell_contents")
+        elif is_a(obj, ModuleType):
+            attrs = instance_dict(obj)
+            if not self.is_outside(attrs.get("__name__")):
+                yield from self.namespace(node, attrs)
+        elif is_a(obj, type):
+            yield from self.class_attributes(node, obj)
+        else:
+            if is_a(obj, functools.partial):
+                yield from self.partial(node)
+            yield from self.entries(node, obj)
+            yield from self.instance(node)
+
+    def entries(self, node: Node, obj: Any) -> Iterator[Node]:
+        if is_a(obj, dict):
+            yield from self.dictionary(node, obj)
+        elif is_a(obj, list, tuple, deque):
+            yield from self.sequence(node)
+        elif self.sets and is_a(obj, set, frozenset):
+            yield from self.unordered(node)
+
+    def function(self, node: Node, fun: FunctionType) -> Iterator[Node]:
+        attrs = instance_dict(fun)
+        if "__wrapped__" in attrs:  # first, so that a wrapped function goes by its own names
+            yield from self.wrapped(node, attrs["__wrapped__"], ".__wrapped__")
+        module = dict.get(fun.__globals__, "__name__")
+        asked_about = node.home and "__wrapped__" not in attrs
+        if self.is_outside(module) and not asked_about:
+            return
+        bare = node.home or (self.scope != "" and scope(fun) == self.scope)
+        for variable, cell in zip(fun.__code__.co_freevars, fun.__closure__ or (), strict=True):
+            show = f"\0{variable}" if bare else f".<closure {variable}>"
+            yield from self.cell(node, cell, show, f".__closure__[{variable!r}]")
+        arguments = fun.__code__.co_varnames[: fun.__code__.co_argcount]
+        defaults = fun.__defaults__ or ()
+        optional = arguments[len(arguments) - len(defaults) :]
+        for argument, value in zip(optional, defaults, strict=False):
+            yield Node(value, node, f".<default {argument}>", f".__defaults__[{argument!r}]")
+        for argument, value in by_name(fun.__kwdefaults__ or {}).items():
+            yield Node(value, node, f".<default {argument}>", f".__kwdefaults__[{argument!r}]")
+        local = fun.__globals__ is self.globals or type(module) is not str
+        prefix = "" if local else f"{module}."
+        names = {name: None for code in codes(fun.__code__) for name in code.co_names}
+        for name in names:
+            value = dict.get(fun.__globals__, name, _MISSING)
+            if value is not _MISSING and (id(fun.__globals__), name) not in self.once:
+                self.once.add((id(fun.__globals__), name))
+                yield Node(value, node, f"\0{prefix}{name}", f".__globals__[{name!r}]")
+        yield from self.attributes(node, attrs)
+        yield from self.mention(names)
+
+    def wrapped(self, node: Node, inner: object, path: str) -> Iterator[Node]:
+        """What it wraps goes by the wrapper's name, or by its own in the function asked about."""
+        show = home_name(inner) if node.home else None
+        yield Node(inner, node, show, path, home=node.home)
+
+    def cell(self, node: Node, cell: CellType, show: str | None, path: str) -> Iterator[Node]:
+        if id(cell) in self.once:
+            return
+        self.once.add(id(cell))
+        try:
+            value = cell.cell_contents
+        except ValueError:  # not filled yet
+            return
+        yield Node(value, node, show, path)
+
+    def method(self, node: Node, owner: object, fun: object) -> Iterator[Node]:
+        argument = next(iter(positional(fun)), "self")
+        show = f"\0{argument}" if node.home else ".__self__"
+        # The function first: what it mentions is followed before what it could have read.
+        yield Node(fun, node, None, ".__func__", home=node.home)
+        yield Node(owner, node, show, ".__self__")
+
+    def partial(self, node: Node) -> Iterator[Node]:
+        func, args, keywords = partial_parts(node.obj)
+        names = positional(func)
+        for index, value in enumerate(args):
+            name = names[index] if index < len(names) else f"args[{index}]"
+            show = f"\0{name}" if node.home else f".<partial {name}>"
+            yield Node(value, node, show, f".args[{index}]")
+        for name, value in by_name(keywords).items():
+            show = f"\0{name}" if node.home else f".<partial {name}>"
+            yield Node(value, node, show, f".keywords[{key_text(name)}]")
+        if node.home:
+            yield from self.wrapped(node, func, ".func")
+        else:
+            yield Node(func, node, ".func", ".func")
+
+    def dictionary(self, node: Node, items: dict[object, object]) -> Iterator[Node]:
+        for key, value in list(islice(dict.items(items), _WIDEST)):
+            link = f"[{key_text(key)}]"
+            yield Node(value, node, link, link)
+
+    def sequence(self, node: Node) -> Iterator[Node]:
+        obj: Any = node.obj
+        base = next(cls for cls in (list, tuple, deque) if is_a(obj, cls))
+        fields = next((d["_fields"] for d in map(class_dict, mro(type(obj))) if "_fields" in d), ())
+        named = base is tuple and type(fields) is tuple and all(type(f) is str for f in fields)
+        for index, value in enumerate(list(islice(base.__iter__(obj), _WIDEST))):
+            link = f".{fields[index]}" if named and index < len(fields) else f"[{index}]"
+            yield Node(value, node, link, link)
+
+    def unordered(self, node: Node) -> Iterator[Node]:
+        """The members of a set, which have no name of their own."""
+        obj: Any = node.obj
+        base = set if is_a(obj, set) else frozenset
+        for value in list(islice(base.__iter__(obj), _WIDEST)):
+            yield Node(value, node, "{…}", "{…}")
+
+    def instance(self, node: Node) -> Iterator[Node]:
+        obj = node.obj
+        attrs = instance_dict(obj)
+        layers = module_parts(obj)
+        compiled = compiled_module(obj)
+        if compiled is not None:  # it gives the attributes of what it wraps as its own
+            yield from self.wrapped(node, compiled, "._orig_mod")
+            return
+        if self.is_opaque(type(obj)) and layers is None:
+            yield from self.framework_wrapper(node, attrs)
+            return
+        items = _wrapped_items(type(obj), attrs)
+        if "__self__" in attrs and "__func__" in attrs:  # a library's own kind of bound method
+            yield from self.method(node, attrs["__self__"], attrs["__func__"])
+        elif layers is not None:
+            yield from self.layers(node, layers)
+            yield from self.attributes(node, attrs, skip=MODULE_PARTS)
+        elif items is not None:
+            yield from self.dictionary(node, items)
+        else:
+            yield from self.attributes(node, attrs)
+        for name, value in slot_values(obj):
+            yield Node(value, node, f".{name}", f".{name}")
+        yield from self.class_attributes(node, type(obj), hidden=attrs)
+
+    def layers(self, node: Node, parts: list[dict[str, object]]) -> Iterator[Node]:
+        """The parameters, buffers and children of a module of layers; numbers are entries, and
+        so is everything in one that is a mapping."""
+        own = [class_dict(cls) for cls in mro(type(node.obj))]
+        is_mapping = all(any(name in d for d in own) for name in ("__getitem__", "keys"))
+        for part in parts:
+            for key, value in by_name(part).items():
+                link = f"[{key}]" if key.isdecimal() else _attribute(key)
+                if is_mapping:
+                    link = f"[{key_text(key)}]"
+                yield Node(value, node, link, link)
+
+    def framework_wrapper(self, node: Node, attrs: dict[str, Any]) -> Iterator[Node]:
+        """What a framework's object wraps, and functions of the user that it holds, no more."""
+        for key, value in list(attrs.items()):
+            if key == "__wrapped__":
+                yield from self.wrapped(node, value, ".__wrapped__")
+            elif is_a(value, FunctionType, MethodType, functools.partial):
+                # Such as the two rules of a custom derivative.
+                yield Node(value, node, f".{key}", f".{key}")
+        if class_module(type(node.obj)).partition(".")[0] == "freevars":  # a `Closure`
+            for key, value in (*slot_values(node.obj), *attrs.items()):
+                if key == "_values" and type(value) is tuple:
+                    yield Node(value, node, ".values", ".values")
+
+    def attributes(
+        self, node: Node, attrs: dict[str, object], skip: tuple[str, ...] = ()
+    ) -> Iterator[Node]:
+        for key, value in list(islice(dict.items(attrs), _WIDEST)):
+            if key == "__wrapped__" and type(node.obj) is not FunctionType:
+                yield from self.wrapped(node, value, ".__wrapped__")
+            elif key not in skip and not key.startswith("__"):
+                yield Node(value, node, _attribute(key), _attribute(key))
+
+    def class_attributes(
+        self, node: Node, cls: type, hidden: dict[str, object] | None = None
+    ) -> Iterator[Node]:
+        """Attributes and methods that live on a class, where some code mentions their names."""
+        if hidden is not None:
+            met = self.instances[id(cls)] = self.instances.get(id(cls), 0) + 1
+            if met > _MOST_INSTANCES:
+                return
+        members = self.members.get(id(cls))
+        if members is None:
+            bases = [base for base in mro(cls) if not self.is_outside(class_module(base))]
+            self.members[id(cls)] = members = stored_members(bases)
+        yield from self.namespace(node, members, hidden)
+        for key in (key for key in members if key.startswith("__") or key in self.implicit):
+            # Operators and `__call__` run without a mention; `__init__` when a class is called.
+            implicit = hidden is None or key not in _NOT_IMPLICIT
+            if implicit and type(members[key]) is FunctionType:
+                home = node.home and (key == "__call__" or key in self.implicit)
+                yield Node(members[key], node, f".{key}", f".{key}", home=home)
+
+    def namespace(
+        self, node: Node, members: Mapping[str, Any], hidden: dict[str, object] | None = None
+    ) -> Iterator[Node]:
+        """Follow the members that code mentions, now and when more code has been read."""
+        self.namespaces.append((node, members, hidden or {}))
+        yield from self.mentions(self.mentioned, self.namespaces[-1:])
+
+    def mention(self, names: dict[str, None]) -> Iterator[Node]:
+        new = {name: None for name in names if name not in self.mentioned}
+        self.mentioned |= new
+        yield from self.mentions(new, self.namespaces)
+
+    def mentions(self, names: dict[str, None], namespaces: list[_Namespace]) -> Iterator[Node]:
+        for node, members, hidden in list(namespaces):
+            for name in list(names):
+                if name in members and name not in hidden:
+                    yield Node(members[name], node, f".{name}", f".{name}")
+
+    def is_outside(self, module: object) -> bool:
+        """Whether code or a class of this module is never entered."""
+        root = module.partition(".")[0] if type(module) is str else ""
+        return root in self.opaque or root in _STDLIB
+
+    def is_opaque(self, cls: type) -> bool:
+        """Whether instances of this class are never entered."""
+        known = self.opacity.get(id(cls))
+        if known is None:
+            roots = {class_module(base).partition(".")[0] for base in mro(cls)}
+            own = class_module(cls).partition(".")[0]
+            known = bool(roots & self.opaque) and not (self.enters and self.enters(cls))
+            known = known or (own in _STDLIB and own not in _STDLIB_CONTAINERS)
+            self.opacity[id(cls)] = known
+        return known
+
+
+def _wrapped_items(cls: type, attrs: dict[str, Any]) -> dict[object, object] | None:
+    """The entries of a user's mapping class that keeps them in one plain dict."""
+    if any(base is Mapping for base in mro(cls)):
+        for key in ("data", "_dict"):
+            if is_a(attrs.get(key), dict):
+                return attrs[key]  # type: ignore[no-any-return]
+    return None
+
+
+def _attribute(key: str) -> str:
+    return f".{key}" if key.isidentifier() else f"[{key_text(key)}]"

@@ -1,0 +1,1 @@
+"""Closure conversion: from a Python function to a program and its captured values."""

@@ -1,0 +1,313 @@
+"""Closure conversion: run a function once on types, and find every value that it reads from
+outside.
+
+JAX traces the function to a program; whatever came in by another way than the arguments is a
+constant of that program, however it was reached. The steps from there are each in a file of their
+own: bring nested constants up (`lambda_lift`), drop what nothing needs, and give the rest a key
+(`jaxpr_key`) under which the program is shared (`program`). Nothing is remembered from one
+conversion to the next, so nothing goes stale and nothing is kept.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
+
+import jax
+
+from freevars.errors import CaptureError, StructureError
+from freevars.jax import _compat
+from freevars.jax._convert.arguments import Spec, describe, join, split
+from freevars.jax._convert.jaxpr_key import Fingerprint
+from freevars.jax._convert.lambda_lift import identity, lift_constants
+from freevars.jax._convert.program import Program
+from freevars.jax._convert.static import tree_key
+from freevars.jax._describe.describe import describe_capture
+
+__all__ = ["Conversion", "check_hoist", "closure_convert", "convert", "trace"]
+
+R = TypeVar("R")
+
+
+class Conversion(NamedTuple):
+    """What one conversion finds: the program, and the captured values in order of first use."""
+
+    program: Program
+    values: tuple[Any, ...]
+
+
+class Traced(NamedTuple):
+    """A function run once: the open program, which reads the captured values and then the
+    arguments, these values in order of first use, and the types of arguments and results."""
+
+    jaxpr: Any
+    values: list[Any]
+    inputs: Spec
+    outputs: Spec
+
+
+def trace(fun: Callable[..., Any], example_args: Sequence[Any]) -> Traced:
+    """Trace `fun` on the types of the example arguments."""
+    if not callable(fun):
+        msg = f"closure conversion needs a callable, got {type(fun).__name__}: {fun!r}."
+        raise TypeError(msg)
+    arrays, tree, statics = split(tuple(example_args))
+    inputs = Spec(tree, tuple([_compat.example_type(x) for x in arrays]), statics)
+    result: list[Any] = []
+
+    def on_leaves(*leaves: Any) -> list[Any]:
+        outs, out_tree, out_statics = split(fun(*join(inputs, leaves)))
+        result[:] = out_tree, out_statics
+        return outs
+
+    # A function of its own for each conversion: JAX forgets what it traced when it goes.
+    closed = jax.make_jaxpr(on_leaves)(*arrays)
+    outputs = Spec(result[0], tuple(closed.out_avals), result[1])
+    return Traced(*_in_order_of_use(*lift_constants(closed), len(arrays)), inputs, outputs)
+
+
+def convert(fun: Callable[..., Any], example_args: Sequence[Any]) -> Conversion:
+    """Trace `fun`, and share the program with every other function that computes the same."""
+    jaxpr, values, inputs, outputs = trace(fun, example_args)
+    _refuse_refs(fun, jaxpr, values)
+    fingerprint = Fingerprint(jaxpr)
+    met = values
+    jaxpr, values, fixed = _keep_what_rules_hold(fun, jaxpr, values, fingerprint.held)
+    constants = set(map(id, fixed))
+    key = (
+        fingerprint.key,
+        # Which values are constants, and at which places. Their ids live as long as the key: the
+        # program holds them.
+        tuple([(i, id(v)) for i, v in enumerate(met) if id(v) in constants]) if fixed else (),
+        _compat.trace_context(),
+        *(_spec_key(fingerprint, spec) for spec in (inputs, outputs)),
+    )
+    n = len(values)
+    value_types = tuple([v.aval for v in jaxpr.invars[len(fixed) : len(fixed) + n]])
+    program = Program.intern(
+        key,
+        lambda: Program(jaxpr, fixed, value_types, inputs, outputs, _name(fun)),
+        keep=not fingerprint.foreign and inputs.is_plain and outputs.is_plain,
+    )
+    return Conversion(program, tuple(values))
+
+
+def _in_order_of_use(jaxpr: Any, values: list[Any], n_args: int) -> tuple[Any, list[Any]]:
+    """Without dead code and the values that only dead code reads, the rest as they are first
+    read."""
+    keep = [False] * len(values) + [True] * n_args
+    jaxpr, used = _compat.drop_dead_code(jaxpr, keep)
+    values = [value for value, use in zip(values, used, strict=False) if use]
+    variables, args = jaxpr.invars[: len(values)], jaxpr.invars[len(values) :]
+    waiting = dict(zip(variables, values, strict=True))
+    order: list[Any] = []
+    ordered: list[Any] = []
+
+    def read(atoms: Sequence[Any]) -> None:
+        for atom in atoms:
+            if type(atom) is not _compat.Literal and atom in waiting:
+                order.append(atom)
+                ordered.append(waiting.pop(atom))
+
+    for eqn in jaxpr.eqns:
+        if not waiting:
+            break
+        read(eqn.invars)
+    read(jaxpr.outvars)
+    if order != variables:
+        jaxpr = _compat.replace(jaxpr, invars=[*order, *args])
+    return jaxpr, ordered
+
+
+def _keep_what_rules_hold(
+    fun: Callable[..., Any], jaxpr: Any, values: list[Any], held: Sequence[Any]
+) -> tuple[Any, list[Any], list[Any]]:
+    """Split the captured values into those that can be replaced and those that cannot.
+
+    A custom derivative rule that JAX runs later reads its own captured values then, and no program
+    shows which. Were a value replaced in the function and not in its rule, a derivative would be
+    wrong without a word. So a concrete array that a rule holds stays what it is, and a traced one
+    is refused.
+    """
+    for x in held:
+        if isinstance(x, _compat.Tracer) and _compat.is_live(x):
+            msg = (
+                f"{_name(fun)}: a custom derivative rule or a callback in it captures the traced"
+                f" value {describe_capture(fun, x, jaxpr, values)}, which no caller could then"
+                " replace or differentiate. Pass the value to the function that has the rule as an"
+                " argument."
+            )
+            raise CaptureError(msg)
+    if not held:
+        return jaxpr, values, []
+    keys = {identity(x) for x in held}
+    if not any(identity(v) in keys for v in values):
+        return jaxpr, values, []
+    pairs = list(zip(jaxpr.invars, values, strict=False))
+    fixed = [(var, v) for var, v in pairs if identity(v) in keys]
+    free = [(var, v) for var, v in pairs if identity(v) not in keys]
+    invars = [var for var, _ in (*fixed, *free)] + jaxpr.invars[len(values) :]
+    return (
+        _compat.replace(jaxpr, invars=invars),
+        [v for _, v in free],
+        [v for _, v in fixed],
+    )
+
+
+def _refuse_refs(fun: Callable[..., Any], jaxpr: Any, values: Sequence[Any]) -> None:
+    for var, value in zip(jaxpr.invars, values, strict=False):
+        if isinstance(var.aval, _compat.REF_TYPE):
+            msg = (
+                f"{_name(fun)} captures the mutable reference"
+                f" {describe_capture(fun, value, jaxpr, values)}."
+                " Reading or writing it is an effect that an argument list cannot carry: pass the"
+                " reference as an argument, or read it before and capture the array."
+            )
+            raise CaptureError(msg)
+
+
+def _spec_key(fingerprint: Fingerprint, spec: Spec) -> Any:
+    statics = tuple([(i, fingerprint.of(x)) for i, x in spec.statics])
+    return (tree_key(spec.tree), spec.types, statics)
+
+
+def _name(fun: Callable[..., Any]) -> str:
+    name = getattr(fun, "__name__", None)
+    if isinstance(name, str):
+        return name
+    inner = getattr(fun, "func", None)
+    return _name(inner) if callable(inner) else type(fun).__name__
+
+
+class Converted(Generic[R]):
+    """A function whose captured values are its last arguments; made by `closure_convert`."""
+
+    def __init__(
+        self,
+        fun: Callable[..., R],
+        program: Program,
+        values: tuple[Any, ...],
+        hoisted: tuple[int, ...],
+    ) -> None:
+        self.__name__ = self.__qualname__ = _name(fun)
+        self.__doc__ = getattr(fun, "__doc__", None)
+        self.__module__ = getattr(fun, "__module__", __name__)
+        self.__wrapped__ = fun
+        # Not the signature of `fun`: the hoisted values follow its arguments.
+        self.__signature__ = _SIGNATURE
+        self._program = program
+        self._hoisted = hoisted
+        self._n_args = len(program.inputs.tree.children())
+        self._n_all = self._n_args + len(hoisted)
+        # What stays inside: the values that are not hoisted, at their places among all.
+        inside = [] if len(hoisted) == len(values) else list(values)
+        for i in hoisted if inside else ():
+            inside[i] = None
+        self._constants = tuple(inside)
+
+    def __call__(self, *args_and_hoisted: Any) -> R:
+        n = self._n_args
+        if len(args_and_hoisted) != self._n_all:
+            self._refuse_count(len(args_and_hoisted))
+        values: Any = args_and_hoisted[n:]
+        if self._constants:
+            values = self._with_constants(values)
+        try:
+            result: R = self._program(values, args_and_hoisted[:n])
+        except StructureError as error:
+            add_name(error, self.__wrapped__, args_and_hoisted[:n])
+            raise
+        return result
+
+    def _with_constants(self, hoisted: tuple[Any, ...]) -> Sequence[Any]:
+        if not hoisted:
+            return self._constants
+        merged = list(self._constants)
+        for i, value in zip(self._hoisted, hoisted, strict=True):
+            merged[i] = value
+        return tuple(merged)
+
+    def _refuse_count(self, got: int) -> None:
+        msg = (
+            f"{self.__name__}, converted, takes {self._n_args} arguments and {len(self._hoisted)}"
+            " hoisted"
+            f" values, {self._n_all} in all, got {got}. Call it as"
+            " converted(*args, *hoisted)."
+        )
+        raise StructureError(msg)
+
+    def __repr__(self) -> str:
+        inputs = ", ".join(map(describe, self._program.inputs.types))
+        hoisted = ", ".join(describe(self._program.value_types[i]) for i in self._hoisted)
+        return f"<converted {self.__name__}({inputs}; hoisted: {hoisted or 'none'})>"
+
+
+_SIGNATURE = inspect.Signature(
+    [inspect.Parameter("args_and_hoisted", inspect.Parameter.VAR_POSITIONAL)]
+)
+
+
+def closure_convert(
+    fun: Callable[..., R], *example_args: Any, hoist: Literal["traced", "all"] = "traced"
+) -> tuple[Converted[R], list[Any]]:
+    """A function that takes the values `fun` captures as arguments, and these values.
+
+    `converted(*args, *hoisted)` equals `fun(*args)`, in value and in every derivative, and other
+    values of the same types may stand for `hoisted`.
+
+    Args:
+      fun: any callable, pure. It runs once, on tracers.
+      *example_args: pytrees that fix structure, shapes and dtypes. `jax.ShapeDtypeStruct` will not
+        do for an array; a leaf that JAX does not take as an array (a string, a function, None, a
+        dtype) is static: `fun` sees it as it is, and each call must bring an equal one.
+      hoist: "traced" for the tracers that `fun` meets, of any dtype and any transformation, while
+        concrete arrays stay inside as constants; "all" for every array met, concrete `jax.Array`
+        and NumPy arrays too, so that the list is the same inside and outside a transformation.
+        Python numbers and NumPy scalars are part of the program in both.
+
+    Returns:
+      `(converted, hoisted)`: `hoisted` is a list of arrays, each once, in the order in which `fun`
+      first reads them; a value that only dead code reads is not in it. A concrete array that a
+      custom derivative rule inside `fun` holds as well stays a constant.
+
+    Raises:
+      TypeError: `fun` is not callable, or a call brings another structure, shape, dtype, static
+        leaf or number of values than the example (`freevars.errors.StructureError`, which names the
+        first path that differs).
+      freevars.errors.CaptureError: `fun` captures a mutable reference, or a custom derivative rule
+        inside it captures a traced value.
+
+    >>> import jax, jax.numpy as jnp, freevars.jax as fv
+    >>> def slope(w):
+    ...     converted, hoisted = fv.closure_convert(lambda x: w * x**2, 1.0)
+    ...     return converted(3.0, *hoisted)
+    >>> print(jax.grad(slope)(2.0))
+    9.0
+    """
+    check_hoist(hoist)
+    program, values = convert(fun, example_args)
+    which = tuple(
+        i for i, v in enumerate(values) if hoist == "all" or isinstance(v, _compat.Tracer)
+    )
+    return Converted(fun, program, values, which), [values[i] for i in which]
+
+
+def add_name(error: StructureError, fun: Callable[..., Any], args: Sequence[Any]) -> None:
+    """Say the name of the captured value that an error is about, by tracing `fun` once more."""
+    if error.captured is None:
+        return
+    try:
+        jaxpr, values, _, _ = trace(fun, args)
+        text = describe_capture(fun, values[error.captured], jaxpr, values)
+    except Exception:  # noqa: BLE001 (what is being raised matters more than its name)
+        return
+    _, colon, rest = str(error).partition(": expected ")
+    error.args = (f"captured value {error.captured} of {_name(fun)}, {text}{colon}{rest}",)
+
+
+def check_hoist(hoist: str) -> None:
+    """Refuse another policy than the two there are."""
+    if hoist not in ("traced", "all"):
+        msg = f'hoist: expected "traced" or "all", got {hoist!r}.'
+        raise ValueError(msg)

@@ -1,0 +1,177 @@
+"""A traced function without its captured values: the static part of every closure.
+
+Programs are interned: two that compute the same thing are one object, so that they compare and hash
+by identity, as fast as anything can, and share one compiled version. The table holds them weakly.
+The last few that hold nothing of the user's, neither an array nor a function, are kept beside it,
+so that a loop which makes, calls and drops a closure in each turn compiles once. Not here: tracing
+a user's function, and who holds the captured values.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+from jax import tree_util
+
+from freevars.errors import StructureError
+from freevars.jax import _compat
+from freevars.jax._convert.arguments import Spec, describe, fit, join, mismatch, same_static, split
+from freevars.jax._describe.reads import first_read
+
+__all__ = ["Program"]
+
+_LOCK = threading.Lock()
+_PROGRAMS: weakref.WeakValueDictionary[Hashable, Program] = weakref.WeakValueDictionary()
+_RECENT: OrderedDict[Program, None] = OrderedDict()
+_RECENT_SIZE = 32
+
+
+class Program:
+    """What a converted function computes, from captured values and arguments.
+
+    Equality is identity: `intern` returns the program made earlier with the same key.
+    """
+
+    def __init__(
+        self,
+        jaxpr: Any,
+        fixed: Sequence[Any],
+        value_types: tuple[Any, ...],
+        inputs: Spec,
+        outputs: Spec,
+        name: str,
+    ) -> None:
+        self.jaxpr = jaxpr  # reads fixed constants, then captured values, then arguments
+        self.fixed = tuple(fixed)  # arrays that custom rules hold too: they cannot be replaced
+        self.value_types = value_types
+        self.inputs = inputs
+        self.outputs = outputs
+        self.name = name
+        # JAX flattens arguments faster than any Python code, and on a call that it has seen before
+        # it checks their types as well; so hand them over as they are wherever it takes them.
+        self.flat = bool(inputs.statics) or not _hashable(inputs.tree)
+        self._direct = not self.flat and not outputs.statics
+
+    @classmethod
+    def intern(cls, key: Hashable, make: Callable[[], Program], *, keep: bool) -> Program:
+        """The program of this key, made now if there is none; `keep` says that it may outlive its
+        last use, because it holds nothing of the user's."""
+        with _LOCK:
+            program = _PROGRAMS.get(key)
+            if program is None:
+                program = _PROGRAMS[key] = make()
+            if keep:
+                _RECENT[program] = None
+                _RECENT.move_to_end(program)
+                if len(_RECENT) > _RECENT_SIZE:
+                    _RECENT.popitem(last=False)
+            return program
+
+    def __repr__(self) -> str:
+        return f"<program {self.name} at {id(self):#x}>"
+
+    @functools.cached_property
+    def _run(self) -> Callable[..., Any]:
+        """The compiled function. It holds the program weakly: the program owns it."""
+        ref = weakref.ref(self)
+        method = Program._run_leaves if self.flat else Program._run_tree
+
+        def call(values: Sequence[Any], *args: Any) -> Any:
+            program = ref()
+            assert program is not None  # noqa: S101 (who calls `_run` holds the program)
+            return method(program, values, *args)
+
+        call.__name__ = call.__qualname__ = self.name
+        return jax.jit(call, inline=True)
+
+    def __call__(self, values: Sequence[Any], args: tuple[Any, ...]) -> Any:
+        """The result of the function for these captured values and arguments."""
+        try:
+            if self._direct:
+                return self._run(values, *args)
+            return self._call_with_statics(values, args)
+        except TypeError as error:
+            if not isinstance(error, StructureError):
+                # JAX refuses, say, a string where an array was: say where and what.
+                self._check(values, args)
+            raise
+
+    def _call_with_statics(self, values: Sequence[Any], args: tuple[Any, ...]) -> Any:
+        if self.flat:
+            arrays, tree, statics = split(args)
+            if tree != self.inputs.tree or not _equal_statics(statics, self.inputs.statics):
+                self._check(values, args)
+            results = self._run(values, *arrays)
+        else:
+            results = self._run(values, *args)
+        return join(self.outputs, results) if self.outputs.statics else results
+
+    # What is compiled. These run once for each combination of types that a call brings, and so
+    # check types without a cost for the calls after.
+
+    def _run_tree(self, values: Sequence[Any], *args: Any) -> Any:
+        leaves, tree = tree_util.tree_flatten(args)
+        if tree != self.inputs.tree:
+            self._check(values, args)
+        return self._run_leaves(values, *leaves, whole=args)
+
+    def _run_leaves(self, values: Sequence[Any], *leaves: Any, whole: Any = None) -> Any:
+        fitted = self._fit(leaves, self.inputs.types)
+        captured = self._fit(values, self.value_types)
+        if fitted is None or captured is None:
+            self._check(values, join(self.inputs, leaves) if whole is None else whole)
+        results = _compat.evaluate(self.jaxpr, [*self.fixed, *captured, *fitted])
+        return results if self.outputs.statics else join(self.outputs, results)
+
+    def _fit(self, xs: Sequence[Any], types: Sequence[Any]) -> Any:
+        if len(xs) != len(types):
+            return None
+        weak = self._weak_matters
+        fitted = [fit(x, t, weak_matters=weak) for x, t in zip(xs, types, strict=True)]
+        return None if any(x is None for x in fitted) else fitted
+
+    @functools.cached_property
+    def _weak_matters(self) -> bool:
+        """Whether a weakly typed input decides the dtype in which something is computed."""
+        return _compat.converts_weak_values(self.jaxpr)
+
+    def _check(self, values: Sequence[Any], args: tuple[Any, ...]) -> None:
+        """Raise the error for the first argument or captured value that does not fit."""
+        weak = self._weak_matters
+        error = mismatch(self.inputs, tuple(args), name="args", weak_matters=weak)
+        if error is not None:
+            raise error
+        if len(values) != len(self.value_types):
+            msg = f"{self.name} has {len(self.value_types)} captured values, got {len(values)}."
+            raise StructureError(msg)
+        for i, (value, expected) in enumerate(zip(values, self.value_types, strict=True)):
+            if not _compat.is_array(value) or fit(value, expected, weak_matters=weak) is None:
+                msg = (
+                    f"captured value {i} of"
+                    f" {self.name}{first_read(self.jaxpr, len(self.fixed) + i)}:"
+                    f" expected {describe(expected)}, got {describe(value)}."
+                    " Pass a value of the type that was captured."
+                )
+                mismatched = StructureError(msg)
+                mismatched.captured = i
+                raise mismatched
+
+
+def _equal_statics(got: tuple[tuple[int, Any], ...], expected: tuple[tuple[int, Any], ...]) -> bool:
+    return len(got) == len(expected) and all(
+        i == j and same_static(b, a) for (i, a), (j, b) in zip(got, expected, strict=True)
+    )
+
+
+def _hashable(x: Any) -> bool:
+    try:
+        hash(x)
+    except TypeError:
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""What a tracer or a captured value is, in words."""

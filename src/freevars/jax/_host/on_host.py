@@ -1,0 +1,342 @@
+"""Solvers that are not JAX code: scipy's, or any C or Fortran library that takes callbacks.
+
+Where all values are known the solver is simply called. Inside a program (`jit`, `vmap`, `scan`) it
+runs in a thread beside the program, which answers its questions (`staged`). Not here:
+derivatives; the decorators `root`, `argmin` and `fixed_point` above add them.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax import tree_util
+
+from freevars.jax import _compat
+from freevars.jax._convert.static import seal, unseal
+from freevars.jax._host.oracle import (
+    HostFunction,
+    Layout,
+    PytreeForm,
+    Question,
+    ask_compiled,
+    real,
+)
+from freevars.jax._host.solver_thread import GivenUpError, Solve
+from freevars.jax._host.staged import solve_in_program
+from freevars.jax._solver.problem import Problem
+from freevars.jax._solver.ravel import to_vector
+
+__all__ = ["HostSolver", "on_host", "scipy_status"]
+
+Vmap = Literal["sequential", "threads", "whole"]
+
+
+class HostSolver:
+    """A NumPy solver that runs inside JAX programs; made by `on_host`."""
+
+    __name__: str
+
+    def __init__(self, solver: Callable[..., Any], *, flat: bool, aux: Any, vmap: Vmap) -> None:
+        if vmap not in ("sequential", "threads", "whole"):
+            msg = f'vmap: expected "sequential", "threads" or "whole", got {vmap!r}.'
+            raise ValueError(msg)
+        if vmap == "whole" and not flat:
+            msg = 'vmap="whole" needs flat=True: a batch of pytrees has no one form.'
+            raise ValueError(msg)
+        functools.update_wrapper(self, solver, updated=())
+        self._solver = solver
+        self._flat = flat
+        self._aux = aux
+        self._has_aux = aux is not None
+        self._vmap = vmap
+        self._program = jax.jit(self._traced, static_argnums=(0, 1))
+
+    def __call__(self, fun: Callable[..., Any], x0: Any, **options: Any) -> Any:
+        """Solve without a rule; a function of one number is an objective, any other equations."""
+        problem = Problem.of(fun, x0, (), {})
+        leaves = jax.tree.leaves(problem.fun.out_struct)
+        equations = not (len(leaves) == 1 and leaves[0].shape == ())
+        return self.solve(problem, x0, options, equations=equations, has_aux=False)
+
+    def __repr__(self) -> str:
+        return f"<{self.__name__} on the host>"
+
+    def solve(
+        self, problem: Problem, x0: Any, options: dict[str, Any], *, equations: bool, has_aux: bool
+    ) -> Any:
+        """What the solver returns: `x`, or `(x, aux)`; `has_aux`: the function may have one too."""
+        layout = Layout.of(x0)
+        question = Question(layout, equations, has_aux)
+        # A Python number stays one: solvers count with it.
+        arrays, given = tree_util.tree_flatten(seal(options, _is_array))
+        values = (*jax.tree.leaves((problem, x0)), *arrays)
+        if any(isinstance(x, _compat.Tracer) for x in values) or not _compat.computes_now():
+            v0, to_x = to_vector(x0)
+            v, aux = self._in_program(given, question, problem, v0, arrays)
+            x = to_x(v)
+        else:
+            # No operation of JAX where NumPy will do: each costs as much as a short solve's step.
+            form = PytreeForm(layout)
+            v, aux = self._at_once(given, question, problem, form.to_vector(x0), arrays)
+            x = jax.tree.map(jax.numpy.array, form.to_tree(v))
+        if not self._has_aux:
+            return x
+        return x, tree_util.tree_unflatten(jax.tree.structure(self._aux), aux)
+
+    def _call(
+        self, ask: Any, question: Question, v0: Any, options: dict[str, Any]
+    ) -> tuple[Any, list[Any]]:
+        """Run the solver, in whatever thread this is."""
+        form = None if self._flat else PytreeForm(question.layout)
+        v0 = np.array(v0, np.float64)  # a copy: many solvers change it in place
+        fun = HostFunction(ask, v0.shape, equations=question.equations, pytrees=form)
+        x0 = form.to_tree(v0) if form else v0
+        try:
+            out = self._solver(fun, x0, **options)
+        except Exception as error:
+            error.add_note(f"raised by the solver {self.__name__} on the host")
+            raise
+        x, aux = out if self._has_aux else (out, None)
+        v = form.to_vector(x) if form else real(x)
+        if v.shape != v0.shape:
+            msg = (
+                f"{self.__name__}: the solver returned a vector of shape {v.shape}, expected"
+                f" {v0.shape}, like its starting point."
+            )
+            raise TypeError(msg)
+        return v, self._aux_leaves(aux, v0.shape[:1] if self._vmap == "whole" else ())
+
+    def _aux_leaves(self, aux: Any, lead: tuple[int, ...]) -> list[Any]:
+        """The leaves as copies, in arrays of the types of the example."""
+        leaves, tree = tree_util.tree_flatten(aux)
+        examples, expected = tree_util.tree_flatten(self._aux)
+        if tree != expected:
+            msg = f"{self.__name__}: the solver returned aux {tree}, expected {expected}."
+            raise TypeError(msg)
+        arrays = [np.array(leaf) for leaf in leaves]
+        for a, example in zip(arrays, examples, strict=True):
+            to = _aux_type(example)
+            if a.shape != (*lead, *to.shape) or _compat.kind(a.dtype) > _compat.kind(to.dtype):
+                msg = (
+                    f"{self.__name__}: the solver returned {a!r} in aux where its example"
+                    f" {example!r} says {to.dtype}{[*lead, *to.shape]}."
+                )
+                raise TypeError(msg)
+        # To the dtype of the example only where the solve was called: a thread of its own knows
+        # nothing of `jax.enable_x64`.
+        return arrays
+
+    def _at_once(
+        self, given: Any, question: Question, problem: Problem, v0: Any, arrays: list[Any]
+    ) -> tuple[Any, list[Any]]:
+        """Call the solver, here and now."""
+        ask = ask_compiled(question, problem)
+        rest = [np.asarray(a) for a in arrays]
+        if self._vmap == "whole":  # a batch of one
+            rest = [a[None] for a in rest]
+            v, aux = self._call(_on_batch_of_one(ask), question, v0[None], _options(given, rest))
+            v, aux = v[0], [leaf[0] for leaf in aux]
+        else:
+            v, aux = self._call(ask, question, v0, _options(given, rest))
+        types = [_aux_type(a).dtype for a in jax.tree.leaves(self._aux)]
+        return v, [leaf.astype(t) for leaf, t in zip(aux, types, strict=True)]
+
+    def _in_program(
+        self, given: Any, question: Question, problem: Problem, v0: Any, arrays: list[Any]
+    ) -> tuple[Any, list[Any]]:
+        """Let the program under way run the solver."""
+        number = next(_CALLS)
+        errors = _ERRORS[number] = []
+        try:
+            out: tuple[Any, list[Any]] = self._program(
+                given, question, problem, v0, arrays, np.int32(number)
+            )
+        except jax.errors.JaxRuntimeError:
+            # Only where JAX runs the program right here; inside a user's `jit` its error carries
+            # ours as text.
+            if errors:
+                raise errors[0] from None
+            raise
+        finally:
+            del _ERRORS[number]
+        return out
+
+    def _traced(
+        self,
+        given: Any,
+        question: Question,
+        problem: Problem,
+        v0: Any,
+        arrays: list[Any],
+        number: Any,
+    ) -> tuple[Any, list[Any]]:
+        """What is compiled, once for all closures of one structure."""
+        whole = self._vmap == "whole"
+
+        def run(ask: Any, v0: Any, arrays: Any) -> tuple[Any, list[Any]]:
+            *rest, number = arrays
+            try:
+                return self._call(ask, question, v0, _options(given, rest))
+            except BaseException as error:
+                if not isinstance(error, GivenUpError):
+                    _ERRORS.get(int(np.ravel(number)[0]), []).append(error)
+                raise
+
+        aux = [_aux_type(a) for a in jax.tree.leaves(self._aux)]
+        enter = functools.partial(
+            solve_in_program, Solve(run, tuple(aux), self.__name__), question, whole=whole
+        )
+
+        def alone(problem: Problem, v0: Any, arrays: list[Any]) -> Any:
+            if not whole:
+                return enter(problem, v0, arrays)
+            out = enter(problem, *jax.tree.map(lambda a: a[None], (v0, arrays)), lanes=1)
+            return jax.tree.map(lambda a: a[0], out)
+
+        def together(size: int, batched: Any, problem: Problem, v0: Any, arrays: list[Any]) -> Any:
+            axes = jax.tree.map(lambda b: 0 if b else None, batched[0])
+            v0, arrays = _broadcast(size, tuple(batched[1:]), (v0, arrays))
+            lanes = functools.partial(enter, lanes=size, problem_axes=axes)
+            return _batched_by(None, lanes)(problem, v0, arrays)
+
+        one = _batched_by(None if self._vmap == "sequential" else together, alone)
+        out: tuple[Any, list[Any]] = one(problem, v0, [*arrays, number])
+        return out
+
+
+def _aux_type(example: Any) -> Any:
+    return jax.ShapeDtypeStruct(np.shape(example), jax.numpy.result_type(example))
+
+
+# The errors of solvers in the programs that run for a call under way, by the number of the call. A
+# number that is compiled into a user's program is gone from here by the time the program runs.
+_ERRORS: dict[int, list[BaseException]] = {}
+_CALLS = itertools.count(1)
+
+
+def _options(given: Any, arrays: Sequence[Any]) -> dict[str, Any]:
+    """The options of a solver, from their structure and the arrays among them."""
+    return dict(unseal(tree_util.tree_unflatten(given, arrays)))
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, (_compat.Array, np.ndarray, _compat.Tracer))
+
+
+def _on_batch_of_one(ask: Any) -> Any:
+    def asked(kind: str, v: Any, d: Any = None) -> Any:
+        return tuple(np.asarray(a)[None] for a in ask(kind, v[0], None if d is None else d[0]))
+
+    return asked
+
+
+def _batched_by(rule: Callable[..., Any] | None, fun: Callable[..., Any]) -> Callable[..., Any]:
+    """`fun`, with `rule(size, batched, *args)` for what it gives on a batch; None: one by one."""
+    whole: Any = jax.custom_batching.custom_vmap(fun)
+
+    def one_by_one(size: int, batched: Any, *args: Any) -> Any:
+        del size
+        return _one_by_one(whole, batched, args)
+
+    def batch(size: int, batched: Any, *args: Any) -> Any:
+        out = (rule or one_by_one)(size, batched, *args)
+        return out, jax.tree.map(lambda _: True, out)
+
+    whole.def_vmap(batch)
+    wrapped: Callable[..., Any] = whole
+    return wrapped
+
+
+def _one_by_one(fun: Callable[..., Any], batched: Any, args: Any) -> Any:
+    """Call `fun` for each member of a batch in turn."""
+    leaves, tree = tree_util.tree_flatten(args)
+    is_batched = tree_util.tree_leaves(batched)
+
+    def body(members: list[Any]) -> Any:
+        left = iter(members)
+        merged = [next(left) if b else x for x, b in zip(leaves, is_batched, strict=True)]
+        return fun(*tree_util.tree_unflatten(tree, merged))
+
+    return jax.lax.map(body, [x for x, b in zip(leaves, is_batched, strict=True) if b])
+
+
+def _broadcast(size: int, batched: Any, args: Any) -> Any:
+    def lead(b: bool, x: Any) -> Any:  # noqa: FBT001
+        return x if b else jax.numpy.broadcast_to(x, (size, *np.shape(x)))
+
+    return jax.tree.map(lead, batched, args)
+
+
+def on_host(
+    solver: Callable[..., Any] | None = None,
+    /,
+    *,
+    flat: bool = True,
+    aux: Any = None,
+    vmap: Vmap = "sequential",
+) -> Any:
+    """Let a NumPy solver, scipy's or any that takes Python callbacks, be the solver in JAX.
+
+    The solver never sees a JAX value. Where all values are known, it is called as it stands. Inside
+    `jit`, `vmap` or `scan` it runs in a thread of its own, and the program answers what it asks of
+    `fun`; no JAX code runs inside a callback, and captured values stay on their device. Put `root`,
+    `argmin` or `fixed_point` above it for derivatives.
+
+    Args:
+      solver: `solver(fun, x0, **options)` gives x. `x0` and x are float64 vectors of shape (n,),
+        and `fun` is a NumPy function of such a vector (`HostFunction`): for an objective `fun(v)`,
+        `fun.value_and_grad(v)`, `fun.grad(v)`, `fun.hessian(v)` and `fun.hvp(v, d)`; for equations
+        `fun(v)`, `fun.jacobian(v)` and `fun.hvp(v, d)`. Options that are arrays arrive as NumPy
+        ones.
+      flat: False gives the solver pytrees of NumPy arrays, of the dtypes of `x0`, for vectors.
+      aux: an example, a pytree of arrays or numbers, of what the solver returns beside x: it then
+        returns `(x, aux)`, and aux has the types of the example.
+      vmap: what a batch does. "sequential": one solve after the other. "threads": one solver for
+        each member, in step, with their questions answered together. "whole": `solver` takes
+        batches, and every vector, value and matrix has a leading axis over the batch, of size 1
+        outside `vmap`.
+
+    Raises:
+      What the solver raises, with a note that names it; inside `jit`, where only JAX can raise, as
+      `jax.errors.JaxRuntimeError` with the original's traceback as text.
+      TypeError: the solver returns a vector of another shape, or another aux, than expected.
+
+    >>> import jax, jax.numpy as jnp, scipy.optimize, freevars.jax as fv
+    >>> @fv.argmin
+    ... @fv.on_host
+    ... def minimize(fun, x0):
+    ...     return scipy.optimize.minimize(fun.value_and_grad, x0, jac=True, method="BFGS").x
+    >>> def nearest(a):
+    ...     return minimize(lambda x: jnp.sum((x - a) ** 4 + (x - a) ** 2), jnp.zeros(2)).sum()
+    >>> print(f"{jax.jit(jax.grad(nearest))(3.0):.3f}")
+    2.000
+    """
+
+    def decorate(solver: Callable[..., Any]) -> HostSolver:
+        return HostSolver(solver, flat=flat, aux=aux, vmap=vmap)
+
+    return decorate if solver is None else decorate(solver)
+
+
+def scipy_status(result: Any = None) -> dict[str, Any]:
+    """What an `OptimizeResult` of scipy says of its own success, as an aux for `on_host`.
+
+    Returns a dict of `success` (bool), `iterations` (int32; function evaluations where the method
+    counts no iterations) and `status` (int32, scipy's code of its message). Without an argument it
+    is the example that `on_host(aux=scipy_status())` asks for.
+
+    >>> import scipy.optimize, freevars.jax as fv
+    >>> fv.scipy_status(scipy.optimize.minimize(lambda x: x @ x, [0.0]))["success"].item()
+    True
+    """
+    count = getattr(result, "nit", getattr(result, "nfev", 0))
+    return {
+        "success": np.bool_(getattr(result, "success", False)),
+        "iterations": np.int32(count),
+        "status": np.int32(getattr(result, "status", 0)),
+    }

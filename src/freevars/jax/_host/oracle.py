@@ -1,0 +1,234 @@
+"""A function of JAX as a solver on the host sees it: NumPy in, NumPy out, with its derivatives.
+
+What the solver asks for is always one of a few kinds of question about a real vector, each compiled
+once for all closures of the same structure. Who answers is left open: a compiled function called on
+the spot, or a program that waits in the middle of its own run. Not here: running the solver.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import tree_util
+
+from freevars.jax._solver.problem import Problem
+from freevars.jax._solver.ravel import to_vector
+
+__all__ = ["HostFunction", "Layout", "PytreeForm", "Question", "answer", "ask_compiled", "real"]
+
+# ask(kind, v, d) -> a tuple of arrays
+Ask = Callable[..., tuple[Any, ...]]
+
+
+class Layout(NamedTuple):
+    """How a pytree of unknowns lies in one real vector; hashable, so that it can be static."""
+
+    tree: Any  # PyTreeDef
+    leaves: tuple[tuple[tuple[int, ...], str], ...]  # shape and dtype of each
+
+    @staticmethod
+    def of(x: Any) -> Layout:
+        """The layout of unknowns like `x`."""
+        leaves, tree = tree_util.tree_flatten(x)
+        return Layout(tree, tuple((tuple(np.shape(a)), str(jnp.result_type(a))) for a in leaves))
+
+    def to_tree(self, v: Any) -> Any:
+        """The pytree that a vector stands for, in a traced function."""
+        zeros = self.tree.unflatten([jnp.zeros(shape, dtype) for shape, dtype in self.leaves])
+        return to_vector(zeros)[1](v)
+
+    def struct(self) -> Any:
+        """The shape and dtype of the vector."""
+        structs = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in self.leaves]
+        return jax.eval_shape(lambda x: to_vector(x)[0], self.tree.unflatten(structs))
+
+
+class Question(NamedTuple):
+    """What is static in a question: the same for all closures of one structure."""
+
+    layout: Layout
+    equations: bool  # a system of equations, not an objective
+    has_aux: bool  # the function returns (value, aux)
+
+    def function(self, problem: Problem) -> Callable[[Any], Any]:
+        """The function on vectors: a scalar for an objective, a vector for equations."""
+
+        def f(v: Any) -> Any:
+            value = problem.value(self.layout.to_tree(v), has_aux=self.has_aux)
+            return to_vector(value)[0] if self.equations else value
+
+        return f
+
+
+def answer(kind: str, question: Question, problem: Problem, v: Any, d: Any) -> tuple[Any, ...]:
+    """The answer to one kind of question at the vector v, in a traced function."""
+    f = question.function(problem)
+    if kind == "value":
+        return (f(v),)
+    if kind == "value_and_grad":
+        value, gradient = jax.value_and_grad(f)(v)
+        return (value, gradient)
+    derivative = f if question.equations else jax.grad(f)
+    if kind == "product":
+        return (jax.jvp(derivative, (v,), (d,))[1],)
+    assert kind == "matrix", kind  # noqa: S101 (our own word)
+    return (jax.jacfwd(derivative)(v),)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _answer_compiled(kind: str, question: Question, problem: Any, v: Any, d: Any) -> Any:
+    dtype = question.layout.struct().dtype
+    return answer(kind, question, problem, v.astype(dtype), d if d is None else d.astype(dtype))
+
+
+def ask_compiled(question: Question, problem: Problem) -> Ask:
+    """Answer each question by a compiled function, called on the spot."""
+    here, x64 = threading.get_ident(), jax.config.jax_enable_x64
+
+    def ask(kind: str, v: Any, d: Any = None) -> tuple[Any, ...]:
+        if threading.get_ident() != here:  # a thread of the solver's, where the setting is unknown
+            with jax.enable_x64(x64):
+                return tuple(_answer_compiled(kind, question, problem, v, d))
+        result: tuple[Any, ...] = _answer_compiled(kind, question, problem, v, d)
+        return result
+
+    return ask
+
+
+class HostFunction:
+    """What a solver on the host is given: a NumPy function with its derivatives.
+
+    For an objective: `fun(v)` and `fun.value_and_grad(v)[0]` are floats, `fun.grad(v)` is like v,
+    `fun.hessian(v)` is a matrix, and `fun.hvp(v, d)`, the Hessian times d, is like v. For equations
+    (under `root` and `fixed_point`): `fun(v)` is a vector, `fun.jacobian(v)` a matrix with a row
+    for each equation, and `fun.hvp(v, d)` the Jacobian times d.
+
+    A vector is float64 of shape (n,); a complex unknown takes two places, real parts before
+    imaginary ones for each array. With `flat=False`, v, d and what is like v are pytrees of NumPy
+    arrays like `x0`, and matrices are still over the flat vector. With `vmap="whole"` everything
+    has a leading axis over the batch.
+    """
+
+    def __init__(
+        self,
+        ask: Ask,
+        shape: tuple[int, ...],
+        *,
+        equations: bool,
+        pytrees: PytreeForm | None = None,
+    ) -> None:
+        self._ask = ask
+        self._shape = shape
+        self._equations = equations
+        self._to_vector = pytrees.to_vector if pytrees else real
+        self._out = pytrees.to_tree if pytrees else _copy
+
+    def _in(self, v: Any) -> Any:
+        v = self._to_vector(v)
+        if v.shape != self._shape:
+            msg = f"the function takes a vector of shape {self._shape}, got shape {v.shape}."
+            raise TypeError(msg)
+        return v
+
+    def __call__(self, v: Any) -> Any:
+        (value,) = self._ask("value", self._in(v))
+        if not self._equations:
+            return _number(value)
+        return self._out(value) if np.shape(value) == self._shape else _copy(value)
+
+    def value_and_grad(self, v: Any) -> tuple[Any, Any]:
+        """The objective and its gradient: what `scipy.optimize.minimize` takes with `jac=True`."""
+        self._need_objective("value_and_grad")
+        value, gradient = self._ask("value_and_grad", self._in(v))
+        return _number(value), self._out(gradient)
+
+    def grad(self, v: Any) -> Any:
+        """The gradient of the objective."""
+        self._need_objective("grad")
+        return self._out(self._ask("value_and_grad", self._in(v))[1])
+
+    def hessian(self, v: Any) -> Any:
+        """The Hessian of the objective."""
+        self._need_objective("hessian")
+        return _copy(self._ask("matrix", self._in(v))[0])
+
+    def jacobian(self, v: Any) -> Any:
+        """The Jacobian of the equations; of an objective, its gradient."""
+        if not self._equations:
+            return self.grad(v)
+        return _copy(self._ask("matrix", self._in(v))[0])
+
+    def hvp(self, v: Any, d: Any) -> Any:
+        """The Hessian of the objective, or the Jacobian of the equations, times d."""
+        return self._out(self._ask("product", self._in(v), self._in(d))[0])
+
+    def _need_objective(self, name: str) -> None:
+        if self._equations:
+            msg = (
+                f"fun.{name} is for an objective, and this is a system of equations: use fun(v),"
+                " fun.jacobian(v) or fun.hvp(v, d)."
+            )
+            raise TypeError(msg)
+
+
+class PytreeForm(NamedTuple):
+    """A vector of a layout as a pytree of NumPy arrays, and back, without JAX."""
+
+    layout: Layout
+
+    def to_vector(self, x: Any) -> Any:
+        """A float64 vector."""
+        leaves, tree = tree_util.tree_flatten(x)
+        if tree != self.layout.tree:
+            msg = f"expected a pytree like x0, {self.layout.tree}, got {tree}."
+            raise TypeError(msg)
+        parts: list[Any] = [np.zeros(0)]
+        for leaf, (shape, name) in zip(leaves, self.layout.leaves, strict=True):
+            a = np.asarray(leaf)
+            if a.shape != shape:
+                msg = f"expected an array of shape {shape}, like the one in x0, got {a.shape}."
+                raise TypeError(msg)
+            is_complex = np.issubdtype(jnp.dtype(name), np.complexfloating)
+            parts += [a.real.ravel(), a.imag.ravel()] if is_complex else [real(a).ravel()]
+        return np.concatenate([np.asarray(p, np.float64) for p in parts])
+
+    def to_tree(self, v: Any) -> Any:
+        """Arrays of the shapes and dtypes of the layout."""
+        v, leaves, i = np.asarray(v), [], 0
+        for shape, name in self.layout.leaves:
+            dtype = jnp.dtype(name)
+            n = int(np.prod(shape))
+            flat = v[i : i + n]
+            if np.issubdtype(dtype, np.complexfloating):
+                i += n
+                flat = flat + 1j * v[i : i + n]
+            leaves.append(flat.astype(dtype).reshape(shape))
+            i += n
+        return self.layout.tree.unflatten(leaves)
+
+
+def real(a: Any) -> Any:
+    """A float64 array."""
+    a = np.asarray(a)
+    if a.dtype.kind == "c":
+        msg = (
+            "complex numbers where real ones are expected: a complex unknown is two real ones here,"
+            " and no function can be asked at a complex point (by complex steps, say)."
+        )
+        raise TypeError(msg)
+    return a.astype(np.float64, copy=False)
+
+
+def _copy(a: Any) -> Any:
+    # JAX lends its memory for reading only, and many solvers change what they are given.
+    return np.array(a, dtype=np.float64)
+
+
+def _number(value: Any) -> Any:
+    return float(value) if np.ndim(value) == 0 else _copy(value)

@@ -1,0 +1,1 @@
+"""Reports for this host: what a function captures, and which tracer leaked."""

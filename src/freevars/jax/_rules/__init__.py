@@ -1,0 +1,1 @@
+"""Implicit derivative rules and their linear algebra."""

@@ -1,0 +1,422 @@
+"""Derivatives for any solver, from the condition that its result satisfies.
+
+Let x(t) solve F(x, t) = 0, where t is everything that the function reads besides x: its captured
+values and its extra arguments. Differentiate the condition along a direction t':
+
+    dF/dx x' + dF/dt t' = 0,    so    x' = -(dF/dx)^-1 (dF/dt t').
+
+This holds for the exact solution of a regular system, however it was found, so the rule never looks
+inside the solver. F is `fun` for a root, `grad fun` for a minimum, `fun(x) - x` for a fixed point.
+The map t' -> x' is linear: JAX transposes it for reverse mode, and since the rule calls the
+decorated solver again for x, it differentiates itself to any order.
+
+Source: the implicit function theorem; in this form Blondel et al. 2022, "Efficient and Modular
+Implicit Differentiation". Not here: how the linear system is solved (`linear`), when the result
+counts (`diagnostics`), and how a call is taken apart (`signature`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, TypedDict, Unpack, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from freevars.errors import SingularError, StructureError
+from freevars.jax import _compat
+from freevars.jax._closure import Closure
+from freevars.jax._convert.static import unseal
+from freevars.jax._host.on_host import HostSolver
+from freevars.jax._rules import linear
+from freevars.jax._rules.diagnostics import Evidence, OnFailure, failure
+from freevars.jax._solver.problem import Problem, count
+from freevars.jax._solver.ravel import to_vector
+from freevars.jax._solver.signature import SolverSignature, as_unknown, like
+
+__all__ = ["ImplicitSolver", "argmin", "fixed_point", "root"]
+
+Value: TypeAlias = Callable[[Any], Any]  # the function of x, without aux
+ToX: TypeAlias = Callable[[Any], Any]  # the pytree x of a vector
+Condition: TypeAlias = Callable[[Value, Any, ToX], Any]  # the vector F at a vector
+
+
+def _zero(value: Value, v: Any, to_x: ToX) -> Any:
+    return to_vector(value(to_x(v)))[0]
+
+
+def _stationary(value: Value, v: Any, to_x: ToX) -> Any:
+    # On vectors, not on x: in the real and imaginary parts of x the second derivative is symmetric.
+    return jax.grad(lambda v: value(to_x(v)))(v)
+
+
+def _unchanged(value: Value, v: Any, to_x: ToX) -> Any:
+    x = to_x(v)
+    return to_vector(jax.tree.map(jnp.subtract, value(x), x))[0]
+
+
+class ImplicitSolver:
+    """A solver with a derivative rule; made by `root`, `argmin` and `fixed_point`."""
+
+    __name__: str
+
+    def __init__(
+        self,
+        solver: Callable[..., Any],
+        condition: Condition,
+        *,
+        has_aux: bool = False,
+        linear_solve: linear.LinearSolve = None,
+        on_failure: OnFailure = "raise",
+        check: bool = True,
+        jit: bool = True,
+    ) -> None:
+        if on_failure not in ("raise", "nan", "least_squares"):
+            msg = f'on_failure: expected "raise", "nan" or "least_squares", got {on_failure!r}.'
+            raise ValueError(msg)
+        linear.check_linear_solve(linear_solve, least_squares=on_failure == "least_squares")
+        self._solver = solver
+        self._signature = SolverSignature(solver)
+        functools.update_wrapper(self, solver, updated=())
+        if not hasattr(solver, "__name__"):  # a partial, or an object that is called
+            self.__name__ = getattr(
+                getattr(solver, "func", None), "__name__", type(solver).__name__
+            )
+        self._condition = condition
+        self._has_aux = has_aux
+        self._linear_solve = linear_solve
+        self._on_failure = on_failure
+        self._check = check
+        self._jit = jit and not isinstance(solver, HostSolver)
+        self._run = jax.jit(self._run_solver) if self._jit else self._run_solver
+        self._tangent = jax.jit(self._tangent_map, static_argnums=(0, 1))
+        self._implicit = jax.custom_jvp(self._forward)
+        self._implicit.defjvp(self._rule, symbolic_zeros=True)
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        problem, x0, options = self._convert(args, kwargs)
+        own = self._own_captures(problem, x0, options)
+        return self._implicit(problem, x0, options, own)
+
+    def as_function(self, /, *args: Any, **kwargs: Any) -> tuple[Problem, Callable[[Problem], Any]]:
+        """What the derivatives of one call flow into, and x as a function of that."""
+        problem, x0, options = self._convert(args, kwargs)
+
+        def solve(problem: Problem) -> Any:
+            out = self._implicit(problem, x0, options, None)
+            return out[0] if self._has_aux else out
+
+        return problem, solve
+
+    def __repr__(self) -> str:
+        return f"<{self.__name__} with an implicit derivative rule>"
+
+    def _convert(self, args: Any, kwargs: Any) -> tuple[Problem, Any, dict[str, Any]]:
+        call = self._signature.take_apart(args, kwargs)
+        x0 = as_unknown(call.x0, self.__name__)
+        return Problem.of(call.fun, x0, call.args, call.kwargs), x0, call.options
+
+    # Running the solver.
+
+    def _run_solver(self, problem: Problem, x0: Any, options: dict[str, Any]) -> Any:
+        if isinstance(self._solver, HostSolver):
+            out = self._solver.solve(
+                problem,
+                x0,
+                unseal(options),
+                equations=self._condition is not _stationary,
+                has_aux=self._fun_has_aux(problem, count(x0)),
+            )
+        else:
+            out = self._signature.call(problem, x0, options)
+        if not self._has_aux:
+            return like(out, x0, f"{self.__name__}: the returned x")
+        if not (isinstance(out, tuple) and len(out) == 2):  # noqa: PLR2004
+            msg = f"{self.__name__}: with has_aux=True a solver returns (x, aux), got {out!r}."
+            raise StructureError(msg)
+        return like(out[0], x0, f"{self.__name__}: the returned x"), out[1]
+
+    def _own_captures(self, problem: Problem, x0: Any, options: dict[str, Any]) -> Any:
+        """The solver itself as a closure if it captures traced values, otherwise None.
+
+        They have to become arguments too, or the rule could not be crossed; the solution does not
+        depend on them, and so their derivative is zero. Asking JAX for what it traced costs little,
+        converting costs a trace, and most solvers capture nothing.
+        """
+        if not self._jit or _compat.nothing_traced():
+            return None
+        if not _compat.captured_tracers(self._run, problem, x0, options):
+            return None
+        return Closure(self._run_solver, problem, x0, options)
+
+    def _forward(self, problem: Problem, x0: Any, options: dict[str, Any], own: Any) -> Any:
+        run = self._run if own is None else own
+        return run(problem, x0, options)
+
+    # The rule.
+
+    def _rule(self, primals: Any, tangents: Any) -> Any:
+        out = self._implicit(*primals)  # the rule again, for higher orders
+        x, aux = out if self._has_aux else (out, None)
+        leaves, tree = jax.tree.flatten(primals[0])
+        dots = jax.tree.leaves(tangents[0], is_leaf=_compat.is_symbolic_zero)
+        moving = tuple(i for i, dot in enumerate(dots) if not _compat.is_symbolic_zero(dot))
+        if moving:
+            dx, evidence = self._tangent(tree, moving, leaves, x, [dots[i] for i in moving])
+            if self._check and self._on_failure != "nan":
+                self._raise_failure(evidence, dx)
+        else:
+            dx = jax.tree.map(_compat.symbolic_zero, x)
+        if not self._has_aux:
+            return x, dx
+        return out, (dx, jax.tree.map(_compat.symbolic_zero, aux))
+
+    def _tangent_map(
+        self, tree: Any, moving: tuple[int, ...], leaves: list[Any], x: Any, dots: list[Any]
+    ) -> Any:
+        """The direction x' for the direction `dots` of the moving leaves, which is linear in
+        `dots`, and what tells whether to trust it."""
+        v, to_x = to_vector(x)
+
+        def optimality(v: Any, leaves: list[Any]) -> Any:
+            return self._optimality(jax.tree.unflatten(tree, leaves), v, to_x)
+
+        f, by_x, by_moved = _push(optimality, v, leaves, moving)
+        system = linear.prepare(
+            by_x,
+            v,
+            jax.lax.stop_gradient(f),
+            symmetric=self._condition is _stationary,
+            linear_solve=self._linear_solve,
+            least_squares=self._on_failure == "least_squares",
+            check=self._check,
+        )
+        dv = -system.solve(by_moved(dots))
+        if not self._check:
+            return to_x(dv), None
+        evidence = self._evidence(system, x, *map(jax.lax.stop_gradient, (v, f)))
+        return to_x(dv * jnp.where(evidence.good, 1, jnp.nan).astype(dv.dtype)), evidence
+
+    def _optimality(self, problem: Problem, v: Any, to_x: ToX) -> Any:
+        """The vector F, one number for each unknown."""
+        has_aux = self._fun_has_aux(problem, v.size)
+        value = problem.fun.out_struct
+        value = value[0] if has_aux else value
+        if self._condition is _stationary:
+            if jax.tree.map(lambda a: (a.shape, jnp.isrealobj(a)), value) != ((), True):
+                msg = f"{self.__name__}: the objective is a real number of shape (), got {value}."
+                raise TypeError(msg)
+        elif count(value) != v.size:
+            msg = (
+                f"{self.__name__}: the function has {count(value)} components for {v.size}"
+                " unknowns. A derivative exists where there is one equation for each unknown."
+            )
+            raise TypeError(msg)
+        if self._condition is _unchanged and _shapes(value) != _shapes(to_x(v)):
+            msg = f"{self.__name__}: the function returns {value} for a fixed point {to_x(v)}."
+            raise StructureError(msg)
+        f = self._condition(lambda x: problem.value(x, has_aux=has_aux), v, to_x)
+        return f.astype(v.dtype)
+
+    def _fun_has_aux(self, problem: Problem, n: int) -> bool:
+        """With aux, `fun` may have one too: its value is then what is of the right size."""
+        wanted = 1 if self._condition is _stationary else n
+        return self._has_aux and problem.has_aux(wanted)
+
+    @staticmethod
+    def _evidence(system: linear.System, x: Any, v: Any, f: Any) -> Evidence:
+        error = system.newton_step / jnp.maximum(jnp.linalg.norm(v), 1.0)
+        # An x in half precision is no closer to the solution than that, although v is float32.
+        dtype = jnp.finfo(jnp.result_type(*jax.tree.leaves(x))).dtype if v.size else v.dtype
+        evidence = Evidence.of(
+            v.size,
+            finite=jnp.all(jnp.isfinite(v)) & jnp.all(jnp.isfinite(f)) & jnp.isfinite(system.size),
+            error=error.astype(dtype),
+            rcond=system.rcond,
+            residual=system.residual,
+            asymmetry=system.asymmetry,
+        )
+        return Evidence(*map(jax.lax.stop_gradient, evidence))
+
+    def _raise_failure(self, evidence: Evidence, dx: Any) -> None:
+        """Raise what can be raised now: inside a compiled program NaN tells."""
+        if isinstance(evidence.good, _compat.Tracer):
+            return
+        if not evidence.good:
+            raise failure(evidence, count(dx), self.__name__)
+        leaves = jax.tree.leaves(dx)
+        known = not any(isinstance(dot, _compat.Tracer) for dot in leaves)
+        if known and not all(np.all(np.isfinite(dot)) for dot in leaves):
+            msg = (
+                f"{self.__name__}: the derivative is not finite: the iterative linear solver"
+                " stopped short, or the direction of differentiation is not finite itself. Give"
+                " another linear_solve, or more steps."
+            )
+            raise SingularError(msg)
+
+
+def _push(
+    f: Callable[[Any, list[Any]], Any], v: Any, leaves: list[Any], moving: tuple[int, ...]
+) -> tuple[Any, Callable[[Any], Any], Callable[[Any], Any]]:
+    """The value of `f` at v and the leaves, and how it pushes forward a direction of v, and
+    directions of the moving leaves.
+
+    A function with a `custom_vjp` in it has no forward mode. But its pullback is linear, and the
+    transpose of that is the derivative again. It is pulled back to all that has a derivative, so
+    that the rules of no function in it remain: a derivative of this derivative may be forward.
+    """
+
+    def at(places: Sequence[int], values: Sequence[Any]) -> list[Any]:
+        replaced = dict(zip(places, values, strict=True))
+        return [replaced.get(i, leaf) for i, leaf in enumerate(leaves)]
+
+    if not _compat.has_custom_vjp(jax.make_jaxpr(f)(v, leaves).jaxpr):
+        value, by_v = jax.linearize(lambda v: f(v, leaves), v)
+        _, by_moved = jax.linearize(
+            lambda moved: f(v, at(moving, moved)), [leaves[i] for i in moving]
+        )
+        return value, by_v, by_moved
+    smooth = [
+        i for i, leaf in enumerate(leaves) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+    ]
+    value, pull = jax.vjp(lambda v, *s: f(v, at(smooth, s)), v, *[leaves[i] for i in smooth])
+    transpose = jax.linear_transpose(pull, value)
+    zeros = {i: jnp.zeros_like(leaves[i]) for i in smooth}
+
+    def push(dv: Any, dots: dict[int, Any]) -> Any:
+        return transpose((dv, *(zeros | dots).values()))[0]
+
+    return (
+        value,
+        lambda dv: push(dv, {}),
+        lambda dots: push(jnp.zeros_like(v), dict(zip(moving, dots, strict=True))),
+    )
+
+
+def _shapes(tree: Any) -> Any:
+    return jax.tree.map(jnp.shape, tree)
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments of `root`, `argmin` and `fixed_point`; see `root`."""
+
+    has_aux: bool  # False
+    linear_solve: linear.LinearSolve  # None
+    on_failure: OnFailure  # "raise"
+    check: bool  # True
+    jit: bool  # True
+
+
+Decorator: TypeAlias = Callable[[Callable[..., Any]], ImplicitSolver]
+
+
+def _decorate(
+    solver: Callable[..., Any] | None, condition: Condition, options: Options
+) -> ImplicitSolver | Decorator:
+    def decorate(solver: Callable[..., Any]) -> ImplicitSolver:
+        return ImplicitSolver(solver, condition, **options)
+
+    return decorate if solver is None else decorate(solver)
+
+
+@overload
+def root(solver: Callable[..., Any], /, **options: Unpack[Options]) -> ImplicitSolver: ...
+@overload
+def root(**options: Unpack[Options]) -> Decorator: ...
+def root(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]) -> Any:
+    """Derivatives for a solver whose result x satisfies `fun(x, *args, **kwargs) = 0`.
+
+    The decorated solver is called as before, `solver(fun, x0, ...)`, and returns what it returned
+    before. Derivatives, forward and reverse and of any order, flow into every value that `fun`
+    captures and into the extra arguments that the solver passes on to `fun`: what its signature
+    collects in `*args` and `**kwargs`, or a tuple named `args`. Everything else in its signature is
+    an option of its own; options and `x0` get derivative zero, because the solution does not depend
+    on them.
+
+    Args:
+      solver: `solver(fun, x0, ...)` in JAX, pure. `x0` is a pytree of floating or complex arrays,
+        and so is the x that it returns. `fun` reaches it as a `Closure`.
+      has_aux: the solver returns `(x, aux)`, and `fun` may return `(value, aux)`. This declares the
+        aux constant: it has derivative zero.
+      linear_solve: how the system of the derivative is solved: a lineax solver, or a function
+        `solve(matvec, b)` on real vectors, where a complex unknown counts as two. None: factorise
+        up to 512 unknowns, beyond that GMRES (CG for `argmin`).
+      on_failure: what happens where the derivative cannot be trusted. That is: the solver did not
+        converge (a Newton step from its result would move it by more than the fourth root of the
+        dtype's spacing, 1.2e-4 for float64 and 1.9e-2 for float32, relative to the norm of x,
+        absolute below norm 1; an iterative linear solver only estimates the step), something is not
+        finite, the system is singular (reciprocal condition number below 10 n eps), or it was not
+        solved (residual above the same tolerance, relative). "raise": an error where values are
+        known; NaN inside `jit` and `vmap`, and in a backward pass where an iterative linear solver
+        stopped short. "nan": NaN always. "least_squares": the shortest solution of a singular
+        system, else as "raise".
+      check: False leaves all of that out. It costs two more right-hand sides.
+      jit: False runs the solver as it is, for one that cannot be traced; it then needs known
+        values.
+
+    Raises:
+      freevars.errors.NotASolutionError, freevars.errors.SingularError: see `on_failure`.
+      freevars.errors.StructureError: the solver returns another structure, shape or dtype than
+        `x0`.
+      TypeError: an unknown is neither floating nor complex, or there is not one equation for each.
+
+    Source: the implicit function theorem; Blondel et al. 2022, "Efficient and Modular Implicit
+    Differentiation".
+
+    >>> import jax, freevars.jax as fv
+    >>> @fv.root
+    ... def newton(fun, x0):
+    ...     return jax.lax.fori_loop(0, 20, lambda _, x: x - fun(x) / jax.grad(fun)(x), x0)
+    >>> square_root = lambda a: newton(lambda x: x**2 - a, 1.0)
+    >>> print(square_root(4.0), jax.grad(square_root)(4.0))
+    2.0 0.25
+    """
+    return _decorate(solver, _zero, options)
+
+
+@overload
+def argmin(solver: Callable[..., Any], /, **options: Unpack[Options]) -> ImplicitSolver: ...
+@overload
+def argmin(**options: Unpack[Options]) -> Decorator: ...
+def argmin(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]) -> Any:
+    """Derivatives for a solver whose result x satisfies `grad(fun)(x, *args, **kwargs) = 0`.
+
+    A minimum, a maximum or a saddle of a real function of shape (), without constraints: x has to
+    be where the gradient vanishes, and the second derivative there has to be regular. Everything
+    else is as for `root`, which also says what may be given as options.
+
+    >>> import jax, jax.numpy as jnp, freevars.jax as fv
+    >>> @fv.argmin
+    ... def descend(fun, x0, steps=200):
+    ...     return jax.lax.fori_loop(0, steps, lambda _, x: x - 0.3 * jax.grad(fun)(x), x0)
+    >>> data = jnp.array([1.0, 2.0, 6.0])
+    >>> def center(penalty):
+    ...     return descend(lambda m: jnp.mean((data - m) ** 2) + penalty * m**2, 0.0)
+    >>> print(f"{center(0.5):.3f} {jax.grad(center)(0.5):.3f}")  # 3 / (1 + p), -3 / (1 + p)^2
+    2.000 -1.333
+    """
+    return _decorate(solver, _stationary, options)
+
+
+@overload
+def fixed_point(solver: Callable[..., Any], /, **options: Unpack[Options]) -> ImplicitSolver: ...
+@overload
+def fixed_point(**options: Unpack[Options]) -> Decorator: ...
+def fixed_point(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]) -> Any:
+    """Derivatives for a solver whose result x satisfies `fun(x, *args, **kwargs) = x`.
+
+    `fun` returns the structure and shapes of x. Everything else is as for `root`, which also says
+    what may be given as options.
+
+    >>> import jax, jax.numpy as jnp, freevars.jax as fv
+    >>> @fv.fixed_point
+    ... def iterate(fun, x0):
+    ...     return jax.lax.fori_loop(0, 100, lambda _, x: fun(x), x0)
+    >>> def kepler(eccentricity):  # E = M + e sin E
+    ...     return iterate(lambda angle: 1.0 + eccentricity * jnp.sin(angle), 1.0)
+    >>> print(f"{kepler(0.1):.4f} {jax.grad(kepler)(0.1):.4f}")  # sin E / (1 - e cos E)
+    1.0886 0.9291
+    """
+    return _decorate(solver, _unchanged, options)

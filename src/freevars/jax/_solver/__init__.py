@@ -1,0 +1,1 @@
+"""One call of a solver: its function, its unknown, its arguments."""

@@ -1,0 +1,1 @@
+"""Closure conversion: the tensors that a function reads become explicit arguments."""

@@ -1,0 +1,331 @@
+"""Discovery: which tensors does `fun` read from outside while it runs on the example?
+
+Two modes watch one run. The function mode sees every tensor that the Python API reads, wrapped by
+torch.func or not; what it did not see made, and what lives in memory that was not made inside, is
+captured. The dispatch mode lies below autograd: it sees memory being made, random draws, in-place
+writes before they happen, and reads that did not come through the Python API.
+
+Not here: calling `fun` with other values (`substitution.py`).
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freevars.torch import _compat
+from freevars.torch._compat import DispatchWatch, Watch, storage_key
+from freevars.torch._convert import operators
+from freevars.torch._convert.autograd_graph import hidden_path
+from freevars.torch._describe import Reachable, caller, describe, line_of_caller
+
+__all__ = ["Discovery"]
+
+Hoist = Callable[[Tensor], bool]
+
+
+class Discovery(Watch):
+    """One watched run. After it, `captured` holds what was read, in order of first use."""
+
+    def __init__(
+        self, fun: Any, arguments: Sequence[Tensor], hoist: Hoist, *, rng: str, constants: bool
+    ) -> None:
+        self.fun = fun
+        self.constants = constants  # whether tensors without derivatives may be hoisted too
+        self.hoist = hoist
+        self.rng = rng
+        self.drew: str | None = None  # the first random operation
+        self.generators: dict[int, tuple[torch.Generator, Tensor]] = {}
+        self.captured: dict[int, Tensor] = {}
+        self.where: dict[int, tuple[str, int] | None] = {}
+        self.arguments = {id(t): t for t in arguments}
+        self.argument_keys = {storage_key(u): t for t in arguments for u in operators.inner(t)}
+        self.captured_keys: dict[int, Tensor] = {}
+        self.made_keys: set[int] = set()
+        self._made: dict[int, weakref.ref[Tensor]] = {}
+        self.leaves: list[
+            Tensor
+        ] = []  # made by `fun` as function modes see it, and those they do not:
+        self.makes_leaves = False
+        self._reachable: Reachable | None = None
+        self._later: dict[int, Any] = {}  # by id: what may be called after the run
+        self.looking = False  # we look at a tensor ourselves, which is no read
+        self._call: set[int] | None = None  # memory that the running operation was given
+
+    def watching(self) -> AbstractContextManager[Any]:
+        """Both modes, and no cache of cast weights: a hit would be a read that nobody sees."""
+        stack = ExitStack()
+        cached = torch.is_autocast_cache_enabled()
+        stack.callback(torch.set_autocast_cache_enabled, cached)
+        torch.set_autocast_cache_enabled(False)
+        stack.enter_context(_Below(self))
+        stack.enter_context(self.telling())
+        return stack
+
+    # --- what the Python API reads
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in operators.METADATA or func == operators.REQUIRES_GRAD:
+            return func(*args, **kwargs)
+        self._refuse(func, args, kwargs)
+        given = list(operators.tensors((args, kwargs)))
+        for t in given:
+            self.read(t)
+        self._refuse_change(func, args, kwargs)
+        if func is torch.autograd.grad:
+            outputs, inputs = ([*operators.tensors(x)] for x in args[:2])
+            inputs = [t for t in inputs if id(t) in self.captured]
+            problem = hidden_path(outputs, inputs, self.captured.values(), self.fun)
+            if problem is not None:
+                self.refuse(problem)
+        if operators.is_python(func):
+            args, kwargs = operators.resumed(self, args), operators.resumed(self, kwargs)
+            self._read_of_callables((args, kwargs))
+        if _compat.is_custom_function_call(func):
+            self._read_of_class(args[0])
+        token = self.begin(given)
+        try:
+            out = func(*args, **kwargs)
+        finally:
+            self.end(token)
+        self.note(out)
+        self._note_memory(func, args, kwargs, out, factory=not given)
+        return out
+
+    def _refuse(self, func: Any, args: Any, kwargs: Any) -> None:
+        if func in operators.BACKWARD and not (_compat.in_backward() or self.solvers):
+            self.refuse(operators.backward_message(self.fun))
+        if _compat.is_higher_order(func):
+            self.refuse(operators.higher_order_message(func, self.fun))
+        body = _compat.operator_body(func)
+        if body is not None:
+            operators.refuse_reads_of_operator(self, func, body, self.hoist, self.fun)
+        if func in operators.BATCH_STATISTICS:
+            operators.refuse_running_statistics(self, func, args, kwargs)
+
+    def _note_memory(self, func: Any, args: Any, kwargs: Any, out: Any, *, factory: bool) -> None:
+        """Leaves that `fun` makes, and memory that the dispatch mode does not see being made."""
+        if func in operators.MAKES_LEAF or kwargs.get("requires_grad"):
+            self.leaves.append(args[0] if func in operators.MAKES_LEAF else out)
+        if (factory and operators.is_factory(func)) or func is Tensor.__deepcopy__:
+            self.made_keys.update(storage_key(t) for t in operators.tensors(out))
+
+    def read(self, t: Tensor) -> None:
+        """The first read of a foreign tensor captures it."""
+        key = id(t)
+        if key in self.captured or key in self.arguments or self._is_made(t):
+            return
+        if t.is_nested and self.hoist(t):
+            self.refuse_nested(t)
+        bases = self._inner(t)
+        plain = list(_compat.unwrap(t))[-1]
+        if storage_key(plain) in self.made_keys:
+            self._made[key] = weakref.ref(t)
+            return
+        self.captured[key] = t
+        self.captured_keys |= {storage_key(u): t for u in bases}
+        if self.hoist(t):
+            self.where[key] = line_of_caller()
+
+    def refuse_nested(self, t: Tensor) -> None:
+        message = (
+            "expected captured tensors with a shape, got a nested tensor: "
+            f"{self._named(t)}. Capture its parts, t.unbind(), and nest "
+            "them inside; or declare it constant, by hoist= or t.detach()."
+        )
+        self.refuse(message)
+
+    def returned(self, outputs: Sequence[Tensor]) -> None:
+        """What `fun` returns is captured too if it did not make it."""
+        self.replace(outputs)
+
+    def _named(self, t: Tensor) -> str:
+        self.looking = True
+        try:
+            return describe(t, self.fun, line_of_caller())
+        finally:
+            self.looking = False
+
+    def drop_unheld(self) -> None:
+        """Forgets the constants that nobody else holds, once the run and its results are over. The
+        function made them where no mode sees it (`torch.frombuffer`): a later call makes its own.
+        """
+        self.captured_keys.clear()
+        constants = [k for k, t in self.captured.items() if not operators.may_carry_derivative(t)]
+        refs = {key: weakref.ref(self.captured[key]) for key in constants}
+        kept = {key: None if key in refs else t for key, t in self.captured.items()}
+        self.captured.clear()
+        for key, t in kept.items():
+            found = t if key not in refs else refs[key]()
+            if found is not None:
+                self.captured[key] = found
+
+    def _inner(self, t: Tensor) -> list[Tensor]:
+        """Every plain tensor that reading `t` may read, where converted calls stand below us
+        too."""
+        found = operators.inner(t)
+        given = _compat.resolve(t)
+        return found if given is t else found + operators.inner(given)
+
+    def is_foreign(self, t: Tensor) -> bool:
+        return not self._is_made(t) and storage_key(t) not in self.made_keys
+
+    def has_made(self, leaf: Tensor) -> bool:
+        """Whether `fun` made the tensor that its tape ends in."""
+        if any(leaf is t for t in self.leaves):
+            return True
+        made = any(storage_key(u) in self.made_keys for u in operators.inner(leaf))
+        self.makes_leaves |= made
+        return made
+
+    def _is_made(self, t: Tensor) -> bool:
+        ref = self._made.get(id(t))
+        return ref is not None and ref() is t
+
+    def _refuse_change(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Refuses to change a captured tensor itself; writes to its memory are told below."""
+        if func not in operators.CHANGES and func not in operators.MAKES_LEAF:
+            return
+        t = args[0]
+        if id(t) not in self.captured or torch.nn.parameter.is_lazy(t):
+            return  # the first run of a lazy module gives it its parameters
+        new_leaf = func in operators.MAKES_LEAF and operators.changes_requires_grad(
+            t, args[1:], kwargs
+        )
+        if new_leaf or func in operators.CHANGES:
+            self.refuse(operators.change_message(func, t, self.fun))
+
+    def _read_of_callables(self, value: Any) -> None:
+        for x in operators.callables(value):
+            self._read_reachable(getattr(x, "__wrapped__", x))
+
+    def _read_of_class(self, cls: Any) -> None:
+        """A backward body may read what the forward body does not."""
+        for name in ("backward", "vjp", "jvp", "vmap"):
+            self._read_reachable(getattr(cls, name, None))
+
+    def _read_reachable(self, fun: Any) -> None:
+        if fun is None:
+            return
+        self._later[id(fun)] = fun
+        self._reachable = self._reachable or Reachable()  # one for the run: each object is met once
+        for t, _ in self._reachable.of(fun):
+            if self.hoist(t):
+                self.read(t)
+
+    def run_is_over(self) -> None:
+        """What is called after the run, in a backward pass, reads what it can reach by now."""
+        self._reachable = None
+        for fun in list(self._later.values()):
+            self._read_reachable(fun)
+
+    # --- what it does not see (called by the hooks)
+
+    def replace(self, value: Any) -> Any:
+        for t in operators.tensors(value):
+            self.read(t)
+        return value
+
+    def note(self, value: Any) -> None:
+        for t in operators.tensors(value):
+            if id(t) not in self.captured and id(t) not in self.arguments:
+                self._made[id(t)] = weakref.ref(t)
+
+    def custom_function(self, cls: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        for t in operators.tensors(args):
+            self.read(t)
+        self._read_of_class(cls)
+        return tuple(operators.resumed(self, args))
+
+    def begin(self, args: Sequence[Any]) -> set[int] | None:
+        before = self._call
+        self._call = {storage_key(u) for t in operators.tensors(args) for u in self._inner(t)}
+        if _compat.transforms_active():  # tangents of tensors seen before
+            self._call |= self.captured_keys.keys()
+        return before
+
+    def end(self, token: set[int] | None) -> None:
+        self._call = token
+
+    # --- what the dispatch mode tells
+
+    def below(self, func: Any, args: Any, kwargs: Any) -> Any:
+        given = list(operators.tensors((args, kwargs)))
+        keys = [storage_key(t) for t in given]
+        if func is torch.ops.aten.lift_fresh.default:
+            self.made_keys.update(keys)  # memory of a literal, `torch.tensor([1.0])`
+        for t in operators.written(func, args, kwargs):
+            own = storage_key(t) in self.made_keys
+            if torch.Tag.inplace_view in func.tags:  # metadata: an alias is its own
+                own = id(t) not in self.captured and id(t) not in self.arguments
+            if not own:
+                self.refuse(self._write_message(func, t))
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self._draw(func, kwargs)
+        if not _compat.in_backward():
+            for t, key in zip(given, keys, strict=True):
+                self._check_seen(func, t, key)
+        out = func(*args, **kwargs)
+        made = {storage_key(t) for t in operators.tensors(out)} - set(keys)
+        self.made_keys |= made
+        self.note(out)
+        return out
+
+    def _check_seen(self, func: Any, t: Tensor, key: int) -> None:
+        if key in self.made_keys or key in self.argument_keys:
+            return
+        if self._call is not None:
+            seen = key in self._call
+        else:
+            # Outside any call of the Python API: TorchScript reads the captured tensor itself,
+            # while leaving a torch.func transform reads views of what was seen before.
+            seen = key in self.captured_keys and id(t) not in self.captured
+        if not seen and (t.requires_grad or (self.constants and t.dim() > 0 and self.hoist(t))):
+            named = self._named(t)
+            message = (
+                "expected every read of a captured tensor to go through PyTorch's Python API, "
+                f"got {func} reading {named} below it, where it cannot be replaced. Pass that "
+                "tensor as an argument, or detach it to declare it constant."
+            )
+            self.refuse(message)
+
+    def _draw(self, func: Any, kwargs: Any) -> None:
+        if self.rng == "error":
+            message = (
+                f"expected a function without randomness (rng='error'), got {func} at {caller()}. "
+                "Draw outside and capture the result, or choose rng='allow' or rng='replay'."
+            )
+            self.refuse(message)
+        self.drew = self.drew or str(func)
+        generator = kwargs.get("generator")
+        if generator is not None and id(generator) not in self.generators:
+            self.generators[id(generator)] = (generator, generator.get_state())
+
+    def _write_message(self, func: Any, t: Tensor) -> str:
+        key = storage_key(t)
+        argument = self.argument_keys.get(key)
+        found = self.captured_keys.get(key, t) if argument is None else argument
+        kind = "a captured tensor" if argument is None else "its argument"
+        named = self._named(found)
+        return (
+            f"expected a function that writes to its own intermediates only, got {func} writing "
+            f"in place to {kind}: {named}. Nothing was written. Write to a clone."
+        )
+
+
+class _Below(DispatchWatch):  # type: ignore[no-untyped-call]
+    """The dispatch mode, below autograd and torch.func."""
+
+    def __init__(self, discovery: Discovery) -> None:
+        super().__init__()
+        self.discovery = discovery
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.discovery.looking or not _compat.is_operator(func):
+            return func(*args, **(kwargs or {}))
+        with _compat.unseen():
+            return self.discovery.below(func, args, kwargs or {})
