@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from freevars._names.search import Leaves, Name, function_name, name_values
+from freevars._names.search import Name, ReachableLeaves, function_name, name_values
 
 
 class Value:
@@ -403,7 +403,7 @@ def test_classes_of_a_framework_whose_instances_are_entered() -> None:
 def test_every_leaf_that_is_reachable_sets_included() -> None:
     a, b = Value(), object()
     params = {"a": [a, a], "b": {b}, "c": frozenset({b})}
-    leaves = Leaves(lambda obj: type(obj) is Value or type(obj) is object)
+    leaves = ReachableLeaves(lambda obj: type(obj) is Value or type(obj) is object)
     found = leaves.of(lambda: (params, a))
     assert [(id(value), name.name) for value, name in found] == [
         (id(a), "a"),
@@ -422,7 +422,7 @@ def test_a_second_function_opens_only_what_the_first_did_not(
         looked.append(obj)
         return type(obj) is Value
 
-    leaves = Leaves(is_leaf)
+    leaves = ReachableLeaves(is_leaf)
     current = b
 
     def read() -> object:
@@ -436,7 +436,7 @@ def test_a_second_function_opens_only_what_the_first_did_not(
     assert [value for value, _ in leaves.of(read)] == [c]
     monkeypatch.setattr("freevars._names.search._BUDGET", 10)
     deep = [[[Value()]] for _ in range(8)]
-    leaves = Leaves(is_leaf)
+    leaves = ReachableLeaves(is_leaf)
     counts = [len(leaves.of(lambda: deep)) for _ in range(9)]
     assert counts[0] < 8  # out of its budget, and the next goes on
     assert sum(counts) == 8
@@ -447,7 +447,7 @@ def test_a_member_that_only_a_second_function_mentions() -> None:
         table = Value()
 
     held = Held()
-    leaves = Leaves(lambda obj: type(obj) is Value)
+    leaves = ReachableLeaves(lambda obj: type(obj) is Value)
     assert leaves.of(lambda: held) == []
     assert [value for value, _ in leaves.of(lambda: held.table)] == [Held.table]
 

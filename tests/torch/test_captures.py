@@ -416,22 +416,22 @@ def test_which_are_hoisted_and_by_which_rule() -> None:
     def fun(x: Tensor) -> Tensor:
         return x * w * plain * k
 
-    def facts(hoist: Any) -> dict[str, tuple[bool, bool, str]]:
+    def captured_value(hoist: Any) -> dict[str, tuple[bool, bool, str]]:
         found = by_name(fv.captures(fun, X, hoist=hoist))
         return {n: (v.hoisted, v.differentiable, v.policy) for n, v in found.items()}
 
     left = (False, False, "")
-    assert facts("differentiable") == {
+    assert captured_value("differentiable") == {
         "w": (True, True, "differentiable"),
         "plain": left,
         "k": left,
     }
-    assert facts("floating") == {
+    assert captured_value("floating") == {
         "w": (True, True, "floating"),
         "plain": (True, True, "floating"),
         "k": left,
     }
-    assert facts("all") == {
+    assert captured_value("all") == {
         "w": (True, True, "all"),
         "plain": (True, True, "all"),
         "k": (True, False, "all"),
@@ -440,7 +440,7 @@ def test_which_are_hoisted_and_by_which_rule() -> None:
     def only_plain(t: Tensor) -> bool:
         return t is plain
 
-    assert facts(only_plain) == {
+    assert captured_value(only_plain) == {
         "w": (False, True, "constant: declared by hoist"),
         "plain": (True, True, only_plain.__name__),
         "k": left,
@@ -837,7 +837,7 @@ def test_names_cost_nothing_until_somebody_asks(monkeypatch: pytest.MonkeyPatch)
     def asked(*_: Any, **__: Any) -> None:
         raise AssertionError("named")
 
-    for part in ("name_values", "Leaves", "read_site"):
+    for part in ("name_values", "ReachableLeaves", "read_site"):
         monkeypatch.setattr(_names, part, asked)
     net = Net()
     closure = fv.Closure(lambda x: net(x), X)

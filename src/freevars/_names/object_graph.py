@@ -46,7 +46,7 @@ from freevars._names.introspection import (
     stored_members,
 )
 
-__all__ = ["Node", "Reach"]
+__all__ = ["Node", "ObjectGraph"]
 
 _WIDEST = 20_000  # entries looked at in one container, so that a huge one does not use up the walk
 _MOST_INSTANCES = 2  # of one class, that are looked at for what the class itself holds
@@ -95,7 +95,7 @@ class Node:
 _Namespace = tuple[Node, Mapping[str, Any], dict[str, object]]
 
 
-class Reach:
+class ObjectGraph:
     """The links out of each object, for walks that start at one function after the other.
 
     It remembers which variables and names it has met: a variable is followed once in a walk, and
@@ -191,7 +191,7 @@ class Reach:
                 self.once.add((id(fun.__globals__), name))
                 yield Node(value, node, f"\0{prefix}{name}", f".__globals__[{name!r}]")
         yield from self.attributes(node, attrs)
-        yield from self.mention(names)
+        yield from self.follow(names)
 
     def wrapped(self, node: Node, inner: object, path: str) -> Iterator[Node]:
         """What it wraps goes by the wrapper's name, or by its own in the function asked about."""
@@ -335,14 +335,14 @@ class Reach:
     ) -> Iterator[Node]:
         """Follow the members that code mentions, now and when more code has been read."""
         self.namespaces.append((node, members, hidden or {}))
-        yield from self.mentions(self.mentioned, self.namespaces[-1:])
+        yield from self.follow_in(self.mentioned, self.namespaces[-1:])
 
-    def mention(self, names: dict[str, None]) -> Iterator[Node]:
+    def follow(self, names: dict[str, None]) -> Iterator[Node]:
         new = {name: None for name in names if name not in self.mentioned}
         self.mentioned |= new
-        yield from self.mentions(new, self.namespaces)
+        yield from self.follow_in(new, self.namespaces)
 
-    def mentions(self, names: dict[str, None], namespaces: list[_Namespace]) -> Iterator[Node]:
+    def follow_in(self, names: dict[str, None], namespaces: list[_Namespace]) -> Iterator[Node]:
         for node, members, hidden in list(namespaces):
             for name in list(names):
                 if name in members and name not in hidden:

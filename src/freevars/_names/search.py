@@ -15,9 +15,9 @@ from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 
 from freevars._names.callables import function_name
 from freevars._names.introspection import is_a
-from freevars._names.object_graph import Node, Reach
+from freevars._names.object_graph import Node, ObjectGraph
 
-__all__ = ["FRAMEWORKS", "Leaves", "Name", "function_name", "name_values"]
+__all__ = ["FRAMEWORKS", "Name", "ReachableLeaves", "function_name", "name_values"]
 
 # Whose instances and functions are never entered; their containers and wrappers are looked through.
 FRAMEWORKS = frozenset({"jax", "jaxlib", "torch", "numpy", "scipy", "freevars"})
@@ -77,7 +77,7 @@ def name_values(
     >>> name_values(lambda x: (x, params), [w])[0][0].name
     "params['dense']['kernel']"
     """
-    walk = _Walk(Reach(opaque, enters, implicit), values, is_leaf or _never, identity)
+    walk = _Search(ObjectGraph(opaque, enters, implicit), values, is_leaf or _never, identity)
     walk.run(fun)
     found = [tuple(walk.found.get(key, ())) for key in walk.keys]
     users: dict[str, set[Hashable]] = {}
@@ -91,7 +91,7 @@ def name_values(
     return [tuple(told_apart(name) for name in names) for names in found]
 
 
-class Leaves:
+class ReachableLeaves:
     """Every leaf that functions can reach, each once, with its shortest name; sets are entered too.
 
     The arguments are those of ``name_values``. The walk is the same, and as bounded. It may be
@@ -108,8 +108,8 @@ class Leaves:
         implicit: frozenset[str] = frozenset(),
     ) -> None:
         self._found: dict[int, tuple[object, Name]] = {}
-        reach = Reach(opaque, enters, implicit, sets=True)
-        self._walk = _Walk(reach, (), is_leaf, id, self._found)
+        reach = ObjectGraph(opaque, enters, implicit, sets=True)
+        self._walk = _Search(reach, (), is_leaf, id, self._found)
 
     def of(self, fun: object) -> list[tuple[object, Name]]:
         """Those that ``fun`` can reach and that were not met before."""
@@ -126,12 +126,12 @@ class _ExhaustedError(Exception):
     """The walk has looked at as many objects as it may."""
 
 
-class _Walk:
+class _Search:
     """Breadth-first walks. It keeps every object that it opens, so that no id is reused."""
 
     def __init__(
         self,
-        reach: Reach,
+        reach: ObjectGraph,
         values: Sequence[object],
         is_leaf: Callable[[object], bool],
         identity: Callable[[object], Hashable],
@@ -149,7 +149,7 @@ class _Walk:
         self.budget = 0
         self.queue: deque[Node] = deque()
         self.visits: dict[int, int] = {}
-        self.kept: list[object] = []
+        self.keep_alive: list[object] = []
         self.functions: list[int] = []  # that this walk has opened
         self.reach = reach
         self.leaves = leaves  # where given, takes every leaf, whatever is looked for
@@ -163,15 +163,15 @@ class _Walk:
         self.functions.clear()
         self.budget = _BUDGET
         try:
-            self.meet(self.reach.start(fun))
+            self.visit(self.reach.start(fun))
             while self.queue:
                 for node in self.reach.inside(self.queue[0]):
-                    self.meet(node)
+                    self.visit(node)
                 self.queue.popleft()
         except _ExhaustedError:  # the next walk goes on with what is left in the queue
             return
 
-    def meet(self, node: Node) -> None:
+    def visit(self, node: Node) -> None:
         """Take note of one object: whether it is looked for, and whether to look inside."""
         self.budget -= 1
         if self.budget < 0:
@@ -191,7 +191,7 @@ class _Walk:
             if shared or visits >= self.most_visits or _inside_itself(node):
                 return
         else:
-            self.kept.append(obj)
+            self.keep_alive.append(obj)
             if is_a(obj, FunctionType, MethodType, CellType):
                 self.functions.append(id(obj))
         self.visits[id(obj)] = visits + 1

@@ -14,7 +14,7 @@ from freevars._names.search import function_name
 from freevars.jax import _compat
 from freevars.jax._closure import Closure
 from freevars.jax._convert.convert import check_hoist, trace
-from freevars.jax._convert.jaxpr_key import Fingerprint
+from freevars.jax._convert.jaxpr_key import JaxprKey
 from freevars.jax._convert.lambda_lift import identity
 from freevars.jax._describe.describe import captured_values
 from freevars.jax._describe.reads import Reads, reads_of
@@ -53,7 +53,7 @@ def captures(
     if isinstance(fun, Closure):
         return captures_of(fun)
     jaxpr, values, _, _ = trace(fun, example_args)
-    return _report(fun, jaxpr, values, Fingerprint(jaxpr).held, hoist)
+    return _report(fun, jaxpr, values, JaxprKey(jaxpr).held, hoist)
 
 
 def captures_of(closure: Closure[Any]) -> CaptureReport:

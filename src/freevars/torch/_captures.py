@@ -30,8 +30,8 @@ from freevars.torch._convert.convert import (
     outside_compiler,
     policy_of,
 )
-from freevars.torch._convert.discovery import Discovery
-from freevars.torch._describe import Line, facts, line_of_caller, names_of
+from freevars.torch._convert.discovery import DiscoveryMode
+from freevars.torch._describe import Line, captured_value, line_of_caller, names_of
 
 __all__ = ["captures", "captures_of"]
 
@@ -125,7 +125,7 @@ def _report(
     values: list[CapturedValue] = []
     for f, names in zip(found, names_of(fun, [f.tensor for f in found]), strict=True):
         values.append(
-            facts(
+            captured_value(
                 fun,
                 given(f.tensor),
                 names,
@@ -176,7 +176,7 @@ class _Found:
     policy: str = ""
 
 
-class _Recorder(Discovery):
+class _Recorder(DiscoveryMode):
     """A discovery that notes every read, and lists a read that a conversion refuses."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

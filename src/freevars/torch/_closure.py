@@ -16,7 +16,7 @@ from torch import Tensor
 from freevars.report import CaptureReport
 from freevars.torch._compat import install_hooks, pytree
 from freevars.torch._convert.convert import Converted, Hoist, Rng, closure_convert
-from freevars.torch._describe import called
+from freevars.torch._describe import function_name
 
 __all__ = ["Closure"]
 
@@ -113,7 +113,7 @@ class Closure:
         return self._converted(*args, *self._values)
 
     def __repr__(self) -> str:
-        return f"Closure({called(self._converted)}, {len(self._values)} captured values)"
+        return f"Closure({function_name(self._converted)}, {len(self._values)} captured values)"
 
 
 def _flatten(f: Closure) -> tuple[list[Any], Converted]:

@@ -3,8 +3,8 @@
 
 Function modes see the Python API of PyTorch, but not all of it. The gaps are closed here by
 *stateless hooks*: wrappers around a few of PyTorch's own functions that look at the calling
-thread's stack of function modes and do nothing unless one of ours (a `Watch`) is on it. They hold
-no state, so there is nothing to undo when a function fails, and threads do not see each other.
+thread's stack of function modes and do nothing unless one of ours (a `CaptureMode`) is on it. They
+hold no state, so there is nothing to undo when a function fails, and threads do not see each other.
 `self_test` tries each touch point and says which one a new release of PyTorch has broken.
 
 Not here: what a watch does with what it sees (`discovery.py`, `substitution.py`).
@@ -29,9 +29,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from freevars.errors import CaptureError
 
 __all__ = [
+    "CaptureMode",
     "CheckpointFunction",
-    "DispatchWatch",
-    "Watch",
+    "DispatchMode",
     "active",
     "compiling",
     "eagerly",
@@ -80,7 +80,7 @@ _custom_function_call = torch._functorch.autograd_function.custom_function_call
 _HigherOrder = torch._ops.HigherOrderOperator
 
 
-class Watch(TorchFunctionMode):
+class CaptureMode(TorchFunctionMode):
     """A function mode that the hooks of this file talk to."""
 
     refused: CaptureError | None = None
@@ -93,7 +93,7 @@ class Watch(TorchFunctionMode):
         raise self.refused
 
     @contextmanager
-    def telling(self) -> Iterator[None]:
+    def reraising_refusals(self) -> Iterator[None]:
         """Watches; what was refused inside is raised as itself."""
         try:
             with self:
@@ -143,7 +143,7 @@ class Watch(TorchFunctionMode):
         return resumed
 
 
-class DispatchWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A dispatch mode that does not wrap its handler for the compiler, which would import it: under
     a watch nothing is compiled."""
 
@@ -157,13 +157,13 @@ class DispatchWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return False
 
 
-def active() -> list[Watch]:
+def active() -> list[CaptureMode]:
     """The watches on this thread, the innermost first. The stack has no public reader."""
     n = torch._C._len_torch_function_stack()
     if not n:
         return []
     stack = (torch._C._get_function_stack_at(i) for i in range(n - 1, -1, -1))
-    return [mode for mode in stack if isinstance(mode, Watch)]
+    return [mode for mode in stack if isinstance(mode, CaptureMode)]
 
 
 @contextmanager
@@ -350,7 +350,7 @@ def is_custom_function_call(func: object) -> bool:
 # --- the hooks ------------------------------------------------------------------------------------
 
 
-def keep_watching_backward(outputs: Any, watch: Watch) -> None:
+def keep_watching_backward(outputs: Any, watch: CaptureMode) -> None:
     """Runs the backward of the custom Function that made `outputs` under `watch`.
 
     The node of a custom Function looks up its class as an attribute of itself. An attribute of the
@@ -369,7 +369,7 @@ def keep_watching_backward(outputs: Any, watch: Watch) -> None:
 class _WatchedClass:
     """A custom Function's class as its node uses it, with the user's code run under a watch."""
 
-    def __init__(self, cls: Any, watch: Watch) -> None:
+    def __init__(self, cls: Any, watch: CaptureMode) -> None:
         self._cls = cls
         self._watch = watch
 

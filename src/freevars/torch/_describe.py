@@ -18,8 +18,8 @@ from freevars import report
 from freevars._names.introspection import class_module
 from freevars._names.search import (
     FRAMEWORKS,
-    Leaves,
     Name,
+    ReachableLeaves,
     function_name,
     name_values,
 )
@@ -29,10 +29,10 @@ from freevars.torch import _compat
 __all__ = [
     "Line",
     "Reachable",
-    "called",
     "caller",
+    "captured_value",
     "describe",
-    "facts",
+    "function_name",
     "line_of_caller",
     "names_of",
     "reachable",
@@ -75,7 +75,7 @@ class Reachable:
     """The same for one function after the other; each tensor comes once."""
 
     def __init__(self) -> None:
-        self._leaves = Leaves(**_WALK)
+        self._leaves = ReachableLeaves(**_WALK)
 
     def of(self, fun: Any) -> list[tuple[Tensor, str]]:
         """The tensors that `fun` reaches and that were not met before, with their names."""
@@ -83,7 +83,7 @@ class Reachable:
         return [(t, name.name) for t, name in found]
 
 
-def facts(
+def captured_value(
     fun: Callable[..., Any],
     value: Tensor,
     names: Sequence[Name],
@@ -138,7 +138,7 @@ def describe(value: Tensor, fun: Callable[..., Any], line: Line | None = None) -
     it, which the caller knows."""
     sites = () if line is None else (read_site(*line),)
     names = names_of(fun, [value])[0]
-    return report.describe(facts(fun, value, names, hoisted=False, policy="", sites=sites))
+    return report.describe(captured_value(fun, value, names, hoisted=False, policy="", sites=sites))
 
 
 def line_of_caller() -> Line | None:
@@ -156,8 +156,3 @@ def caller() -> str:
     """The same for a message, `model.py:41`."""
     line = line_of_caller()
     return "an unknown line" if line is None else str(ReadSite(*line))
-
-
-def called(fun: object) -> str:
-    """What to call `fun` in a message."""
-    return function_name(fun)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from freevars.torch import _compat
-from freevars.torch._convert.substitution import Substitution
+from freevars.torch._convert.substitution import SubstitutionMode
 
 __all__ = ["broken"]
 
@@ -40,7 +40,7 @@ _DOUBLE: Any = _Double.apply
 def _substituted(fun: Callable[[Tensor], Any]) -> Any:
     """`fun(ones)` with tens where it reads `_CAPTURED`."""
     _compat.install_hooks()
-    watch = Substitution(fun, {id(_CAPTURED): torch.full((2,), 10.0)})
+    watch = SubstitutionMode(fun, {id(_CAPTURED): torch.full((2,), 10.0)})
     with watch:
         return fun(torch.ones(2))
 

@@ -58,7 +58,7 @@ BINARY = {
     "stack": lambda a, b: torch.stack([a, b]).mean(0),
     "loop": lambda a, b: [a := a * 0.5 + b for _ in range(2)][-1],
     "nested": lambda a, b: _nested(a, b),
-    "called": lambda a, b: (lambda inner: inner(a.cos()))(lambda t: t * b + a),
+    "function_name": lambda a, b: (lambda inner: inner(a.cos()))(lambda t: t * b + a),
     "containers": lambda a, b: Pair({"b": [b]}, (a, a)).a["b"][0].sin() * Pair(a, b)[0],
     "checkpoint": lambda a, b: checkpoint(
         lambda t: (t * b.tanh()).sin() + b, a, use_reentrant=False

@@ -17,10 +17,10 @@ from freevars._difference import Difference, Node, first_difference
 from freevars.errors import StructureError
 from freevars.jax import _compat
 
-__all__ = ["Spec", "describe", "fit", "join", "mismatch", "split"]
+__all__ = ["ArgSpec", "combine", "describe", "fit", "mismatch", "partition"]
 
 
-class Spec(NamedTuple):
+class ArgSpec(NamedTuple):
     """A pytree without its arrays: its structure, a type for each array leaf, the static leaves."""
 
     tree: Any  # PyTreeDef
@@ -41,9 +41,9 @@ class Spec(NamedTuple):
             else t
             for t in self.types
         ]
-        return tree_util.tree_unflatten(self.tree, self.join(shapes))
+        return tree_util.tree_unflatten(self.tree, self.combine(shapes))
 
-    def join(self, arrays: Sequence[Any]) -> list[Any]:
+    def combine(self, arrays: Sequence[Any]) -> list[Any]:
         """All leaves, from the array leaves and the static ones."""
         leaves = list(arrays)
         for position, leaf in self.statics:  # in rising order, so each lands where it was
@@ -58,7 +58,7 @@ def _is_plain(tree: Any) -> bool:
     )
 
 
-def split(tree: Any) -> tuple[list[Any], Any, tuple[tuple[int, Any], ...]]:
+def partition(tree: Any) -> tuple[list[Any], Any, tuple[tuple[int, Any], ...]]:
     """The array leaves of a pytree, its structure, and the static leaves with their positions."""
     leaves, treedef = tree_util.tree_flatten(tree)
     arrays: list[Any] = []
@@ -71,9 +71,9 @@ def split(tree: Any) -> tuple[list[Any], Any, tuple[tuple[int, Any], ...]]:
     return arrays, treedef, tuple(statics)
 
 
-def join(spec: Spec, arrays: Sequence[Any]) -> Any:
+def combine(spec: ArgSpec, arrays: Sequence[Any]) -> Any:
     """The pytree that `spec` describes, with these arrays."""
-    return tree_util.tree_unflatten(spec.tree, spec.join(arrays))
+    return tree_util.tree_unflatten(spec.tree, spec.combine(arrays))
 
 
 def fit(x: Any, expected: Any, *, weak_matters: bool) -> Any:
@@ -120,7 +120,7 @@ def describe(x: Any) -> str:
 
 
 def mismatch(
-    spec: Spec, got: Any, *, name: str, weak_matters: bool, hint: str = ""
+    spec: ArgSpec, got: Any, *, name: str, weak_matters: bool, hint: str = ""
 ) -> StructureError | None:
     """The error for the first path at which `got` is not as `spec` says, or None if it fits.
 

@@ -18,9 +18,9 @@ import jax
 
 from freevars.errors import CaptureError, StructureError
 from freevars.jax import _compat
-from freevars.jax._convert.arguments import Spec, describe, join, split
-from freevars.jax._convert.jaxpr_key import Fingerprint
-from freevars.jax._convert.lambda_lift import identity, lift_constants
+from freevars.jax._convert.arguments import ArgSpec, combine, describe, partition
+from freevars.jax._convert.jaxpr_key import JaxprKey
+from freevars.jax._convert.lambda_lift import identity, lambda_lift
 from freevars.jax._convert.program import Program
 from freevars.jax._convert.static import tree_key
 from freevars.jax._describe.describe import describe_capture
@@ -43,8 +43,8 @@ class Traced(NamedTuple):
 
     jaxpr: Any
     values: list[Any]
-    inputs: Spec
-    outputs: Spec
+    inputs: ArgSpec
+    outputs: ArgSpec
 
 
 def trace(fun: Callable[..., Any], example_args: Sequence[Any]) -> Traced:
@@ -52,43 +52,43 @@ def trace(fun: Callable[..., Any], example_args: Sequence[Any]) -> Traced:
     if not callable(fun):
         msg = f"closure conversion needs a callable, got {type(fun).__name__}: {fun!r}."
         raise TypeError(msg)
-    arrays, tree, statics = split(tuple(example_args))
-    inputs = Spec(tree, tuple([_compat.example_type(x) for x in arrays]), statics)
+    arrays, tree, statics = partition(tuple(example_args))
+    inputs = ArgSpec(tree, tuple([_compat.example_type(x) for x in arrays]), statics)
     result: list[Any] = []
 
     def on_leaves(*leaves: Any) -> list[Any]:
-        outs, out_tree, out_statics = split(fun(*join(inputs, leaves)))
+        outs, out_tree, out_statics = partition(fun(*combine(inputs, leaves)))
         result[:] = out_tree, out_statics
         return outs
 
     # A function of its own for each conversion: JAX forgets what it traced when it goes.
     closed = jax.make_jaxpr(on_leaves)(*arrays)
-    outputs = Spec(result[0], tuple(closed.out_avals), result[1])
-    return Traced(*_in_order_of_use(*lift_constants(closed), len(arrays)), inputs, outputs)
+    outputs = ArgSpec(result[0], tuple(closed.out_avals), result[1])
+    return Traced(*_in_order_of_use(*lambda_lift(closed), len(arrays)), inputs, outputs)
 
 
 def convert(fun: Callable[..., Any], example_args: Sequence[Any]) -> Conversion:
     """Trace `fun`, and share the program with every other function that computes the same."""
     jaxpr, values, inputs, outputs = trace(fun, example_args)
     _refuse_refs(fun, jaxpr, values)
-    fingerprint = Fingerprint(jaxpr)
+    jaxpr_key = JaxprKey(jaxpr)
     met = values
-    jaxpr, values, fixed = _keep_what_rules_hold(fun, jaxpr, values, fingerprint.held)
+    jaxpr, values, fixed = _keep_what_rules_hold(fun, jaxpr, values, jaxpr_key.held)
     constants = set(map(id, fixed))
     key = (
-        fingerprint.key,
+        jaxpr_key.key,
         # Which values are constants, and at which places. Their ids live as long as the key: the
         # program holds them.
         tuple([(i, id(v)) for i, v in enumerate(met) if id(v) in constants]) if fixed else (),
         _compat.trace_context(),
-        *(_spec_key(fingerprint, spec) for spec in (inputs, outputs)),
+        *(_arg_spec_key(jaxpr_key, spec) for spec in (inputs, outputs)),
     )
     n = len(values)
     value_types = tuple([v.aval for v in jaxpr.invars[len(fixed) : len(fixed) + n]])
     program = Program.intern(
         key,
         lambda: Program(jaxpr, fixed, value_types, inputs, outputs, _name(fun)),
-        keep=not fingerprint.foreign and inputs.is_plain and outputs.is_plain,
+        keep=not jaxpr_key.foreign and inputs.is_plain and outputs.is_plain,
     )
     return Conversion(program, tuple(values))
 
@@ -167,8 +167,8 @@ def _refuse_refs(fun: Callable[..., Any], jaxpr: Any, values: Sequence[Any]) -> 
             raise CaptureError(msg)
 
 
-def _spec_key(fingerprint: Fingerprint, spec: Spec) -> Any:
-    statics = tuple([(i, fingerprint.of(x)) for i, x in spec.statics])
+def _arg_spec_key(jaxpr_key: JaxprKey, spec: ArgSpec) -> Any:
+    statics = tuple([(i, jaxpr_key.of(x)) for i, x in spec.statics])
     return (tree_key(spec.tree), spec.types, statics)
 
 

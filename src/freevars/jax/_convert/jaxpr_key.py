@@ -23,7 +23,7 @@ from freevars.jax._compat import Array, Literal, Tracer
 from freevars.jax._convert.callable_key import CallableKeys, Same, scalar_key
 from freevars.jax._convert.static import static_key, tree_key
 
-__all__ = ["Fingerprint"]
+__all__ = ["JaxprKey"]
 
 # The primitives that call a nested program carry the name of the function it was traced from.
 _NAMED = {"jit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call"}
@@ -40,7 +40,7 @@ _NESTED: weakref.WeakKeyDictionary[Any, Hashable | None] = weakref.WeakKeyDictio
 _SCALARS = {type(None), bool, int, str, bytes, float, complex}
 
 
-class Fingerprint:
+class JaxprKey:
     """The key of one program, and the arrays that its rules and callbacks hold for later."""
 
     def __init__(self, jaxpr: Any) -> None:
@@ -118,7 +118,7 @@ class Fingerprint:
 
     def _closed(self, jaxpr: Any) -> Hashable:
         if jaxpr not in _NESTED:
-            alone = Fingerprint(getattr(jaxpr, "jaxpr", jaxpr))
+            alone = JaxprKey(getattr(jaxpr, "jaxpr", jaxpr))
             can_change = alone.foreign or bool(getattr(jaxpr, "consts", ()))
             _NESTED[jaxpr] = None if can_change else alone.key
         known = _NESTED[jaxpr]

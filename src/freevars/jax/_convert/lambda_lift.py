@@ -18,7 +18,7 @@ import numpy as np
 from freevars.jax import _compat
 from freevars.jax._compat import Array, Eqn, Literal, Tracer, Var
 
-__all__ = ["identity", "lift_constants"]
+__all__ = ["identity", "lambda_lift"]
 
 
 class Constants:
@@ -63,7 +63,7 @@ def identity(value: Any) -> Any:
     return id(value)
 
 
-def lift_constants(closed: Any) -> tuple[Any, list[Any]]:
+def lambda_lift(closed: Any) -> tuple[Any, list[Any]]:
     """The open program whose leading inputs are the constants of `closed` and of all that is nested
     in it, and these constants, each once."""
     opened, values = _compat.separate_constants(closed)

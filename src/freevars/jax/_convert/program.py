@@ -21,7 +21,15 @@ from jax import tree_util
 
 from freevars.errors import StructureError
 from freevars.jax import _compat
-from freevars.jax._convert.arguments import Spec, describe, fit, join, mismatch, same_static, split
+from freevars.jax._convert.arguments import (
+    ArgSpec,
+    combine,
+    describe,
+    fit,
+    mismatch,
+    partition,
+    same_static,
+)
 from freevars.jax._describe.reads import first_read
 
 __all__ = ["Program"]
@@ -43,8 +51,8 @@ class Program:
         jaxpr: Any,
         fixed: Sequence[Any],
         value_types: tuple[Any, ...],
-        inputs: Spec,
-        outputs: Spec,
+        inputs: ArgSpec,
+        outputs: ArgSpec,
         name: str,
     ) -> None:
         self.jaxpr = jaxpr  # reads fixed constants, then captured values, then arguments
@@ -104,13 +112,13 @@ class Program:
 
     def _call_with_statics(self, values: Sequence[Any], args: tuple[Any, ...]) -> Any:
         if self.flat:
-            arrays, tree, statics = split(args)
+            arrays, tree, statics = partition(args)
             if tree != self.inputs.tree or not _equal_statics(statics, self.inputs.statics):
                 self._check(values, args)
             results = self._run(values, *arrays)
         else:
             results = self._run(values, *args)
-        return join(self.outputs, results) if self.outputs.statics else results
+        return combine(self.outputs, results) if self.outputs.statics else results
 
     # What is compiled. These run once for each combination of types that a call brings, and so
     # check types without a cost for the calls after.
@@ -125,9 +133,9 @@ class Program:
         fitted = self._fit(leaves, self.inputs.types)
         captured = self._fit(values, self.value_types)
         if fitted is None or captured is None:
-            self._check(values, join(self.inputs, leaves) if whole is None else whole)
+            self._check(values, combine(self.inputs, leaves) if whole is None else whole)
         results = _compat.evaluate(self.jaxpr, [*self.fixed, *captured, *fitted])
-        return results if self.outputs.statics else join(self.outputs, results)
+        return results if self.outputs.statics else combine(self.outputs, results)
 
     def _fit(self, xs: Sequence[Any], types: Sequence[Any]) -> Any:
         if len(xs) != len(types):

@@ -17,11 +17,11 @@ from jax import tree_util
 
 from freevars.jax._convert.callable_key import Same, scalar_key
 
-__all__ = ["seal", "static_key", "tree_key", "unseal"]
+__all__ = ["as_static", "from_static", "static_key", "tree_key"]
 
 
 @tree_util.register_static
-class _Sealed:
+class Static:
     """One value as part of a structure."""
 
     __slots__ = ("_key", "value")
@@ -31,7 +31,7 @@ class _Sealed:
         self._key = static_key(value)
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is _Sealed and other._key == self._key
+        return type(other) is Static and other._key == self._key
 
     def __hash__(self) -> int:
         return hash(self._key)
@@ -83,17 +83,17 @@ def _metadata(tree: Any) -> Iterator[Hashable]:
         yield from _metadata(child)
 
 
-def seal(tree: Any, is_leaf: Callable[[Any], bool]) -> Any:
+def as_static(tree: Any, is_leaf: Callable[[Any], bool]) -> Any:
     """The pytree with every leaf sealed that is not to stay one."""
-    return tree_util.tree_map(lambda x: x if is_leaf(x) else _Sealed(x), tree)
+    return tree_util.tree_map(lambda x: x if is_leaf(x) else Static(x), tree)
 
 
-def unseal(tree: Any) -> Any:
-    """The pytree as it was before `seal`."""
+def from_static(tree: Any) -> Any:
+    """The pytree as it was before `as_static`."""
     return tree_util.tree_map(
-        lambda x: x.value if isinstance(x, _Sealed) else x, tree, is_leaf=_is_sealed
+        lambda x: x.value if isinstance(x, Static) else x, tree, is_leaf=_is_static
     )
 
 
-def _is_sealed(x: Any) -> bool:
-    return isinstance(x, _Sealed)
+def _is_static(x: Any) -> bool:
+    return isinstance(x, Static)

@@ -19,7 +19,7 @@ from freevars.jax._describe import tracers
 from freevars.jax._describe.reads import Reads, reads_of
 from freevars.report import CapturedValue, captured_by, describe
 
-__all__ = ["captured_values", "describe_capture", "facts", "names_of"]
+__all__ = ["captured_value", "captured_values", "describe_capture", "names_of"]
 
 
 def names_of(fun: Callable[..., Any] | None, values: Sequence[Any]) -> list[tuple[Name, ...]]:
@@ -48,11 +48,11 @@ def captured_values(
     captured = []
     for value, names, own_reads in zip(values, names_of(fun, values), reads, strict=True):
         hoisted, rule = policy(value)
-        captured.append(facts(fun, value, names, own_reads, hoisted=hoisted, policy=rule))
+        captured.append(captured_value(fun, value, names, own_reads, hoisted=hoisted, policy=rule))
     return tuple(captured)
 
 
-def facts(
+def captured_value(
     fun: Callable[..., Any] | None,
     value: Any,
     names: Sequence[Name],
@@ -92,7 +92,9 @@ def describe_capture(
     """
     position = next((i for i, other in enumerate(values) if other is value), None)
     reads = Reads() if position is None else reads_of(jaxpr, len(values))[position]
-    return describe(facts(fun, value, names_of(fun, [value])[0], reads, hoisted=False, policy=""))
+    return describe(
+        captured_value(fun, value, names_of(fun, [value])[0], reads, hoisted=False, policy="")
+    )
 
 
 def _is_array(x: Any) -> bool:

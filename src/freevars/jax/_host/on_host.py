@@ -17,17 +17,17 @@ import numpy as np
 from jax import tree_util
 
 from freevars.jax import _compat
-from freevars.jax._convert.static import seal, unseal
+from freevars.jax._convert.static import as_static, from_static
 from freevars.jax._host.oracle import (
     HostFunction,
     Layout,
+    Oracle,
     PytreeForm,
-    Question,
-    ask_compiled,
+    query_compiled,
     real,
 )
 from freevars.jax._host.solver_thread import GivenUpError, Solve
-from freevars.jax._host.staged import solve_in_program
+from freevars.jax._host.staged import call_staged
 from freevars.jax._solver.problem import Problem
 from freevars.jax._solver.ravel import to_vector
 
@@ -71,30 +71,30 @@ class HostSolver:
     ) -> Any:
         """What the solver returns: `x`, or `(x, aux)`; `has_aux`: the function may have one too."""
         layout = Layout.of(x0)
-        question = Question(layout, equations, has_aux)
+        oracle = Oracle(layout, equations, has_aux)
         # A Python number stays one: solvers count with it.
-        arrays, given = tree_util.tree_flatten(seal(options, _is_array))
+        arrays, given = tree_util.tree_flatten(as_static(options, _is_array))
         values = (*jax.tree.leaves((problem, x0)), *arrays)
         if any(isinstance(x, _compat.Tracer) for x in values) or not _compat.computes_now():
             v0, to_x = to_vector(x0)
-            v, aux = self._in_program(given, question, problem, v0, arrays)
+            v, aux = self._in_program(given, oracle, problem, v0, arrays)
             x = to_x(v)
         else:
             # No operation of JAX where NumPy will do: each costs as much as a short solve's step.
             form = PytreeForm(layout)
-            v, aux = self._at_once(given, question, problem, form.to_vector(x0), arrays)
+            v, aux = self._call_eagerly(given, oracle, problem, form.to_vector(x0), arrays)
             x = jax.tree.map(jax.numpy.array, form.to_tree(v))
         if not self._has_aux:
             return x
         return x, tree_util.tree_unflatten(jax.tree.structure(self._aux), aux)
 
     def _call(
-        self, ask: Any, question: Question, v0: Any, options: dict[str, Any]
+        self, query: Any, oracle: Oracle, v0: Any, options: dict[str, Any]
     ) -> tuple[Any, list[Any]]:
         """Run the solver, in whatever thread this is."""
-        form = None if self._flat else PytreeForm(question.layout)
+        form = None if self._flat else PytreeForm(oracle.layout)
         v0 = np.array(v0, np.float64)  # a copy: many solvers change it in place
-        fun = HostFunction(ask, v0.shape, equations=question.equations, pytrees=form)
+        fun = HostFunction(query, v0.shape, equations=oracle.equations, pytrees=form)
         x0 = form.to_tree(v0) if form else v0
         try:
             out = self._solver(fun, x0, **options)
@@ -131,30 +131,30 @@ class HostSolver:
         # nothing of `jax.enable_x64`.
         return arrays
 
-    def _at_once(
-        self, given: Any, question: Question, problem: Problem, v0: Any, arrays: list[Any]
+    def _call_eagerly(
+        self, given: Any, oracle: Oracle, problem: Problem, v0: Any, arrays: list[Any]
     ) -> tuple[Any, list[Any]]:
         """Call the solver, here and now."""
-        ask = ask_compiled(question, problem)
+        query = query_compiled(oracle, problem)
         rest = [np.asarray(a) for a in arrays]
         if self._vmap == "whole":  # a batch of one
             rest = [a[None] for a in rest]
-            v, aux = self._call(_on_batch_of_one(ask), question, v0[None], _options(given, rest))
+            v, aux = self._call(_on_batch_of_one(query), oracle, v0[None], _options(given, rest))
             v, aux = v[0], [leaf[0] for leaf in aux]
         else:
-            v, aux = self._call(ask, question, v0, _options(given, rest))
+            v, aux = self._call(query, oracle, v0, _options(given, rest))
         types = [_aux_type(a).dtype for a in jax.tree.leaves(self._aux)]
         return v, [leaf.astype(t) for leaf, t in zip(aux, types, strict=True)]
 
     def _in_program(
-        self, given: Any, question: Question, problem: Problem, v0: Any, arrays: list[Any]
+        self, given: Any, oracle: Oracle, problem: Problem, v0: Any, arrays: list[Any]
     ) -> tuple[Any, list[Any]]:
         """Let the program under way run the solver."""
         number = next(_CALLS)
         errors = _ERRORS[number] = []
         try:
             out: tuple[Any, list[Any]] = self._program(
-                given, question, problem, v0, arrays, np.int32(number)
+                given, oracle, problem, v0, arrays, np.int32(number)
             )
         except jax.errors.JaxRuntimeError:
             # Only where JAX runs the program right here; inside a user's `jit` its error carries
@@ -169,7 +169,7 @@ class HostSolver:
     def _traced(
         self,
         given: Any,
-        question: Question,
+        oracle: Oracle,
         problem: Problem,
         v0: Any,
         arrays: list[Any],
@@ -178,10 +178,10 @@ class HostSolver:
         """What is compiled, once for all closures of one structure."""
         whole = self._vmap == "whole"
 
-        def run(ask: Any, v0: Any, arrays: Any) -> tuple[Any, list[Any]]:
+        def run(query: Any, v0: Any, arrays: Any) -> tuple[Any, list[Any]]:
             *rest, number = arrays
             try:
-                return self._call(ask, question, v0, _options(given, rest))
+                return self._call(query, oracle, v0, _options(given, rest))
             except BaseException as error:
                 if not isinstance(error, GivenUpError):
                     _ERRORS.get(int(np.ravel(number)[0]), []).append(error)
@@ -189,7 +189,7 @@ class HostSolver:
 
         aux = [_aux_type(a) for a in jax.tree.leaves(self._aux)]
         enter = functools.partial(
-            solve_in_program, Solve(run, tuple(aux), self.__name__), question, whole=whole
+            call_staged, Solve(run, tuple(aux), self.__name__), oracle, whole=whole
         )
 
         def alone(problem: Problem, v0: Any, arrays: list[Any]) -> Any:
@@ -221,16 +221,16 @@ _CALLS = itertools.count(1)
 
 def _options(given: Any, arrays: Sequence[Any]) -> dict[str, Any]:
     """The options of a solver, from their structure and the arrays among them."""
-    return dict(unseal(tree_util.tree_unflatten(given, arrays)))
+    return dict(from_static(tree_util.tree_unflatten(given, arrays)))
 
 
 def _is_array(x: Any) -> bool:
     return isinstance(x, (_compat.Array, np.ndarray, _compat.Tracer))
 
 
-def _on_batch_of_one(ask: Any) -> Any:
+def _on_batch_of_one(query: Any) -> Any:
     def asked(kind: str, v: Any, d: Any = None) -> Any:
-        return tuple(np.asarray(a)[None] for a in ask(kind, v[0], None if d is None else d[0]))
+        return tuple(np.asarray(a)[None] for a in query(kind, v[0], None if d is None else d[0]))
 
     return asked
 

@@ -20,10 +20,10 @@ from jax import tree_util
 from freevars.jax._solver.problem import Problem
 from freevars.jax._solver.ravel import to_vector
 
-__all__ = ["HostFunction", "Layout", "PytreeForm", "Question", "answer", "ask_compiled", "real"]
+__all__ = ["HostFunction", "Layout", "Oracle", "PytreeForm", "evaluate", "query_compiled", "real"]
 
-# ask(kind, v, d) -> a tuple of arrays
-Ask = Callable[..., tuple[Any, ...]]
+# query(kind, v, d) -> a tuple of arrays
+Query = Callable[..., tuple[Any, ...]]
 
 
 class Layout(NamedTuple):
@@ -49,7 +49,7 @@ class Layout(NamedTuple):
         return jax.eval_shape(lambda x: to_vector(x)[0], self.tree.unflatten(structs))
 
 
-class Question(NamedTuple):
+class Oracle(NamedTuple):
     """What is static in a question: the same for all closures of one structure."""
 
     layout: Layout
@@ -66,15 +66,15 @@ class Question(NamedTuple):
         return f
 
 
-def answer(kind: str, question: Question, problem: Problem, v: Any, d: Any) -> tuple[Any, ...]:
+def evaluate(kind: str, oracle: Oracle, problem: Problem, v: Any, d: Any) -> tuple[Any, ...]:
     """The answer to one kind of question at the vector v, in a traced function."""
-    f = question.function(problem)
+    f = oracle.function(problem)
     if kind == "value":
         return (f(v),)
     if kind == "value_and_grad":
         value, gradient = jax.value_and_grad(f)(v)
         return (value, gradient)
-    derivative = f if question.equations else jax.grad(f)
+    derivative = f if oracle.equations else jax.grad(f)
     if kind == "product":
         return (jax.jvp(derivative, (v,), (d,))[1],)
     assert kind == "matrix", kind  # noqa: S101 (our own word)
@@ -82,23 +82,23 @@ def answer(kind: str, question: Question, problem: Problem, v: Any, d: Any) -> t
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _answer_compiled(kind: str, question: Question, problem: Any, v: Any, d: Any) -> Any:
-    dtype = question.layout.struct().dtype
-    return answer(kind, question, problem, v.astype(dtype), d if d is None else d.astype(dtype))
+def _evaluate_compiled(kind: str, oracle: Oracle, problem: Any, v: Any, d: Any) -> Any:
+    dtype = oracle.layout.struct().dtype
+    return evaluate(kind, oracle, problem, v.astype(dtype), d if d is None else d.astype(dtype))
 
 
-def ask_compiled(question: Question, problem: Problem) -> Ask:
+def query_compiled(oracle: Oracle, problem: Problem) -> Query:
     """Answer each question by a compiled function, called on the spot."""
     here, x64 = threading.get_ident(), jax.config.jax_enable_x64
 
-    def ask(kind: str, v: Any, d: Any = None) -> tuple[Any, ...]:
+    def query(kind: str, v: Any, d: Any = None) -> tuple[Any, ...]:
         if threading.get_ident() != here:  # a thread of the solver's, where the setting is unknown
             with jax.enable_x64(x64):
-                return tuple(_answer_compiled(kind, question, problem, v, d))
-        result: tuple[Any, ...] = _answer_compiled(kind, question, problem, v, d)
+                return tuple(_evaluate_compiled(kind, oracle, problem, v, d))
+        result: tuple[Any, ...] = _evaluate_compiled(kind, oracle, problem, v, d)
         return result
 
-    return ask
+    return query
 
 
 class HostFunction:
@@ -117,13 +117,13 @@ class HostFunction:
 
     def __init__(
         self,
-        ask: Ask,
+        query: Query,
         shape: tuple[int, ...],
         *,
         equations: bool,
         pytrees: PytreeForm | None = None,
     ) -> None:
-        self._ask = ask
+        self._query = query
         self._shape = shape
         self._equations = equations
         self._to_vector = pytrees.to_vector if pytrees else real
@@ -137,7 +137,7 @@ class HostFunction:
         return v
 
     def __call__(self, v: Any) -> Any:
-        (value,) = self._ask("value", self._in(v))
+        (value,) = self._query("value", self._in(v))
         if not self._equations:
             return _number(value)
         return self._out(value) if np.shape(value) == self._shape else _copy(value)
@@ -145,28 +145,28 @@ class HostFunction:
     def value_and_grad(self, v: Any) -> tuple[Any, Any]:
         """The objective and its gradient: what `scipy.optimize.minimize` takes with `jac=True`."""
         self._need_objective("value_and_grad")
-        value, gradient = self._ask("value_and_grad", self._in(v))
+        value, gradient = self._query("value_and_grad", self._in(v))
         return _number(value), self._out(gradient)
 
     def grad(self, v: Any) -> Any:
         """The gradient of the objective."""
         self._need_objective("grad")
-        return self._out(self._ask("value_and_grad", self._in(v))[1])
+        return self._out(self._query("value_and_grad", self._in(v))[1])
 
     def hessian(self, v: Any) -> Any:
         """The Hessian of the objective."""
         self._need_objective("hessian")
-        return _copy(self._ask("matrix", self._in(v))[0])
+        return _copy(self._query("matrix", self._in(v))[0])
 
     def jacobian(self, v: Any) -> Any:
         """The Jacobian of the equations; of an objective, its gradient."""
         if not self._equations:
             return self.grad(v)
-        return _copy(self._ask("matrix", self._in(v))[0])
+        return _copy(self._query("matrix", self._in(v))[0])
 
     def hvp(self, v: Any, d: Any) -> Any:
         """The Hessian of the objective, or the Jacobian of the equations, times d."""
-        return self._out(self._ask("product", self._in(v), self._in(d))[0])
+        return self._out(self._query("product", self._in(v), self._in(d))[0])
 
     def _need_objective(self, name: str) -> None:
         if self._equations:

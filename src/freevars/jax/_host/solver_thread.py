@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["Lanes", "Session", "Shape", "Solve"]
+__all__ = ["BatchShape", "Solve", "SolverBatch", "SolverThread"]
 
 # How many products with the derivative one question may ask for: a matrix is fetched in such
 # blocks, so that no program reserves memory for a matrix that nobody asks for.
@@ -26,7 +26,7 @@ _GIVEN_UP = object()
 
 
 class Solve(NamedTuple):
-    """How to run the solver: `run(ask, v0, arrays) -> (v, aux leaves)`, all NumPy, in any
+    """How to run the solver: `run(query, v0, arrays) -> (v, aux leaves)`, all NumPy, in any
     thread."""
 
     run: Callable[..., tuple[Any, list[Any]]]
@@ -34,7 +34,7 @@ class Solve(NamedTuple):
     name: str
 
 
-class Session:
+class SolverThread:
     """One solver in its thread. It asks; the program answers."""
 
     def __init__(self, solve: Solve, v0: Any, arrays: Sequence[Any]) -> None:
@@ -55,7 +55,7 @@ class Session:
     def _work(self, solve: Solve, v0: Any, arrays: Sequence[Any]) -> None:
         end: tuple[str, Any] | None
         try:
-            end = ("done", solve.run(self._ask, v0, arrays))
+            end = ("done", solve.run(self._query, v0, arrays))
         except GivenUpError:
             end = None
         except BaseException as error:  # noqa: BLE001 (raised again in the thread of the program)
@@ -70,7 +70,7 @@ class Session:
             if end is not None:
                 self._questions.put(end)
 
-    def _ask(self, kind: str, v: Any, d: Any = None) -> tuple[Any, ...]:
+    def _query(self, kind: str, v: Any, d: Any = None) -> tuple[Any, ...]:
         if kind == "matrix":
             return (self._matrix(v),)
         block = np.zeros_like(v) if d is None else d
@@ -124,7 +124,7 @@ class HostSolverError(RuntimeError):
     """What a program says of an error of its solver."""
 
 
-class Shape(NamedTuple):
+class BatchShape(NamedTuple):
     """The shapes of what travels between the program and the solvers."""
 
     n: int
@@ -150,10 +150,10 @@ class Shape(NamedTuple):
         return (rows, self.n) if self.lanes is None else (self.lanes, rows, self.n)
 
 
-class Lanes:
+class SolverBatch:
     """The solvers of one solve in one program: one, or one in each lane of a batch."""
 
-    def __init__(self, sessions: list[Session], shape: Shape) -> None:
+    def __init__(self, sessions: list[SolverThread], shape: BatchShape) -> None:
         self._sessions = sessions
         self._shape = shape
 

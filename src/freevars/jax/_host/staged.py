@@ -19,13 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from freevars.jax import _compat
-from freevars.jax._host.oracle import Question, answer
-from freevars.jax._host.solver_thread import Lanes, Session, Shape, Solve
+from freevars.jax._host.oracle import Oracle, evaluate
+from freevars.jax._host.solver_thread import BatchShape, Solve, SolverBatch, SolverThread
 
-__all__ = ["solve_in_program"]
+__all__ = ["call_staged"]
 
 # The solvers at work, by the number that their program knows them under.
-_RUNNING: dict[int, Lanes] = {}
+_RUNNING: dict[int, SolverBatch] = {}
 _NUMBERS = itertools.count(1)
 
 
@@ -34,7 +34,7 @@ class _Callbacks:
     solvers, the kind of question (the position in `kinds` and 1, or `done`), the point and the
     block of directions."""
 
-    def __init__(self, solve: Solve, shape: Shape, kinds: Sequence[str]) -> None:
+    def __init__(self, solve: Solve, shape: BatchShape, kinds: Sequence[str]) -> None:
         self.solve = solve
         self.shape = shape
         self.kinds = kinds
@@ -45,7 +45,7 @@ class _Callbacks:
         given = [np.array(a) for a in (v0, *arrays)]
         count = self.shape.lanes if self.shape.separate and self.shape.lanes is not None else 1
         each = [[a[self.shape.lane(i)] for a in given] for i in range(count)]
-        running = Lanes([Session(self.solve, v, rest) for v, *rest in each], self.shape)
+        running = SolverBatch([SolverThread(self.solve, v, rest) for v, *rest in each], self.shape)
         running.begin()
         number = next(_NUMBERS)
         _RUNNING[number] = running
@@ -69,9 +69,9 @@ class _Callbacks:
         return number, self.done if kind is None else 1 + self.kinds.index(kind), v, block
 
 
-def solve_in_program(
+def call_staged(
     solve: Solve,
-    question: Question,
+    oracle: Oracle,
     problem: Any,
     v0: Any,
     arrays: Sequence[Any],
@@ -86,9 +86,9 @@ def solve_in_program(
     which leaves of `problem` do, as the `in_axes` of `jax.vmap`. With `whole` too, one solver is
     given the batch.
     """
-    struct = question.layout.struct()
-    shape = Shape(struct.size, lanes, whole)
-    gradient = () if question.equations else ("value_and_grad",)
+    struct = oracle.layout.struct()
+    shape = BatchShape(struct.size, lanes, whole)
+    gradient = () if oracle.equations else ("value_and_grad",)
     callbacks = _Callbacks(solve, shape, ("value", *gradient, "product", "products"))
     state = (
         jax.ShapeDtypeStruct((), jnp.int32),  # the number of the solvers
@@ -100,8 +100,8 @@ def solve_in_program(
     def compute(kind: str, v: Any, block: Any) -> Any:
         def one(problem: Any, v: Any, block: Any) -> Any:
             if kind == "products":
-                return jax.vmap(lambda d: answer("product", question, problem, v, d))(block)
-            return answer(kind, question, problem, v, block[0])
+                return jax.vmap(lambda d: evaluate("product", oracle, problem, v, d))(block)
+            return evaluate(kind, oracle, problem, v, block[0])
 
         if lanes is not None:
             one = jax.vmap(one, in_axes=(problem_axes, 0, 0))

@@ -20,7 +20,7 @@ import jax
 from freevars._names.search import function_name
 from freevars.errors import LeakError
 from freevars.jax import _compat
-from freevars.jax._describe.describe import facts, names_of
+from freevars.jax._describe.describe import captured_value, names_of
 from freevars.jax._describe.reads import Reads, reads_of
 from freevars.jax._report.frames import (
     Candidate,
@@ -154,7 +154,7 @@ def _described(
     (names,) = names_of(candidate.fun, [tracer])
     if not names:
         return None
-    value = facts(candidate.fun, tracer, names, Reads(), hoisted=False, policy="")
+    value = captured_value(candidate.fun, tracer, names, Reads(), hoisted=False, policy="")
     sites: tuple[ReadSite, ...] = () if candidate.line is None else (candidate.line,)
     variable = _compat.variable(tracer)
     if not sites and closed is not None and variable in closed:
@@ -174,7 +174,7 @@ def _mentions(fun: Any, name: str) -> tuple[ReadSite, ...]:
 
 def _from_jax(tracer: Any, frames: Frames) -> CapturedValue:
     """A value whose capturing function is gone: as JAX knows it, an argument or made somewhere."""
-    value = facts(None, tracer, (), Reads(), hoisted=False, policy="")
+    value = captured_value(None, tracer, (), Reads(), hoisted=False, policy="")
     name, fun = _compat.argument_of(tracer)
     sites = read_lines(frames, tracer)
     return replace(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from freevars.errors import FreevarsError, NotASolutionError, SingularError
 
-__all__ = ["Evidence", "OnFailure", "failure", "least_rcond", "tolerance"]
+__all__ = ["Diagnostics", "OnFailure", "failure", "least_rcond", "tolerance"]
 
 OnFailure: TypeAlias = Literal["raise", "nan", "least_squares"]
 
@@ -34,7 +34,7 @@ def _eps(dtype: Any) -> float:
     return float(jnp.finfo(dtype).eps)
 
 
-class Evidence(NamedTuple):
+class Diagnostics(NamedTuple):
     """What tells whether a derivative can be trusted: scalars, each as good as can be where it was
     not measured."""
 
@@ -48,24 +48,24 @@ class Evidence(NamedTuple):
     @staticmethod
     def of(
         n: int, *, finite: Any, error: Any, rcond: Any, residual: Any, asymmetry: Any
-    ) -> Evidence:
+    ) -> Diagnostics:
         """Judge each by the spacing of its own dtype; a NaN is never good."""
         good = finite & (error <= tolerance(error.dtype)) & (rcond > least_rcond(n, rcond.dtype))
         good &= residual <= tolerance(residual.dtype)
         good &= asymmetry <= tolerance(asymmetry.dtype)
-        return Evidence(good, finite, error, rcond, residual, asymmetry)
+        return Diagnostics(good, finite, error, rcond, residual, asymmetry)
 
 
-def failure(evidence: Evidence, n: int, name: str) -> FreevarsError:
-    """The error for evidence that is not good."""
-    tol = tolerance(evidence.residual.dtype)
-    error, rcond, residual, asymmetry = map(float, evidence[2:])
-    if not evidence.finite:
+def failure(diagnostics: Diagnostics, n: int, name: str) -> FreevarsError:
+    """The error for diagnostics that is not good."""
+    tol = tolerance(diagnostics.residual.dtype)
+    error, rcond, residual, asymmetry = map(float, diagnostics[2:])
+    if not diagnostics.finite:
         return NotASolutionError(
             f"{name}: the solver returned a value that is not finite, or its optimality or the"
             " derivative of that is not finite there."
         )
-    if not rcond > least_rcond(n, evidence.rcond.dtype):
+    if not rcond > least_rcond(n, diagnostics.rcond.dtype):
         return SingularError(
             f"{name}: the system of the derivative is singular (reciprocal condition number about"
             f" {rcond:.1e}), so the solution is not a differentiable function of the captured"
@@ -86,6 +86,6 @@ def failure(evidence: Evidence, n: int, name: str) -> FreevarsError:
     return NotASolutionError(
         f"{name}: the solver did not converge: a Newton step from its result would still move it by"
         f" {error:.1e}, relative to its norm (absolute below norm 1); up to"
-        f" {tolerance(evidence.error.dtype):.1e} is accepted."
+        f" {tolerance(diagnostics.error.dtype):.1e} is accepted."
         " Let it run longer, or declare the result good with check=False."
     )

@@ -35,7 +35,7 @@ class System(NamedTuple):
     """A system A x = b, prepared for any number of b.
 
     `solve(b)` is linear in b and differentiable. The rest is for the check and depends on A and on
-    the residual of the solution alone: see `_trust.Evidence`.
+    the residual of the solution alone: see `diagnostics.Diagnostics`.
     """
 
     solve: Callable[[Vector], Vector]

@@ -28,10 +28,10 @@ import numpy as np
 from freevars.errors import SingularError, StructureError
 from freevars.jax import _compat
 from freevars.jax._closure import Closure
-from freevars.jax._convert.static import unseal
+from freevars.jax._convert.static import from_static
 from freevars.jax._host.on_host import HostSolver
 from freevars.jax._rules import linear
-from freevars.jax._rules.diagnostics import Evidence, OnFailure, failure
+from freevars.jax._rules.diagnostics import Diagnostics, OnFailure, failure
 from freevars.jax._solver.problem import Problem, count
 from freevars.jax._solver.ravel import to_vector
 from freevars.jax._solver.signature import SolverSignature, as_unknown, like
@@ -125,7 +125,7 @@ class ImplicitSolver:
             out = self._solver.solve(
                 problem,
                 x0,
-                unseal(options),
+                from_static(options),
                 equations=self._condition is not _stationary,
                 has_aux=self._fun_has_aux(problem, count(x0)),
             )
@@ -164,9 +164,9 @@ class ImplicitSolver:
         dots = jax.tree.leaves(tangents[0], is_leaf=_compat.is_symbolic_zero)
         moving = tuple(i for i, dot in enumerate(dots) if not _compat.is_symbolic_zero(dot))
         if moving:
-            dx, evidence = self._tangent(tree, moving, leaves, x, [dots[i] for i in moving])
+            dx, diagnostics = self._tangent(tree, moving, leaves, x, [dots[i] for i in moving])
             if self._check and self._on_failure != "nan":
-                self._raise_failure(evidence, dx)
+                self._raise_failure(diagnostics, dx)
         else:
             dx = jax.tree.map(_compat.symbolic_zero, x)
         if not self._has_aux:
@@ -196,8 +196,8 @@ class ImplicitSolver:
         dv = -system.solve(by_moved(dots))
         if not self._check:
             return to_x(dv), None
-        evidence = self._evidence(system, x, *map(jax.lax.stop_gradient, (v, f)))
-        return to_x(dv * jnp.where(evidence.good, 1, jnp.nan).astype(dv.dtype)), evidence
+        diagnostics = self._diagnostics(system, x, *map(jax.lax.stop_gradient, (v, f)))
+        return to_x(dv * jnp.where(diagnostics.good, 1, jnp.nan).astype(dv.dtype)), diagnostics
 
     def _optimality(self, problem: Problem, v: Any, to_x: ToX) -> Any:
         """The vector F, one number for each unknown."""
@@ -226,11 +226,11 @@ class ImplicitSolver:
         return self._has_aux and problem.has_aux(wanted)
 
     @staticmethod
-    def _evidence(system: linear.System, x: Any, v: Any, f: Any) -> Evidence:
+    def _diagnostics(system: linear.System, x: Any, v: Any, f: Any) -> Diagnostics:
         error = system.newton_step / jnp.maximum(jnp.linalg.norm(v), 1.0)
         # An x in half precision is no closer to the solution than that, although v is float32.
         dtype = jnp.finfo(jnp.result_type(*jax.tree.leaves(x))).dtype if v.size else v.dtype
-        evidence = Evidence.of(
+        diagnostics = Diagnostics.of(
             v.size,
             finite=jnp.all(jnp.isfinite(v)) & jnp.all(jnp.isfinite(f)) & jnp.isfinite(system.size),
             error=error.astype(dtype),
@@ -238,14 +238,14 @@ class ImplicitSolver:
             residual=system.residual,
             asymmetry=system.asymmetry,
         )
-        return Evidence(*map(jax.lax.stop_gradient, evidence))
+        return Diagnostics(*map(jax.lax.stop_gradient, diagnostics))
 
-    def _raise_failure(self, evidence: Evidence, dx: Any) -> None:
+    def _raise_failure(self, diagnostics: Diagnostics, dx: Any) -> None:
         """Raise what can be raised now: inside a compiled program NaN tells."""
-        if isinstance(evidence.good, _compat.Tracer):
+        if isinstance(diagnostics.good, _compat.Tracer):
             return
-        if not evidence.good:
-            raise failure(evidence, count(dx), self.__name__)
+        if not diagnostics.good:
+            raise failure(diagnostics, count(dx), self.__name__)
         leaves = jax.tree.leaves(dx)
         known = not any(isinstance(dot, _compat.Tracer) for dot in leaves)
         if known and not all(np.all(np.isfinite(dot)) for dot in leaves):

@@ -13,7 +13,7 @@ from jax import tree_util
 
 from freevars.jax import _compat
 from freevars.jax._closure import Closure
-from freevars.jax._convert.static import seal, unseal
+from freevars.jax._convert.static import as_static, from_static
 
 __all__ = ["Problem", "count"]
 
@@ -39,7 +39,7 @@ class Problem(NamedTuple):
             closure = Closure(fun, x0, *args)
         else:
             closure = fun
-        return Problem(closure, *seal((args, kwargs), _compat.is_array))
+        return Problem(closure, *as_static((args, kwargs), _compat.is_array))
 
     def as_given(self) -> Callable[..., Any]:
         """The function as the solver calls it: a pytree too, so that a solver may jit."""
@@ -48,7 +48,7 @@ class Problem(NamedTuple):
 
     def extra(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The extra arguments as the solver is given them."""
-        args, kwargs = unseal((self.args, self.kwargs))
+        args, kwargs = from_static((self.args, self.kwargs))
         return args, kwargs
 
     def has_aux(self, wanted: int) -> bool:

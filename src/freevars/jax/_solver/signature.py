@@ -18,8 +18,8 @@ import numpy as np
 from jax import tree_util
 
 from freevars.jax import _compat
-from freevars.jax._convert.arguments import Spec, mismatch, split
-from freevars.jax._convert.static import seal, unseal
+from freevars.jax._convert.arguments import ArgSpec, mismatch, partition
+from freevars.jax._convert.static import as_static, from_static
 from freevars.jax._solver.problem import Problem
 
 __all__ = ["SolverCall", "SolverSignature", "as_unknown", "like"]
@@ -79,12 +79,12 @@ class SolverSignature:
             else:
                 options[name] = value
         # A Python number stays one: solvers count with it.
-        return SolverCall(fun, x0, fun_args, fun_kwargs, seal(options, _is_array))
+        return SolverCall(fun, x0, fun_args, fun_kwargs, as_static(options, _is_array))
 
     def call(self, problem: Problem, x0: Any, options: dict[str, Any]) -> Any:
         """Call the solver as its user did, with the converted function."""
         args, kwargs = problem.extra()
-        given: dict[str, Any] = unseal(options)
+        given: dict[str, Any] = from_static(options)
         for i, (name, parameter) in enumerate(self._signature.parameters.items()):
             if i == 0:
                 given[name] = problem.as_given()
@@ -130,12 +130,12 @@ def as_unknown(x0: Any, name: str) -> Any:
 
 def like(x: Any, x0: Any, name: str) -> Any:
     """`x`, if it is of the structure and types of `x0`; `name` is what an error calls it."""
-    arrays, tree, statics = split(x0)
+    arrays, tree, statics = partition(x0)
     types = [_compat.example_type(a) for a in arrays]
     leaves, got = tree_util.tree_flatten(x)
     alike = got == tree and all(map(_compat.is_array, leaves))
     if not (alike and [_compat.example_type(leaf) for leaf in leaves] == types):
-        spec = Spec(tree, tuple(types), statics)
+        spec = ArgSpec(tree, tuple(types), statics)
         hint = " A solver returns an x of the structure, shapes and dtypes of its x0."
         error = mismatch(spec, x, name=name, weak_matters=False, hint=hint)
         if error is not None:

@@ -13,12 +13,12 @@ from freevars.errors import CaptureError
 from freevars.torch import _compat
 from freevars.torch._describe import Line, describe
 
-__all__ = ["check_tape", "hidden_path", "leaves_behind", "not_hoisted"]
+__all__ = ["check_autograd_graph", "hidden_path", "leaves_behind", "not_hoisted"]
 
 Edge = tuple[Any, int]
 
 
-def check_tape(
+def check_autograd_graph(
     outputs: Iterable[Tensor], known: Iterable[Tensor], made: Callable[[Tensor], bool], fun: Any
 ) -> None:
     """Refuses outputs whose tape ends in a tensor that is neither one of `known` nor `made` by

@@ -21,16 +21,16 @@ from freevars.errors import CaptureError, StructureError
 from freevars.torch import _compat
 from freevars.torch._compat import pytree, resolve
 from freevars.torch._convert import operators
-from freevars.torch._convert.autograd_graph import check_tape
-from freevars.torch._convert.discovery import Discovery
+from freevars.torch._convert.autograd_graph import check_autograd_graph
+from freevars.torch._convert.discovery import DiscoveryMode
 from freevars.torch._convert.structure import Structure, struct_of
 from freevars.torch._convert.substitution import (
-    CarefulSubstitution,
-    MadeMemory,
-    Outside,
-    Substitution,
+    AllocationTracker,
+    CarefulSubstitutionMode,
+    ForeignTensors,
+    SubstitutionMode,
 )
-from freevars.torch._describe import Line, called, describe, reachable
+from freevars.torch._describe import Line, describe, function_name, reachable
 
 __all__ = [
     "Converted",
@@ -43,7 +43,7 @@ __all__ = [
     "policy_of",
 ]
 
-D = TypeVar("D", bound=Discovery)
+D = TypeVar("D", bound=DiscoveryMode)
 F = TypeVar("F", bound=Callable[..., Any])
 Rng = Literal["allow", "error", "replay"]
 Hoist = Literal["differentiable", "floating", "all"] | Callable[[Tensor], bool]
@@ -136,9 +136,11 @@ def _convert(
 ) -> tuple["Converted", tuple[Tensor, ...]]:
     structure = Structure(example)
     policy = policy_of(hoist)
-    discovery, out, state = discover(fun, example, policy, rng, Discovery)
+    discovery, out, state = discover(fun, example, policy, rng, DiscoveryMode)
     read = [resolve(t) for t in discovery.captured.values()]
-    check_tape(outputs_of(out), [*discovery.arguments.values(), *read], discovery.has_made, fun)
+    check_autograd_graph(
+        outputs_of(out), [*discovery.arguments.values(), *read], discovery.has_made, fun
+    )
     out_struct = struct_of(out)
     del read, out  # which hold tensors
     discovery.drop_unheld()
@@ -220,7 +222,7 @@ class Converted:
         self._keys = tuple(id(t) for t in captured)
         self._types = tuple((t.shape, t.dtype) for t in captured)
         self._declared = declared
-        self._outside = Outside(fun, constants)
+        self._outside = ForeignTensors(fun, constants)
         self._replay = replay
         self._makes_leaves = makes_leaves
         # For errors and reports: the line that read each tensor first, and, within a `Closure`, the
@@ -235,7 +237,8 @@ class Converted:
         return tuple(operators.alias(t) for t in self._captured)
 
     def __repr__(self) -> str:
-        return f"<{called(self._fun)} with {len(self._keys)} captured values as trailing arguments>"
+        name, n = function_name(self._fun), len(self._keys)
+        return f"<{name} with {n} captured values as trailing arguments>"
 
     def __call__(self, *args: Any) -> Any:
         if _compat.compiling():
@@ -254,14 +257,14 @@ class Converted:
         if self._structure is None:
             leaves = pytree.tree_leaves(arguments)
         else:
-            leaves = self._structure.check(arguments, called(self._fun))
+            leaves = self._structure.check(arguments, function_name(self._fun))
         if any(id(x) in table for x in leaves):
             arguments = self._aliased(arguments, table)
             leaves = pytree.tree_leaves(arguments)
         read = [*(x for x in leaves if isinstance(x, Tensor)), *self._declared, *table.values()]
         known = [resolve(t) for t in read]  # within another converted call, what that gives
         mode = self._mode(table, known)
-        with self._memory(mode), mode.telling():
+        with self._memory(mode), mode.reraising_refusals():
             run = self._fun if self._replay is None else self._replayed
             out = run(*arguments)
         if type(out) is Tensor:  # no pytree walk for a plain tensor
@@ -270,19 +273,19 @@ class Converted:
             refuse_hidden(out, lambda t: id(t) in table, self._fun)
             out = pytree.tree_map_only(Tensor, mode.replace, out)
         mode.known = ()  # a graph may keep the mode, but not the arguments
-        check_tape(outputs_of(out), known, mode.has_made, self._fun)
+        check_autograd_graph(outputs_of(out), known, mode.has_made, self._fun)
         return out
 
-    def _memory(self, mode: Substitution) -> AbstractContextManager[Any]:
+    def _memory(self, mode: SubstitutionMode) -> AbstractContextManager[Any]:
         if not self._makes_leaves:
             return nullcontext()
-        mode.memory = MadeMemory()
+        mode.memory = AllocationTracker()
         return mode.memory
 
-    def _mode(self, table: dict[int, Tensor], known: Sequence[Tensor]) -> Substitution:
+    def _mode(self, table: dict[int, Tensor], known: Sequence[Tensor]) -> SubstitutionMode:
         if torch.is_grad_enabled() and not _compat.transforms_active():
-            return Substitution(self._fun, table, known, self._outside)
-        return CarefulSubstitution(self._fun, table, known, self._outside)
+            return SubstitutionMode(self._fun, table, known, self._outside)
+        return CarefulSubstitutionMode(self._fun, table, known, self._outside)
 
     def _table(self, args: tuple[Any, ...], n: int) -> dict[int, Tensor]:
         """Which tensor to give for which captured one; raises where the hoisted values do not
@@ -291,7 +294,7 @@ class Converted:
         expected = max(n, 0) if self._structure is None else self._structure.count
         if n != expected:
             message = (
-                f"{called(self._fun)} expected {expected} arguments and {len(keys)} hoisted "
+                f"{function_name(self._fun)} expected {expected} arguments and {len(keys)} hoisted "
                 f"values, got {len(args)} values in all."
             )
             raise StructureError(message)

@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 
 from freevars.torch import _compat
-from freevars.torch._compat import DispatchWatch, Watch, storage_key
+from freevars.torch._compat import CaptureMode, DispatchMode, storage_key
 from freevars.torch._convert import operators
 from freevars.torch._convert.autograd_graph import hidden_path
 from freevars.torch._describe import Reachable, caller, describe, line_of_caller
 
-__all__ = ["Discovery"]
+__all__ = ["DiscoveryMode"]
 
 Hoist = Callable[[Tensor], bool]
 
 
-class Discovery(Watch):
+class DiscoveryMode(CaptureMode):
     """One watched run. After it, `captured` holds what was read, in order of first use."""
 
     def __init__(
@@ -61,8 +61,8 @@ class Discovery(Watch):
         cached = torch.is_autocast_cache_enabled()
         stack.callback(torch.set_autocast_cache_enabled, cached)
         torch.set_autocast_cache_enabled(False)
-        stack.enter_context(_Below(self))
-        stack.enter_context(self.telling())
+        stack.enter_context(DispatchDiscovery(self))
+        stack.enter_context(self.reraising_refusals())
         return stack
 
     # --- what the Python API reads
@@ -253,7 +253,7 @@ class Discovery(Watch):
 
     # --- what the dispatch mode tells
 
-    def below(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def on_dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
         given = list(operators.tensors((args, kwargs)))
         keys = [storage_key(t) for t in given]
         if func is torch.ops.aten.lift_fresh.default:
@@ -317,10 +317,10 @@ class Discovery(Watch):
         )
 
 
-class _Below(DispatchWatch):  # type: ignore[no-untyped-call]
+class DispatchDiscovery(DispatchMode):  # type: ignore[no-untyped-call]
     """The dispatch mode, below autograd and torch.func."""
 
-    def __init__(self, discovery: Discovery) -> None:
+    def __init__(self, discovery: DiscoveryMode) -> None:
         super().__init__()
         self.discovery = discovery
 
@@ -328,4 +328,4 @@ class _Below(DispatchWatch):  # type: ignore[no-untyped-call]
         if self.discovery.looking or not _compat.is_operator(func):
             return func(*args, **(kwargs or {}))
         with _compat.unseen():
-            return self.discovery.below(func, args, kwargs or {})
+            return self.discovery.on_dispatch(func, args, kwargs or {})

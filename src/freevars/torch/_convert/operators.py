@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from freevars.torch._compat import (
-    Watch,
+    CaptureMode,
     is_wrapped,
     overloads,
     parts,
@@ -19,7 +19,7 @@ from freevars.torch._compat import (
     unwrap,
 )
 from freevars.torch._compat import tangents as tangents_of
-from freevars.torch._describe import called, caller, describe, line_of_caller, reachable
+from freevars.torch._describe import caller, describe, function_name, line_of_caller, reachable
 
 __all__ = [
     "BACKWARD",
@@ -258,7 +258,7 @@ def alias(t: Tensor) -> Tensor:
         return t.view_as(t)
 
 
-def refuse_running_statistics(watch: Watch, func: Func, args: Any, kwargs: Any) -> None:
+def refuse_running_statistics(watch: CaptureMode, func: Func, args: Any, kwargs: Any) -> None:
     """Refuses a train-mode normalisation over foreign running statistics: it writes to them, and
     PyTorch declares no mutation."""
     names = ("input", "weight", "bias", "running_mean", "running_var", "training")
@@ -290,7 +290,7 @@ def callables(value: Any) -> Iterator[Any]:
         yield value
 
 
-def resumed(watch: Watch, value: Any) -> Any:
+def resumed(watch: CaptureMode, value: Any) -> Any:
     """`value` with the functions in it run under `watch`, also after the watch was left."""
     if type(value) is tuple:
         return tuple(resumed(watch, x) for x in value)
@@ -303,30 +303,31 @@ def resumed(watch: Watch, value: Any) -> Any:
 
 def backward_message(fun: Any) -> str:
     return (
-        f"expected a function that returns its result, got {called(fun)!r} calling .backward() at "
-        f"{caller()}, which adds to the .grad of captured tensors. Use torch.autograd.grad."
+        f"expected a function that returns its result, got {function_name(fun)!r} "
+        f"calling .backward() at {caller()}, which adds to the .grad of captured tensors. "
+        "Use torch.autograd.grad."
     )
 
 
 def higher_order_message(func: Any, fun: Any) -> str:
     return (
         f"expected operations of PyTorch's Python API, got the higher-order operator {func} at "
-        f"{caller()} "
-        f"in {called(fun)!r}: what its branches read cannot be replaced. Use Python's own if, "
-        "for, while."
+        f"{caller()} in {function_name(fun)!r}: what its branches read cannot be replaced. "
+        "Use Python's own if, for, while."
     )
 
 
 def refuse_reads_of_operator(
-    watch: Watch, func: Any, body: Any, matters: Callable[[Tensor], bool], fun: Any
+    watch: CaptureMode, func: Any, body: Any, matters: Callable[[Tensor], bool], fun: Any
 ) -> None:
     """Refuses a custom operator whose own function can reach a tensor that matters."""
     for t, _ in reachable(body).values():
         if matters(t):
             message = (
                 "expected every read of a captured tensor to go through PyTorch's Python API, got "
-                f"the custom operator {func} at {caller()} in {called(fun)!r}, whose function can "
-                f"read {describe(t, body)}. Pass that tensor to the operator as an argument."
+                f"the custom operator {func} at {caller()} in {function_name(fun)!r}, whose "
+                f"function can read {describe(t, body)}. "
+                "Pass that tensor to the operator as an argument."
             )
             watch.refuse(message)
 

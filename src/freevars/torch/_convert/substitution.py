@@ -1,8 +1,8 @@
 """Substitution: run `fun` with other tensors where it reads the captured ones.
 
 One function mode replaces arguments by identity, for the time of one call and on one thread. What
-happens later, in a backward pass, runs under the same mode again (`Watch.resume`). A tape walk
-after the call catches what came past it.
+happens later, in a backward pass, runs under the same mode again (`CaptureMode.resume`). A walk
+over the autograd graph after the call catches what came past it.
 
 Not here: finding out what is captured (`discovery.py`).
 """
@@ -14,16 +14,16 @@ from typing import Any
 from torch import Tensor
 
 from freevars.torch import _compat
-from freevars.torch._compat import CheckpointFunction, DispatchWatch, Watch, storage_key
+from freevars.torch._compat import CaptureMode, CheckpointFunction, DispatchMode, storage_key
 from freevars.torch._convert import operators
 from freevars.torch._convert.autograd_graph import not_hoisted
 from freevars.torch._describe import describe, line_of_caller, reachable
 
 __all__ = [
-    "CarefulSubstitution",
-    "MadeMemory",
-    "Outside",
-    "Substitution",
+    "AllocationTracker",
+    "CarefulSubstitutionMode",
+    "ForeignTensors",
+    "SubstitutionMode",
 ]
 
 _SPECIAL: dict[Any, str] = (
@@ -37,7 +37,7 @@ _SPECIAL: dict[Any, str] = (
 _plain_calls: set[Any] = set()
 
 
-class Substitution(Watch):
+class SubstitutionMode(CaptureMode):
     """Replaces each tensor whose id is in `table`, as an argument of any operation."""
 
     def __init__(
@@ -45,14 +45,14 @@ class Substitution(Watch):
         fun: Any,
         table: dict[int, Tensor],
         known: Iterable[Tensor] = (),
-        outside: "Outside | None" = None,
+        outside: "ForeignTensors | None" = None,
     ) -> None:
         self.fun = fun
-        self.outside = outside or Outside(fun)
+        self.outside = outside or ForeignTensors(fun)
         self.table = table
         self.known = known  # the tensors given to this call, whose memory is not `fun`'s
         self.leaves: list[Tensor] = []  # made by `fun`: they end the tape, and are no captures
-        self.memory: MadeMemory | None = None
+        self.memory: AllocationTracker | None = None
         self._keys: set[int] | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -180,7 +180,7 @@ class Substitution(Watch):
         return (explicit, preserve, *self.replace(inputs), *given)
 
 
-class CarefulSubstitution(Substitution):
+class CarefulSubstitutionMode(SubstitutionMode):
     """Also refuses to read a tensor that is differentiable and not hoisted, where no tape would
     tell: without gradient mode, in forward mode, under a torch.func transform."""
 
@@ -189,7 +189,7 @@ class CarefulSubstitution(Substitution):
         fun: Any,
         table: dict[int, Tensor],
         known: Iterable[Tensor] = (),
-        outside: "Outside | None" = None,
+        outside: "ForeignTensors | None" = None,
     ) -> None:
         known = list(known)
         super().__init__(fun, table, known, outside)
@@ -227,7 +227,7 @@ class CarefulSubstitution(Substitution):
         return tuple(operators.resumed(self, (fun, preserve, *self.replace(inputs))))
 
 
-class Outside:
+class ForeignTensors:
     """The tensors that `fun` reads as constants, or reaches without running: not its own, so it
     must not write to them. Held weakly, and looked for at the first write only."""
 
@@ -263,7 +263,7 @@ def _memory(t: Tensor) -> list[int]:
     return [storage_key(u) for x in (t, grad) if x is not None for u in operators.inner(x)]
 
 
-class MadeMemory(DispatchWatch):  # type: ignore[no-untyped-call]
+class AllocationTracker(DispatchMode):  # type: ignore[no-untyped-call]
     """Which memory was made while `fun` ran. Dear, so only for functions that make leaves of
     their own in a way that function modes do not see (`torch.nn.Parameter`)."""
 

@@ -14,7 +14,7 @@ from freevars.torch import _compat
 from freevars.torch._convert.autograd_graph import leaves_behind
 from freevars.torch._describe import Reachable
 
-__all__ = ["caller_leaves", "put_aside"]
+__all__ = ["caller_leaves", "preserve_grad"]
 
 
 def caller_leaves(*reaching: object) -> list[Tensor]:
@@ -30,7 +30,7 @@ def caller_leaves(*reaching: object) -> list[Tensor]:
 
 
 @contextmanager
-def put_aside(leaves: Iterable[Tensor]) -> Iterator[None]:
+def preserve_grad(leaves: Iterable[Tensor]) -> Iterator[None]:
     """Inside, each `.grad` is None; afterwards it is what it was, also where the solver fails."""
     with _compat.unseen():
         before = [(t, t.grad) for t in leaves]

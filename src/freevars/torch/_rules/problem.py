@@ -17,7 +17,7 @@ from freevars.errors import FreevarsError, NotASolutionError, StructureError
 from freevars.torch._compat import pytree
 from freevars.torch._convert.convert import Converted
 from freevars.torch._convert.structure import Structure, same
-from freevars.torch._describe import called
+from freevars.torch._describe import function_name
 from freevars.torch._rules.implicit import vjp
 from freevars.torch._rules.linear import (
     DIRECT_LIMIT,
@@ -27,7 +27,7 @@ from freevars.torch._rules.linear import (
     System,
     tolerance,
 )
-from freevars.torch._rules.preserve_grad import caller_leaves, put_aside
+from freevars.torch._rules.preserve_grad import caller_leaves, preserve_grad
 from freevars.torch._rules.ravel import Flat
 
 __all__ = ["Kind", "OnFailure", "Problem", "Rule"]
@@ -114,13 +114,15 @@ class Problem:
             return vjp(
                 lambda z: self._value(z, values), x, torch.ones((), dtype=x.dtype, device=x.device)
             )
-        out = self.unknown.ravel(self._value(x, values), f"the result of {called(self.converted)}")
+        out = self.unknown.ravel(
+            self._value(x, values), f"the result of {function_name(self.converted)}"
+        )
         return out - x if self.rule.kind == "fixed_point" else out
 
     def _check_result(self) -> None:
         """What `fun` returned on the example, against what the rule needs, before the solver
         runs."""
-        out, name = self.converted.out_struct, called(self.converted)
+        out, name = self.converted.out_struct, function_name(self.converted)
         if self.rule.has_aux:
             if not isinstance(out, tuple) or len(out) != 2:  # noqa: PLR2004
                 got = Structure.shown(out)
@@ -157,7 +159,7 @@ class Problem:
             ):
                 given[parameter.name] = args
         call = inspect.BoundArguments(self.bound.signature, given)
-        with put_aside(self._callers):
+        with preserve_grad(self._callers):
             out = self.rule.solver(*call.args, **call.kwargs)
         tensors = []
         if self.rule.has_aux:

@@ -19,7 +19,7 @@ from freevars.errors import StructureError
 from freevars.torch import _compat
 from freevars.torch._compat import pytree
 from freevars.torch._convert.convert import closure_convert
-from freevars.torch._describe import called
+from freevars.torch._describe import function_name
 from freevars.torch._rules.implicit import implicit
 from freevars.torch._rules.linear import LinearSolve
 from freevars.torch._rules.problem import Kind, OnFailure, Problem, Rule
@@ -40,10 +40,10 @@ class ImplicitSolver:
             known = ", ".join(Options.__annotations__)
             message = f"{kind}: expected the options {known}, got {', '.join(sorted(unknown))}."
             raise TypeError(message)
-        self._rule = Rule(kind, solver, called(solver), **options)
+        self._rule = Rule(kind, solver, function_name(solver), **options)
         self._signature = inspect.signature(solver)
         if len(self._signature.parameters) < len(("fun", "x0")):
-            got = f"{called(solver)}{self._signature}"
+            got = f"{function_name(solver)}{self._signature}"
             message = f"expected a solver that takes (fun, x0, ...), got {got}."
             raise StructureError(message)
 
