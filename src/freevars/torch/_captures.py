@@ -21,7 +21,6 @@ from freevars.errors import CaptureError
 from freevars.report import CapturedValue, CaptureReport
 from freevars.report._source import ReadSite, read_site, source_of
 from freevars.torch._closure import Closure
-from freevars.torch._compat import resolve
 from freevars.torch._convert.convert import (
     Hoist,
     Rng,
@@ -32,6 +31,7 @@ from freevars.torch._convert.convert import (
 )
 from freevars.torch._convert.discovery import DiscoveryMode
 from freevars.torch._describe import Line, captured_value, line_of_caller, names_of
+from freevars.torch._hooks import resolve
 
 __all__ = ["captures", "captures_of"]
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from freevars.report import CaptureReport
-from freevars.torch._compat import install_hooks, pytree
+from freevars.torch._compat import pytree
 from freevars.torch._convert.convert import Converted, Hoist, Rng, closure_convert
 from freevars.torch._describe import function_name
+from freevars.torch._hooks import install_hooks
 
 __all__ = ["Closure"]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from freevars.torch import _compat
+from freevars.torch import _compat, _hooks
 from freevars.torch._convert.substitution import SubstitutionMode
 
 __all__ = ["broken"]
@@ -39,7 +39,7 @@ _DOUBLE: Any = _Double.apply
 
 def _substituted(fun: Callable[[Tensor], Any]) -> Any:
     """`fun(ones)` with tens where it reads `_CAPTURED`."""
-    _compat.install_hooks()
+    _hooks.install_hooks()
     watch = SubstitutionMode(fun, {id(_CAPTURED): torch.full((2,), 10.0)})
     with watch:
         return fun(torch.ones(2))
@@ -89,8 +89,8 @@ def _compiled_callee() -> bool:
 
 def _stack() -> bool:
     found: list[int] = []
-    _substituted(lambda _: found.append(len(_compat.active())))
-    return found == [1] and not _compat.active()
+    _substituted(lambda _: found.append(len(_hooks.active())))
+    return found == [1] and not _hooks.active()
 
 
 def _unwrapping() -> bool:

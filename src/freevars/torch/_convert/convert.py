@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from freevars.errors import CaptureError, StructureError
-from freevars.torch import _compat
-from freevars.torch._compat import pytree, resolve
+from freevars.torch import _compat, _hooks
+from freevars.torch._compat import pytree
 from freevars.torch._convert import operators
 from freevars.torch._convert.autograd_graph import check_autograd_graph
 from freevars.torch._convert.discovery import DiscoveryMode
@@ -31,6 +31,7 @@ from freevars.torch._convert.substitution import (
     SubstitutionMode,
 )
 from freevars.torch._describe import Line, describe, function_name, reachable
+from freevars.torch._hooks import resolve
 
 __all__ = [
     "Converted",
@@ -103,7 +104,7 @@ def outside_compiler(run: F, fun: Callable[..., Any], rng: Rng) -> F:
     if rng not in {"allow", "error", "replay"}:
         message = f"expected rng='allow', rng='error' or rng='replay', got {rng!r}."
         raise StructureError(message)
-    _compat.install_hooks()
+    _hooks.install_hooks()
     chosen: F = _compat.eagerly(run) if _compat.compiling() else run
     return chosen
 
@@ -250,7 +251,7 @@ class Converted:
         return self._call(args)
 
     def _call(self, args: tuple[Any, ...]) -> Any:
-        _compat.hook_compiler()
+        _hooks.hook_compiler()
         n = len(args) - len(self._keys)
         table = self._table(args, n)
         arguments = args[:n]

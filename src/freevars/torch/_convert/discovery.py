@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freevars.torch import _compat
-from freevars.torch._compat import CaptureMode, DispatchMode, storage_key
+from freevars.torch import _compat, _hooks
+from freevars.torch._compat import storage_key
 from freevars.torch._convert import operators
 from freevars.torch._convert.autograd_graph import hidden_path
 from freevars.torch._describe import Reachable, caller, describe, line_of_caller
+from freevars.torch._hooks import CaptureMode, DispatchMode
 
 __all__ = ["DiscoveryMode"]
 
@@ -168,7 +169,7 @@ class DiscoveryMode(CaptureMode):
         """Every plain tensor that reading `t` may read, where converted calls stand below us
         too."""
         found = operators.inner(t)
-        given = _compat.resolve(t)
+        given = _hooks.resolve(t)
         return found if given is t else found + operators.inner(given)
 
     def is_foreign(self, t: Tensor) -> bool:

@@ -10,16 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freevars.torch._compat import (
-    CaptureMode,
-    is_wrapped,
-    overloads,
-    parts,
-    schema,
-    unwrap,
-)
+from freevars.torch._compat import is_wrapped, overloads, parts, schema, unwrap
 from freevars.torch._compat import tangents as tangents_of
 from freevars.torch._describe import caller, describe, function_name, line_of_caller, reachable
+from freevars.torch._hooks import CaptureMode
 
 __all__ = [
     "BACKWARD",

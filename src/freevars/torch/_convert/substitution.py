@@ -13,11 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
-from freevars.torch import _compat
-from freevars.torch._compat import CaptureMode, CheckpointFunction, DispatchMode, storage_key
+from freevars.torch import _compat, _hooks
+from freevars.torch._compat import CheckpointFunction, storage_key
 from freevars.torch._convert import operators
 from freevars.torch._convert.autograd_graph import not_hoisted
 from freevars.torch._describe import describe, line_of_caller, reachable
+from freevars.torch._hooks import CaptureMode, DispatchMode
 
 __all__ = [
     "AllocationTracker",
@@ -80,7 +81,7 @@ class SubstitutionMode(CaptureMode):
         if kind == "leaf" or kwargs.get("requires_grad"):
             self.leaves.append(new_args[0] if kind == "leaf" else out)
         if _compat.is_custom_function_call(func):
-            _compat.keep_watching_backward(out, self)
+            _hooks.keep_watching_backward(out, self)
         return out
 
     def _refuse(self, kind: str | None, func: Any, args: Any, kwargs: Any) -> None:

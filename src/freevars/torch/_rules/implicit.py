@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from freevars.torch import _compat
+from freevars.torch import _compat, _hooks
 
 __all__ = ["Linear", "Problem", "implicit", "jvp", "vjp"]
 
@@ -84,7 +84,7 @@ class _Implicit(torch.autograd.Function):
     def forward(problem: Problem, x0: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
         # The solver may use autograd as it likes: it sees copies without history.
         plain = tuple(v.detach() for v in values)
-        with _compat.solver_running(), torch.inference_mode(mode=False), torch.enable_grad():
+        with _hooks.solver_running(), torch.inference_mode(mode=False), torch.enable_grad():
             return tuple(t.detach() for t in problem.solve(x0.detach(), plain))
 
     @staticmethod

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from freevars.torch import _compat
+from freevars.torch import _compat, _hooks
 from freevars.torch._convert.autograd_graph import leaves_behind
 from freevars.torch._describe import Reachable
 
@@ -22,7 +22,7 @@ def caller_leaves(*reaching: object) -> list[Tensor]:
     objects can reach."""
     reachable = Reachable()
     reached = [t for x in reaching for t, _ in reachable.of(x)]
-    found = [*reached, *map(_compat.resolve, reached)]  # within a converted call, what that gives
+    found = [*reached, *map(_hooks.resolve, reached)]  # within a converted call, what that gives
     with _compat.unseen():
         plain = [t for t in found if not _compat.is_wrapped(t)]
         leaves = [t for t in plain if t.is_leaf or t.retains_grad]
