@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 PIP = -m pip -qq --disable-pip-version-check
 
-.PHONY: demo demo-torch examples test bench lint types docs test-newest test-oldest clean
+.PHONY: demo demo-torch examples test test-all bench lint types docs test-newest test-oldest clean
 
 $(READY): pyproject.toml
 	@echo 'Setting up $(VENV), once.' >&2
@@ -25,6 +25,10 @@ examples: $(READY)
 	@for example in examples/*.py; do echo "-- $$example"; $(BIN)/python $$example || exit 1; done
 
 test: $(READY)
+	@$(BIN)/python -m pytest -n auto -m 'not slow'
+
+# With what takes long and seldom breaks.
+test-all: $(READY)
 	@$(BIN)/python -m pytest -n auto
 
 bench: $(READY)
