@@ -1,0 +1,1 @@
+"""What a decorated solver is, the same for both hosts."""

@@ -1,0 +1,125 @@
+"""The errors for a derivative that cannot be trusted: what was measured, what is accepted, what to
+do next. The same text in both hosts. Not here: the measuring, and when to raise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from freevars._solvers.verdict import Figures, Kind, Limits
+from freevars.errors import FreevarsError, NotASolutionError, SingularError
+
+__all__ = ["Context", "failure", "option_matters"]
+
+
+class Context(NamedTuple):
+    """Whose derivative it is, and what else is known about it."""
+
+    name: str  # the solver's
+    kind: Kind
+    least_squares: bool = False  # on_failure="least_squares"
+    bounded: Sequence[str] = ()  # components that seem to lie on a bound, as a person writes them
+    at_start: bool = False  # the solver returned its starting point
+
+
+def failure(figures: Figures, limits: Limits, context: Context) -> FreevarsError:
+    """The error for figures that are not accepted, from Python numbers."""
+    name = context.name
+    if not figures.finite:
+        return NotASolutionError(
+            f"{name}: the solver returned a value that is not finite, or its optimality or the"
+            " derivative of that is not finite there."
+        )
+    if context.least_squares and not figures.conserved <= limits.residual:
+        return SingularError(
+            f"{name}: the system of the derivative is singular, and its null vectors are not those"
+            " of its transpose: the equations keep totals of the unknowns, which the solver takes"
+            ' over from x0. on_failure="least_squares" would change these totals. State them:'
+            " conserved=lambda x: ... returns what stays as it was in x0, an array or a pytree."
+        )
+    if not context.least_squares and not figures.rcond > limits.rcond:
+        return SingularError(_singular(figures, limits, context))
+    if not figures.asymmetry <= limits.asymmetry:
+        return SingularError(
+            f"{name}: the second derivative of the objective is not symmetric (by"
+            f" {figures.asymmetry:.1e}, relative): a custom rule in it is not a gradient. Fix that"
+            " rule, or give a linear_solve that does not rest on symmetry."
+        )
+    if not figures.residual <= limits.residual:
+        return SingularError(
+            f"{name}: the linear solver leaves a residual of {figures.residual:.1e}, relative; up"
+            f" to {limits.residual:.1e} is accepted. The system is singular, or linear_solve needs"
+            " more steps, or a system of another kind (a symmetric positive definite one, say)."
+        )
+    return NotASolutionError(_not_converged(figures, limits, context))
+
+
+def _singular(figures: Figures, limits: Limits, context: Context) -> str:
+    text = (
+        f"{context.name}: the system of the derivative is singular (reciprocal condition number"
+        f" about {figures.rcond:.1e} in the units of the unknowns; above {limits.rcond:.1e} is"
+        " accepted), so the solution is not a differentiable function of the captured values"
+        " there."
+    )
+    if figures.conserved <= limits.residual:
+        return (
+            f"{text} Solutions differ by a freedom that the equations do not see (a shift, a"
+            ' constant): on_failure="least_squares" takes the shortest derivative, or fix the'
+            " freedom by one more condition."
+        )
+    if context.kind == "argmin":
+        return f"{text} Two equations repeat each other, or the objective is flat along a curve."
+    return (
+        f"{text} Its null vectors are not those of its transpose: the equations repeat each other,"
+        " as they do where totals are conserved. If the solver keeps such totals from x0, state"
+        " them: conserved=lambda x: ... returns what stays as it was in x0."
+    )
+
+
+def _not_converged(figures: Figures, limits: Limits, context: Context) -> str:
+    name, step = context.name, figures.step
+    if context.bounded:
+        some = ", ".join(context.bounded)
+        return (
+            f"{name}: a bound or constraint is active: the solver stopped at {some} although the"
+            f" condition of {context.kind} does not hold there (a Newton step would move a"
+            f" component by {step:.1e}, relative). The derivative of a constrained solution needs"
+            " the constraint: write the problem as a root of its Karush-Kuhn-Tucker conditions, or"
+            " keep x inside by a change of variables."
+        )
+    if context.at_start:
+        advice = (
+            "The solver returned its starting point: it failed, or took no step. Look at what it"
+            " reports of itself."
+        )
+    else:
+        advice = (
+            "Let it run longer or to a tighter tolerance, let polish=True add the Newton step, or"
+            " accept more by tol=."
+        )
+    if not step <= limits.step:
+        return (
+            f"{name}: the solver did not converge: a Newton step from its result would still move a"
+            f" component by {step:.1e}, relative to its size; up to {limits.step:.1e} is accepted."
+            f" {advice}"
+        )
+    return (
+        f"{name}: the solver did not converge: a Newton step from its result would still move a"
+        f" component by {step:.1e}, relative to its size, and a second one by"
+        f" {figures.second:.1e} of that: the derivative changes on the way. Up to"
+        f" {limits.second:.1e} of it is accepted, and a first step of {limits.certain:.1e} without"
+        f" a second. {advice}"
+    )
+
+
+def option_matters(name: str, kind: Kind, step: float, limit: float) -> NotASolutionError:
+    """The error for a derivative by an option of the solver that the solution depends on."""
+    return NotASolutionError(
+        f"{name}: a bound or constraint is active: a derivative by an option of the solver (or by"
+        f" what the solver captures) is asked for, and it is not zero, because the condition of"
+        f" {kind} does not hold at the result (a Newton step would move a component by {step:.1e},"
+        f" relative to its size; up to {limit:.1e} is accepted). Write the constraint into the"
+        " problem, as a root of its Karush-Kuhn-Tucker conditions, so that the option becomes a"
+        " value that fun captures."
+    )

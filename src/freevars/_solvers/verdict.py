@@ -1,0 +1,108 @@
+"""When the derivative of a solution counts: the figures that are looked at, and their limits.
+
+The implicit function theorem gives a number for any x, solution or not, regular or not. What tells
+them apart is asked in the problem's own units, so that equations multiplied by numbers of their
+own, or unknowns measured in other units, give the same verdict. Let A = dF/dx and f = F(x) at the
+solution x that a solver found from x0, and let, component by component,
+
+    far = max(|x|, |x - x0|)                   what the solver worked with
+    d   = max(far, sqrt(eps) max|x|)           the size of a component (1 where all of it is 0)
+    S   = R A D,  D = diag(d)                  R makes the largest entry of each row 1.
+
+*Regular.* The smallest relative change of x that rounding cannot tell from none is about the
+reciprocal condition number of S, times d. Below 10 eps the system is singular. (Columns of S may be
+scaled up to 1 as well where d is below eps^(1/4) max|x|: a component that happens to be zero is no
+sign of a singular system.)
+
+*Converged.* The Newton step s = A^-1 f tells how far x is from the solution. Let
+
+    r = |A^-1| |A| far                         rounding x, or the terms of F, moves x by eps r
+    u = max(|x|, min(sqrt(eps) r, d), 4 eps^(3/4) r)
+
+The step in units of u is the relative error of x. Beside |x| there is a second unit because a
+component may be zero. Below `certain` x is a solution. Up to `step` it is one if the derivative is
+the same all along the step: the second simplified Newton step, A^-1 F(x - s), is then much smaller
+than the first. It costs an evaluation of F, and is asked for nowhere else.
+
+Sources: r is the condition of Skeel 1979, "Scaling for numerical stability in Gaussian
+elimination"; the second step is the natural monotonicity test of Deuflhard 2004, "Newton Methods
+for Nonlinear Problems", section 3. Not here: how a host computes the figures.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+__all__ = ["Figures", "Kind", "Limits", "OnFailure", "accepted"]
+
+Kind: TypeAlias = Literal["root", "argmin", "fixed_point"]
+OnFailure: TypeAlias = Literal["raise", "warn", "nan", "least_squares"]
+
+_SINGLE = 1e-6  # the eps of float32 is below, those of the half precisions are above
+
+
+class Limits(NamedTuple):
+    """What the figures may be, for an unknown of some precision."""
+
+    certain: float  # a step that needs no second one
+    step: float  # the largest step
+    second: float  # the second step relative to the first
+    rcond: float  # the least reciprocal condition number
+    residual: float  # of the linear solver, relative
+    asymmetry: float
+    column: float  # the least size of a component, relative to the largest: sqrt(eps)
+    rounding: float  # the least unit of a component, relative to r: 4 eps^(3/4)
+
+    @staticmethod
+    def of(eps: float, eps_linear: float | None = None, *, tol: float | None = None) -> Limits:
+        """The limits for an unknown with the spacing `eps`.
+
+        Args:
+            eps: of the dtype of the unknown, the coarsest if there are several.
+            eps_linear: of the dtype that the linear algebra is done in; None: the same.
+            tol: the largest step that the user accepts, whatever the second one is.
+        """
+        linear = eps if eps_linear is None else eps_linear
+        step = max(1e-2, eps**0.25) if tol is None else tol
+        certain = min(eps**0.25, 1e-3) if eps < _SINGLE else eps**0.25
+        return Limits(
+            certain=certain if tol is None else tol,
+            step=step,
+            second=0.02,
+            rcond=10 * linear,
+            residual=linear**0.25,
+            asymmetry=linear**0.25,
+            column=eps**0.5,
+            rounding=4 * eps**0.75,
+        )
+
+
+class Figures(NamedTuple):
+    """What is measured: scalars of the host, each as good as can be where it is not measured.
+
+    They depend on values alone, not on directions of differentiation.
+    """
+
+    finite: Any  # bool: x, F there, and A are finite
+    step: Any  # the largest component of the Newton step in its unit
+    second: Any  # the second step in the same units over `step`, 0 where rounding explains it
+    rcond: Any  # the reciprocal condition number of S
+    residual: Any  # |A u - b| / |b| of an iterative solver
+    asymmetry: Any  # |u.Av - v.Au| over |u||Av| + |v||Au|, where a solver rests on symmetry
+    conserved: Any  # |A^T p| over |A|^T |p| for a p with A p = 0: 0 for a gauge freedom, up to 1
+
+
+def accepted(figures: Figures, limits: Limits, *, least_squares: bool = False) -> Any:
+    """Whether to trust the derivative, as a bool of the host; a NaN is never trusted.
+
+    With `least_squares` a singular system is no fault, but one that keeps totals is: its shortest
+    solution is not the one that the solver finds.
+    """
+    good = figures.finite & (figures.step <= limits.step)
+    good &= (figures.step <= limits.certain) | (figures.second <= limits.second)
+    if least_squares:
+        good &= figures.conserved <= limits.residual
+    else:
+        good &= figures.rcond > limits.rcond
+    good &= figures.residual <= limits.residual
+    return good & (figures.asymmetry <= limits.asymmetry)
