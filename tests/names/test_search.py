@@ -5,7 +5,6 @@ import enum
 import functools
 import gc
 import sys
-import time
 import types
 import weakref
 from collections import OrderedDict, UserDict, deque
@@ -666,15 +665,13 @@ def test_empty_cells_and_odd_classes() -> None:
     assert names(objective, value) == [["early", "late"]]
 
 
-# What it costs, and what it keeps
+# Large inputs, and what it keeps
 
 
-def test_a_thousand_leaves_take_well_under_a_second() -> None:
+def test_a_thousand_leaves() -> None:
     tree = {f"layer{i}": {"w": [Value() for _ in range(10)]} for i in range(100)}
     values = [v for part in tree.values() for v in part["w"]]
-    start = time.perf_counter()
     shown = names(lambda: tree, *values)
-    assert time.perf_counter() - start < 0.5
     assert shown[-1] == ["tree['layer99']['w'][9]"]
 
 
@@ -684,10 +681,8 @@ def test_the_walk_is_bounded() -> None:
     chain: list[Any] = []
     for _ in range(200_000):
         chain = [chain]
-    start = time.perf_counter()
     assert names(lambda: (numbers, chain, value), value) == [["value"]]
     assert names(lambda: (numbers, chain), Value()) == [[]]
-    assert time.perf_counter() - start < 2
     while chain:  # a deep list is taken apart by hand: its destructor would recurse
         chain = chain.pop()
 

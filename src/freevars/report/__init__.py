@@ -1,16 +1,9 @@
 """What a function captures, as a value that people read: text, HTML, plain data, error messages."""
 
-from freevars.report._data import (
-    CapturedValue,
-    CaptureReport,
-    Read,
-    ReadSite,
-    Source,
-    captured_by,
-    describe,
-    read_site,
-    source_of,
-)
+from freevars.report._data import CapturedValue
+from freevars.report._report import CaptureReport
+from freevars.report._source import Read, ReadSite, Source, captured_by, read_site, source_of
+from freevars.report._text import describe
 
 __all__ = [
     "CaptureReport",

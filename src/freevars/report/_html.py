@@ -10,14 +10,11 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from html import escape
 from itertools import chain
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-from freevars.report._columns import clean, size
-from freevars.report._style import PAGE_STYLE, STYLE
-
-if TYPE_CHECKING:
-    from freevars.report import CapturedValue, CaptureReport
-    from freevars.report._source import Read, ReadSite, Source
+from freevars.report._data import CapturedValue, ReportData
+from freevars.report._source import Read, ReadSite, Source
+from freevars.report._strings import clean, size
 
 __all__ = ["fragment", "page"]
 
@@ -38,23 +35,25 @@ _TOKENS = (
 )
 
 
-def page(report: "CaptureReport") -> str:
+def page(report: ReportData) -> str:
     """A whole HTML document, which a browser is told to run and load nothing for."""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(report.fun)}: captured values</title>\n<style>{PAGE_STYLE}</style></head>\n"
+        f"<title>{_text(report.fun)}: captured values</title>\n"
+        f"<style>{_style('page.css')}</style></head>\n"
         f"<body>{fragment(report)}</body></html>\n"
     )
 
 
-def fragment(report: "CaptureReport") -> str:
+def fragment(report: ReportData) -> str:
     """The report as one ``div``, for a notebook."""
     where = f'<span class="fvr-where">{_text(str(report.where))}</span>' if report.where else ""
+    style = _style("style.css")
     parts = [
-        f'<div class="freevars-report"><style>{STYLE}</style>',
+        f'<div class="freevars-report"><style>{style}</style>',
         f'<div class="fvr-head"><span class="fvr-fun">{_text(report.fun)}</span>{where}</div>',
         f'<div class="fvr-totals">{_totals(report)}</div>',
         *(f'<div class="fvr-warning">{_text(warning)}</div>' for warning in report.warnings),
@@ -67,11 +66,15 @@ def fragment(report: "CaptureReport") -> str:
     return "\n".join(parts)
 
 
+def _style(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
 def _text(text: str) -> str:
     return escape(clean(text), quote=True)
 
 
-def _totals(report: "CaptureReport") -> str:
+def _totals(report: ReportData) -> str:
     facts = [
         (str(report.count), "captured value" if report.count == 1 else "captured values"),
         (size(report.nbytes), "in all"),
@@ -83,7 +86,7 @@ def _totals(report: "CaptureReport") -> str:
     return "".join(f"<span><b>{_text(much)}</b> {_text(what)}</span>" for much, what in facts)
 
 
-def _table(report: "CaptureReport") -> str:
+def _table(report: ReportData) -> str:
     most = max(value.nbytes for value in report.values)
     head = "".join(f"<th>{_text(title)}</th>" for title in _COLUMNS)
     rows = "\n".join(_row(value, most, show_device=not report.device) for value in report.values)
@@ -93,7 +96,7 @@ def _table(report: "CaptureReport") -> str:
     )
 
 
-def _row(value: "CapturedValue", most: int, *, show_device: bool) -> str:
+def _row(value: CapturedValue, most: int, *, show_device: bool) -> str:
     aliases = "".join(
         f'<div class="fvr-also">also <code>{_text(name)}</code></div>' for name in value.names[1:]
     )
@@ -123,7 +126,7 @@ def _badge(text: str, kind: str) -> str:
     return f'<span class="fvr-badge fvr-{_text(kind)}">{_text(text)}</span>'
 
 
-def _sites(value: "CapturedValue") -> str:
+def _sites(value: CapturedValue) -> str:
     if not value.sites:
         return ""
     others = len(value.sites) - 1
@@ -133,7 +136,7 @@ def _sites(value: "CapturedValue") -> str:
     return f"<details><summary>read at {first}{more}</summary><ul>{lines}</ul></details>"
 
 
-def _site(site: "ReadSite") -> str:
+def _site(site: ReadSite) -> str:
     return f'<span class="fvr-where">{_text(str(site))}</span> <code>{_text(site.text)}</code>'
 
 
@@ -142,7 +145,7 @@ def _site(site: "ReadSite") -> str:
 _Token = tuple[int, int, str]  # start, end, class
 
 
-def _source(report: "CaptureReport", source: "Source") -> str:
+def _source(report: ReportData, source: Source) -> str:
     tokens = _tokens(source.text)
     marks = _marks(report, source)
     reading = {s.line for value in report.values for s in value.sites if s.file == source.file}
@@ -158,7 +161,7 @@ def _source(report: "CaptureReport", source: "Source") -> str:
 
 
 def _line(
-    text: str, start: int, length: int, tokens: list[_Token], marks: list[tuple["Read", str, str]]
+    text: str, start: int, length: int, tokens: list[_Token], marks: list[tuple[Read, str, str]]
 ) -> str:
     html = []
     position = 0
@@ -198,7 +201,7 @@ def _tokens(text: str) -> list[_Token]:
     return tokens
 
 
-def _marks(report: "CaptureReport", source: "Source") -> dict[int, list[tuple["Read", str, str]]]:
+def _marks(report: ReportData, source: Source) -> dict[int, list[tuple[Read, str, str]]]:
     """Row by row, the expressions that are a captured value or lead to one: style and tooltip."""
     leading: dict[str, list[CapturedValue]] = {}
     for value in report.values:

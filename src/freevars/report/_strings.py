@@ -3,9 +3,7 @@
 Not here: what is said.
 """
 
-import unicodedata
-
-__all__ = ["clean", "columns", "fit", "size"]
+__all__ = ["clean", "fit", "size"]
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _STEP = 1024
@@ -28,37 +26,13 @@ def clean(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def columns(text: str) -> int:
-    """How many columns of a terminal the text takes."""
-    if text.isascii():
-        return len(text)
-    return sum(_columns(character) for character in text)
-
-
-def _columns(character: str) -> int:
-    if unicodedata.combining(character):
-        return 0
-    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
-
-
 def fit(text: str, width: int, *, keep_end: bool = False) -> str:
-    """The text cleaned and cut to ``width`` columns; what is left out shows as ``…``.
+    """The text cleaned and cut to ``width`` characters; what is left out shows as ``…``.
 
     ``keep_end`` cuts in the middle: the end of ``params['encoder']['layer']['kernel']`` says most.
     """
     text = clean(text)
-    if columns(text) <= width:
+    if len(text) <= width:
         return text
-    tail = ""
-    if keep_end:
-        for character in reversed(text):
-            if columns(tail) + _columns(character) > (width - 1) * 2 // 3:
-                break
-            tail = character + tail
-    head = ""
-    room = width - 1 - columns(tail)
-    for character in text:
-        if columns(head) + _columns(character) > room:
-            break
-        head += character
-    return f"{head}…{tail}"
+    tail = (width - 1) * 2 // 3 if keep_end else 0
+    return f"{text[: width - 1 - tail]}…{text[len(text) - tail :]}"
