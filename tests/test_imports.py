@@ -1,6 +1,7 @@
 """Who may import whom: the layers of the library, kept by reading its source."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,43 @@ from pathlib import Path
 import freevars
 
 SOURCE = Path(freevars.__file__).parent
+
+# Each storey imports its own files and those of the storeys before it.
+STOREYS = {
+    "": ("errors", "_difference", "_names", "report", "_solvers"),
+    "jax": (
+        "_compat",
+        "_describe",
+        "_convert",
+        "_report",
+        "_closure",
+        "_captures",
+        "_solver",
+        "_host",
+        "_rules",
+        "testing",
+    ),
+    "torch": (
+        "_compat",
+        "_hooks",
+        "_describe",
+        "_convert",
+        "_selftest",
+        "_report",
+        "_closure",
+        "_captures",
+        "_rules",
+    ),
+}
 HOSTS = ("jax", "torch")
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(SOURCE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in SOURCE.glob("**/*.py")}
 
 
 def imported(path: Path) -> set[str]:
@@ -21,8 +58,22 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
             module = ".".join((*base, *([node.module] if node.module else ())))
-            names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+            inner = {f"{module}.{alias.name}" for alias in node.names}
+            # `from package import module` does not need the package's own names.
+            names |= inner if inner <= MODULES.keys() else {module, *inner}
     return names
+
+
+def own_imports(module: str) -> set[str]:
+    return imported(MODULES[module]) & MODULES.keys() - {module}
+
+
+def place(module: str) -> tuple[str, str]:
+    """The host of a module (empty for what both share), and its storey there."""
+    parts = module.split(".")[1:]
+    host = parts[0] if parts and parts[0] in HOSTS else ""
+    inside = parts[1:] if host else parts
+    return host, inside[0] if inside else ""
 
 
 def test_importing_freevars_loads_no_framework() -> None:
@@ -31,19 +82,37 @@ def test_importing_freevars_loads_no_framework() -> None:
     assert shown.stdout.strip() == "[]"
 
 
-def test_host_neutral_files_import_the_standard_library_only() -> None:
-    for path in SOURCE.glob("*.py"):
-        roots = {name.split(".")[0] for name in imported(path)}
-        assert roots <= set(sys.stdlib_module_names) | {"freevars"}, path
-        hosts = {
-            name for name in imported(path) if name.split(".")[1:2] and name.split(".")[1] in HOSTS
-        }
-        assert not {name for name in hosts if name.startswith("freevars.")}, path
+def test_shared_files_import_the_standard_library_only() -> None:
+    for module, path in MODULES.items():
+        if place(module)[0] == "":
+            roots = {name.split(".")[0] for name in imported(path)}
+            assert roots <= set(sys.stdlib_module_names) | {"freevars"}, path
+            assert {place(name)[0] for name in own_imports(module)} <= {""}, path
 
 
 def test_hosts_do_not_import_each_other() -> None:
-    for host, other in (HOSTS, HOSTS[::-1]):
-        for path in (SOURCE / host).glob("**/*.py"):
+    for module, path in MODULES.items():
+        host = place(module)[0]
+        for other in set(HOSTS) - {host} if host else ():
             names = imported(path)
             assert not {n for n in names if n.split(".")[0] == other}, path
             assert not {n for n in names if n.startswith(f"freevars.{other}")}, path
+
+
+def test_no_file_imports_itself_by_a_circle() -> None:
+    # Raises CycleError, which names the files.
+    order = [*graphlib.TopologicalSorter({m: own_imports(m) for m in MODULES}).static_order()]
+    assert len(order) == len(MODULES)
+
+
+def test_a_storey_imports_only_what_lies_below_it() -> None:
+    for module in MODULES:
+        host, storey = place(module)
+        if not storey:  # a package's own `__init__` stands on top of all of it
+            continue
+        assert storey in STOREYS[host], f"{module} has no storey"
+        for name in own_imports(module):
+            other_host, other = place(name)
+            if other_host == host:
+                assert other, f"{module} imports the whole of {name}"
+                assert STOREYS[host].index(other) <= STOREYS[host].index(storey), (module, name)

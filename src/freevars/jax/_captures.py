@@ -1,25 +1,14 @@
-"""What a function captures, as a report: run it once on types, like a conversion, then describe.
-
-A report is a look and changes nothing: it holds no array, forces no value, and what a conversion
-would refuse (a mutable reference, a traced value that a custom rule holds) is listed, with the
-reason. Not here: finding the values (`convert`), naming them (`describe`), and how a report looks.
-"""
+"""`captures`: what a function captures, by name. Not here: how the report is made (`_report`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
-from freevars._names.search import function_name
-from freevars.jax import _compat
 from freevars.jax._closure import Closure
-from freevars.jax._convert.convert import check_hoist, trace
-from freevars.jax._convert.jaxpr_key import JaxprKey
-from freevars.jax._convert.lambda_lift import identity
-from freevars.jax._describe.describe import captured_values
-from freevars.jax._describe.reads import Reads, reads_of
+from freevars.jax._convert.convert import check_hoist
+from freevars.jax._report.build import report_of_function
 from freevars.report import CaptureReport
-from freevars.report._source import read_site, source_of
 
 __all__ = ["captures"]
 
@@ -51,67 +40,5 @@ def captures(
     """
     check_hoist(hoist)
     if isinstance(fun, Closure):
-        return captures_of(fun)
-    jaxpr, values, _, _ = trace(fun, example_args)
-    return _report(fun, jaxpr, values, JaxprKey(jaxpr).held, hoist)
-
-
-def captures_of(closure: Closure[Any]) -> CaptureReport:
-    """The report of a closure, of the values that it holds; see `Closure.captures`."""
-    program, values = closure._program, closure._values  # noqa: SLF001
-    known = [*program.fixed, *values]
-    fun, jaxpr = None, program.jaxpr
-    if closure._origin is not None:  # noqa: SLF001
-        fun, example_args = closure._origin  # noqa: SLF001
-        # The program may have been traced from another function that computes the same: for the
-        # lines of this one trace it again. By now it may capture other values (a rebound name), of
-        # which only the lines are of use here, or other types, or its trace may be over.
-        try:
-            again = trace(fun, example_args)
-        except Exception:  # noqa: BLE001, S110 (a user's function may raise anything)
-            pass
-        else:
-            if _identities(again.values) == _identities(known):
-                jaxpr, known = again.jaxpr, again.values
-            elif [v.aval for v in again.jaxpr.invars] == [v.aval for v in jaxpr.invars]:
-                jaxpr = again.jaxpr
-    return _report(fun, jaxpr, known, program.fixed, "all", name=program.name)
-
-
-def _report(
-    fun: Callable[..., Any] | None,
-    jaxpr: Any,
-    values: Sequence[Any],
-    held: Sequence[Any],
-    hoist: str,
-    name: str = "",
-) -> CaptureReport:
-    in_rules = {identity(x) for x in held}
-    own = {identity(x) for x in values}
-    # Traced values that only a rule reads, which no program shows.
-    hidden = {identity(x): x for x in held if _is_live_tracer(x) and identity(x) not in own}
-
-    def policy(value: Any) -> tuple[bool, str]:
-        if _compat.is_ref(value):
-            return False, "refused: mutable reference"
-        if identity(value) in in_rules:
-            traced = isinstance(value, _compat.Tracer)
-            return False, f"{'refused' if traced else 'constant'}: held by a custom rule"
-        return hoist == "all" or isinstance(value, _compat.Tracer), hoist
-
-    reads = reads_of(jaxpr, len(values)) + [Reads() for _ in hidden]
-    source = None if fun is None else source_of(fun)
-    return CaptureReport(
-        fun=name if fun is None else function_name(fun),
-        where=None if source is None else read_site(source.file, source.line),
-        source=source,
-        values=captured_values(fun, [*values, *hidden.values()], reads, policy),
-    )
-
-
-def _identities(values: Sequence[Any]) -> set[Any]:
-    return {identity(_compat.lowered(value)) for value in values}
-
-
-def _is_live_tracer(x: Any) -> bool:
-    return isinstance(x, _compat.Tracer) and _compat.is_live(x)
+        return fun.captures
+    return report_of_function(fun, example_args, hoist)

@@ -19,6 +19,7 @@ from freevars.jax import _compat
 from freevars.jax._convert.arguments import describe
 from freevars.jax._convert.convert import convert
 from freevars.jax._convert.program import Program
+from freevars.jax._report.build import report_of_program
 from freevars.report import CaptureReport
 
 __all__ = ["Closure"]
@@ -100,9 +101,7 @@ class Closure(Generic[R]):
         A closure that came out of a transformation no longer knows its Python function. It has
         types but no names, and the lines are those of the first function that had its structure.
         """
-        from freevars.jax._captures import captures_of  # noqa: PLC0415 (used by few, and above)
-
-        return captures_of(self)
+        return report_of_program(self._program, self._values, self._origin)
 
     @property
     def in_struct(self) -> Any:

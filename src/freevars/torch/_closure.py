@@ -18,6 +18,7 @@ from freevars.torch._compat import pytree
 from freevars.torch._convert.convert import Converted, Hoist, Rng, closure_convert
 from freevars.torch._describe import function_name
 from freevars.torch._hooks import install_hooks
+from freevars.torch._report import report_of_converted
 
 __all__ = ["Closure"]
 
@@ -95,9 +96,7 @@ class Closure:
         names of the captured tensors that they stand for. One that `from_module` made runs nothing,
         so it knows no lines.
         """
-        from freevars.torch._captures import captures_of  # noqa: PLC0415 (used by few, and above)
-
-        return captures_of(self)
+        return report_of_converted(self._converted, self._values if self._is_mapped else None)
 
     @property
     def in_struct(self) -> Any:

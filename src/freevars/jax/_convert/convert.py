@@ -20,10 +20,11 @@ from freevars.errors import CaptureError, StructureError
 from freevars.jax import _compat
 from freevars.jax._convert.arguments import ArgSpec, combine, describe, partition
 from freevars.jax._convert.jaxpr_key import JaxprKey
-from freevars.jax._convert.lambda_lift import identity, lambda_lift
+from freevars.jax._convert.lambda_lift import lambda_lift
 from freevars.jax._convert.program import Program
 from freevars.jax._convert.static import tree_key
 from freevars.jax._describe.describe import describe_capture
+from freevars.jax._describe.tracers import identity
 
 __all__ = ["Conversion", "check_hoist", "closure_convert", "convert", "trace"]
 

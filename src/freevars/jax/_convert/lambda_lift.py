@@ -16,9 +16,10 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from freevars.jax import _compat
-from freevars.jax._compat import Array, Eqn, Literal, Tracer, Var
+from freevars.jax._compat import Array, Eqn, Literal, Var
+from freevars.jax._describe.tracers import identity
 
-__all__ = ["identity", "lambda_lift"]
+__all__ = ["lambda_lift"]
 
 
 class Constants:
@@ -51,16 +52,6 @@ class Constants:
         """The variables here that stand for the values of a nested program."""
         pairs = zip(inner.values, inner.variables, strict=True)
         return [self.variable(value, var.aval) for value, var in pairs]
-
-
-def identity(value: Any) -> Any:
-    """What tells one captured array from another. JAX wraps the same NumPy array afresh in each
-    trace, so that a NumPy array is told by its memory."""
-    if not isinstance(value, (Array, Tracer)) and hasattr(value, "__array__"):
-        value = np.asarray(value)  # older releases have a class of their own for it
-        where = value.__array_interface__["data"][0]
-        return (where, value.shape, value.strides, value.dtype.str)
-    return id(value)
 
 
 def lambda_lift(closed: Any) -> tuple[Any, list[Any]]:

@@ -14,9 +14,9 @@ import numpy as np
 
 from freevars._names.search import Name, name_values
 from freevars.jax import _compat
-from freevars.jax._convert.lambda_lift import identity
 from freevars.jax._describe import tracers
 from freevars.jax._describe.reads import Reads, reads_of
+from freevars.jax._describe.tracers import identity
 from freevars.report import CapturedValue, captured_by, describe
 
 __all__ = ["captured_value", "captured_values", "describe_capture", "names_of"]

@@ -10,11 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from freevars.jax import _compat
 from freevars.report._source import ReadSite, read_site
 
-__all__ = ["can_flow", "device_of", "is_derived", "made_at", "traced_by", "type_of"]
+__all__ = ["can_flow", "device_of", "identity", "is_derived", "made_at", "traced_by", "type_of"]
 
 
 def traced_by(x: Any) -> tuple[str, ...]:
@@ -79,3 +80,13 @@ def device_of(x: Any) -> str:
         return f"{sharding.spec} on mesh({axes})"
     devices = sorted(sharding.device_set, key=lambda device: device.id)
     return ", ".join(f"{device.platform}:{device.id}" for device in devices)
+
+
+def identity(value: Any) -> Any:
+    """What tells one captured array from another. JAX wraps the same NumPy array afresh in each
+    trace, so that a NumPy array is told by its memory."""
+    if not isinstance(value, (_compat.Array, _compat.Tracer)) and hasattr(value, "__array__"):
+        value = np.asarray(value)  # older releases have a class of their own for it
+        where = value.__array_interface__["data"][0]
+        return (where, value.shape, value.strides, value.dtype.str)
+    return id(value)
