@@ -7,7 +7,18 @@ import platform
 import jax
 import jaxlib
 
-from benchmarks import _table, call, captures, convert, gradient, host, memory, rules, solver
+from benchmarks import (
+    _table,
+    call,
+    captures,
+    convert,
+    gradient,
+    host,
+    imports,
+    memory,
+    rules,
+    solver,
+)
 
 TABLES = {
     "convert": convert,
@@ -18,6 +29,7 @@ TABLES = {
     "rules": rules,
     "host": host,
     "memory": memory,
+    "imports": imports,
 }
 
 

@@ -9,6 +9,7 @@ import sys
 import textwrap
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -27,6 +28,25 @@ def program(fun, *args):
 def named(closed, name):
     jaxpr, _ = _compat.separate_constants(closed)
     return next(e for e in jaxpr.eqns if e.primitive.name == name)
+
+
+def test_the_public_names_of_programs_are_the_same() -> None:
+    for name in ("ClosedJaxpr", "Jaxpr", "Literal", "Var", "jaxpr_as_fun"):
+        assert getattr(_compat, name) is getattr(jax.extend.core, name)
+
+
+def test_an_import_starts_no_backend_and_loads_no_compiler() -> None:
+    code = """
+        import jax, sys
+        before = set(sys.modules)
+        import freevars.jax
+        loaded = {name for name in set(sys.modules) - before if not name.startswith("freevars")}
+        print(sorted(name for name in loaded if "pallas" in name or "mlir" in name))
+        print(jax._src.xla_bridge.backends_are_initialized())
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert shown.stdout.splitlines() == ["[]", "False"]
 
 
 def test_without_jax_the_error_says_what_to_install() -> None:

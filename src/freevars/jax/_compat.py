@@ -35,7 +35,7 @@ from jax._src.lax.lax import convert_element_type_p as _convert_p
 from jax._src.sharding_impls import UNSPECIFIED
 from jax.custom_derivatives import SymbolicZero
 from jax.experimental.buffer_callback import buffer_callback
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var, jaxpr_as_fun
+from jax.ref import AbstractRef
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
@@ -60,6 +60,14 @@ __all__ = [
     "separate_constants",
     "trace_context",
 ]
+
+# What `jax.extend.core` offers in public. To import that imports Pallas and MLIR with it, which
+# takes twice as long as all of this library; `tests/jax/test_compat.py` holds the two together.
+ClosedJaxpr: Any = _core.ClosedJaxpr
+Jaxpr: Any = _core.Jaxpr
+Literal: Any = _core.Literal
+Var: Any = _core.Var
+jaxpr_as_fun: Any = _core.jaxpr_as_fun
 
 Array = jax.Array
 Tracer = jax.core.Tracer
@@ -198,7 +206,7 @@ def _ref_aval(x: Any) -> Any:
 
 
 _Ref: Any = jax.Ref if hasattr(jax, "Ref") else _core.Ref
-REF_TYPE: Any = jax.typeof(jax.new_ref(np.zeros(()))).__class__
+REF_TYPE: Any = AbstractRef
 
 
 def trace_context() -> Hashable:
