@@ -15,7 +15,9 @@ from torch import Tensor
 
 from freevars.report import CaptureReport
 from freevars.torch._compat import pytree
-from freevars.torch._convert.convert import Converted, Hoist, Rng, closure_convert
+from freevars.torch._convert.convert import closure_convert
+from freevars.torch._convert.converted import Converted, Hoist, Rng, as_leaf
+from freevars.torch._convert.places import Search
 from freevars.torch._describe import function_name
 from freevars.torch._hooks import install_hooks
 from freevars.torch._report import report_of_converted
@@ -69,8 +71,8 @@ class Closure:
         instead.
         """
         install_hooks()
-        converted = Converted(module, None, tuple(module.parameters()))
-        new = cls._of(converted, converted.aliases())
+        converted = Converted(module, None, Search(module), tuple(module.parameters()))
+        new = cls._of(converted, converted.hoisted)
         new._is_mapped = False  # noqa: SLF001 (of this class)
         return new
 
@@ -112,8 +114,20 @@ class Closure:
     def __call__(self, *args: Any) -> Any:
         return self._converted(*args, *self._values)
 
+    def __reduce__(self) -> Any:
+        values = tuple(as_leaf(v) if isinstance(v, Tensor) else v for v in self._values)
+        return _restore, (type(self), self._converted, values, {"_is_mapped": self._is_mapped})
+
     def __repr__(self) -> str:
         return f"Closure({function_name(self._converted)}, {len(self._values)} captured values)"
+
+
+def _restore(
+    cls: type[Closure], converted: Converted, values: tuple[Any, ...], state: dict[str, Any]
+) -> Closure:
+    new = cls._of(converted, values)
+    vars(new).update(state)
+    return new
 
 
 def _flatten(f: Closure) -> tuple[list[Any], Converted]:

@@ -8,29 +8,21 @@ another, which gives it the hoisted values (`substitution.py`); Python control f
 here: the conversion as one value (`_closure.py`).
 """
 
-import functools
-import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from freevars.errors import CaptureError, StructureError
+from freevars.errors import StructureError
 from freevars.torch import _compat, _hooks
 from freevars.torch._compat import pytree
 from freevars.torch._convert import operators
 from freevars.torch._convert.autograd_graph import check_autograd_graph
+from freevars.torch._convert.converted import Converted, Hoist, Rng, outputs_of, refuse_hidden
 from freevars.torch._convert.discovery import DiscoveryMode
+from freevars.torch._convert.places import Search
 from freevars.torch._convert.structure import Structure, struct_of
-from freevars.torch._convert.substitution import (
-    AllocationTracker,
-    CarefulSubstitutionMode,
-    ForeignTensors,
-    SubstitutionMode,
-)
-from freevars.torch._describe import Line, describe, function_name, reachable
 from freevars.torch._hooks import resolve
 
 __all__ = [
@@ -46,8 +38,6 @@ __all__ = [
 
 D = TypeVar("D", bound=DiscoveryMode)
 F = TypeVar("F", bound=Callable[..., Any])
-Rng = Literal["allow", "error", "replay"]
-Hoist = Literal["differentiable", "floating", "all"] | Callable[[Tensor], bool]
 
 
 def closure_convert(
@@ -57,7 +47,9 @@ def closure_convert(
 
     ``converted(*args, *hoisted)`` equals ``fun(*args)``, in value and in derivatives of any
     order. Each hoisted value has a partial derivative of its own, and a derivative that reaches
-    it flows on to the captured tensor.
+    it flows on to the captured tensor; the parameters of a module stand for themselves.
+    ``converted(*args)`` uses the hoisted values returned here. What is hoisted are the tensors met
+    here: binding a variable to another tensor later changes nothing.
 
     Args:
         fun: anything callable. It runs once here, on the example, and again at every call.
@@ -81,7 +73,7 @@ def closure_convert(
             hook), calls `.backward()`, reads a captured tensor where it cannot be replaced
             (TorchScript, a custom operator's own function), captures a nested tensor, returns a
             generator that has yet to run, or takes an inner derivative whose path runs outside of
-            it.
+            it; from `converted`, a captured tensor is gone from its variable.
         StructureError: an argument or result is a nested tensor; from `converted`, a call with
             another structure, type, shape or number of values.
 
@@ -137,6 +129,7 @@ def _convert(
 ) -> tuple["Converted", tuple[Tensor, ...]]:
     structure = Structure(example)
     policy = policy_of(hoist)
+    search = Search(fun)  # before the run, which may put its own tensors into the places
     discovery, out, state = discover(fun, example, policy, rng, DiscoveryMode)
     read = [resolve(t) for t in discovery.captured.values()]
     check_autograd_graph(
@@ -157,15 +150,17 @@ def _convert(
     converted = Converted(
         fun,
         structure,
+        search,
         captured,
-        declared,
-        replay,
+        declared=declared,
         constants=[t for t in discovery.captured.values() if id(t) not in hoisted_ids],
-        makes_leaves=discovery.makes_leaves,
+        replay=replay,
+        makes_leaves=discovery.makes_leaves or bool(discovery.leaves),
+        kept=search.kept(discovery.made_and_alive()),
         out_struct=out_struct,
     )
     converted.first_reads = tuple(discovery.where.get(id(t)) for t in captured)
-    return converted, converted.aliases()
+    return converted, converted.hoisted
 
 
 def discover(
@@ -195,176 +190,3 @@ def discover(
             for generator, before in discovery.generators.values():
                 generator.set_state(before)
     return discovery, out, state
-
-
-_SIGNATURE = inspect.Signature([inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)])
-
-
-class Converted:
-    """`fun` with its captured tensors as trailing arguments; made by `closure_convert`."""
-
-    def __init__(
-        self,
-        fun: Callable[..., Any],
-        structure: Structure | None,
-        captured: tuple[Tensor, ...],
-        declared: Sequence[Tensor] = (),
-        replay: tuple[Tensor, tuple[tuple[torch.Generator, Tensor], ...]] | None = None,
-        *,
-        constants: Sequence[Tensor] = (),
-        makes_leaves: bool = False,
-        out_struct: Any = None,
-    ) -> None:
-        functools.update_wrapper(self, fun, updated=())
-        self.__signature__ = _SIGNATURE  # not that of `fun`: the hoisted values follow
-        self._fun = fun
-        self._structure = structure
-        self._captured = captured
-        self._keys = tuple(id(t) for t in captured)
-        self._types = tuple((t.shape, t.dtype) for t in captured)
-        self._declared = declared
-        self._outside = ForeignTensors(fun, constants)
-        self._replay = replay
-        self._makes_leaves = makes_leaves
-        # For errors and reports: the line that read each tensor first, and, within a `Closure`, the
-        # example, `hoist` and `rng` that it was made with.
-        self.first_reads: tuple[Line | None, ...] = (None,) * len(captured)
-        self.origin: tuple[tuple[Any, ...], Hoist, Rng] | None = None
-        self.in_struct = None if structure is None else structure.struct
-        self.out_struct = out_struct
-
-    def aliases(self) -> tuple[Tensor, ...]:
-        """The captured tensors, each with a place of its own on the tape."""
-        return tuple(operators.alias(t) for t in self._captured)
-
-    def __repr__(self) -> str:
-        name, n = function_name(self._fun), len(self._keys)
-        return f"<{name} with {n} captured values as trailing arguments>"
-
-    def __call__(self, *args: Any) -> Any:
-        if _compat.compiling():
-            return self._eagerly(*args)
-        return self._call(args)
-
-    @_compat.eagerly  # type: ignore[untyped-decorator]
-    def _eagerly(self, *args: Any) -> Any:
-        return self._call(args)
-
-    def _call(self, args: tuple[Any, ...]) -> Any:
-        _hooks.hook_compiler()
-        n = len(args) - len(self._keys)
-        table = self._table(args, n)
-        arguments = args[:n]
-        if self._structure is None:
-            leaves = pytree.tree_leaves(arguments)
-        else:
-            leaves = self._structure.check(arguments, function_name(self._fun))
-        if any(id(x) in table for x in leaves):
-            arguments = self._aliased(arguments, table)
-            leaves = pytree.tree_leaves(arguments)
-        read = [*(x for x in leaves if isinstance(x, Tensor)), *self._declared, *table.values()]
-        known = [resolve(t) for t in read]  # within another converted call, what that gives
-        mode = self._mode(table, known)
-        with self._memory(mode), mode.reraising_refusals():
-            run = self._fun if self._replay is None else self._replayed
-            out = run(*arguments)
-        if type(out) is Tensor:  # no pytree walk for a plain tensor
-            out = table.get(id(out), out)
-        else:
-            refuse_hidden(out, lambda t: id(t) in table, self._fun)
-            out = pytree.tree_map_only(Tensor, mode.replace, out)
-        mode.known = ()  # a graph may keep the mode, but not the arguments
-        check_autograd_graph(outputs_of(out), known, mode.has_made, self._fun)
-        return out
-
-    def _memory(self, mode: SubstitutionMode) -> AbstractContextManager[Any]:
-        if not self._makes_leaves:
-            return nullcontext()
-        mode.memory = AllocationTracker()
-        return mode.memory
-
-    def _mode(self, table: dict[int, Tensor], known: Sequence[Tensor]) -> SubstitutionMode:
-        if torch.is_grad_enabled() and not _compat.transforms_active():
-            return SubstitutionMode(self._fun, table, known, self._outside)
-        return CarefulSubstitutionMode(self._fun, table, known, self._outside)
-
-    def _table(self, args: tuple[Any, ...], n: int) -> dict[int, Tensor]:
-        """Which tensor to give for which captured one; raises where the hoisted values do not
-        fit."""
-        keys = self._keys
-        expected = max(n, 0) if self._structure is None else self._structure.count
-        if n != expected:
-            message = (
-                f"{function_name(self._fun)} expected {expected} arguments and {len(keys)} hoisted "
-                f"values, got {len(args)} values in all."
-            )
-            raise StructureError(message)
-        values = args[n:]
-        for i, (value, (shape, dtype)) in enumerate(zip(values, self._types, strict=True)):
-            is_plain = isinstance(value, Tensor) and not value.is_nested
-            if not is_plain or value.shape != shape or value.dtype is not dtype:
-                captured = describe(self._captured[i], self._fun, self.first_reads[i])
-                message = (
-                    f"hoisted value {i} expected like {captured}, got {Structure.shown(value)}."
-                )
-                raise StructureError(message)
-        table = dict(zip(keys, values, strict=True))
-        for key, value in table.items():
-            if id(value) in table:  # a captured tensor itself, which reading would replace again
-                table[key] = operators.alias(value)
-        return table
-
-    def _aliased(self, arguments: tuple[Any, ...], table: dict[int, Tensor]) -> tuple[Any, ...]:
-        aliased: tuple[Any, ...] = pytree.tree_map_only(
-            Tensor, lambda t: operators.alias(t) if id(t) in table else t, arguments
-        )
-        return aliased
-
-    def _replayed(self, *arguments: Any) -> Any:
-        assert self._replay is not None  # noqa: S101 (for the type checker)
-        state, generators = self._replay
-        before = torch.get_rng_state()
-        others = [(generator, generator.get_state()) for generator, _ in generators]
-        try:
-            torch.set_rng_state(state)
-            for generator, first in generators:
-                generator.set_state(first)
-            return self._fun(*arguments)
-        finally:
-            torch.set_rng_state(before)
-            for generator, now in others:
-                generator.set_state(now)
-
-
-# What a function may return before it has run: generators, `map`, coroutines.
-_LATER = (Iterator, AsyncIterator, Awaitable)
-
-
-def refuse_hidden(out: Any, captured: Callable[[Tensor], bool], fun: Any) -> None:
-    """Refuses captured tensors that `fun` returned inside an object that is no pytree."""
-    for leaf in pytree.tree_leaves(out):
-        if isinstance(leaf, Tensor | int | float | complex | str | bytes | type(None)):
-            continue
-        if isinstance(leaf, _LATER):
-            message = (
-                f"expected a function that has run when it returns, got a {type(leaf).__name__}, "
-                "which reads its values later, where they cannot be replaced. Return a list, or "
-                "run it inside."
-            )
-            raise CaptureError(message)
-        for t, name in reachable(leaf).values():
-            if captured(t):
-                message = (
-                    "expected captured tensors to be returned in containers that PyTorch's pytrees "
-                    f"know, got {describe(t, fun)} inside a {type(leaf).__name__} (at {name}), "
-                    "where it cannot be replaced. Return a tuple, list or dict, or register the "
-                    "class."
-                )
-                raise CaptureError(message)
-
-
-def outputs_of(out: Any) -> list[Tensor]:
-    """The tensors that a function returned."""
-    if isinstance(out, Tensor):
-        return [out]
-    return [x for x in pytree.tree_leaves(out) if isinstance(x, Tensor)]

@@ -165,6 +165,11 @@ class DiscoveryMode(CaptureMode):
             if found is not None:
                 self.captured[key] = found
 
+    def made_and_alive(self) -> dict[int, Tensor]:
+        """What the run made and somebody still holds, by id."""
+        found = ((key, ref()) for key, ref in self._made.items() if key not in self.captured)
+        return {key: t for key, t in found if t is not None}
+
     def _inner(self, t: Tensor) -> list[Tensor]:
         """Every plain tensor that reading `t` may read, where converted calls stand below us
         too."""

@@ -24,6 +24,9 @@ class Structure:
         self._leaves = [_Leaf(x) for x in leaves]
         self._flat = len(leaves) == len(example) and all(isinstance(x, Tensor) for x in example)
 
+    def __reduce__(self) -> Any:
+        return Structure, (self.struct, self._root)  # a tree's spec is not for other processes
+
     def check(self, args: tuple[Any, ...], name: str) -> list[Any]:
         """The leaves of `args`; raises `StructureError` naming the first path that differs."""
         if self._flat and all(

@@ -1,0 +1,407 @@
+"""The places where a function keeps its tensors: which variable, attribute or entry holds each.
+
+A captured tensor is known by its *place*, a chain of links from the function: the cell `net`, its
+attribute `_parameters`, the entry `'weight'`. A place means the same in a copy of the function and
+in another process, where `id` does not, and it tells when a variable has been bound to something
+else. `Search` looks at the function before its first run, so what that run changes is known too.
+
+Nothing here runs code of what it looks at. Not here: what a person would call a tensor
+(`_describe.py`).
+"""
+
+import functools
+import operator
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FRAMEWORKS = frozenset({"jax", "jaxlib", "torch", "numpy", "scipy", "freevars"})
+
+__all__ = ["GONE", "Kept", "Place", "Places", "Search", "follow"]
+
+_WIDEST = 20_000  # entries looked at in one container
+_MOST = 100_000  # objects looked at in one search
+_ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), type(...), range, slice})
+_TORCH_ATOMS = frozenset({torch.dtype, torch.device, torch.layout, torch.Size, torch.Generator})
+_SKIPPED = _ATOMS | _TORCH_ATOMS | {CodeType}
+
+
+# --- links: each reads one step again, on this function or on a copy of it
+
+
+def cell(fun: Any, i: int) -> Any:
+    return fun.__closure__[i].cell_contents
+
+
+def variable(fun: Any, name: str) -> Any:
+    return fun.__globals__[name]
+
+
+def default(fun: Any, i: int) -> Any:
+    return fun.__defaults__[i]
+
+
+def keyword_default(fun: Any, name: str) -> Any:
+    return fun.__kwdefaults__[name]
+
+
+def attribute(obj: Any, name: str) -> Any:
+    return object.__getattribute__(obj, "__dict__")[name]
+
+
+def slot(obj: Any, name: str) -> Any:
+    return object.__getattribute__(obj, name)
+
+
+def entry(obj: Any, key: Any) -> Any:
+    return dict.__getitem__(obj, key)
+
+
+def item(obj: Any, i: int) -> Any:
+    return list.__getitem__(obj, i) if isinstance(obj, list) else tuple.__getitem__(obj, i)
+
+
+def part(obj: Any, name: str) -> Any:
+    """Of what Python itself defines: a method's `__self__`, the `func` of a partial."""
+    return getattr(obj, name)
+
+
+def member(obj: Any, where: tuple[int, str]) -> Any:
+    """What the class of `obj`, or a class that it derives from, has under a name."""
+    cls = obj if isinstance(obj, type) else type(obj)
+    found = cls.__mro__[where[0]].__dict__[where[1]]
+    return getattr(found, "fget", None) or getattr(found, "__func__", found)
+
+
+Link = tuple[Callable[[Any, Any], Any], Any]
+Place = tuple[Link, ...]
+
+
+class _Object:
+    """One object met by a search, and the link that led to it first."""
+
+    __slots__ = ("link", "obj", "parent")
+
+    def __init__(self, obj: Any, parent: "_Object | None", link: Link | None) -> None:
+        self.obj, self.parent, self.link = obj, parent, link
+
+    def place(self) -> Place:
+        links: list[Link] = []
+        step: _Object | None = self
+        while step is not None and step.link is not None:
+            links.append(step.link)
+            step = step.parent
+        return tuple(reversed(links))
+
+
+Edge = tuple[Callable[[Any, Any], Any], Any, Any, Any]  # link, holder, what it holds
+
+
+class Search:
+    """What `fun` can reach now, breadth first, each object once; every link is noted."""
+
+    def __init__(self, fun: Any) -> None:
+        self.edges: list[Edge] = []
+        self.met: dict[int, _Object] = {}
+        self._dicts: list[tuple[_Object, Any, dict[Any, Any], dict[Any, Any]]] = []
+        self._queue: deque[_Object] = deque()
+        self._names: dict[int, tuple[str, ...]] = {}
+        self._outside: dict[type, bool] = {}
+        self._meet(_Object(fun, None, None))
+        while self._queue and len(self.met) < _MOST:
+            node = self._queue.popleft()
+            self._inside(node, node.obj, type(node.obj))
+
+    def _meet(self, node: _Object) -> None:
+        obj = node.obj
+        kind = type(obj)
+        if kind in _SKIPPED:
+            return
+        if node.link is not None and node.parent is not None:
+            self.edges.append((*node.link, node.parent.obj, obj))
+        if id(obj) in self.met:
+            return
+        self.met[id(obj)] = node
+        if not issubclass(kind, Tensor):
+            self._queue.append(node)
+
+    def _link(self, node: _Object, follow: Callable[[Any, Any], Any], key: Any, obj: Any) -> None:
+        if type(obj) not in _SKIPPED:
+            self._meet(_Object(obj, node, (follow, key)))
+
+    def _inside(self, node: _Object, obj: Any, kind: type) -> None:  # noqa: C901 (one arm a kind)
+        if kind is FunctionType:
+            self._function(node, obj)
+        elif kind is MethodType:
+            self._link(node, part, "__func__", obj.__func__)
+            self._link(node, part, "__self__", obj.__self__)
+        elif issubclass(kind, dict):
+            self._entries(node, obj)
+            if kind is not dict:
+                self._instance(node, obj, kind)
+        elif issubclass(kind, list | tuple):
+            base: Any = list if issubclass(kind, list) else tuple
+            for i, x in enumerate(base.__iter__(obj)) if base.__len__(obj) <= _WIDEST else ():
+                self._link(node, item, i, x)
+        elif issubclass(kind, functools.partial):
+            for name in ("func", "args", "keywords"):
+                self._link(node, part, name, getattr(obj, name))
+        elif issubclass(kind, type):
+            self._members(node, obj)
+        elif not issubclass(kind, ModuleType):
+            self._instance(node, obj, kind)
+
+    def _entries(self, node: _Object, obj: dict[Any, Any]) -> None:
+        if dict.__len__(obj) <= _WIDEST:
+            for key, x in list(dict.items(obj)):
+                self._link(node, entry, key, x)
+            self._dicts.append((node, entry, obj, dict(dict.items(obj))))
+
+    def _function(self, node: _Object, fun: FunctionType) -> None:
+        for i, c in enumerate(fun.__closure__ or ()):
+            try:
+                self._link(node, cell, i, c.cell_contents)
+            except ValueError:  # not filled yet
+                continue
+        for i, x in enumerate(fun.__defaults__ or ()):
+            self._link(node, default, i, x)
+        for name, x in (fun.__kwdefaults__ or {}).items():
+            self._link(node, keyword_default, name, x)
+        for name, x in fun.__dict__.items():
+            self._link(node, attribute, name, x)
+        if not outside(fun.__globals__.get("__name__")):
+            self._variables(node, variable, fun.__globals__, self._mentioned(fun.__code__), 0)
+
+    def _variables(
+        self, node: _Object, follow: Any, found: dict[str, Any], names: Sequence[str], depth: int
+    ) -> None:
+        """The names among `found` that the code mentions; a module is entered by them alone."""
+        for name in names:
+            x: Any = found.get(name)
+            if issubclass(type(x), ModuleType):
+                own = x.__dict__.get("__name__")
+                if depth < 4 and not outside(own):  # noqa: PLR2004 (packages are no deeper)
+                    inner = _Object(x, node, (follow, name))
+                    self.edges.append((follow, name, node.obj, x))
+                    self._variables(inner, attribute, x.__dict__, names, depth + 1)
+            else:
+                self._link(node, follow, name, x)
+
+    def _mentioned(self, code: CodeType) -> tuple[str, ...]:
+        names = self._names.get(id(code))
+        if names is None:
+            inner = (self._mentioned(c) for c in code.co_consts if type(c) is CodeType)
+            names = tuple(dict.fromkeys([*code.co_names, *(n for more in inner for n in more)]))
+            self._names[id(code)] = names
+        return names
+
+    def _instance(self, node: _Object, obj: Any, kind: type) -> None:
+        try:
+            attributes = object.__getattribute__(obj, "__dict__")
+        except AttributeError:
+            attributes = {}
+        if self._is_outside(kind):
+            if "__wrapped__" in attributes:
+                self._link(node, attribute, "__wrapped__", attributes["__wrapped__"])
+            return
+        if attributes:
+            for name, x in list(attributes.items()):
+                self._link(node, attribute, name, x)
+            self._dicts.append((node, attribute, attributes, dict(attributes)))
+        for base in kind.__mro__[:-1]:
+            slots = base.__dict__.get("__slots__", ())
+            for name in (slots,) if isinstance(slots, str) else tuple(slots):
+                mangled = name
+                if name.startswith("__") and not name.endswith("__"):
+                    mangled = f"_{base.__name__.lstrip('_')}{name}"
+                try:
+                    self._link(node, slot, mangled, object.__getattribute__(obj, mangled))
+                except AttributeError:
+                    continue
+        self._link(node, part, "__class__", kind)
+
+    def _members(self, node: _Object, cls: type) -> None:
+        for i, base in enumerate(cls.__mro__[:-1]):
+            if not outside(base.__module__):
+                for name, x in list(base.__dict__.items()):
+                    found = getattr(x, "fget", None) if type(x) is property else x
+                    found = getattr(found, "__func__", found)
+                    self._link(node, member, (i, name), found)
+
+    def _is_outside(self, kind: type) -> bool:
+        known = self._outside.get(kind)
+        if known is None:
+            module = kind.__module__ if isinstance(kind.__module__, str) else ""
+            root, _, rest = module.partition(".")
+            public = root == "torch" and rest != "" and not rest.startswith("_")
+            kept = public or root in {"argparse", "collections", "types"}
+            kept = kept or (root == "freevars" and kind.__name__ in _OWN)
+            self._outside[kind] = known = outside(module) and not kept
+        return known
+
+    def kept(self, made: Mapping[int, Tensor]) -> "Kept":
+        """What the run has put into attributes, entries and cells, where it is one of the tensors
+        that the run `made`, by id, or holds one."""
+        found = []
+        for node, follow, now, before in self._dicts:
+            if len(now) == len(before) and all(map(operator.is_, now.values(), before.values())):
+                continue
+            for key, x in list(dict.items(now)):
+                if x is not before.get(key, GONE) and _holds(x, made):
+                    found.append((node.place(), follow, key, before.get(key, GONE)))
+        return Kept(tuple(found))
+
+
+def _holds(x: Any, made: Mapping[int, Tensor]) -> bool:
+    if isinstance(x, Tensor):
+        return id(x) in made
+    if isinstance(x, dict):
+        return any(_holds(y, made) for y in dict.values(x))
+    return isinstance(x, list | tuple) and any(_holds(y, made) for y in list(x))
+
+
+class Kept:
+    """The attributes and entries in which a run of `fun` keeps tensors that it made (a table of
+    rotary embeddings), and what was there before. They were computed from the captured tensors, so
+    each call begins without them and makes its own from the values that it is given."""
+
+    def __init__(self, found: tuple[tuple[Place, Any, Any, Any], ...]) -> None:
+        self._found = found
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    @contextmanager
+    def as_before(self, fun: Any) -> Iterator[dict[int, Tensor]]:
+        """Inside, they hold what they held before the first run; afterwards what they hold now.
+        What stands for the latter in a later recomputation (checkpointing) is in what this gives,
+        by id, at its end."""
+        made: dict[int, Tensor] = {}
+        with _lock:  # what a run keeps, all threads see
+            holders = [
+                (_holder(follow(fun, at), link), key, old) for at, link, key, old in self._found
+            ]
+            now = [(holder, key, holder.get(key, GONE)) for holder, key, _ in holders]
+            for holder, key, old in holders:
+                _put(holder, key, old)
+            try:
+                yield made
+            finally:
+                for holder, key, x in now:
+                    mine = holder.get(key, GONE)
+                    _put(holder, key, x)
+                    if isinstance(x, Tensor) and isinstance(mine, Tensor):
+                        made[id(x)] = mine
+
+
+def _holder(obj: Any, link: Any) -> dict[Any, Any]:
+    found: dict[Any, Any] = obj if link is entry else object.__getattribute__(obj, "__dict__")
+    return found
+
+
+def _put(holder: dict[Any, Any], key: Any, x: Any) -> None:
+    if x is GONE:
+        holder.pop(key, None)
+    else:
+        holder[key] = x
+
+
+_lock = threading.RLock()
+_OWN: set[str] = {
+    "Closure",
+    "Converted",
+    "ImplicitSolver",
+}  # our own classes that hold tensors of the user
+
+
+def outside(module: object) -> bool:
+    """Whether code of this module is never entered: a framework's, or the standard library's."""
+    root = module.partition(".")[0] if isinstance(module, str) else ""
+    return root in FRAMEWORKS or root in sys.stdlib_module_names
+
+
+class Places:
+    """Where each of some tensors is kept: their positions in a sequence, and the links to them."""
+
+    def __init__(self, search: Search, tensors: Sequence[Tensor]) -> None:
+        met = [search.met.get(id(t)) for t in tensors]
+        self.first = tuple(None if node is None else node.place() for node in met)
+        self._position = {id(t): i for i, t in enumerate(tensors)}
+        into: dict[int, list[Edge]] = {}
+        for edge in search.edges:
+            into.setdefault(id(edge[3]), []).append(edge)
+        found = [id(t) for t, node in zip(tensors, met, strict=True) if node is not None]
+        leading = set(found)
+        self._out: dict[int, list[Edge]] = {}
+        self._checked: list[Edge] = []
+        for key in found:  # grows while it is walked
+            for edge in into.get(key, ()):
+                self._out.setdefault(id(edge[2]), []).append(edge)
+                if edge[0] in _CHANGEABLE:
+                    self._checked.append(edge)
+                if id(edge[2]) not in leading:
+                    leading.add(id(edge[2]))
+                    found.append(id(edge[2]))
+
+    def forget_removed(self) -> None:
+        """Forgets the ways that the first run has removed (the hooks of a lazy module)."""
+        gone = {id(e) for e in self._checked if _read(e[0], e[2], e[1]) is GONE}
+        self._checked = [e for e in self._checked if id(e) not in gone]
+        self._out = {k: [e for e in out if id(e) not in gone] for k, out in self._out.items()}
+
+    def unchanged(self) -> bool:
+        """Whether every variable, attribute and entry on the way holds what it held."""
+        try:
+            return all(link(holder, key) is held for link, key, holder, held in self._checked)
+        except _GONE:
+            return False
+
+    def now(self, fun: Any) -> Iterator[tuple[int, Any]]:
+        """What is in the places by now, each with the position of the tensor that was there; `GONE`
+        where the way to it is."""
+        return self._below(fun, fun, set())
+
+    def _below(self, then: Any, now: Any, seen: set[tuple[int, int]]) -> Iterator[tuple[int, Any]]:
+        position = self._position.get(id(then))
+        if position is not None:
+            yield position, now
+        elif (id(then), id(now)) not in seen:
+            seen.add((id(then), id(now)))
+            for link, key, _, held in self._out.get(id(then), ()):
+                yield from self._below(held, _read(link, now, key), seen)
+
+
+def follow(fun: Any, place: Place) -> Any:
+    """What is at `place`, starting from `fun`, or `GONE`."""
+    for step, key in place:
+        fun = _read(step, fun, key)
+    return fun
+
+
+def _read(step: Callable[[Any, Any], Any], holder: Any, key: Any) -> Any:
+    try:
+        return GONE if holder is GONE else step(holder, key)
+    except _GONE:
+        return GONE
+
+
+class _Gone:
+    def __repr__(self) -> str:
+        return "nothing"
+
+    def __reduce__(self) -> str:
+        return "GONE"  # there is one
+
+
+GONE = _Gone()
+_GONE = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+_CHANGEABLE = frozenset(
+    {cell, variable, attribute, slot, entry, item, member, default, keyword_default}
+)
