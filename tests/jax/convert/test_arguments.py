@@ -303,3 +303,93 @@ def test_metadata_that_does_not_hash_inside_a_rule() -> None:
     for f in both(lambda x: rule(Box(x, ["m"])), X):
         np.testing.assert_array_equal(f(X), X * W)
         np.testing.assert_array_equal(jax.grad(lambda x: jnp.sum(f(x)))(X), 2.0)
+
+
+# Python numbers that do not fit, and strict promotion.
+
+
+@pytest.mark.parametrize(
+    ("example", "bad", "good"),
+    [
+        (jnp.int8(3), 300, -128),
+        (jnp.uint8(3), -1, 255),
+        (jnp.int32(3), 2**40, 2**31 - 1),
+        (jnp.uint32(3), -1, 2**31 - 1),
+    ],
+)
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_python_number_that_does_not_fit_overflows(example, bad, good, wide) -> None:
+    with jax.enable_x64(wide):
+        for f in both(lambda t, s: {"x": t["n"] * 2, "s": s}, {"n": example}, "static"):
+            with pytest.raises(OverflowError, match=rf"args\[0\]\['n'\].* {bad} does not fit"):
+                f({"n": bad}, "static")
+            assert f({"n": good}, "static")["x"] == example.dtype.type(good) * np.asarray(
+                2, example.dtype
+            )
+        converted, _ = fv.closure_convert(lambda x: x * example, jnp.float32(1), hoist="all")
+        with pytest.raises(OverflowError, match=r"captured value 0 .*does not fit"):
+            converted(jnp.float32(1), bad)
+
+
+def test_a_wide_python_number_does_not_fit_an_example_of_32_bits() -> None:
+    f = fv.Closure(lambda n: n * 2, 3)
+    with jax.enable_x64(True), pytest.raises(OverflowError, match="does not fit weak int32"):
+        f(2**40)
+
+
+@pytest.mark.parametrize("mode", ["standard", "strict"])
+@pytest.mark.parametrize("n", [2.0, 2])
+def test_python_numbers_promote_as_under_jit(mode, n) -> None:
+    fun = lambda x, t: {"y": x * t["n"], "n": t["n"]}
+    args = (X.astype(jnp.bfloat16), {"n": n})
+    with jax.numpy_dtype_promotion(mode):
+        expected = jax.jit(fun)(*args)
+        for f in both(fun, *args):
+            got = f(*args)
+            assert jax.tree.map(jax.typeof, got) == jax.tree.map(jax.typeof, expected)
+            inside = jax.jit(f)(*args)
+            assert jax.tree.map(jax.typeof, inside) == jax.tree.map(jax.typeof, expected)
+
+
+def test_the_weakness_of_an_array_is_no_difference() -> None:
+    weak = jnp.broadcast_to(jnp.asarray(2.0), (3,))
+    assert weak.weak_type
+    for f in both(lambda x: x * W, X):
+        np.testing.assert_array_equal(f(weak), 2 * W)
+        assert not f(weak).weak_type
+    for f in both(lambda x: x * W, weak):
+        np.testing.assert_array_equal(f(X), X * W)
+    closure = fv.Closure(lambda x: x * W, X)
+    other = jax.tree.map(lambda _: weak, closure)
+    np.testing.assert_array_equal(other(X), 2 * X)
+
+
+def test_strict_promotion_refuses_in_a_conversion_what_it_refuses_under_jit() -> None:
+    fun = lambda x: x * W.astype(jnp.bfloat16)
+    with jax.numpy_dtype_promotion("strict"):
+        with pytest.raises(jax.dtypes.TypePromotionError):
+            jax.jit(fun)(X)
+        with pytest.raises(jax.dtypes.TypePromotionError):
+            fv.Closure(fun, X)
+
+
+@pytest.mark.parametrize("decorate", [fv.root, fv.argmin, fv.fixed_point])
+def test_solvers_under_strict_promotion(decorate) -> None:
+    """Each function has its solution at t / 2."""
+    fun = {
+        fv.root: lambda x, t: 2 * x - t,
+        fv.argmin: lambda x, t: x * x - t * x,
+        fv.fixed_point: lambda x, t: (2 * x + t) / 4,
+    }[decorate]
+
+    @decorate
+    def solve(fun, x0, *args):
+        return args[0] / 2
+
+    with jax.numpy_dtype_promotion("strict"):
+        for t in (3.0, jnp.float32(3)):
+            for wrt in (jax.grad, jax.jacfwd):
+                np.testing.assert_allclose(wrt(lambda t: solve(fun, 1.0, t))(t), 0.5, rtol=1e-6)
+                np.testing.assert_allclose(
+                    wrt(lambda t: solve(lambda x, _: fun(x, t), 1.0, 3.0))(t), 0.5, rtol=1e-6
+                )

@@ -1,23 +1,37 @@
 """Arguments as an array part and a static part, and what a call may bring in their place.
 
 The leaves of a pytree that JAX takes as arrays are traced; every other leaf (a string, a function,
-a dtype, an enum) is static: the function sees it as it is and a call must bring an equal one. Not
-here: tracing, and what happens to the values once they fit.
+a dtype, an enum) is static: the function sees it as it is and a call must bring an equal one, which
+one that was changed in place is not. Not here: tracing, and what happens to the values once they
+fit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax import tree_util
 
 from freevars._difference import Difference, Node, first_difference
 from freevars.errors import StructureError
 from freevars.jax import _compat
+from freevars.jax._convert.static import Static
 
-__all__ = ["ArgSpec", "combine", "describe", "fit", "mismatch", "partition"]
+__all__ = [
+    "ArgSpec",
+    "combine",
+    "describe",
+    "fit",
+    "insert",
+    "int_ranges",
+    "mismatch",
+    "partition",
+    "same_static",
+    "too_large",
+]
 
 
 class ArgSpec(NamedTuple):
@@ -25,7 +39,7 @@ class ArgSpec(NamedTuple):
 
     tree: Any  # PyTreeDef
     types: tuple[Any, ...]  # one abstract value for each array leaf
-    statics: tuple[tuple[int, Any], ...]  # position among all leaves, leaf
+    statics: tuple[tuple[int, Static], ...]  # position among all leaves, leaf
 
     @property
     def is_plain(self) -> bool:
@@ -45,10 +59,7 @@ class ArgSpec(NamedTuple):
 
     def combine(self, arrays: Sequence[Any]) -> list[Any]:
         """All leaves, from the array leaves and the static ones."""
-        leaves = list(arrays)
-        for position, leaf in self.statics:  # in rising order, so each lands where it was
-            leaves.insert(position, leaf)
-        return leaves
+        return insert(arrays, [(i, leaf.value) for i, leaf in self.statics])
 
 
 def _is_plain(tree: Any) -> bool:
@@ -58,8 +69,8 @@ def _is_plain(tree: Any) -> bool:
     )
 
 
-def partition(tree: Any) -> tuple[list[Any], Any, tuple[tuple[int, Any], ...]]:
-    """The array leaves of a pytree, its structure, and the static leaves with their positions."""
+def partition(tree: Any) -> tuple[list[Any], Any, list[tuple[int, Any]]]:
+    """The array leaves of a pytree, its structure, and the other leaves with their positions."""
     leaves, treedef = tree_util.tree_flatten(tree)
     arrays: list[Any] = []
     statics: list[tuple[int, Any]] = []
@@ -68,7 +79,15 @@ def partition(tree: Any) -> tuple[list[Any], Any, tuple[tuple[int, Any], ...]]:
             arrays.append(leaf)
         else:
             statics.append((i, leaf))
-    return arrays, treedef, tuple(statics)
+    return arrays, treedef, statics
+
+
+def insert(arrays: Sequence[Any], others: Iterable[tuple[int, Any]]) -> list[Any]:
+    """All leaves, from the array leaves and the others with their positions."""
+    leaves = list(arrays)
+    for position, leaf in others:  # in rising order, so each lands where it was
+        leaves.insert(position, leaf)
+    return leaves
 
 
 def combine(spec: ArgSpec, arrays: Sequence[Any]) -> Any:
@@ -79,9 +98,9 @@ def combine(spec: ArgSpec, arrays: Sequence[Any]) -> Any:
 def fit(x: Any, expected: Any, *, weak_matters: bool) -> Any:
     """`x` as a value of the expected type, or None where it is none.
 
-    A scalar of weak type (a Python number, or a tracer of one) fits a scalar of its kind. A value
-    of strong type fits a weak one where `weak_matters` is False: where no result of the program
-    depends on the weakness.
+    A scalar of weak type (a Python number, or a tracer of one) fits a scalar of its kind, and any
+    value of weak type one of the same dtype. A value of strong type fits a weak one where
+    `weak_matters` is False: where no result of the program depends on the weakness.
     """
     try:
         got = _compat.example_type(x)
@@ -95,14 +114,32 @@ def fit(x: Any, expected: Any, *, weak_matters: bool) -> Any:
         return None
     if got.dtype == expected.dtype and got.weak_type == expected.weak_type:
         return x
-    if (
-        got.weak_type
-        and got.shape == ()
-        and _compat.kind(got.dtype) == _compat.kind(expected.dtype)
-    ):
+    if got.dtype == expected.dtype:
+        return _compat.cast(x, expected) if got.weak_type or not weak_matters else None
+    number = got.weak_type and got.shape == ()
+    if number and _compat.kind(got.dtype) == _compat.kind(expected.dtype):
         return _compat.cast(x, expected)
-    if got.dtype == expected.dtype and expected.weak_type and not weak_matters:
-        return _compat.cast(x, expected)
+    return None
+
+
+def int_ranges(types: Sequence[Any]) -> tuple[tuple[int, int, int], ...]:
+    """The places of the integer scalars among some types, each with its least and largest value.
+
+    There a Python number fits by its kind, and JAX would cast it without looking at it.
+    """
+    ranges = []
+    for i, t in enumerate(types):
+        if getattr(t, "shape", None) == () and jax.dtypes.issubdtype(t.dtype, np.integer):
+            limits = jax.numpy.iinfo(t.dtype)
+            ranges.append((i, int(limits.min), int(limits.max)))
+    return tuple(ranges)
+
+
+def too_large(leaves: Sequence[Any], ranges: Sequence[tuple[int, int, int]]) -> int | None:
+    """The place of the first Python number that does not fit, or None."""
+    for i, least, largest in ranges:
+        if i < len(leaves) and type(leaves[i]) is int and not least <= leaves[i] <= largest:
+            return i
     return None
 
 
@@ -128,10 +165,12 @@ def mismatch(
     """
 
     def differ(expected: Any, leaf: Any) -> tuple[str, str] | None:
-        if isinstance(expected, _Static):
-            if same_static(expected.leaf, leaf):
+        if isinstance(expected, _StaticLeaf):
+            if same_static(expected.static, leaf):
                 return None
-            return f"the static leaf {expected.leaf!r}", describe(leaf)
+            if expected.static.value is leaf:
+                return "the static leaf as it was", f"{leaf!r}, which was changed in place since"
+            return f"the static leaf {expected!r}", describe(leaf)
         if (
             _compat.is_array(leaf)
             and fit(leaf, expected.type, weak_matters=weak_matters) is not None
@@ -141,7 +180,7 @@ def mismatch(
 
     expected = tree_util.tree_unflatten(
         spec.tree,
-        _with_statics([_Type(t) for t in spec.types], spec.statics),
+        insert([_Type(t) for t in spec.types], [(i, _StaticLeaf(s)) for i, s in spec.statics]),
     )
     found = first_difference(expected, got, take_apart=_take_apart, differ=differ)
     if found is None:
@@ -162,11 +201,9 @@ def mismatch(
     )
 
 
-def same_static(expected: Any, got: Any) -> bool:
-    """Whether a call brought a static leaf equal to the example's."""
-    if expected is got:
-        return True
-    return type(expected) is type(got) and bool(expected == got)
+def same_static(expected: Static, got: Any) -> bool:
+    """Whether a call brought a static leaf equal to the example's, as that was then."""
+    return type(expected.value) is type(got) and Static(got) == expected
 
 
 class _Type:
@@ -177,18 +214,12 @@ class _Type:
         return describe(self.type)
 
 
-class _Static:
-    def __init__(self, leaf: Any) -> None:
-        self.leaf = leaf
+class _StaticLeaf:
+    def __init__(self, static: Static) -> None:  # which is no leaf itself
+        self.static = static
 
     def __repr__(self) -> str:
-        return repr(self.leaf)
-
-
-def _with_statics(leaves: list[Any], statics: tuple[tuple[int, Any], ...]) -> list[Any]:
-    for position, leaf in statics:
-        leaves.insert(position, _Static(leaf))
-    return leaves
+        return repr(self.static)
 
 
 def _take_apart(x: Any) -> Node | None:

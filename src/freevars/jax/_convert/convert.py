@@ -15,14 +15,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import jax
+from jax import tree_util
 
 from freevars.errors import CaptureError, StructureError
 from freevars.jax import _compat
-from freevars.jax._convert.arguments import ArgSpec, combine, describe, partition
+from freevars.jax._convert.arguments import ArgSpec, describe, insert, partition
 from freevars.jax._convert.jaxpr_key import JaxprKey
 from freevars.jax._convert.lambda_lift import lambda_lift
 from freevars.jax._convert.program import Program
-from freevars.jax._convert.static import tree_key
+from freevars.jax._convert.static import Static, tree_key
 from freevars.jax._describe.describe import describe_capture
 from freevars.jax._describe.tracers import identity
 
@@ -53,19 +54,25 @@ def trace(fun: Callable[..., Any], example_args: Sequence[Any]) -> Traced:
     if not callable(fun):
         msg = f"closure conversion needs a callable, got {type(fun).__name__}: {fun!r}."
         raise TypeError(msg)
-    arrays, tree, statics = partition(tuple(example_args))
-    inputs = ArgSpec(tree, tuple([_compat.example_type(x) for x in arrays]), statics)
+    arrays, tree, others = partition(tuple(example_args))
+    types = tuple([_compat.example_type(x) for x in arrays])
     result: list[Any] = []
 
     def on_leaves(*leaves: Any) -> list[Any]:
-        outs, out_tree, out_statics = partition(fun(*combine(inputs, leaves)))
-        result[:] = out_tree, out_statics
+        outs, *rest = partition(fun(*tree_util.tree_unflatten(tree, insert(leaves, others))))
+        result[:] = rest
         return outs
 
     # A function of its own for each conversion: JAX forgets what it traced when it goes.
     closed = jax.make_jaxpr(on_leaves)(*arrays)
-    outputs = ArgSpec(result[0], tuple(closed.out_avals), result[1])
+    # Only now, since `fun` may have filled a cache of a static leaf, which is no change.
+    inputs = ArgSpec(tree, types, _statics(others))
+    outputs = ArgSpec(result[0], tuple(closed.out_avals), _statics(result[1]))
     return Traced(*_in_order_of_use(*lambda_lift(closed), len(arrays)), inputs, outputs)
+
+
+def _statics(leaves: Sequence[tuple[int, Any]]) -> tuple[tuple[int, Static], ...]:
+    return tuple([(i, Static(leaf)) for i, leaf in leaves])
 
 
 def convert(fun: Callable[..., Any], example_args: Sequence[Any]) -> Conversion:
@@ -82,7 +89,8 @@ def convert(fun: Callable[..., Any], example_args: Sequence[Any]) -> Conversion:
         # program holds them.
         tuple([(i, id(v)) for i, v in enumerate(met) if id(v) in constants]) if fixed else (),
         _compat.trace_context(),
-        *(_arg_spec_key(jaxpr_key, spec) for spec in (inputs, outputs)),
+        _arg_spec_key(inputs),
+        _arg_spec_key(outputs),
     )
     n = len(values)
     value_types = tuple([v.aval for v in jaxpr.invars[len(fixed) : len(fixed) + n]])
@@ -168,9 +176,8 @@ def _refuse_refs(fun: Callable[..., Any], jaxpr: Any, values: Sequence[Any]) -> 
             raise CaptureError(msg)
 
 
-def _arg_spec_key(jaxpr_key: JaxprKey, spec: ArgSpec) -> Any:
-    statics = tuple([(i, jaxpr_key.of(x)) for i, x in spec.statics])
-    return (tree_key(spec.tree), spec.types, statics)
+def _arg_spec_key(spec: ArgSpec) -> Any:
+    return (tree_key(spec.tree), spec.types, spec.statics)
 
 
 def _name(fun: Callable[..., Any]) -> str:

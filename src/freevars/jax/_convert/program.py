@@ -26,10 +26,13 @@ from freevars.jax._convert.arguments import (
     combine,
     describe,
     fit,
+    int_ranges,
     mismatch,
     partition,
     same_static,
+    too_large,
 )
+from freevars.jax._convert.static import Static
 from freevars.jax._describe.reads import first_read
 
 __all__ = ["Program"]
@@ -65,6 +68,7 @@ class Program:
         # it checks their types as well; so hand them over as they are wherever it takes them.
         self.flat = bool(inputs.statics) or not _hashable(inputs.tree)
         self._direct = not self.flat and not outputs.statics
+        self._int_values, self._int_args = int_ranges(value_types), int_ranges(inputs.types)
 
     @classmethod
     def intern(cls, key: Hashable, make: Callable[[], Program], *, keep: bool) -> Program:
@@ -100,6 +104,8 @@ class Program:
 
     def __call__(self, values: Sequence[Any], args: tuple[Any, ...]) -> Any:
         """The result of the function for these captured values and arguments."""
+        if self._int_values or self._int_args:
+            self._refuse_large_ints(values, args)
         try:
             if self._direct:
                 return self._run(values, *args)
@@ -119,6 +125,22 @@ class Program:
         else:
             results = self._run(values, *args)
         return combine(self.outputs, results) if self.outputs.statics else results
+
+    def _refuse_large_ints(self, values: Sequence[Any], args: tuple[Any, ...]) -> None:
+        """Raise where a Python number does not fit, as JAX does for one that meets an array; once
+        traced, a number can only be cast."""
+        for name, got, expected, ranges in (
+            ("captured value ", values, self.value_types, self._int_values),
+            ("args", partition(args)[0], self.inputs.types, self._int_args),
+        ):
+            i = too_large(got, ranges)
+            if i is not None:
+                path = i if got is values else _path_of(args, i)
+                msg = (
+                    f"{name}{path} of {self.name}: the Python number {got[i]} does not fit"
+                    f" {describe(expected[i])}, the type that it was converted for."
+                )
+                raise OverflowError(msg)
 
     # What is compiled. These run once for each combination of types that a call brings, and so
     # check types without a cost for the calls after.
@@ -171,7 +193,12 @@ class Program:
                 raise mismatched
 
 
-def _equal_statics(got: tuple[tuple[int, Any], ...], expected: tuple[tuple[int, Any], ...]) -> bool:
+def _path_of(args: tuple[Any, ...], i: int) -> str:
+    keyed = tree_util.tree_leaves_with_path(args)
+    return [tree_util.keystr(path) for path, leaf in keyed if _compat.is_array(leaf)][i]
+
+
+def _equal_statics(got: Sequence[tuple[int, Any]], expected: Sequence[tuple[int, Static]]) -> bool:
     return len(got) == len(expected) and all(
         i == j and same_static(b, a) for (i, a), (j, b) in zip(got, expected, strict=True)
     )

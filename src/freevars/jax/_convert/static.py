@@ -1,14 +1,27 @@
-"""A pytree in which only arrays are leaves: everything else is sealed into its structure.
+"""A pytree in which only arrays are leaves: everything else is a static part of its structure.
 
 JAX compiles once for each structure of what a function is given, so a string, a function or a
-Python number that is sealed counts as part of the program. Two sealed values are equal only if they
-are of one type and mean the same: 1, 1.0 and True differ, and so do 0.0 and -0.0. Not here: which
-leaves are to be sealed.
+Python number that is static counts as part of the program. Two static values are equal only if they
+are of one type and mean the same *now*, as Python itself tells it:
+
+- numbers, and containers and dataclasses by what is in them: 1, 1.0 and True differ, and so do 0.0
+  and -0.0;
+- what hashes by its content, by its own `==`; functions, classes and modules equal themselves;
+- any other object can have changed since it was last seen, so that it counts with its state, in the
+  form in which it would be pickled. Where it has none and no hash either, it is refused, as
+  `jax.jit` refuses it.
+
+Not here: which leaves are to be static.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import enum
+import functools
+import hashlib
+import pickle
+import types
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
@@ -17,7 +30,7 @@ from jax import tree_util
 
 from freevars.jax._convert.callable_key import Same, scalar_key
 
-__all__ = ["as_static", "from_static", "static_key", "tree_key"]
+__all__ = ["Static", "as_static", "from_static", "static_key", "tree_key"]
 
 
 @tree_util.register_static
@@ -28,7 +41,7 @@ class Static:
 
     def __init__(self, value: Any) -> None:
         self.value = value
-        self._key = static_key(value)
+        self._key = _key(value, _by_state)
 
     def __eq__(self, other: object) -> bool:
         return type(other) is Static and other._key == self._key
@@ -39,26 +52,79 @@ class Static:
     def __repr__(self) -> str:
         return repr(self.value)
 
+    def __reduce__(self) -> Any:
+        return Static, (self.value,)
+
 
 def static_key(x: Any) -> Hashable:
-    """A key for what is part of a structure: Python's equality, but numbers as in `scalar_key`."""
-    if isinstance(x, np.generic):
-        return (type(x), x.dtype, x.tobytes())
-    if isinstance(x, (float, complex)):
+    """A key for what does not change: by the type and `==`, and numbers as in `scalar_key`."""
+    return _key(x, _by_hash)
+
+
+def _key(x: Any, of_object: Callable[[Any], Hashable]) -> Hashable:
+    kind = type(x)
+    if x is None or kind in _SCALARS or isinstance(x, (float, complex)):
         return scalar_key(x)
-    if isinstance(x, tuple):
-        return (type(x), tuple(map(static_key, x)))
-    if isinstance(x, frozenset):
-        return (type(x), len(x), frozenset(map(static_key, x)))
+    if isinstance(x, np.generic):
+        return (kind, x.dtype, x.tobytes())
+    if isinstance(x, (tuple, list)):
+        return (kind, tuple([_key(y, of_object) for y in x]))
+    if isinstance(x, (set, frozenset)):
+        return (kind, len(x), frozenset([_key(y, of_object) for y in x]))
+    if isinstance(x, dict):
+        items = [(_key(k, of_object), _key(v, of_object)) for k, v in x.items()]
+        return (kind, tuple(items))
+    params = getattr(kind, "__dataclass_params__", None)
+    if params is not None and params.eq:  # its fields are compared as Python compares them
+        fields = [getattr(x, f.name) for f in dataclasses.fields(x) if f.compare]
+        return (kind, tuple([_key(y, of_object) for y in fields]))
+    return of_object(x)
+
+
+_SCALARS = {bool, int, str, bytes}
+
+
+def _by_hash(x: Any) -> Hashable:
     try:
         hash(x)
     except TypeError:
         return Same(x)
-    params = getattr(type(x), "__dataclass_params__", None)
-    if params is not None and params.eq:  # its fields are compared as Python compares them
-        fields = tuple(static_key(getattr(x, f.name)) for f in dataclasses.fields(x) if f.compare)
-        return (type(x), x, fields)
     return (type(x), x)
+
+
+def _by_state(x: Any) -> Hashable:
+    if isinstance(x, types.MethodType):
+        return (type(x), x.__func__, _key(x.__self__, _by_state))
+    if isinstance(x, functools.partial):
+        parts = (x.func, x.args, x.keywords)
+        return (type(x), tuple([_key(part, _by_state) for part in parts]))
+    own_hash: Any = type(x).__hash__
+    if isinstance(x, _NEVER_CHANGE) or own_hash not in (None, object.__hash__):
+        return (type(x), x)
+    try:
+        state = hashlib.blake2b(pickle.dumps(x)).digest()
+    except Exception:  # noqa: BLE001 (what pickling raises has no common class)
+        state = b""
+    if own_hash is not None:
+        return (type(x), Same(x), state)
+    if not state:
+        msg = (
+            f"{x!r} is static, and it can neither be hashed nor pickled, so that nothing would tell"
+            " that it has changed. Pass something that has a hash, such as a tuple, a frozenset or"
+            " a frozen dataclass."
+        )
+        raise TypeError(msg)
+    return (type(x), state)
+
+
+_NEVER_CHANGE = (
+    enum.Enum,
+    np.dtype,
+    type,
+    types.BuiltinFunctionType,
+    types.FunctionType,
+    types.ModuleType,
+)
 
 
 def tree_key(tree: Any) -> Hashable:
@@ -84,7 +150,7 @@ def _metadata(tree: Any) -> Iterator[Hashable]:
 
 
 def as_static(tree: Any, is_leaf: Callable[[Any], bool]) -> Any:
-    """The pytree with every leaf sealed that is not to stay one."""
+    """The pytree with every leaf made static that is not to stay one."""
     return tree_util.tree_map(lambda x: x if is_leaf(x) else Static(x), tree)
 
 

@@ -225,7 +225,7 @@ def _options(given: Any, arrays: Sequence[Any]) -> dict[str, Any]:
 
 
 def _is_array(x: Any) -> bool:
-    return isinstance(x, (_compat.Array, np.ndarray, _compat.Tracer))
+    return isinstance(x, (_compat.Array, np.ndarray, _compat.Tracer)) and _compat.is_array(x)
 
 
 def _on_batch_of_one(query: Any) -> Any:

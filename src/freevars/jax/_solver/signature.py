@@ -18,7 +18,7 @@ import numpy as np
 from jax import tree_util
 
 from freevars.jax import _compat
-from freevars.jax._convert.arguments import ArgSpec, mismatch, partition
+from freevars.jax._convert.arguments import ArgSpec, mismatch
 from freevars.jax._convert.static import as_static, from_static
 from freevars.jax._solver.problem import Problem
 
@@ -105,7 +105,7 @@ def _as_tuple(args: Any) -> tuple[Any, ...]:
 
 
 def _is_array(x: Any) -> bool:
-    return isinstance(x, (_compat.Array, np.ndarray, _compat.Tracer))
+    return isinstance(x, (_compat.Array, np.ndarray, _compat.Tracer)) and _compat.is_array(x)
 
 
 def as_unknown(x0: Any, name: str) -> Any:
@@ -130,12 +130,12 @@ def as_unknown(x0: Any, name: str) -> Any:
 
 def like(x: Any, x0: Any, name: str) -> Any:
     """`x`, if it is of the structure and types of `x0`; `name` is what an error calls it."""
-    arrays, tree, statics = partition(x0)
+    arrays, tree = tree_util.tree_flatten(x0)
     types = [_compat.example_type(a) for a in arrays]
     leaves, got = tree_util.tree_flatten(x)
     alike = got == tree and all(map(_compat.is_array, leaves))
     if not (alike and [_compat.example_type(leaf) for leaf in leaves] == types):
-        spec = ArgSpec(tree, tuple(types), statics)
+        spec = ArgSpec(tree, tuple(types), ())
         hint = " A solver returns an x of the structure, shapes and dtypes of its x0."
         error = mismatch(spec, x, name=name, weak_matters=False, hint=hint)
         if error is not None:
