@@ -60,7 +60,7 @@ def _named(fun: object, depth: int) -> str:
 def home_name(fun: object) -> str:
     """How names in the function asked about start; a callable object calls itself ``self``."""
     plain = is_a(fun, FunctionType, MethodType, functools.partial)
-    return f"\0{function_name(fun)}" if plain else "\0self"
+    return function_name(fun) if plain else "self"
 
 
 def compiled_module(obj: object) -> Any:

@@ -39,11 +39,23 @@ from freevars._names.introspection import (
     instance_dict,
     is_a,
     is_exactly,
-    key_text,
     module_parts,
     mro,
     slot_values,
     stored_members,
+)
+from freevars._names.links import (
+    Attribute,
+    Bound,
+    Cell,
+    Default,
+    Global,
+    Home,
+    Item,
+    Link,
+    Member,
+    Owner,
+    Through,
 )
 
 __all__ = ["Node", "ObjectGraph"]
@@ -59,20 +71,18 @@ _MISSING: Any = object()
 
 
 class Node:
-    """One object on the way, and the link that led to it; names are put together when asked."""
+    """One object on the way, and the link that led to it."""
 
-    __slots__ = ("home", "obj", "parent", "path", "show")
+    __slots__ = ("home", "link", "obj", "parent")
 
     def __init__(
-        self, obj: object, parent: "Node | None", show: str | None, path: str, *, home: bool = False
+        self, obj: object, parent: "Node | None", link: Link, *, home: bool = False
     ) -> None:
         self.obj = obj
         self.parent = parent
-        self.show = show  # added to the parent's name; a leading NUL starts a new name
-        self.path = path  # added to the parent's path
-        self.home = (
-            home  # the function asked about, or what it wraps: its variables go by bare names
-        )
+        self.link = link
+        # The function asked about, or what it wraps: its variables go by bare names.
+        self.home = home
 
     def lineage(self) -> Iterator["Node"]:
         node: Node | None = self
@@ -81,14 +91,11 @@ class Node:
             node = node.parent
 
     def names(self) -> tuple[str, str]:
-        shown: list[str] = []
-        for node in self.lineage():
-            if node.show is not None and node.show.startswith("\0"):
-                shown.append(node.show[1:])
-                break
-            shown.append(node.show or "")
-        path = [node.path for node in self.lineage()]
-        return "".join(reversed(shown)), "".join(reversed(path))
+        """What a person calls it, and the whole path."""
+        links = [node.link for node in self.lineage()]
+        start = next((i for i, link in enumerate(links) if link.starts), len(links) - 1)
+        name = "".join(link.name for link in reversed(links[: start + 1]))
+        return name, "".join(link.path for link in reversed(links))
 
 
 # A module or class: where it was met, what it holds, and the instance attributes that hide its own.
@@ -127,7 +134,7 @@ class ObjectGraph:
         self.scope = scope(inner)
         self.globals = inner.__globals__ if type(inner) is FunctionType else None
         self.once.clear()  # a variable may hold something else by now
-        return Node(fun, None, home_name(fun), function_name(fun), home=True)
+        return Node(fun, None, Home(home_name(fun), function_name(fun)), home=True)
 
     def inside(self, node: Node) -> Iterator[Node]:
         """The links out of ``node``: one method below for each kind of object."""
@@ -140,9 +147,9 @@ class ObjectGraph:
         elif kind is MethodType:
             yield from self.method(node, obj.__self__, obj.__func__)
         elif is_exactly(obj, BuiltinFunctionType, MethodWrapperType):  # `w.dot`, `w.__matmul__`
-            yield Node(obj.__self__, node, ".__self__", ".__self__")
+            yield Node(obj.__self__, node, Attribute("__self__"))
         elif kind is CellType:
-            yield from self.cell(node, obj, None, ".cell_contents")
+            yield from self.cell(node, obj, Through("cell_contents"))
         elif is_a(obj, ModuleType):
             attrs = instance_dict(obj)
             if not self.is_outside(attrs.get("__name__")):
@@ -166,39 +173,37 @@ class ObjectGraph:
     def function(self, node: Node, fun: FunctionType) -> Iterator[Node]:
         attrs = instance_dict(fun)
         if "__wrapped__" in attrs:  # first, so that a wrapped function goes by its own names
-            yield from self.wrapped(node, attrs["__wrapped__"], ".__wrapped__")
+            yield from self.wrapped(node, attrs["__wrapped__"], "__wrapped__")
         module = dict.get(fun.__globals__, "__name__")
         asked_about = node.home and "__wrapped__" not in attrs
         if self.is_outside(module) and not asked_about:
             return
         bare = node.home or (self.scope != "" and scope(fun) == self.scope)
         for variable, cell in zip(fun.__code__.co_freevars, fun.__closure__ or (), strict=True):
-            show = f"\0{variable}" if bare else f".<closure {variable}>"
-            yield from self.cell(node, cell, show, f".__closure__[{variable!r}]")
+            yield from self.cell(node, cell, Cell(variable, bare))
         arguments = fun.__code__.co_varnames[: fun.__code__.co_argcount]
         defaults = fun.__defaults__ or ()
         optional = arguments[len(arguments) - len(defaults) :]
         for argument, value in zip(optional, defaults, strict=False):
-            yield Node(value, node, f".<default {argument}>", f".__defaults__[{argument!r}]")
+            yield Node(value, node, Default("__defaults__", argument))
         for argument, value in by_name(fun.__kwdefaults__ or {}).items():
-            yield Node(value, node, f".<default {argument}>", f".__kwdefaults__[{argument!r}]")
+            yield Node(value, node, Default("__kwdefaults__", argument))
         local = fun.__globals__ is self.globals or type(module) is not str
-        prefix = "" if local else f"{module}."
         names = {name: None for code in codes(fun.__code__) for name in code.co_names}
         for name in names:
             value = dict.get(fun.__globals__, name, _MISSING)
             if value is not _MISSING and (id(fun.__globals__), name) not in self.once:
                 self.once.add((id(fun.__globals__), name))
-                yield Node(value, node, f"\0{prefix}{name}", f".__globals__[{name!r}]")
+                yield Node(value, node, Global("" if local else str(module), name))
         yield from self.attributes(node, attrs)
         yield from self.follow(names)
 
-    def wrapped(self, node: Node, inner: object, path: str) -> Iterator[Node]:
+    def wrapped(self, node: Node, inner: object, attribute: str) -> Iterator[Node]:
         """What it wraps goes by the wrapper's name, or by its own in the function asked about."""
-        show = home_name(inner) if node.home else None
-        yield Node(inner, node, show, path, home=node.home)
+        link = Through(attribute, home_name(inner) if node.home else "")
+        yield Node(inner, node, link, home=node.home)
 
-    def cell(self, node: Node, cell: CellType, show: str | None, path: str) -> Iterator[Node]:
+    def cell(self, node: Node, cell: CellType, link: Link) -> Iterator[Node]:
         if id(cell) in self.once:
             return
         self.once.add(id(cell))
@@ -206,34 +211,30 @@ class ObjectGraph:
             value = cell.cell_contents
         except ValueError:  # not filled yet
             return
-        yield Node(value, node, show, path)
+        yield Node(value, node, link)
 
     def method(self, node: Node, owner: object, fun: object) -> Iterator[Node]:
         argument = next(iter(positional(fun)), "self")
-        show = f"\0{argument}" if node.home else ".__self__"
         # The function first: what it mentions is followed before what it could have read.
-        yield Node(fun, node, None, ".__func__", home=node.home)
-        yield Node(owner, node, show, ".__self__")
+        yield Node(fun, node, Through("__func__"), home=node.home)
+        yield Node(owner, node, Owner(argument, node.home))
 
     def partial(self, node: Node) -> Iterator[Node]:
         func, args, keywords = partial_parts(node.obj)
         names = positional(func)
         for index, value in enumerate(args):
             name = names[index] if index < len(names) else f"args[{index}]"
-            show = f"\0{name}" if node.home else f".<partial {name}>"
-            yield Node(value, node, show, f".args[{index}]")
+            yield Node(value, node, Bound(name, index, node.home))
         for name, value in by_name(keywords).items():
-            show = f"\0{name}" if node.home else f".<partial {name}>"
-            yield Node(value, node, show, f".keywords[{key_text(name)}]")
+            yield Node(value, node, Bound(name, name, node.home))
         if node.home:
-            yield from self.wrapped(node, func, ".func")
+            yield from self.wrapped(node, func, "func")
         else:
-            yield Node(func, node, ".func", ".func")
+            yield Node(func, node, Attribute("func"))
 
     def dictionary(self, node: Node, items: dict[object, object]) -> Iterator[Node]:
         for key, value in list(islice(dict.items(items), _WIDEST)):
-            link = f"[{key_text(key)}]"
-            yield Node(value, node, link, link)
+            yield Node(value, node, Item(key))
 
     def sequence(self, node: Node) -> Iterator[Node]:
         obj: Any = node.obj
@@ -241,15 +242,15 @@ class ObjectGraph:
         fields = next((d["_fields"] for d in map(class_dict, mro(type(obj))) if "_fields" in d), ())
         named = base is tuple and type(fields) is tuple and all(type(f) is str for f in fields)
         for index, value in enumerate(list(islice(base.__iter__(obj), _WIDEST))):
-            link = f".{fields[index]}" if named and index < len(fields) else f"[{index}]"
-            yield Node(value, node, link, link)
+            field = named and index < len(fields)
+            yield Node(value, node, Attribute(fields[index]) if field else Item(index))
 
     def unordered(self, node: Node) -> Iterator[Node]:
         """The members of a set, which have no name of their own."""
         obj: Any = node.obj
         base = set if is_a(obj, set) else frozenset
         for value in list(islice(base.__iter__(obj), _WIDEST)):
-            yield Node(value, node, "{…}", "{…}")
+            yield Node(value, node, Member())
 
     def instance(self, node: Node) -> Iterator[Node]:
         obj = node.obj
@@ -257,7 +258,7 @@ class ObjectGraph:
         layers = module_parts(obj)
         compiled = compiled_module(obj)
         if compiled is not None:  # it gives the attributes of what it wraps as its own
-            yield from self.wrapped(node, compiled, "._orig_mod")
+            yield from self.wrapped(node, compiled, "_orig_mod")
             return
         if self.is_opaque(type(obj)) and layers is None:
             yield from self.framework_wrapper(node, attrs)
@@ -273,7 +274,7 @@ class ObjectGraph:
         else:
             yield from self.attributes(node, attrs)
         for name, value in slot_values(obj):
-            yield Node(value, node, f".{name}", f".{name}")
+            yield Node(value, node, Attribute(name))
         yield from self.class_attributes(node, type(obj), hidden=attrs)
 
     def layers(self, node: Node, parts: list[dict[str, object]]) -> Iterator[Node]:
@@ -283,32 +284,33 @@ class ObjectGraph:
         is_mapping = all(any(name in d for d in own) for name in ("__getitem__", "keys"))
         for part in parts:
             for key, value in by_name(part).items():
-                link = f"[{key}]" if key.isdecimal() else _attribute(key)
-                if is_mapping:
-                    link = f"[{key_text(key)}]"
-                yield Node(value, node, link, link)
+                number = int(key) if key.isdecimal() else None
+                link = (
+                    Item(key) if is_mapping else Attribute(key) if number is None else Item(number)
+                )
+                yield Node(value, node, link)
 
     def framework_wrapper(self, node: Node, attrs: dict[str, Any]) -> Iterator[Node]:
         """What a framework's object wraps, and functions of the user that it holds, no more."""
         for key, value in list(attrs.items()):
             if key == "__wrapped__":
-                yield from self.wrapped(node, value, ".__wrapped__")
+                yield from self.wrapped(node, value, "__wrapped__")
             elif is_a(value, FunctionType, MethodType, functools.partial):
                 # Such as the two rules of a custom derivative.
-                yield Node(value, node, f".{key}", f".{key}")
+                yield Node(value, node, Attribute(key))
         if class_module(type(node.obj)).partition(".")[0] == "freevars":  # a `Closure`
             for key, value in (*slot_values(node.obj), *attrs.items()):
                 if key == "_values" and type(value) is tuple:
-                    yield Node(value, node, ".values", ".values")
+                    yield Node(value, node, Attribute("values"))
 
     def attributes(
         self, node: Node, attrs: dict[str, object], skip: tuple[str, ...] = ()
     ) -> Iterator[Node]:
         for key, value in list(islice(dict.items(attrs), _WIDEST)):
             if key == "__wrapped__" and type(node.obj) is not FunctionType:
-                yield from self.wrapped(node, value, ".__wrapped__")
+                yield from self.wrapped(node, value, "__wrapped__")
             elif key not in skip and not key.startswith("__"):
-                yield Node(value, node, _attribute(key), _attribute(key))
+                yield Node(value, node, Attribute(key))
 
     def class_attributes(
         self, node: Node, cls: type, hidden: dict[str, object] | None = None
@@ -328,7 +330,7 @@ class ObjectGraph:
             implicit = hidden is None or key not in _NOT_IMPLICIT
             if implicit and type(members[key]) is FunctionType:
                 home = node.home and (key == "__call__" or key in self.implicit)
-                yield Node(members[key], node, f".{key}", f".{key}", home=home)
+                yield Node(members[key], node, Attribute(key), home=home)
 
     def namespace(
         self, node: Node, members: Mapping[str, Any], hidden: dict[str, object] | None = None
@@ -346,7 +348,7 @@ class ObjectGraph:
         for node, members, hidden in list(namespaces):
             for name in list(names):
                 if name in members and name not in hidden:
-                    yield Node(members[name], node, f".{name}", f".{name}")
+                    yield Node(members[name], node, Attribute(name))
 
     def is_outside(self, module: object) -> bool:
         """Whether code or a class of this module is never entered."""
@@ -372,7 +374,3 @@ def _wrapped_items(cls: type, attrs: dict[str, Any]) -> dict[object, object] | N
             if is_a(attrs.get(key), dict):
                 return attrs[key]  # type: ignore[no-any-return]
     return None
-
-
-def _attribute(key: str) -> str:
-    return f".{key}" if key.isidentifier() else f"[{key_text(key)}]"
