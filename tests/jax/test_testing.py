@@ -1,5 +1,7 @@
 """`fv.testing.check_rule`: passes what is right, and names what is wrong."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,6 +48,9 @@ def test_aux_is_left_out():
     fv.testing.check_rule(with_aux, residual, 1.0)
 
 
+NUMPYS = (" ACTUAL", " DESIRED")  # what NumPy calls the two sides
+
+
 @jax.custom_jvp
 def wrong_square(x):
     return x**2
@@ -66,20 +71,19 @@ wrong_in_reverse.defvjp(lambda x: (x**2, x), lambda x, g: (3 * x * g,))
 def test_a_wrong_derivative_is_named_with_both_numbers(wrong):
     scale, shift = jnp.array(2.0), jnp.array(1.0)
     fun = lambda x: x**2 - wrong(scale) - shift
-    # x = sqrt(5); dx/dscale = 2 / x, and with the wrong rule 3 / x; the direction has length 2.
+    # x = sqrt(5); dx/dscale = 2 / x, and with the wrong rule 3 / x.
     with pytest.raises(AssertionError) as caught:
         fv.testing.check_rule(newton, fun, 2.0)
     text = str(caught.value)
-    assert "newton: the derivative by scale is" in text
-    assert str(6 / 5**0.5)[:8] in text
-    assert str(4 / 5**0.5)[:8] in text
-    assert "by a central difference" in text
+    assert "newton: the derivative by scale is not" in text
+    got, expected = (float(re.search(rf"{side}: array\((.*?)\)", text)[1]) for side in NUMPYS)
+    assert got / expected == pytest.approx(3 / 2, rel=1e-6)
 
 
 def test_a_wrong_imaginary_part_is_found():
     z = jnp.array(1.0 + 2.0j)
     fun = lambda x: x**2 - z.real**2 - jax.lax.stop_gradient(z.imag) ** 2
-    with pytest.raises(AssertionError, match=r"by z along i is 0\.0 in forward mode"):
+    with pytest.raises(AssertionError, match=r"by z is not"):
         fv.testing.check_rule(newton, fun, 2.0)
 
 
@@ -91,13 +95,13 @@ def test_a_wrong_second_derivative_is_found():
     square.defjvp(lambda x, d: (x[0] ** 2, 2 * jax.lax.stop_gradient(x[0]) * d[0]))
     a = jnp.array(2.0)
     fv.testing.check_rule(newton, lambda x: x**2 - square(a), 1.0)
-    with pytest.raises(AssertionError, match="the second derivative by a is"):
+    with pytest.raises(AssertionError, match=r"(?s)by a is not .*JVP of"):
         fv.testing.check_rule(newton, lambda x: x**2 - square(a), 1.0, order=2)
 
 
 def test_extra_arguments_are_named():
     fun = lambda x, a, b: x**2 - a * wrong_square(b)
-    with pytest.raises(AssertionError, match="by args/1 is"):
+    with pytest.raises(AssertionError, match="by args/1 is not"):
         fv.testing.check_rule(newton, fun, 1.0, 2.0, 3.0)
 
 

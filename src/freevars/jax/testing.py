@@ -6,37 +6,19 @@ what the derivatives rest on (`rules`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.test_util import check_grads
 
 from freevars._names.search import name_values
 from freevars.jax import _compat
 from freevars.jax._rules.rules import ImplicitSolver
 from freevars.jax._solver.problem import Problem
-from freevars.jax._solver.ravel import to_vector
 
 __all__ = ["check_rule"]
-
-Function = Callable[[list[Any]], Any]  # from all values to one real number
-
-
-class _Value(NamedTuple):
-    """One value to differentiate by."""
-
-    place: int  # among the leaves of the problem
-    name: str
-    direction: Any  # like the value, as long as the value, and no shorter than 1
-
-
-class _Accepted(NamedTuple):
-    """How far two numbers may be apart, and the half width of a difference."""
-
-    step: float
-    rtol: float
-    atol: float
 
 
 def check_rule(
@@ -52,10 +34,9 @@ def check_rule(
 ) -> None:
     """Compare the derivatives of `solver(fun, x0, *args, **kwargs)` with finite differences.
 
-    The solution is reduced to one number by fixed weights. Each floating or complex value that
-    `fun` captures, and each such extra argument, is moved along a fixed direction, and along i
-    times it where it is complex. Forward mode, reverse mode and the central difference have to
-    agree.
+    Each floating or complex value that `fun` captures, and each such extra argument, is moved
+    alone, along one random direction. Forward mode has to agree with the central difference of the
+    solution, and reverse mode with both, along a random cotangent (`jax.test_util.check_grads`).
 
     Args:
       solver: a solver decorated by `root`, `argmin` or `fixed_point`. It has to converge well
@@ -65,15 +46,16 @@ def check_rule(
       x0: where the solver starts.
       *args: what the solver takes besides.
       **kwargs: the same.
-      order: 1, or 2 for the derivative of the derivative as well, forward and reverse over reverse.
-      step: half the width of the difference, relative to the norm of the value, absolute below 1.
+      order: 1, or 2 for the derivatives of the derivatives as well, each mode of each.
+      step: half the width of the difference, relative to the size of the value (the root of the
+        mean square of its elements), absolute where that is below 1.
         None: the cube root of the spacing of the coarsest dtype among values and solution, 6e-6
         for float64 and 5e-3 for float32.
-      rtol: the accepted error, relative to the larger number. None: 4 `step`.
+      rtol: the accepted error of each component, relative to the difference. None: 4 `step`.
       atol: the accepted absolute error, added to that. None: `rtol`.
 
     Raises:
-      AssertionError: two of the numbers differ; it names the value and gives both.
+      AssertionError: a derivative and a difference are apart; it names the value and gives both.
       ValueError: there is no floating or complex value to differentiate by.
       TypeError: `solver` is not decorated.
 
@@ -91,88 +73,45 @@ def check_rule(
         raise TypeError(msg)
     problem, solve = solver.as_function(fun, x0, *args, **kwargs)
     leaves, tree = jax.tree.flatten(jax.tree.map(jnp.asarray, problem))
-    values = _values(problem, fun)
-    if not values:
+    moved = [i for i, leaf in enumerate(leaves) if _is_differentiable(leaf)]
+    if not moved:
         msg = "the function captures no floating or complex array, and has no such extra argument."
         raise ValueError(msg)
-
-    def number(leaves: list[Any]) -> Any:
-        x = to_vector(solve(jax.tree.unflatten(tree, leaves)))[0]
-        return x @ _weights(x.size, 2.1).astype(x.dtype)
-
-    dtypes = [jax.eval_shape(number, leaves).dtype, *(v.direction.dtype for v in values)]
+    outputs = jax.tree.leaves(jax.eval_shape(solve, problem))
     if step is None:
-        step = max(float(jnp.finfo(d).eps) for d in dtypes) ** (1 / 3)
+        dtypes = [x.dtype for x in (*outputs, *(leaves[i] for i in moved))]
+        step = max(float(jnp.finfo(dtype).eps) for dtype in dtypes) ** (1 / 3)
     rtol = 4 * step if rtol is None else rtol
-    accepted = _Accepted(step, rtol, rtol if atol is None else atol)
-    _compare(number, leaves, values, f"{solver.__name__}: the derivative", accepted)
-    if order > 1:
+    atol = rtol if atol is None else atol
+    names = _names(problem, fun)
+    for i in moved:
 
-        def slope(leaves: list[Any]) -> Any:
-            return sum(_reverse(number, leaves, value) for value in values)
+        def moved_by(u: Any, i: int = i) -> Any:
+            here = leaves[i]
+            size = jnp.maximum(jnp.sqrt(jnp.mean(jnp.abs(here) ** 2)), 1)
+            # What was moved has lost that it was of weak type.
+            there = _compat.cast((here + size * u).astype(here.dtype), jax.typeof(here))
+            return solve(jax.tree.unflatten(tree, [*leaves[:i], there, *leaves[i + 1 :]]))
 
-        what = f"{solver.__name__}: the second derivative"
-        _compare(slope, leaves, values, what, accepted)
-
-
-def _compare(
-    f: Function, leaves: list[Any], values: list[_Value], what: str, accepted: _Accepted
-) -> None:
-    step, rtol, atol = accepted
-    for value in values:
-        at, here = _by(f, leaves, value), leaves[value.place]
-        forward = float(jax.jvp(at, (here,), (value.direction,))[1])
-        reverse = float(_reverse(f, leaves, value))
-        ends = [at(here + t * value.direction) for t in (step, -step)]
-        central = float(ends[0] - ends[1]) / (2 * step)
-        for name, other in (("reverse mode", reverse), ("a central difference", central)):
-            allowed = atol + rtol * max(abs(forward), abs(other))
-            if not abs(forward - other) <= allowed:  # NaN differs from everything
-                msg = (
-                    f"{what} by {value.name} is {forward!r} in forward mode and"
-                    f" {other!r} by {name}; they may differ by {allowed:.1e}."
-                )
-                raise AssertionError(msg)
+        try:
+            check_grads(
+                moved_by, (jnp.zeros_like(leaves[i]),), order, atol=atol, rtol=rtol, eps=step
+            )
+        except AssertionError as error:
+            msg = (
+                f"{solver.__name__}: the derivative by {names[i]} is not the difference of two"
+                f" solutions, in units of the size of {names[i]}: {error}"
+            )
+            raise AssertionError(msg) from None
 
 
-def _by(f: Function, leaves: list[Any], value: _Value) -> Callable[[Any], Any]:
-    """`f` as a function of one value."""
-    before, after = leaves[: value.place], leaves[value.place + 1 :]
-    expected = jax.typeof(leaves[value.place])  # a moved one may have lost that it is of weak type
-    return lambda leaf: f([*before, _compat.cast(leaf, expected), *after])
+def _is_differentiable(leaf: Any) -> bool:
+    return bool(jnp.issubdtype(leaf.dtype, jnp.inexact)) and leaf.size > 0
 
 
-def _reverse(f: Function, leaves: list[Any], value: _Value) -> Any:
-    gradient = jax.grad(_by(f, leaves, value))(leaves[value.place])
-    return jnp.sum(gradient * value.direction).real
-
-
-def _values(problem: Problem, fun: Any) -> list[_Value]:
-    captured = problem.fun.values
-    names = [
-        called[0].name if called else f"captured value {i}"
-        for i, called in enumerate(name_values(fun, captured))
-    ]
+def _names(problem: Problem, fun: Any) -> list[str]:
+    """What to call each leaf of the problem."""
+    found = name_values(fun, problem.fun.values)
+    names = [called[0].name if called else f"captured value {i}" for i, called in enumerate(found)]
     extra = jax.tree_util.tree_leaves_with_path({"args": problem.args, "kwargs": problem.kwargs})
-    names += [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in extra]
-    leaves = [*captured, *(leaf for _, leaf in extra)]
-    found = zip(range(len(leaves)), leaves, names, strict=True)
-    return [value for place, x, name in found for value in _directions(place, x, name)]
-
-
-def _directions(place: int, x: Any, name: str) -> Iterator[_Value]:
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.inexact) or x.size == 0:
-        return
-    # Other than the weights of the solution: u.Bu is the same for B and its transpose.
-    unit = _weights(x.size, 1.3).reshape(x.shape)
-    direction = (unit * jnp.maximum(jnp.linalg.norm(jnp.ravel(x)), 1.0)).astype(x.dtype)
-    yield _Value(place, name, direction)
-    if jnp.iscomplexobj(x):
-        yield _Value(place, f"{name} along i", 1j * direction)
-
-
-def _weights(n: int, frequency: float) -> Any:
-    """A fixed vector of length 1 with a bit of every direction."""
-    v = jnp.cos(frequency * jnp.arange(n) + 0.3)
-    return v / jnp.linalg.norm(v)
+    return names + [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in extra]
