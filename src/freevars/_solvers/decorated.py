@@ -1,0 +1,147 @@
+"""A function with something attached to it that is a function still: called, bound, copied and
+pickled as the one it was made from.
+
+In a class body it is bound like a function: `thing.solve(fun, x0)` calls it with `thing` first. The
+object is then part of the solver: it decides how x is found and not what x is, so that no
+derivative flows into what it holds, except where `fun` captures it. A copy of an object has a
+method of its own, and so has one that was pickled. Not here: what is attached.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+import types
+from collections.abc import Callable
+from typing import Any, Generic, ParamSpec, Self, TypeVar
+
+from freevars._solvers.signature import SolverCall, SolverSignature, solver_name
+
+__all__ = ["DecoratedSolver"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class DecoratedSolver(Generic[P, R]):
+    """What a host's decorated solvers have in common.
+
+    A subclass is made by `cls(solver, *how, **options)`, from parts that can be pickled, and says
+    in `_solve` what a call does.
+    """
+
+    __wrapped__: Callable[P, R]
+    __name__: str
+
+    def __init__(self, solver: Callable[P, R], /, *how: Any, **options: Any) -> None:
+        self._made_from = (solver, how, options)
+        self._bound_to: tuple[Self, Any] | None = None
+        self._use(solver)
+
+    def _use(self, solver: Callable[P, R]) -> None:
+        self._signature = SolverSignature(solver)
+        self._solver = solver
+        functools.update_wrapper(self, solver, updated=())
+        self.__name__ = solver_name(solver)
+
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call the solver as before."""
+        if not self._signature.is_method:
+            return self._solve(self._signature.take_apart(args, kwargs))
+        if not args:
+            msg = f"{self._signature}: a method that is not bound takes its object first."
+            raise TypeError(msg)
+        receiver, *rest = args
+        result: R = self._bind(receiver, type(receiver))(*rest, **kwargs)
+        return result
+
+    def _solve(self, call: SolverCall) -> R:
+        raise NotImplementedError
+
+    # --- a method
+
+    def __get__(self, instance: Any, owner: Any = None, /) -> Any:
+        # As the solver does it itself: an object that is called, say, is not bound.
+        if instance is None or not hasattr(type(self._solver), "__get__"):
+            return self
+        return self._bind(instance, owner)
+
+    def _bind(self, instance: Any, owner: Any) -> Any:
+        get = getattr(type(self._solver), "__get__", None)
+        solver = self._solver if get is None else get(self._solver, instance, owner)
+        if solver is self._solver:
+            if not self._signature.is_method:
+                return self
+            solver = types.MethodType(solver, instance)
+        bound: Any = object.__new__(type(self))
+        bound.__dict__.update(self.__dict__)
+        bound._bound_to = (self, instance)  # noqa: SLF001 (of this class)
+        bound._use(solver)  # noqa: SLF001
+        return bound
+
+    def __eq__(self, other: object) -> bool:
+        if self is other or not isinstance(other, DecoratedSolver):
+            return self is other
+        mine, others = self._bound_to, other._bound_to
+        if mine is None or others is None:
+            return False
+        return mine[0] is others[0] and mine[1] is others[1]
+
+    def __hash__(self) -> int:
+        return id(self) if self._bound_to is None else hash(tuple(map(id, self._bound_to)))
+
+    # --- copies
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # As for a function, unless it holds something that is copied: a method of a copied object.
+        if self._bound_to is not None:
+            unbound, instance = self._bound_to
+            copied = copy.deepcopy(instance, memo)
+            return self if copied is instance else unbound._bind(copied, type(copied))  # noqa: SLF001
+        solver, how, options = self._made_from
+        parts = (solver, *how, *options.values())
+        copied = copy.deepcopy(parts, memo)
+        if copied is parts:
+            return self
+        solver, *rest = copied
+        n = len(how)
+        return type(self)(solver, *rest[:n], **dict(zip(options, rest[n:], strict=True)))
+
+    def __reduce__(self) -> Any:
+        if self._bound_to is not None:
+            return _bound, self._bound_to
+        if _found_under_name_of(self) is self:
+            return self.__qualname__  # like a function: by reference
+        solver, how, options = self._made_from
+        # A decorated function's name leads to what it was decorated with, and that leads to it.
+        known, depth = _found_under_name_of(solver), 0
+        while isinstance(known, DecoratedSolver):
+            known, depth = known.__wrapped__, depth + 1
+            if known is solver:
+                return _made, (type(self), _found_under_name_of(solver), depth, how, options)
+        return _made, (type(self), solver, 0, how, options)
+
+
+def _found_under_name_of(function: Any) -> Any:
+    """What the module of a function holds under its name: mostly itself."""
+    found: Any = sys.modules.get(getattr(function, "__module__", None) or "")
+    for name in (getattr(function, "__qualname__", None) or "<none>").split("."):
+        found = getattr(found, name, None)
+    return found
+
+
+def _bound(solver: DecoratedSolver[..., Any], instance: Any) -> Any:
+    return solver._bind(instance, type(instance))  # noqa: SLF001
+
+
+def _made(
+    cls: Any, solver: Any, depth: int, how: tuple[Any, ...], options: dict[str, Any]
+) -> DecoratedSolver[..., Any]:
+    for _ in range(depth):
+        solver = solver.__wrapped__
+    made: DecoratedSolver[..., Any] = cls(solver, *how, **options)
+    return made

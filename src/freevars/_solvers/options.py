@@ -1,0 +1,45 @@
+"""The keyword arguments of the decorators, checked.
+
+Each host declares its options once, as a `TypedDict`: the names are its keys, and what a `bool` or
+a `Literal` allows is read off the types. Not here: options with values of the host's own
+(`linear_solve`), which the host checks.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+__all__ = ["check_options", "listed"]
+
+
+def check_options(decorator: str, given: Mapping[str, object], options: Any) -> None:
+    """Refuse options that `options`, a `TypedDict`, does not declare, and values of other kinds.
+
+    Raises:
+        TypeError: there is no such option, or its value is of another type.
+        ValueError: the value is none of those that there are.
+    """
+    types = get_type_hints(options)
+    for name, value in given.items():
+        if name not in types:
+            known = ", ".join(types)
+            near = difflib.get_close_matches(name, types, 1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            msg = f"{decorator}: expected the options {known}, got {name}.{hint}"
+            raise TypeError(msg)
+        if types[name] is bool and not any(value is x or value == x for x in (True, False)):
+            msg = f"{name}: expected True or False, got {value!r}."
+            raise TypeError(msg)
+        if get_origin(types[name]) is Literal:
+            allowed = get_args(types[name])
+            if not any(type(value) is type(x) and value == x for x in allowed):
+                msg = f"{name}: expected {listed(allowed)}, got {value!r}."
+                raise ValueError(msg)
+
+
+def listed(values: tuple[object, ...]) -> str:
+    """The values as an error lists them: `"a", "b" or "c"`."""
+    *most, last = [f'"{x}"' if isinstance(x, str) else repr(x) for x in values]
+    return f"{', '.join(most)} or {last}" if most else last

@@ -1,0 +1,112 @@
+"""How a solver is called: `solver(fun, x0, ...)`, whatever it calls its parameters.
+
+The signature of the solver decides. What it collects in `*args` and `**kwargs`, or takes as a tuple
+named `args` as scipy's solvers do, it passes on to the function; what it names otherwise is an
+option of its own. Not here: what is done with the parts, and how a method is bound (`decorated`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+__all__ = ["SolverCall", "SolverSignature", "solver_name"]
+
+_COLLECTED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+class SolverCall(NamedTuple):
+    """One call of a solver, sorted."""
+
+    fun: Callable[..., Any]
+    x0: Any
+    args: tuple[Any, ...]  # what the solver passes on to `fun`, by position
+    kwargs: dict[str, Any]  # and by keyword
+    options: dict[str, Any]  # everything else, defaults included
+
+
+class SolverSignature:
+    """The parameters of a solver, and what each of them is for."""
+
+    def __init__(self, solver: Callable[..., Any]) -> None:
+        if not callable(solver):
+            msg = f"a solver is a function solver(fun, x0, ...), got {solver!r}."
+            raise TypeError(msg)
+        self.name = solver_name(solver)
+        try:
+            self._signature = inspect.signature(solver)
+        except ValueError:
+            msg = (
+                f"{self.name} does not tell its parameters. Write a function solver(fun, x0, ...)"
+                " around it, and decorate that."
+            )
+            raise TypeError(msg) from None
+        parameters = list(self._signature.parameters.values())
+        # A function of a class body, before an object is bound to it.
+        self.is_method = bool(parameters) and parameters[0].name in ("self", "cls")
+        first = parameters[self.is_method :][:2]
+        if len(first) < 2 or any(p.kind in (*_COLLECTED, p.KEYWORD_ONLY) for p in first):  # noqa: PLR2004
+            msg = (
+                "a solver takes a function and a starting point as its first two arguments, got"
+                f" {self}."
+            )
+            raise TypeError(msg)
+        passed_on = [p for p in parameters if _is_passed_on(p) and p.kind is not p.VAR_KEYWORD]
+        if len(passed_on) > 1:
+            msg = f"{self} passes extra arguments on to the function in two ways: keep one of them."
+            raise TypeError(msg)
+
+    def __str__(self) -> str:
+        return f"{self.name}{self._signature}"
+
+    def take_apart(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> SolverCall:
+        """Sort what a call brings."""
+        try:
+            bound = self._signature.bind(*args, **kwargs)
+        except TypeError as error:
+            msg = f"{self}: {error}."
+            raise TypeError(msg) from None
+        bound.apply_defaults()
+        (_, fun), (_, x0), *rest = bound.arguments.items()
+        call = SolverCall(fun, x0, (), {}, {})
+        for name, value in rest:
+            parameter = self._signature.parameters[name]
+            if parameter.kind is parameter.VAR_KEYWORD:
+                call.kwargs.update(value)
+            elif _is_passed_on(parameter):
+                call = call._replace(args=_as_tuple(value))
+            else:
+                call.options[name] = value
+        return call
+
+    def call(self, solver: Callable[..., Any], call: SolverCall) -> Any:
+        """Call the solver as its user did, with these parts."""
+        given = dict(call.options)
+        for i, (name, parameter) in enumerate(self._signature.parameters.items()):
+            if i < 2:  # noqa: PLR2004
+                given[name] = call[i]
+            elif parameter.kind is parameter.VAR_KEYWORD:
+                given[name] = call.kwargs
+            elif _is_passed_on(parameter):
+                given[name] = call.args
+        bound = inspect.BoundArguments(self._signature, given)
+        return solver(*bound.args, **bound.kwargs)
+
+
+def solver_name(solver: Any) -> str:
+    """What to call a solver; a partial goes by its function's name, an object by its class's."""
+    name = getattr(solver, "__name__", None) or getattr(
+        getattr(solver, "func", None), "__name__", None
+    )
+    return name if isinstance(name, str) else type(solver).__name__
+
+
+def _is_passed_on(parameter: inspect.Parameter) -> bool:
+    return parameter.kind in _COLLECTED or parameter.name == "args"
+
+
+def _as_tuple(args: Any) -> tuple[Any, ...]:
+    if args is None:
+        return ()
+    return tuple(args) if isinstance(args, (tuple, list)) else (args,)
