@@ -12,7 +12,7 @@ SOURCE = Path(freevars.__file__).parent
 
 # Each storey imports its own files and those of the storeys before it.
 STOREYS = {
-    "": ("errors", "_difference", "_names", "report", "_solvers"),
+    "": ("errors", "_difference", "_names", "_contract", "report", "_solvers"),
     "jax": (
         "_compat",
         "_describe",

@@ -1,16 +1,37 @@
 """Closures as values in JAX: ``import freevars.jax as fv``."""
 
-from freevars.jax import _compat  # noqa: F401, I001 (first: it says what to install without JAX)
-from freevars.jax import testing
+from freevars.errors import (
+    CaptureError,
+    FreevarsError,
+    LeakError,
+    NotASolutionError,
+    SingularError,
+    StructureError,
+)
+from freevars.jax import (
+    _compat,  # noqa: F401 (first: it says what to install without JAX)
+    testing,
+)
 from freevars.jax._captures import captures
 from freevars.jax._closure import Closure
-from freevars.jax._convert.convert import closure_convert
+from freevars.jax._convert.convert import Converted, closure_convert
+from freevars.jax._host.on_host import HostSolver, on_host, scipy_status
+from freevars.jax._host.oracle import HostFunction
 from freevars.jax._report.leaks import explain_leaks
-from freevars.jax._host.on_host import on_host, scipy_status
-from freevars.jax._rules.rules import argmin, fixed_point, root
+from freevars.jax._rules.rules import ImplicitSolver, argmin, fixed_point, root
 
 __all__ = [
+    "CaptureError",
     "Closure",
+    "Converted",
+    "FreevarsError",
+    "HostFunction",
+    "HostSolver",
+    "ImplicitSolver",
+    "LeakError",
+    "NotASolutionError",
+    "SingularError",
+    "StructureError",
     "argmin",
     "captures",
     "closure_convert",

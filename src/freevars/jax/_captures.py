@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
+from freevars._contract import Hoist
 from freevars.jax._closure import Closure
-from freevars.jax._convert.convert import check_hoist
+from freevars.jax._convert.hoist import policy_of
 from freevars.jax._report.build import report_of_function
 from freevars.report import CaptureReport
 
 __all__ = ["captures"]
 
 
-def captures(
-    fun: Callable[..., Any], *example_args: Any, hoist: Literal["traced", "all"] = "traced"
-) -> CaptureReport:
+def captures(fun: Callable[..., Any], *example_args: Any, hoist: Hoist = "traced") -> CaptureReport:
     """Every value that `fun` reads from outside its arguments: its name, its type, who reads it.
 
     Nothing is converted and nothing is kept. It may be called anywhere, inside `grad`, `vmap`,
@@ -38,7 +37,7 @@ def captures(
     >>> [value.name for value in report.values]
     ["params['w']", "params['b']"]
     """
-    check_hoist(hoist)
+    policy_of(hoist)  # refuses what is none
     if isinstance(fun, Closure):
         return fun.captures
     return report_of_function(fun, example_args, hoist)

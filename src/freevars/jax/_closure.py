@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Iterable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import jax
 from jax import tree_util
 
+from freevars._contract import by_position
 from freevars.jax import _compat
 from freevars.jax._convert.arguments import describe
 from freevars.jax._convert.convert import convert
@@ -24,12 +25,13 @@ from freevars.report import CaptureReport
 
 __all__ = ["Closure"]
 
+P = ParamSpec("P")
 R = TypeVar("R")
 
 _SHOWN = 4  # how many captured values a repr lists
 
 
-class Closure(Generic[R]):
+class Closure(Generic[P, R]):
     """`fun` with every value that it captures as a leaf: callable, and a differentiable argument.
 
     `Closure(fun, *example_args)(*args)` equals `fun(*args)`, in value and in every derivative, and
@@ -74,9 +76,9 @@ class Closure(Generic[R]):
 
     _program: Program
     _values: tuple[Any, ...]
-    _origin: tuple[Callable[..., R], tuple[Any, ...]] | None
+    _origin: tuple[Callable[P, R], tuple[Any, ...]] | None
 
-    def __init__(self, fun: Callable[..., R], *example_args: Any) -> None:
+    def __init__(self, fun: Callable[P, R], *example_args: Any) -> None:
         self._program, self._values = convert(fun, example_args)
         # What made this closure, for pickling. A transformation drops it: a tree structure that
         # held a user's function would keep its arrays alive in every cache that holds the
@@ -113,7 +115,9 @@ class Closure(Generic[R]):
         """The result, with a `jax.ShapeDtypeStruct` for each array."""
         return self._program.outputs.struct()
 
-    def __call__(self, *args: Any) -> R:
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        if kwargs:
+            raise by_position(repr(self), kwargs)
         result: R = self._program(self._values, args)
         return result
 
@@ -146,11 +150,11 @@ class Closure(Generic[R]):
         return Closure, (fun, *example_args)
 
 
-def _flatten(closure: Closure[Any]) -> tuple[tuple[Any, ...], Program]:
+def _flatten(closure: Closure[..., Any]) -> tuple[tuple[Any, ...], Program]:
     return closure._values, closure._program  # noqa: SLF001
 
 
-def _flatten_with_keys(closure: Closure[Any]) -> tuple[Iterable[tuple[Any, Any]], Program]:
+def _flatten_with_keys(closure: Closure[..., Any]) -> tuple[Iterable[tuple[Any, Any]], Program]:
     keyed = [
         (_ValueKey(i), value)
         for i, value in enumerate(closure._values)  # noqa: SLF001
@@ -165,9 +169,9 @@ class _ValueKey(tree_util.SequenceKey):
         return f".values[{self.idx}]"
 
 
-def _unflatten(program: Program, values: Iterable[Any]) -> Closure[Any]:
+def _unflatten(program: Program, values: Iterable[Any]) -> Closure[..., Any]:
     # No checks: JAX puts anything in the place of a leaf, an axis number or a sentinel.
-    closure: Closure[Any] = object.__new__(Closure)
+    closure: Closure[..., Any] = object.__new__(Closure)
     closure._program = program  # noqa: SLF001
     closure._values = tuple(values)  # noqa: SLF001
     closure._origin = None  # noqa: SLF001

@@ -22,7 +22,7 @@ __all__ = ["check_rule"]
 
 
 def check_rule(
-    solver: ImplicitSolver,
+    solver: ImplicitSolver[..., Any],
     fun: Callable[..., Any],
     x0: Any,
     *args: Any,

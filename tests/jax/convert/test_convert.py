@@ -422,9 +422,64 @@ def test_name_doc_and_repr() -> None:
 # Bad input.
 
 
-def test_hoist_is_one_of_two() -> None:
-    with pytest.raises(ValueError, match=r'expected "traced" or "all", got "?\'?some'):
+def test_hoist_is_a_name_or_a_function() -> None:
+    expected = 'hoist: expected "differentiable", "traced", "floating", "all" or a function of'
+    with pytest.raises(ValueError, match=expected):
         fv.closure_convert(lambda x: x, X, hoist="some")
+
+
+def _hoisted_under(transform, hoist):
+    """What each policy makes an argument of a function that reads one value of each sort."""
+    flag, table = jnp.array([True, False, True]), np.arange(3)
+
+    def inner(w, n):
+        derived = jnp.sin(w)
+        fun = lambda x: x * w * n + derived * flag + table + W * jax.random.uniform(KEY, (3,))
+        converted, hoisted = fv.closure_convert(fun, X, hoist=hoist)
+        np_or_jax = jax.closure_convert(fun, X)[1]
+        found.append((sorted(map(str, map(jax.typeof, hoisted))), hoisted, np_or_jax))
+        return jnp.sum(converted(X, *hoisted))
+
+    found = []
+    transform(inner)(W, jnp.arange(3))
+    return found[0]
+
+
+KEY = jax.random.key(3)
+TRANSFORMS = {
+    "nothing": lambda f: f,
+    "grad": jax.grad,
+    "jvp": lambda f: lambda w, n: jax.jvp(lambda w: f(w, n), (w,), (w,)),
+    "vmap": jax.vmap,
+    "jit": jax.jit,
+    "jit of grad": lambda f: jax.jit(jax.grad(f)),
+    "vmap in grad": lambda f: jax.grad(lambda w, n: jnp.sum(jax.vmap(f, (None, 0))(w, n))),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_differentiable_hoists_what_jax_s_own_conversion_hoists(name) -> None:
+    _, ours, jax_s = _hoisted_under(TRANSFORMS[name], "differentiable")
+    assert {id(x) for x in ours} == {id(x) for x in jax_s}
+
+
+@pytest.mark.parametrize("name", ["nothing", "vmap", "jit of grad"])
+def test_each_policy_hoists_what_the_one_before_does(name) -> None:
+    policies = ["differentiable", "traced", "floating", "all"]
+    counts = [len(_hoisted_under(TRANSFORMS[name], hoist)[1]) for hoist in policies]
+    assert (
+        counts == {"nothing": [0, 0, 2, 6], "vmap": [0, 3, 4, 7], "jit of grad": [2, 3, 4, 7]}[name]
+    )
+
+
+def test_a_function_decides_what_is_hoisted() -> None:
+    v = 2 * W
+    converted, hoisted = fv.closure_convert(lambda x: x * W + v, X, hoist=lambda a: a is v)
+    assert [id(a) for a in hoisted] == [id(v)]
+    np.testing.assert_allclose(converted(X, W), X * W + W)
+    assert [c.policy for c in fv.captures(lambda x: x * v, X, hoist=jnp.isrealobj).values] == [
+        "isrealobj"
+    ]
 
 
 @pytest.mark.parametrize("convert", [fv.closure_convert, fv.Closure])

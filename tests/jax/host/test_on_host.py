@@ -337,6 +337,18 @@ def test_a_solve_inside_a_solve():
     np.testing.assert_allclose(jax.jit(jax.grad(inside))(0.7), want, rtol=1e-4)
 
 
+@pytest.mark.parametrize("way", [jax.grad, lambda f: jax.jit(jax.grad(f)), jax.jacfwd])
+def test_a_derivative_without_a_rule_is_refused_by_name(way):
+    bare = fv.on_host(lambda fun, x0: x0 - fun(x0))
+    solve = lambda k: bare(lambda y: y - k, jnp.ones(1))[0]
+    np.testing.assert_allclose(jax.jit(solve)(2.0), 2.0)
+    np.testing.assert_allclose(
+        jax.grad(lambda k: k * bare(lambda y: y - 2.0, jnp.ones(1))[0])(3.0), 2.0
+    )
+    with pytest.raises(TypeError, match=r"put fv.root .* fv.argmin .* fv.fixed_point"):
+        way(solve)(2.0)
+
+
 def test_without_a_rule_it_only_solves():
     solve = fv.on_host(lbfgs)
     assert solve(lambda x: (x - 2.0) ** 2, 0.0) == pytest.approx(2.0)

@@ -1,10 +1,12 @@
 """The derivative rules: closed forms, finite differences, every composition of transformations."""
 
+import copy
 import dataclasses
 import functools
 import gc
 import inspect
 import os
+import pickle
 import subprocess
 import sys
 import weakref
@@ -609,15 +611,76 @@ def test_a_jitted_solver_may_take_the_function_as_an_argument():
     close(jax.grad(lambda a: no_option(lambda x, a, b: x**2 - a * b, 1.0, a, b=1.0))(A), D1)
 
 
-def test_methods_are_refused_in_the_class_body():
-    def decorate():
-        class _Thing:
-            @fv.root
-            def solve(self, fun, x0):
-                return x0
+class Newton:
+    """A solver with a state, in the four ways of a method."""
 
-    with pytest.raises(TypeError, match="a method that is not bound yet"):
-        decorate()
+    def __init__(self, steps, weight=1.0):
+        self.steps = steps
+        self.weight = weight  # the solver's own, not the function's
+        self.held = fv.root(self.run)
+
+    def run(self, fun, x0):
+        TRACES.append(Newton)
+        return newton_steps(fun, x0 * self.weight, self.steps)
+
+    solve = fv.root(run)
+    on_host = fv.root(fv.on_host(lambda self, fun, x0: np.sqrt(x0**2 - fun(x0)) * self.weight))
+
+    @fv.root(jit=False)
+    def eagerly(self, fun, x0):
+        return x0 if self.steps == 0 else newton_steps(fun, x0 * self.weight, self.steps)
+
+
+@pytest.mark.parametrize("name", ["solve", "held", "on_host", "eagerly"])
+def test_a_method_is_bound_like_a_function(name):
+    thing = Newton(9)
+    solve = lambda a: getattr(thing, name)(lambda x: x**2 - a, 1.5)
+    close(jax.grad(solve)(A), D1)
+    if name != "eagerly":  # it takes known values alone
+        close(jax.jit(jax.grad(solve))(A), D1)
+
+
+@pytest.mark.parametrize("name", ["solve", "held"])
+def test_the_object_of_a_method_gets_no_derivative(name):
+    # The weight moves the start, which does not matter, and the function, which does.
+    def solve(a, weight):
+        return getattr(Newton(9, weight), name)(lambda x: x**2 - a * weight, 1.5)
+
+    for transformed in (jax.grad(solve, (0, 1)), jax.jit(jax.grad(solve, (0, 1)))):
+        close(transformed(A, 1.0), [D1, 0.5 * A**0.5])
+    close(jax.jvp(lambda weight: solve(A, weight), (1.0,), (1.0,))[1], 0.5 * A**0.5)
+
+
+def test_what_the_object_of_a_method_holds_is_what_it_holds_at_the_call():
+    thing, start = Newton(0), 3.0
+    solve = lambda: [getattr(thing, name)(lambda x: x**2 - A, start) for name in ("solve", "held")]
+    close(solve(), [start, start])
+    thing.steps = 9
+    close(solve(), [A**0.5, A**0.5])
+
+
+def test_a_method_is_compiled_once_for_all_objects():
+    thing = Newton(9)
+    solve = lambda a, thing=thing: thing.solve(lambda x: x**2 - a, 1.5)
+    close(jax.grad(solve)(A), D1)
+    events = []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: events.append(name))
+    try:
+        found = jax.grad(solve)(3.0), jax.grad(solve)(3.0, Newton(9))
+    finally:
+        jax.monitoring.clear_event_listeners()
+    close(found, [0.5 * 3.0**-0.5] * 2)
+    assert [e for e in events if "backend_compile" in e] == []
+
+
+def test_copies_of_methods():
+    thing = Newton(9)
+    again = copy.deepcopy(thing)
+    thing.steps = 0
+    for solve in (again.solve, again.held, pickle.loads(pickle.dumps(again)).held):
+        close(jax.grad(lambda a, solve=solve: solve(lambda x: x**2 - a, 1.5))(A), D1)
+    assert copy.deepcopy(newton) is newton
+    assert pickle.loads(pickle.dumps(newton)) is newton
 
 
 @pytest.mark.parametrize(

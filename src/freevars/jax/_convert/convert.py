@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 import jax
 from jax import tree_util
 
+from freevars._contract import Hoist, check_callable
 from freevars.errors import CaptureError, StructureError
 from freevars.jax import _compat
 from freevars.jax._convert.arguments import ArgSpec, describe, insert, partition
+from freevars.jax._convert.hoist import policy_of
 from freevars.jax._convert.jaxpr_key import JaxprKey
 from freevars.jax._convert.lambda_lift import lambda_lift
 from freevars.jax._convert.program import Program
@@ -27,8 +29,9 @@ from freevars.jax._convert.static import Static, tree_key
 from freevars.jax._describe.describe import describe_capture
 from freevars.jax._describe.tracers import identity
 
-__all__ = ["Conversion", "check_hoist", "closure_convert", "convert", "trace"]
+__all__ = ["Conversion", "closure_convert", "convert", "trace"]
 
+P = ParamSpec("P")
 R = TypeVar("R")
 
 
@@ -51,9 +54,7 @@ class Traced(NamedTuple):
 
 def trace(fun: Callable[..., Any], example_args: Sequence[Any]) -> Traced:
     """Trace `fun` on the types of the example arguments."""
-    if not callable(fun):
-        msg = f"closure conversion needs a callable, got {type(fun).__name__}: {fun!r}."
-        raise TypeError(msg)
+    check_callable(fun)
     arrays, tree, others = partition(tuple(example_args))
     types = tuple([_compat.example_type(x) for x in arrays])
     result: list[Any] = []
@@ -188,12 +189,17 @@ def _name(fun: Callable[..., Any]) -> str:
     return _name(inner) if callable(inner) else type(fun).__name__
 
 
-class Converted(Generic[R]):
-    """A function whose captured values are its last arguments; made by `closure_convert`."""
+class Converted(Generic[P, R]):
+    """A function whose captured values are its last arguments; made by `closure_convert`.
+
+    `converted.__wrapped__` is the function itself.
+    """
+
+    __wrapped__: Callable[P, R]
 
     def __init__(
         self,
-        fun: Callable[..., R],
+        fun: Callable[P, R],
         program: Program,
         values: tuple[Any, ...],
         hoisted: tuple[int, ...],
@@ -257,8 +263,8 @@ _SIGNATURE = inspect.Signature(
 
 
 def closure_convert(
-    fun: Callable[..., R], *example_args: Any, hoist: Literal["traced", "all"] = "traced"
-) -> tuple[Converted[R], list[Any]]:
+    fun: Callable[P, R], *example_args: Any, hoist: Hoist = "traced"
+) -> tuple[Converted[P, R], list[Any]]:
     """A function that takes the values `fun` captures as arguments, and these values.
 
     `converted(*args, *hoisted)` equals `fun(*args)`, in value and in every derivative, and other
@@ -271,8 +277,11 @@ def closure_convert(
         dtype) is static: `fun` sees it as it is, and each call must bring an equal one.
       hoist: "traced" for the tracers that `fun` meets, of any dtype and any transformation, while
         concrete arrays stay inside as constants; "all" for every array met, concrete `jax.Array`
-        and NumPy arrays too, so that the list is the same inside and outside a transformation.
-        Python numbers and NumPy scalars are part of the program in both.
+        and NumPy arrays too, so that the list is the same inside and outside a transformation;
+        "floating" for those of floating or complex dtype, and what is traced; "differentiable" for
+        the tracers that a derivative may flow into, the list that `jax.closure_convert` gives; or a
+        function that decides for each value. Python numbers and NumPy scalars are part of the
+        program in all of them.
 
     Returns:
       `(converted, hoisted)`: `hoisted` is a list of arrays, each once, in the order in which `fun`
@@ -293,11 +302,9 @@ def closure_convert(
     >>> print(jax.grad(slope)(2.0))
     9.0
     """
-    check_hoist(hoist)
+    policy = policy_of(hoist)
     program, values = convert(fun, example_args)
-    which = tuple(
-        i for i, v in enumerate(values) if hoist == "all" or isinstance(v, _compat.Tracer)
-    )
+    which = tuple([i for i, v in enumerate(values) if policy(v)])
     return Converted(fun, program, values, which), [values[i] for i in which]
 
 
@@ -312,10 +319,3 @@ def add_name(error: StructureError, fun: Callable[..., Any], args: Sequence[Any]
         return
     _, colon, rest = str(error).partition(": expected ")
     error.args = (f"captured value {error.captured} of {_name(fun)}, {text}{colon}{rest}",)
-
-
-def check_hoist(hoist: str) -> None:
-    """Refuse another policy than the two there are."""
-    if hoist not in ("traced", "all"):
-        msg = f'hoist: expected "traced" or "all", got {hoist!r}.'
-        raise ValueError(msg)

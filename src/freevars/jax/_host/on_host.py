@@ -10,12 +10,27 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import (
+    Any,
+    Concatenate,
+    Literal,
+    ParamSpec,
+    Protocol,
+    Self,
+    TypeAlias,
+    TypedDict,
+    TypeVar,
+    Unpack,
+    overload,
+)
 
 import jax
 import numpy as np
 from jax import tree_util
 
+from freevars._solvers.decorated import DecoratedSolver
+from freevars._solvers.options import check_options
+from freevars._solvers.signature import SolverCall
 from freevars.jax import _compat
 from freevars.jax._convert.static import as_static, from_static
 from freevars.jax._host.oracle import (
@@ -30,38 +45,81 @@ from freevars.jax._host.solver_thread import GivenUpError, Solve
 from freevars.jax._host.staged import call_staged
 from freevars.jax._solver.problem import Problem
 from freevars.jax._solver.ravel import to_vector
+from freevars.jax._solver.unknown import is_array
 
 __all__ = ["HostSolver", "on_host", "scipy_status"]
 
 Vmap = Literal["sequential", "threads", "whole"]
 
 
-class HostSolver:
+P = ParamSpec("P")
+Q = ParamSpec("Q")
+R = TypeVar("R")
+S = TypeVar("S")
+# What a caller gives for the function that the solver sees as a `HostFunction`.
+Function: TypeAlias = Callable[..., Any]
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments of `on_host`."""
+
+    flat: bool  # True
+    aux: Any  # None
+    vmap: Vmap  # "sequential"
+
+
+class HostSolver(DecoratedSolver[P, R]):
     """A NumPy solver that runs inside JAX programs; made by `on_host`."""
 
-    __name__: str
-
-    def __init__(self, solver: Callable[..., Any], *, flat: bool, aux: Any, vmap: Vmap) -> None:
-        if vmap not in ("sequential", "threads", "whole"):
-            msg = f'vmap: expected "sequential", "threads" or "whole", got {vmap!r}.'
-            raise ValueError(msg)
-        if vmap == "whole" and not flat:
+    def __init__(self, solver: Callable[P, R], /, **options: Unpack[Options]) -> None:
+        check_options("on_host", options, Options)
+        self._flat = options.get("flat", True)
+        self._aux = options.get("aux")
+        self._has_aux = self._aux is not None
+        self._vmap: Vmap = options.get("vmap", "sequential")
+        if self._vmap == "whole" and not self._flat:
             msg = 'vmap="whole" needs flat=True: a batch of pytrees has no one form.'
             raise ValueError(msg)
-        functools.update_wrapper(self, solver, updated=())
-        self._solver = solver
-        self._flat = flat
-        self._aux = aux
-        self._has_aux = aux is not None
-        self._vmap = vmap
-        self._program = jax.jit(self._traced, static_argnums=(0, 1))
+        super().__init__(solver, **options)
 
-    def __call__(self, fun: Callable[..., Any], x0: Any, **options: Any) -> Any:
-        """Solve without a rule; a function of one number is an objective, any other equations."""
-        problem = Problem.of(fun, x0, (), {})
+    def _use(self, solver: Callable[P, R]) -> None:
+        super()._use(solver)
+        self._program = jax.jit(self._traced, static_argnums=(0, 1))
+        self._without_rule = jax.custom_jvp(self._solve_without_rule)
+        self._without_rule.defjvp(self._refuse_derivative, symbolic_zeros=True)
+
+    @overload
+    def __get__(self, instance: None, owner: Any = None, /) -> Self: ...
+    @overload
+    def __get__(
+        self: HostSolver[Concatenate[Any, Q], S], instance: object, owner: Any = None, /
+    ) -> HostSolver[Q, S]: ...
+    def __get__(self, instance: Any, owner: Any = None, /) -> Any:
+        return super().__get__(instance, owner)
+
+    def _solve(self, call: SolverCall) -> Any:
+        problem = Problem.of(call.fun, call.x0, call.args, call.kwargs)
+        options = as_static(call.options, is_array)
+        return self._without_rule(problem, call.x0, options)
+
+    def _solve_without_rule(self, problem: Problem, x0: Any, options: dict[str, Any]) -> Any:
+        """A function of one number is an objective, any other are equations."""
         leaves = jax.tree.leaves(problem.fun.out_struct)
         equations = not (len(leaves) == 1 and leaves[0].shape == ())
+        options = from_static(options)
         return self.solve(problem, x0, options, equations=equations, has_aux=False)
+
+    def _refuse_derivative(self, primals: Any, tangents: Any) -> Any:
+        moving = jax.tree.leaves(tangents, is_leaf=_compat.is_symbolic_zero)
+        if not all(map(_compat.is_symbolic_zero, moving)):
+            msg = (
+                f"{self.__name__}: a solver on the host has no derivative of its own. Say what"
+                " holds at its result: put fv.root (fun(x) = 0), fv.argmin (a minimum of fun) or"
+                " fv.fixed_point (fun(x) = x) above fv.on_host."
+            )
+            raise TypeError(msg)
+        out = self._without_rule(*primals)
+        return out, jax.tree.map(_compat.symbolic_zero, out)
 
     def __repr__(self) -> str:
         return f"<{self.__name__} on the host>"
@@ -73,7 +131,7 @@ class HostSolver:
         layout = Layout.of(x0)
         oracle = Oracle(layout, equations, has_aux)
         # A Python number stays one: solvers count with it.
-        arrays, given = tree_util.tree_flatten(as_static(options, _is_array))
+        arrays, given = tree_util.tree_flatten(as_static(options, is_array))
         values = (*jax.tree.leaves((problem, x0)), *arrays)
         if any(isinstance(x, _compat.Tracer) for x in values) or not _compat.computes_now():
             v0, to_x = to_vector(x0)
@@ -97,7 +155,7 @@ class HostSolver:
         fun = HostFunction(query, v0.shape, equations=oracle.equations, pytrees=form)
         x0 = form.to_tree(v0) if form else v0
         try:
-            out = self._solver(fun, x0, **options)
+            out = self._signature.call(self._solver, SolverCall(fun, x0, (), {}, options))
         except Exception as error:
             error.add_note(f"raised by the solver {self.__name__} on the host")
             raise
@@ -224,10 +282,6 @@ def _options(given: Any, arrays: Sequence[Any]) -> dict[str, Any]:
     return dict(from_static(tree_util.tree_unflatten(given, arrays)))
 
 
-def _is_array(x: Any) -> bool:
-    return isinstance(x, (_compat.Array, np.ndarray, _compat.Tracer)) and _compat.is_array(x)
-
-
 def _on_batch_of_one(query: Any) -> Any:
     def asked(kind: str, v: Any, d: Any = None) -> Any:
         return tuple(np.asarray(a)[None] for a in query(kind, v[0], None if d is None else d[0]))
@@ -272,14 +326,35 @@ def _broadcast(size: int, batched: Any, args: Any) -> Any:
     return jax.tree.map(lead, batched, args)
 
 
+class HostDecorator(Protocol):
+    """Lets a NumPy solver be the solver in JAX."""
+
+    @overload
+    def __call__(
+        self, solver: Callable[Concatenate[HostFunction, P], R], /
+    ) -> HostSolver[Concatenate[Function, P], R]: ...
+    @overload
+    def __call__(
+        self, solver: Callable[Concatenate[S, HostFunction, P], R], /
+    ) -> HostSolver[Concatenate[S, Function, P], R]: ...
+    @overload
+    def __call__(self, solver: Callable[P, R], /) -> HostSolver[P, R]: ...
+
+
+# The function comes first, for a method second; a caller gives any function of JAX there.
+@overload
 def on_host(
-    solver: Callable[..., Any] | None = None,
-    /,
-    *,
-    flat: bool = True,
-    aux: Any = None,
-    vmap: Vmap = "sequential",
-) -> Any:
+    solver: Callable[Concatenate[HostFunction, P], R], /, **options: Unpack[Options]
+) -> HostSolver[Concatenate[Function, P], R]: ...
+@overload
+def on_host(
+    solver: Callable[Concatenate[S, HostFunction, P], R], /, **options: Unpack[Options]
+) -> HostSolver[Concatenate[S, Function, P], R]: ...
+@overload
+def on_host(solver: Callable[P, R], /, **options: Unpack[Options]) -> HostSolver[P, R]: ...
+@overload
+def on_host(**options: Unpack[Options]) -> HostDecorator: ...
+def on_host(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]) -> Any:
     """Let a NumPy solver, scipy's or any that takes Python callbacks, be the solver in JAX.
 
     The solver never sees a JAX value. Where all values are known, it is called as it stands. Inside
@@ -304,7 +379,8 @@ def on_host(
     Raises:
       What the solver raises, with a note that names it; inside `jit`, where only JAX can raise, as
       `jax.errors.JaxRuntimeError` with the original's traceback as text.
-      TypeError: the solver returns a vector of another shape, or another aux, than expected.
+      TypeError: the solver returns a vector of another shape, or another aux, than expected; a
+        derivative is taken and no rule stands above.
 
     >>> import jax, jax.numpy as jnp, scipy.optimize, freevars.jax as fv
     >>> @fv.argmin
@@ -316,9 +392,10 @@ def on_host(
     >>> print(f"{jax.jit(jax.grad(nearest))(3.0):.3f}")
     2.000
     """
+    check_options("on_host", options, Options)
 
-    def decorate(solver: Callable[..., Any]) -> HostSolver:
-        return HostSolver(solver, flat=flat, aux=aux, vmap=vmap)
+    def decorate(solver: Callable[P, R], /) -> HostSolver[P, R]:
+        return HostSolver(solver, **options)
 
     return decorate if solver is None else decorate(solver)
 

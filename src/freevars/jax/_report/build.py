@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from freevars._contract import Hoist, policy_name
 from freevars._names.search import function_name
 from freevars.jax import _compat
 from freevars.jax._convert.convert import trace
+from freevars.jax._convert.hoist import policy_of
 from freevars.jax._convert.jaxpr_key import JaxprKey
 from freevars.jax._convert.program import Program
 from freevars.jax._describe.describe import captured_values
@@ -25,7 +27,7 @@ __all__ = ["report_of_function", "report_of_program"]
 
 
 def report_of_function(
-    fun: Callable[..., Any], example_args: Sequence[Any], hoist: str
+    fun: Callable[..., Any], example_args: Sequence[Any], hoist: Hoist
 ) -> CaptureReport:
     """What `fun` captures on the example; `hoist` is the conversion that the report tells about."""
     jaxpr, values, _, _ = trace(fun, example_args)
@@ -63,9 +65,10 @@ def _report(
     jaxpr: Any,
     values: Sequence[Any],
     held: Sequence[Any],
-    hoist: str,
+    hoist: Hoist,
     name: str = "",
 ) -> CaptureReport:
+    hoisted = policy_of(hoist)
     in_rules = {identity(x) for x in held}
     own = {identity(x) for x in values}
     # Traced values that only a rule reads, which no program shows.
@@ -77,7 +80,7 @@ def _report(
         if identity(value) in in_rules:
             traced = isinstance(value, _compat.Tracer)
             return False, f"{'refused' if traced else 'constant'}: held by a custom rule"
-        return hoist == "all" or isinstance(value, _compat.Tracer), hoist
+        return hoisted(value), policy_name(hoist)
 
     reads = reads_of(jaxpr, len(values)) + [Reads() for _ in hidden]
     source = None if fun is None else source_of(fun)

@@ -17,27 +17,48 @@ counts (`diagnostics`), and how a call is taken apart (`signature`).
 
 from __future__ import annotations
 
-import functools
+import types
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias, TypedDict, Unpack, overload
+from typing import (
+    Any,
+    Concatenate,
+    Literal,
+    ParamSpec,
+    Protocol,
+    Self,
+    TypeAlias,
+    TypedDict,
+    TypeVar,
+    Unpack,
+    overload,
+)
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import tree_util
 
+from freevars._solvers.decorated import DecoratedSolver
+from freevars._solvers.options import check_options
+from freevars._solvers.signature import SolverCall
 from freevars.errors import SingularError, StructureError
 from freevars.jax import _compat
 from freevars.jax._closure import Closure
-from freevars.jax._convert.static import from_static
+from freevars.jax._convert.static import as_static, from_static
 from freevars.jax._host.on_host import HostSolver
 from freevars.jax._rules import linear
 from freevars.jax._rules.diagnostics import Diagnostics, OnFailure, failure
 from freevars.jax._solver.problem import Problem, count
 from freevars.jax._solver.ravel import to_vector
-from freevars.jax._solver.signature import SolverSignature, as_unknown, like
+from freevars.jax._solver.unknown import as_unknown, is_array, like
 
 __all__ = ["ImplicitSolver", "argmin", "fixed_point", "root"]
 
+P = ParamSpec("P")
+Q = ParamSpec("Q")
+R = TypeVar("R")
+S = TypeVar("S")
+Kind: TypeAlias = Literal["root", "argmin", "fixed_point"]
 Value: TypeAlias = Callable[[Any], Any]  # the function of x, without aux
 ToX: TypeAlias = Callable[[Any], Any]  # the pytree x of a vector
 Condition: TypeAlias = Callable[[Value, Any, ToX], Any]  # the vector F at a vector
@@ -57,55 +78,66 @@ def _unchanged(value: Value, v: Any, to_x: ToX) -> Any:
     return to_vector(jax.tree.map(jnp.subtract, value(x), x))[0]
 
 
-class ImplicitSolver:
+_CONDITIONS: dict[Kind, Condition] = {
+    "root": _zero,
+    "argmin": _stationary,
+    "fixed_point": _unchanged,
+}
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments of `root`, `argmin` and `fixed_point`; see `root`."""
+
+    has_aux: bool  # False
+    linear_solve: linear.LinearSolve  # None
+    on_failure: OnFailure  # "raise"
+    check: bool  # True
+    jit: bool  # True
+
+
+class ImplicitSolver(DecoratedSolver[P, R]):
     """A solver with a derivative rule; made by `root`, `argmin` and `fixed_point`."""
 
-    __name__: str
-
     def __init__(
-        self,
-        solver: Callable[..., Any],
-        condition: Condition,
-        *,
-        has_aux: bool = False,
-        linear_solve: linear.LinearSolve = None,
-        on_failure: OnFailure = "raise",
-        check: bool = True,
-        jit: bool = True,
+        self, solver: Callable[P, R], kind: Kind = "root", /, **options: Unpack[Options]
     ) -> None:
-        if on_failure not in ("raise", "nan", "least_squares"):
-            msg = f'on_failure: expected "raise", "nan" or "least_squares", got {on_failure!r}.'
-            raise ValueError(msg)
-        linear.check_linear_solve(linear_solve, least_squares=on_failure == "least_squares")
-        self._solver = solver
-        self._signature = SolverSignature(solver)
-        functools.update_wrapper(self, solver, updated=())
-        if not hasattr(solver, "__name__"):  # a partial, or an object that is called
-            self.__name__ = getattr(
-                getattr(solver, "func", None), "__name__", type(solver).__name__
-            )
-        self._condition = condition
-        self._has_aux = has_aux
-        self._linear_solve = linear_solve
-        self._on_failure = on_failure
-        self._check = check
-        self._jit = jit and not isinstance(solver, HostSolver)
+        check_options(kind, options, Options)
+        self._condition = _CONDITIONS[kind]
+        self._has_aux = options.get("has_aux", False)
+        self._linear_solve = options.get("linear_solve")
+        self._on_failure: OnFailure = options.get("on_failure", "raise")
+        self._check = options.get("check", True)
+        least_squares = self._on_failure == "least_squares"
+        linear.check_linear_solve(self._linear_solve, least_squares=least_squares)
+        self._jit = options.get("jit", True) and not isinstance(solver, HostSolver)
+        super().__init__(solver, kind, **options)
         self._run = jax.jit(self._run_solver) if self._jit else self._run_solver
+        self._run_converted = jax.jit(_call)
         self._tangent = jax.jit(self._tangent_map, static_argnums=(0, 1))
         self._implicit = jax.custom_jvp(self._forward)
         self._implicit.defjvp(self._rule, symbolic_zeros=True)
 
-    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        problem, x0, options = self._convert(args, kwargs)
-        own = self._own_captures(problem, x0, options)
-        return self._implicit(problem, x0, options, own)
+    @overload
+    def __get__(self, instance: None, owner: Any = None, /) -> Self: ...
+    @overload
+    def __get__(
+        self: ImplicitSolver[Concatenate[Any, Q], S], instance: object, owner: Any = None, /
+    ) -> ImplicitSolver[Q, S]: ...
+    def __get__(self, instance: Any, owner: Any = None, /) -> Any:
+        return super().__get__(instance, owner)
 
-    def as_function(self, /, *args: Any, **kwargs: Any) -> tuple[Problem, Callable[[Problem], Any]]:
+    def _solve(self, call: SolverCall) -> Any:
+        problem, x0, options = self._convert(call)
+        return self._implicit(problem, x0, options, self._own(problem, x0, options))
+
+    def as_function(
+        self, /, *args: P.args, **kwargs: P.kwargs
+    ) -> tuple[Problem, Callable[[Problem], Any]]:
         """What the derivatives of one call flow into, and x as a function of that."""
-        problem, x0, options = self._convert(args, kwargs)
+        problem, x0, options = self._convert(self._signature.take_apart(args, kwargs))
 
         def solve(problem: Problem) -> Any:
-            out = self._implicit(problem, x0, options, None)
+            out = self._implicit(problem, x0, options, self._own(problem, x0, options))
             return out[0] if self._has_aux else out
 
         return problem, solve
@@ -113,10 +145,11 @@ class ImplicitSolver:
     def __repr__(self) -> str:
         return f"<{self.__name__} with an implicit derivative rule>"
 
-    def _convert(self, args: Any, kwargs: Any) -> tuple[Problem, Any, dict[str, Any]]:
-        call = self._signature.take_apart(args, kwargs)
+    def _convert(self, call: SolverCall) -> tuple[Problem, Any, dict[str, Any]]:
         x0 = as_unknown(call.x0, self.__name__)
-        return Problem.of(call.fun, x0, call.args, call.kwargs), x0, call.options
+        # A Python number among the options stays one: solvers count with it.
+        options: dict[str, Any] = as_static(call.options, is_array)
+        return Problem.of(call.fun, x0, call.args, call.kwargs), x0, options
 
     # Running the solver.
 
@@ -130,7 +163,8 @@ class ImplicitSolver:
                 has_aux=self._fun_has_aux(problem, count(x0)),
             )
         else:
-            out = self._signature.call(problem, x0, options)
+            call = SolverCall(problem.as_given(), x0, *problem.extra(), from_static(options))
+            out = self._signature.call(self._solver, call)
         if not self._has_aux:
             return like(out, x0, f"{self.__name__}: the returned x")
         if not (isinstance(out, tuple) and len(out) == 2):  # noqa: PLR2004
@@ -138,22 +172,31 @@ class ImplicitSolver:
             raise StructureError(msg)
         return like(out[0], x0, f"{self.__name__}: the returned x"), out[1]
 
-    def _own_captures(self, problem: Problem, x0: Any, options: dict[str, Any]) -> Any:
-        """The solver itself as a closure if it captures traced values, otherwise None.
+    def _own(self, problem: Problem, x0: Any, options: dict[str, Any]) -> Any:
+        """What runs the solver of this call, a pytree, or None for `self._run`.
 
-        They have to become arguments too, or the rule could not be crossed; the solution does not
-        depend on them, and so their derivative is zero. Asking JAX for what it traced costs little,
-        converting costs a trace, and most solvers capture nothing.
+        What the solver captures that may be another value at the next call has to be an argument:
+        the traced values, or the rule could not be crossed, and the object of a method, which may
+        have changed. The solution does not depend on any of it, and so its derivative is zero.
+        Asking JAX for what it traced costs little, converting costs a trace, and most solvers
+        capture nothing.
         """
-        if not self._jit or _compat.nothing_traced():
-            return None
-        if not _compat.captured_tracers(self._run, problem, x0, options):
-            return None
+        if not self._jit:
+            return None if self._bound_to is None else tree_util.Partial(self._run_solver)
+        if self._bound_to is None and not isinstance(self._solver, types.MethodType):
+            if _compat.nothing_traced():
+                return None
+            if not _compat.captured_tracers(self._run, problem, x0, options):
+                return None
         return Closure(self._run_solver, problem, x0, options)
 
     def _forward(self, problem: Problem, x0: Any, options: dict[str, Any], own: Any) -> Any:
-        run = self._run if own is None else own
-        return run(problem, x0, options)
+        # The method of many objects shares this rule and what is compiled for it.
+        if own is None:
+            return self._run(problem, x0, options)
+        if isinstance(own, Closure):
+            return self._run_converted(own, problem, x0, options)
+        return own(problem, x0, options)
 
     # The rule.
 
@@ -299,30 +342,28 @@ def _shapes(tree: Any) -> Any:
     return jax.tree.map(jnp.shape, tree)
 
 
-class Options(TypedDict, total=False):
-    """The keyword arguments of `root`, `argmin` and `fixed_point`; see `root`."""
-
-    has_aux: bool  # False
-    linear_solve: linear.LinearSolve  # None
-    on_failure: OnFailure  # "raise"
-    check: bool  # True
-    jit: bool  # True
+def _call(own: Callable[..., Any], problem: Problem, x0: Any, options: dict[str, Any]) -> Any:
+    return own(problem, x0, options)
 
 
-Decorator: TypeAlias = Callable[[Callable[..., Any]], ImplicitSolver]
+class Decorator(Protocol):
+    """Gives a solver a rule."""
+
+    def __call__(self, solver: Callable[P, R], /) -> ImplicitSolver[P, R]:
+        """The solver with derivatives."""
 
 
-def _decorate(
-    solver: Callable[..., Any] | None, condition: Condition, options: Options
-) -> ImplicitSolver | Decorator:
-    def decorate(solver: Callable[..., Any]) -> ImplicitSolver:
-        return ImplicitSolver(solver, condition, **options)
+def _decorate(solver: Callable[..., Any] | None, kind: Kind, options: Options) -> Any:
+    check_options(kind, options, Options)
+
+    def decorate(solver: Callable[P, R], /) -> ImplicitSolver[P, R]:
+        return ImplicitSolver(solver, kind, **options)
 
     return decorate if solver is None else decorate(solver)
 
 
 @overload
-def root(solver: Callable[..., Any], /, **options: Unpack[Options]) -> ImplicitSolver: ...
+def root(solver: Callable[P, R], /, **options: Unpack[Options]) -> ImplicitSolver[P, R]: ...
 @overload
 def root(**options: Unpack[Options]) -> Decorator: ...
 def root(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]) -> Any:
@@ -373,11 +414,11 @@ def root(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]
     >>> print(square_root(4.0), jax.grad(square_root)(4.0))
     2.0 0.25
     """
-    return _decorate(solver, _zero, options)
+    return _decorate(solver, "root", options)
 
 
 @overload
-def argmin(solver: Callable[..., Any], /, **options: Unpack[Options]) -> ImplicitSolver: ...
+def argmin(solver: Callable[P, R], /, **options: Unpack[Options]) -> ImplicitSolver[P, R]: ...
 @overload
 def argmin(**options: Unpack[Options]) -> Decorator: ...
 def argmin(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]) -> Any:
@@ -397,11 +438,11 @@ def argmin(solver: Callable[..., Any] | None = None, /, **options: Unpack[Option
     >>> print(f"{center(0.5):.3f} {jax.grad(center)(0.5):.3f}")  # 3 / (1 + p), -3 / (1 + p)^2
     2.000 -1.333
     """
-    return _decorate(solver, _stationary, options)
+    return _decorate(solver, "argmin", options)
 
 
 @overload
-def fixed_point(solver: Callable[..., Any], /, **options: Unpack[Options]) -> ImplicitSolver: ...
+def fixed_point(solver: Callable[P, R], /, **options: Unpack[Options]) -> ImplicitSolver[P, R]: ...
 @overload
 def fixed_point(**options: Unpack[Options]) -> Decorator: ...
 def fixed_point(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]) -> Any:
@@ -419,4 +460,4 @@ def fixed_point(solver: Callable[..., Any] | None = None, /, **options: Unpack[O
     >>> print(f"{kepler(0.1):.4f} {jax.grad(kepler)(0.1):.4f}")  # sin E / (1 - e cos E)
     1.0886 0.9291
     """
-    return _decorate(solver, _unchanged, options)
+    return _decorate(solver, "fixed_point", options)

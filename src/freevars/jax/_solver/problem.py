@@ -24,7 +24,7 @@ class Problem(NamedTuple):
     Its leaves are arrays; what is no array among the extra arguments is sealed into the structure.
     """
 
-    fun: Closure[Any]
+    fun: Closure[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
@@ -63,7 +63,7 @@ class Problem(NamedTuple):
         return out[0] if has_aux else out
 
 
-def _with_kwargs(closure: Closure[Any], x: Any, *args: Any, **kwargs: Any) -> Any:
+def _with_kwargs(closure: Closure[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
     return closure(x, args, kwargs)
 
 

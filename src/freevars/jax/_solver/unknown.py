@@ -1,0 +1,58 @@
+"""Unknowns: what a solver starts from and returns, as arrays of definite dtypes.
+
+Not here: the vector that a linear system is solved for (`ravel`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import tree_util
+
+from freevars.jax import _compat
+from freevars.jax._convert.arguments import ArgSpec, mismatch
+
+__all__ = ["as_unknown", "is_array", "like"]
+
+
+def as_unknown(x0: Any, name: str) -> Any:
+    """`x0` as arrays of definite floating or complex dtypes."""
+
+    def convert(path: Any, leaf: Any) -> Any:
+        where = f"{name}: x0{tree_util.keystr(path)}"
+        if not _compat.is_array(leaf):
+            msg = f"{where} is {leaf!r}; an unknown is a floating or complex array or number."
+            raise TypeError(msg)
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            msg = (
+                f"{where} has dtype {dtype}; an unknown is floating or complex, or the solution"
+                " could not have a derivative. Start from a float, 1.0 for 1."
+            )
+            raise TypeError(msg)
+        return jnp.asarray(leaf, dtype=dtype)
+
+    return tree_util.tree_map_with_path(convert, x0)
+
+
+def like(x: Any, x0: Any, name: str) -> Any:
+    """`x`, if it is of the structure and types of `x0`; `name` is what an error calls it."""
+    arrays, tree = tree_util.tree_flatten(x0)
+    types = [_compat.example_type(a) for a in arrays]
+    leaves, got = tree_util.tree_flatten(x)
+    alike = got == tree and all(map(_compat.is_array, leaves))
+    if not (alike and [_compat.example_type(leaf) for leaf in leaves] == types):
+        spec = ArgSpec(tree, tuple(types), ())
+        hint = " A solver returns an x of the structure, shapes and dtypes of its x0."
+        error = mismatch(spec, x, name=name, weak_matters=False, hint=hint)
+        if error is not None:
+            raise error
+    return jax.tree.map(lambda a, b: jnp.asarray(a, dtype=b.dtype), x, x0)
+
+
+def is_array(x: Any) -> bool:
+    """Whether an option is an array: anything else is part of the program."""
+    return isinstance(x, (_compat.Array, np.ndarray, _compat.Tracer)) and _compat.is_array(x)
