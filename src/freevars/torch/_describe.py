@@ -24,6 +24,7 @@ from freevars._names.search import (
     name_values,
 )
 from freevars.report import CapturedValue, ReadSite, captured_by, read_site
+from freevars.report._reads import Line
 from freevars.torch import _compat
 
 __all__ = [
@@ -37,8 +38,6 @@ __all__ = [
     "names_of",
     "reachable",
 ]
-
-Line = tuple[str, int]  # file and number
 
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 _GENERATED = ("<frozen", "<eval_with_key>")  # by Python and by torch.fx

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -19,7 +19,8 @@ from torch import Tensor
 from freevars._names.search import function_name
 from freevars.errors import CaptureError
 from freevars.report import CapturedValue, CaptureReport
-from freevars.report._source import ReadSite, read_site, source_of
+from freevars.report._reads import Line, Reads
+from freevars.report._source import read_site, source_of
 from freevars.torch._convert.convert import (
     Converted,
     Hoist,
@@ -30,7 +31,7 @@ from freevars.torch._convert.convert import (
     policy_of,
 )
 from freevars.torch._convert.discovery import DiscoveryMode
-from freevars.torch._describe import Line, captured_value, line_of_caller, names_of
+from freevars.torch._describe import captured_value, line_of_caller, names_of
 from freevars.torch._hooks import resolve
 
 __all__ = ["report_of_converted", "report_of_function"]
@@ -63,7 +64,7 @@ def report_of_converted(
         again = _run_again(fun, example, hoist, rng)
     known = {id(f.tensor): f.reads for f in again}
     found = [
-        _Found(t, known.get(id(t), _Reads.first(line)), hoisted=True, policy=rule)
+        _Found(t, known.get(id(t), _first_read(line)), hoisted=True, policy=rule)
         for t, line in zip(captured, converted.first_reads, strict=True)
     ]
     constants = [f for f in again if not f.hoisted]
@@ -71,6 +72,11 @@ def report_of_converted(
         return _report(fun, [*found, *constants], lambda t: t)
     given = {id(t): value for t, value in zip(captured, values, strict=True)}
     return _report(fun, [*found, *constants], lambda t: given.get(id(t), t))
+
+
+def _first_read(line: Line | None) -> Reads:
+    """All that a conversion notes."""
+    return Reads() if line is None else Reads(1, {line: None})
 
 
 def _run_again(
@@ -99,7 +105,7 @@ def _report(
                 hoisted=f.hoisted,
                 policy=f.policy,
                 reads=f.reads.count,
-                sites=f.reads.sites(),
+                sites=f.reads.lines(),
             )
         )
     source = source_of(fun)
@@ -113,32 +119,11 @@ def _report(
 
 
 @dataclass
-class _Reads:
-    """How many operations read one tensor, and the lines that do, each once, in order."""
-
-    count: int = 0
-    lines: dict[Line, None] = field(default_factory=dict)
-
-    @classmethod
-    def first(cls, line: Line | None) -> _Reads:
-        """All that a conversion notes."""
-        return cls() if line is None else cls(1, {line: None})
-
-    def add(self, line: Line | None) -> None:
-        self.count += 1
-        if line is not None:
-            self.lines[line] = None
-
-    def sites(self) -> tuple[ReadSite, ...]:
-        return tuple(read_site(*line) for line in self.lines)
-
-
-@dataclass
 class _Found:
     """One captured tensor, how often it was read, and what becomes of it."""
 
     tensor: Tensor
-    reads: _Reads
+    reads: Reads
     hoisted: bool = False
     policy: str = ""
 
@@ -148,7 +133,7 @@ class _Recorder(DiscoveryMode):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.reads: dict[int, _Reads] = {}
+        self.reads: dict[int, Reads] = {}
         self.below_api: set[int] = set()
         self._operation: set[int] | None = set()  # what the running operation has read
 
@@ -177,7 +162,7 @@ class _Recorder(DiscoveryMode):
         if operation is None or id(t) in operation:
             return
         operation.add(id(t))
-        self.reads.setdefault(id(t), _Reads()).add(line_of_caller())
+        self.reads.setdefault(id(t), Reads()).add(line_of_caller())
 
     def replace(self, value: Any) -> Any:
         """What the hooks of torch.func transforms read: an operation of its own."""
@@ -219,7 +204,7 @@ def _run(fun: Callable[..., Any], example: tuple[Any, ...], hoist: Hoist, rng: R
     recorder.drop_unheld()
     found = []
     for t in recorder.captured.values():
-        reads = recorder.reads.get(id(t), _Reads())
+        reads = recorder.reads.get(id(t), Reads())
         if t.is_nested and policy(t):
             found.append(_Found(t, reads, policy="refused: a nested tensor"))
         elif id(t) in recorder.below_api:

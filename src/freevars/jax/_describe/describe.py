@@ -15,9 +15,10 @@ import numpy as np
 from freevars._names.search import Name, name_values
 from freevars.jax import _compat
 from freevars.jax._describe import tracers
-from freevars.jax._describe.reads import Reads, reads_of
+from freevars.jax._describe.reads import reads_of
 from freevars.jax._describe.tracers import identity
 from freevars.report import CapturedValue, captured_by, describe
+from freevars.report._reads import Reads
 
 __all__ = ["captured_value", "captured_values", "describe_capture", "names_of"]
 

@@ -6,31 +6,12 @@ inputs are called.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 from freevars.jax import _compat
-from freevars.report._source import ReadSite, read_site
+from freevars.report._reads import Reads
 
-__all__ = ["Reads", "first_read", "reads_of"]
-
-
-@dataclass
-class Reads:
-    """How many operations read one input, and the lines that do, each once, in order."""
-
-    count: int = 0
-    sites: dict[tuple[str, int], None] = field(default_factory=dict)
-
-    def add(self, line: tuple[str, int] | None) -> None:
-        """One more operation, of this line if that is known."""
-        self.count += 1
-        if line is not None:
-            self.sites[line] = None
-
-    def lines(self) -> tuple[ReadSite, ...]:
-        """The lines, with their text."""
-        return tuple(read_site(file, line) for file, line in self.sites)
+__all__ = ["first_read", "reads_of"]
 
 
 def reads_of(jaxpr: Any, count: int) -> list[Reads]:

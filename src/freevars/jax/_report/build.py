@@ -18,9 +18,10 @@ from freevars.jax._convert.hoist import policy_of
 from freevars.jax._convert.jaxpr_key import JaxprKey
 from freevars.jax._convert.program import Program
 from freevars.jax._describe.describe import captured_values
-from freevars.jax._describe.reads import Reads, reads_of
+from freevars.jax._describe.reads import reads_of
 from freevars.jax._describe.tracers import identity
 from freevars.report import CaptureReport
+from freevars.report._reads import Reads
 from freevars.report._source import read_site, source_of
 
 __all__ = ["report_of_function", "report_of_program"]

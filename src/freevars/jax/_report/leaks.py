@@ -21,7 +21,7 @@ from freevars._names.search import function_name
 from freevars.errors import LeakError
 from freevars.jax import _compat
 from freevars.jax._describe.describe import captured_value, names_of
-from freevars.jax._describe.reads import Reads, reads_of
+from freevars.jax._describe.reads import reads_of
 from freevars.jax._report.frames import (
     Candidate,
     Frames,
@@ -32,6 +32,7 @@ from freevars.jax._report.frames import (
     tracers_of,
 )
 from freevars.report import CapturedValue, describe
+from freevars.report._reads import Reads
 from freevars.report._source import ReadSite, read_site, source_of
 
 __all__ = ["explain_leaks"]

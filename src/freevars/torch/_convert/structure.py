@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from freevars._difference import Difference, Node, first_difference
 from freevars.errors import StructureError
 from freevars.torch._compat import pytree
 
@@ -37,25 +38,19 @@ class Structure:
             leaves, spec = pytree.tree_flatten(args)
             if spec != self.spec:
                 raise StructureError(self._differs(args, name))
-        for i, (leaf, x) in enumerate(zip(self._leaves, leaves, strict=True)):
-            if not leaf.fits(x):
-                path = pytree.tree_flatten_with_path(args)[0][i][0]
-                message = f"{name}: {self._path(path)} expected {leaf}, got {self.shown(x)}."
-                raise StructureError(message)
+        if not all(leaf.fits(x) for leaf, x in zip(self._leaves, leaves, strict=True)):
+            raise StructureError(self._differs(args, name))
         return leaves
 
     def _differs(self, args: tuple[Any, ...], name: str) -> str:
-        placeholders = pytree.tree_unflatten(list(range(len(self._leaves))), self.spec)
-        path, expected, got = _first_difference(placeholders, args, "args")
+        expected = pytree.tree_unflatten(self._leaves, self.spec)
+        found = first_difference(expected, args, take_apart=_take_apart, differ=_differ)
+        if found is None:  # such as the order of a dict's keys, or what a node of one's own holds
+            found = Difference("", str(self.spec), str(pytree.tree_structure(args)))
+        path = "args" + found.path
         if self._root is not None:
-            path = self._root + path.removeprefix("args[0]")
-        return f"{name}: {path} expected {expected}, got {got}."
-
-    def _path(self, path: tuple[Any, ...]) -> str:
-        """`args[0]['w']`."""
-        if self._root is not None:
-            return self._root + "".join(str(key) for key in path[1:])
-        return "args" + "".join(str(key) for key in path)
+            path = self._root + found.path.removeprefix("[0]")
+        return f"{name}: {path} expected {found.expected}, got {found.got}."
 
     @staticmethod
     def shown(x: Any) -> str:
@@ -82,7 +77,7 @@ class _Leaf:
             return type(x) is self.kind
         return same(x, self.value)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         if self.nested:
             return "a nested tensor"
         if self.tensor:
@@ -103,26 +98,16 @@ def same(a: Any, b: Any) -> bool:
         return False
 
 
-def _first_difference(expected: Any, got: Any, path: str) -> tuple[str, str, str]:
-    """Walks two trees of different structure to the first node that differs."""
-    if type(expected) is int or isinstance(expected, Tensor):  # a leaf was here
-        return path, "a leaf", f"a {type(got).__name__}"
-    if type(expected) is not type(got):
-        return path, f"a {type(expected).__name__}", f"a {type(got).__name__}"
-    if isinstance(expected, dict):
-        if list(expected) != list(got):
-            return path, f"the keys {list(expected)}", f"{list(got)}"
-        pairs = [(f"{path}[{k!r}]", expected[k], got[k]) for k in expected]
-    elif isinstance(expected, tuple | list):
-        if len(expected) != len(got):
-            return path, f"{len(expected)} values", f"{len(got)}"
-        pairs = [(f"{path}[{i}]", a, b) for i, (a, b) in enumerate(zip(expected, got, strict=True))]
-    else:
-        pairs = []
-    for step, a, b in pairs:
-        if pytree.tree_structure(a) != pytree.tree_structure(b):
-            return _first_difference(a, b, step)
-    return path, str(pytree.tree_structure(expected)), str(pytree.tree_structure(got))
+def _take_apart(x: Any) -> Node | None:
+    """One level of a pytree of PyTorch."""
+    children, _ = pytree.tree_flatten_with_path(x, is_leaf=lambda y: y is not x)
+    if len(children) == 1 and children[0][0] == ():
+        return None
+    return Node(f"a {type(x).__name__}", [("".join(map(str, path)), y) for path, y in children])
+
+
+def _differ(expected: _Leaf, x: Any) -> tuple[str, str] | None:
+    return None if expected.fits(x) else (str(expected), str(_Leaf(x)))
 
 
 def struct_of(tree: Any) -> Any:
