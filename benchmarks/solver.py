@@ -1,5 +1,6 @@
 """Fresh lambdas, fifty in a row, through one jitted Newton solver, against the same solver with the
-captured values threaded by hand. Also: how often the solver was traced.
+captured values threaded by hand; the same with fresh partials of a jitted objective, which are not
+traced again. Also: how often the solver was traced.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from benchmarks._timing import alternate
 
 TITLE = "solver: 50 fresh lambdas through one jitted Newton solver against hand-threaded values"
 TARGET = 5.0
+TARGET_PARTIALS = 1.3
 LAMBDAS = 50
 STEPS = 25
 SAMPLES, FEATURES = 341, 30  # the size of the training problem in examples/hyperparameters.py
@@ -34,6 +36,11 @@ def objective(x: Array, data: Array, labels: Array, penalty: Array) -> Array:
 
 def fresh(penalty: Array) -> Callable[[Array], Array]:
     return lambda x: objective(x, DATA, LABELS, penalty)
+
+
+@jax.jit
+def jitted_objective(data: Array, labels: Array, penalty: Array, x: Array) -> Array:
+    return objective(x, data, labels, penalty)
 
 
 def newton(fun: Callable[[Array], Array], x: Array) -> Array:
@@ -78,7 +85,14 @@ def rows() -> Iterator[Row]:
         for penalty in PENALTIES:
             by_closure(fv.Closure(fresh(penalty), X0), X0).block_until_ready()
 
+    def all_by_partial() -> None:
+        for penalty in PENALTIES:
+            fun = partial(jitted_objective, DATA, LABELS, penalty)
+            by_closure(fv.Closure(fun, X0), X0).block_until_ready()
+
     ours = alternate(all_by_hand, all_by_closure)
+    traces_of_lambdas = traces
+    partials = alternate(all_by_hand, all_by_partial)
     # One lambda shows what a peer costs; fifty would take minutes.
     one_by_hand = lambda: by_hand(X0, DATA, LABELS, PENALTIES[0]).block_until_ready()  # noqa: E731
     others = peers()
@@ -91,4 +105,12 @@ def rows() -> Iterator[Row]:
         target=TARGET,
         peers=tuple(zip(others, theirs.ratios[1:], strict=True)),
     )
-    yield Row(case="traces of the solver", baseline="1", ours=str(traces), figure=traces, target=1)
+    yield Row(
+        case=f"{LAMBDAS} fresh partials of a jitted objective",
+        baseline=seconds(partials.seconds[0]),
+        ours=seconds(partials.seconds[1]),
+        figure=partials.ratios[1],
+        target=TARGET_PARTIALS,
+    )
+    for name, count in (("lambdas", traces_of_lambdas), ("partials", traces - traces_of_lambdas)):
+        yield Row(f"traces of the solver for the {name}", count, 1, baseline="1", ours=str(count))

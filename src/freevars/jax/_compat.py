@@ -63,8 +63,10 @@ __all__ = [
 
 # What `jax.extend.core` offers in public. To import that imports Pallas and MLIR with it, which
 # takes twice as long as all of this library; `tests/jax/test_compat.py` holds the two together.
-ClosedJaxpr: Any = _core.ClosedJaxpr
 Jaxpr: Any = _core.Jaxpr
+# Until JAX 0.11 it paired a Jaxpr with its constants; since 0.12 a Jaxpr holds them itself and the
+# two names, in public, are one class.
+ClosedJaxpr: Any = getattr(_core, "ClosedJaxpr", Jaxpr)
 Literal: Any = _core.Literal
 Var: Any = _core.Var
 jaxpr_as_fun: Any = _core.jaxpr_as_fun
@@ -73,8 +75,6 @@ Array = jax.Array
 Tracer = jax.core.Tracer
 Eqn: TypeAlias = Any  # jax.extend.core.JaxprEqn carries no types of its own
 
-# Until JAX 0.11 a ClosedJaxpr paired a Jaxpr with its constants; since 0.12 a Jaxpr holds them
-# itself and the two names are one class.
 JAXPR_TYPES = tuple({Jaxpr, ClosedJaxpr})
 
 
@@ -502,6 +502,14 @@ def captured_tracers(jitted: Any, *args: Any) -> list[Any]:
     """The traced values that a jitted function captures. JAX makes them operands of the call, and
     tells so nowhere in public."""
     return [x for x in jitted.trace(*args)._consts if isinstance(x, Tracer)]  # noqa: SLF001
+
+
+def traced_program(traced: Any) -> Any:
+    """The program of `jax.jit(f).trace(...)`, or None where it captures traced values: JAX makes
+    these operands of the call (see `captured_tracers`), and traces `f` again in the next trace."""
+    if any(isinstance(x, Tracer) for x in traced._consts):  # noqa: SLF001
+        return None
+    return traced.jaxpr
 
 
 def is_symbolic_zero(x: Any) -> bool:

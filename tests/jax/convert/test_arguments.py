@@ -367,9 +367,9 @@ def test_the_weakness_of_an_array_is_no_difference() -> None:
 def test_strict_promotion_refuses_in_a_conversion_what_it_refuses_under_jit() -> None:
     fun = lambda x: x * W.astype(jnp.bfloat16)
     with jax.numpy_dtype_promotion("strict"):
-        with pytest.raises(jax.dtypes.TypePromotionError):
+        with pytest.raises(ValueError, match="strict"):
             jax.jit(fun)(X)
-        with pytest.raises(jax.dtypes.TypePromotionError):
+        with pytest.raises(ValueError, match="strict"):
             fv.Closure(fun, X)
 
 

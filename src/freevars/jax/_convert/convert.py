@@ -4,8 +4,9 @@ outside.
 JAX traces the function to a program; whatever came in by another way than the arguments is a
 constant of that program, however it was reached. The steps from there are each in a file of their
 own: bring nested constants up (`lambda_lift`), drop what nothing needs, and give the rest a key
-(`jaxpr_key`) under which the program is shared (`program`). Nothing is remembered from one
-conversion to the next, so nothing goes stale and nothing is kept.
+(`jaxpr_key`) under which the program is shared (`program`). What JAX itself has traced is not
+traced again (`from_jit`). Nothing else is remembered from one conversion to the next, so nothing
+goes stale and nothing is kept.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from freevars._contract import Hoist, check_callable
 from freevars.errors import CaptureError, StructureError
 from freevars.jax import _compat
 from freevars.jax._convert.arguments import ArgSpec, describe, insert, partition
+from freevars.jax._convert.from_jit import JittedCall
 from freevars.jax._convert.hoist import policy_of
 from freevars.jax._convert.jaxpr_key import JaxprKey
 from freevars.jax._convert.lambda_lift import lambda_lift
@@ -78,6 +80,10 @@ def _statics(leaves: Sequence[tuple[int, Any]]) -> tuple[tuple[int, Static], ...
 
 def convert(fun: Callable[..., Any], example_args: Sequence[Any]) -> Conversion:
     """Trace `fun`, and share the program with every other function that computes the same."""
+    call = JittedCall.of(fun, example_args)
+    known = None if call is None else call.known()
+    if known is not None:
+        return Conversion(*known)
     jaxpr, values, inputs, outputs = trace(fun, example_args)
     _refuse_refs(fun, jaxpr, values)
     jaxpr_key = JaxprKey(jaxpr)
@@ -100,6 +106,8 @@ def convert(fun: Callable[..., Any], example_args: Sequence[Any]) -> Conversion:
         lambda: Program(jaxpr, fixed, value_types, inputs, outputs, _name(fun)),
         keep=not jaxpr_key.foreign and inputs.is_plain and outputs.is_plain,
     )
+    if call is not None:
+        call.keep(program, values)
     return Conversion(program, tuple(values))
 
 
