@@ -654,9 +654,9 @@ def test_randomness_is_left_as_it_was() -> None:
 
 
 def test_bad_input() -> None:
-    with pytest.raises(StructureError, match="expected a function"):
+    with pytest.raises(TypeError, match="needs a callable, got int: 3"):
         fv.captures(3, X)  # type: ignore[arg-type]
-    with pytest.raises(StructureError, match="hoist="):
+    with pytest.raises(ValueError, match="hoist: expected"):
         fv.captures(lambda x: x, X, hoist="some")  # type: ignore[arg-type]
     assert fv.captures(lambda x: x, X).values == ()
     assert str(fv.captures(lambda x: x, X)).endswith("captures nothing")

@@ -10,19 +10,23 @@ except ImportError as error:  # pragma: no cover (tested in a process of its own
 from freevars.errors import (
     CaptureError,
     FreevarsError,
+    LeakError,
     NotASolutionError,
     SingularError,
     StructureError,
 )
 from freevars.torch._captures import captures
 from freevars.torch._closure import Closure
-from freevars.torch._convert.convert import closure_convert
-from freevars.torch._rules.rules import argmin, fixed_point, root
+from freevars.torch._convert.convert import Converted, closure_convert
+from freevars.torch._rules.rules import ImplicitSolver, argmin, fixed_point, root
 
 __all__ = [
     "CaptureError",
     "Closure",
+    "Converted",
     "FreevarsError",
+    "ImplicitSolver",
+    "LeakError",
     "NotASolutionError",
     "SingularError",
     "StructureError",

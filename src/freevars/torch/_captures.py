@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from freevars._contract import Hoist
 from freevars.report import CaptureReport
 from freevars.torch._closure import Closure
-from freevars.torch._convert.convert import Hoist, Rng
+from freevars.torch._convert.convert import Rng
 from freevars.torch._report import report_of_function
 
 __all__ = ["captures"]
@@ -40,7 +41,8 @@ def captures(
         CaptureError: `fun` writes in place to a captured tensor, to its argument or to a running
             statistic, calls `.backward()`, draws random numbers under `rng="error"`, uses a
             higher-order operator, or hides a captured tensor in what it returns.
-        StructureError: `fun` is not callable, or an option is none of those known.
+        TypeError: `fun` is not callable.
+        ValueError: `hoist` or `rng` is none of those that there are.
 
     Example:
         >>> import torch

@@ -8,15 +8,16 @@ Not here: finding the captured tensors (`convert.py`).
 
 import importlib.util
 from collections.abc import Callable, Iterable
-from typing import Any, Self
+from typing import Any, Generic, ParamSpec, Self, TypeVar
 
 import torch
 from torch import Tensor
 
+from freevars._contract import Hoist, by_position
 from freevars.report import CaptureReport
 from freevars.torch._compat import pytree
 from freevars.torch._convert.convert import closure_convert
-from freevars.torch._convert.converted import Converted, Hoist, Rng, as_leaf
+from freevars.torch._convert.converted import Converted, Rng, as_leaf
 from freevars.torch._convert.places import Search
 from freevars.torch._describe import function_name
 from freevars.torch._hooks import install_hooks
@@ -24,8 +25,11 @@ from freevars.torch._report import report_of_converted
 
 __all__ = ["Closure"]
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
-class Closure:
+
+class Closure(Generic[P, R]):
     """A function together with the tensors it captured, as one differentiable value.
 
     Calling it equals calling the function, and every torch.func transform takes it as an
@@ -39,6 +43,13 @@ class Closure:
         hoist: which captured tensors become leaves. By default every one of floating or complex
             type, so that a plain tensor can be differentiated too; else as for `closure_convert`.
         rng: as for `closure_convert`.
+
+    Attributes:
+        values: the captured tensors that are leaves, in order of first use.
+        constants: those that are not, because `hoist` leaves them out.
+        captures: a report of what is captured, by name (`freevars.report.CaptureReport`).
+        in_struct: the example arguments with a shape and dtype in place of each tensor.
+        out_struct: the same for the result.
 
     Raises:
         CaptureError, StructureError: as `closure_convert` does.
@@ -54,12 +65,13 @@ class Closure:
 
     def __init__(
         self,
-        fun: Callable[..., Any],
+        fun: Callable[P, R],
         *example_args: Any,
         hoist: Hoist = "floating",
         rng: Rng = "allow",
     ) -> None:
-        self._converted, self._values = closure_convert(fun, *example_args, hoist=hoist, rng=rng)
+        self._converted, values = closure_convert(fun, *example_args, hoist=hoist, rng=rng)
+        self._values = tuple(values)
         self._converted.origin = (example_args, hoist, rng)
         self._is_mapped = False
 
@@ -77,7 +89,7 @@ class Closure:
         return new
 
     @classmethod
-    def _of(cls, converted: Converted, values: Iterable[Any]) -> Self:
+    def _of(cls, converted: Any, values: Iterable[Any]) -> Self:
         new = object.__new__(cls)
         new._converted = converted
         new._values = tuple(values)
@@ -88,6 +100,11 @@ class Closure:
     def values(self) -> tuple[Tensor, ...]:
         """The captured tensors, in order of first use: what the leaves of this pytree are."""
         return self._values
+
+    @property
+    def constants(self) -> tuple[Tensor, ...]:
+        """The captured tensors that are no leaves, because `hoist` leaves them out."""
+        return self._converted.constants
 
     @property
     def captures(self) -> CaptureReport:
@@ -111,7 +128,9 @@ class Closure:
         """What the example run returned, with a shape and dtype in place of each tensor."""
         return self._converted.out_struct
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        if kwargs:
+            raise by_position(repr(self), kwargs)
         return self._converted(*args, *self._values)
 
     def __reduce__(self) -> Any:
@@ -123,22 +142,25 @@ class Closure:
 
 
 def _restore(
-    cls: type[Closure], converted: Converted, values: tuple[Any, ...], state: dict[str, Any]
-) -> Closure:
+    cls: type[Closure[..., Any]],
+    converted: Converted[..., Any],
+    values: tuple[Any, ...],
+    state: dict[str, Any],
+) -> Closure[..., Any]:
     new = cls._of(converted, values)
     vars(new).update(state)
     return new
 
 
-def _flatten(f: Closure) -> tuple[list[Any], Converted]:
+def _flatten(f: Closure[..., Any]) -> tuple[list[Any], Converted[..., Any]]:
     return list(f.values), f._converted  # noqa: SLF001 (of this file)
 
 
-def _unflatten(values: Iterable[Any], converted: Converted) -> Closure:
+def _unflatten(values: Iterable[Any], converted: Converted[..., Any]) -> Closure[..., Any]:
     return Closure._of(converted, values)  # noqa: SLF001
 
 
-def _flatten_with_keys(f: Closure) -> tuple[list[tuple[Any, Any]], Converted]:
+def _flatten_with_keys(f: Closure[..., Any]) -> tuple[list[tuple[Any, Any]], Converted[..., Any]]:
     values, converted = _flatten(f)
     return [(pytree.SequenceKey(i), v) for i, v in enumerate(values)], converted
 
@@ -153,7 +175,7 @@ _register(
 )
 
 
-def _optree_unflatten(converted: Converted, values: Iterable[Any]) -> Closure:
+def _optree_unflatten(converted: Converted[..., Any], values: Iterable[Any]) -> Closure[..., Any]:
     return _unflatten(values, converted)
 
 

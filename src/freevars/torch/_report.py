@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from freevars._contract import Hoist, policy_name
 from freevars._names.search import function_name
 from freevars.errors import CaptureError
 from freevars.report import CapturedValue, CaptureReport
@@ -23,7 +24,6 @@ from freevars.report._reads import Line, Reads
 from freevars.report._source import read_site, source_of
 from freevars.torch._convert.convert import (
     Converted,
-    Hoist,
     Rng,
     differentiable,
     discover,
@@ -51,7 +51,7 @@ def _look(
 
 
 def report_of_converted(
-    converted: Converted, values: Sequence[Tensor] | None = None
+    converted: Converted[..., Any], values: Sequence[Tensor] | None = None
 ) -> CaptureReport:
     """What a converted function captured; `values` are those that stand for the captured ones now,
     if these are others."""
@@ -60,7 +60,7 @@ def report_of_converted(
     again: list[_Found] = []
     if converted.origin is not None:
         example, hoist, rng = converted.origin
-        rule = _name_of(hoist)
+        rule = policy_name(hoist)
         again = _run_again(fun, example, hoist, rng)
     known = {id(f.tensor): f.reads for f in again}
     found = [
@@ -194,10 +194,6 @@ class _Recorder(DiscoveryMode):
                 self._count(t)
 
 
-def _name_of(hoist: Hoist) -> str:
-    return hoist if isinstance(hoist, str) else function_name(hoist)
-
-
 def _run(fun: Callable[..., Any], example: tuple[Any, ...], hoist: Hoist, rng: Rng) -> list[_Found]:
     policy = policy_of(hoist)
     recorder = discover(fun, example, policy, rng, _Recorder)[0]
@@ -210,7 +206,7 @@ def _run(fun: Callable[..., Any], example: tuple[Any, ...], hoist: Hoist, rng: R
         elif id(t) in recorder.below_api:
             found.append(_Found(t, reads, policy="refused: read below PyTorch's Python API"))
         elif policy(t):
-            found.append(_Found(t, reads, hoisted=True, policy=_name_of(hoist)))
+            found.append(_Found(t, reads, hoisted=True, policy=policy_name(hoist)))
         elif differentiable(t):
             found.append(_Found(t, reads, policy="constant: declared by hoist"))
         else:

@@ -711,7 +711,7 @@ def test_nothing_is_retained() -> None:
 
 def test_functions_without_captures_and_without_arguments() -> None:
     converted, hoisted = closure_convert(lambda x: x * 2, fresh(3))
-    assert hoisted == ()
+    assert hoisted == []
     x = fresh(3)
     same(converted(x), x * 2)
     w = fresh(3)

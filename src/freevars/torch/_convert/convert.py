@@ -9,17 +9,17 @@ here: the conversion as one value (`_closure.py`).
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from freevars.errors import StructureError
+from freevars._contract import Hoist, check_callable, hoist_policy
 from freevars.torch import _compat, _hooks
 from freevars.torch._compat import pytree
 from freevars.torch._convert import operators
 from freevars.torch._convert.autograd_graph import check_autograd_graph
-from freevars.torch._convert.converted import Converted, Hoist, Rng, outputs_of, refuse_hidden
+from freevars.torch._convert.converted import Converted, Rng, outputs_of, refuse_hidden
 from freevars.torch._convert.discovery import DiscoveryMode
 from freevars.torch._convert.places import Search
 from freevars.torch._convert.structure import Structure, struct_of
@@ -27,7 +27,6 @@ from freevars.torch._hooks import resolve
 
 __all__ = [
     "Converted",
-    "Hoist",
     "Rng",
     "closure_convert",
     "differentiable",
@@ -38,11 +37,13 @@ __all__ = [
 
 D = TypeVar("D", bound=DiscoveryMode)
 F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def closure_convert(
-    fun: Callable[..., Any], *example_args: Any, hoist: Hoist = "differentiable", rng: Rng = "allow"
-) -> tuple["Converted", tuple[Tensor, ...]]:
+    fun: Callable[P, R], *example_args: Any, hoist: Hoist = "differentiable", rng: Rng = "allow"
+) -> tuple[Converted[P, R], list[Tensor]]:
     """Makes the tensors that `fun` reads from outside explicit arguments.
 
     ``converted(*args, *hoisted)`` equals ``fun(*args)``, in value and in derivatives of any
@@ -56,7 +57,8 @@ def closure_convert(
         *example_args: any pytree of tensors, numbers and other values.
         hoist: `"differentiable"` hoists the tensors that a derivative could flow into now (they
             require grad, a torch.func transform wraps them, or they carry a forward-mode
-            tangent); `"floating"` also every tensor of floating or complex type; `"all"` every
+            tangent), and so does `"traced"`, as nothing tells the two apart in PyTorch;
+            `"floating"` also every tensor of floating or complex type; `"all"` every
             tensor read; or a function that decides for each tensor. A differentiable tensor that
             it leaves out is a declared constant.
         rng: `"allow"` lets `fun` draw random numbers afresh at each call; `"replay"` gives every
@@ -64,7 +66,7 @@ def closure_convert(
             generators as they were.
 
     Returns:
-        `converted` and the tuple of hoisted values, each captured tensor once, in order of first
+        `converted` and the list of hoisted values, each captured tensor once, in order of first
         use.
 
     Raises:
@@ -85,17 +87,17 @@ def closure_convert(
         >>> converted(torch.ones(2), torch.tensor([5.0, 7.0]))
         tensor(12.)
     """
-    return outside_compiler(_convert, fun, rng)(fun, example_args, hoist, rng)
+    converted: Any
+    converted, hoisted = outside_compiler(_convert, fun, rng)(fun, example_args, hoist, rng)
+    return converted, list(hoisted)
 
 
 def outside_compiler(run: F, fun: Callable[..., Any], rng: Rng) -> F:
     """`run`, which calls `fun` under a watch, as it must be called; checks both arguments."""
-    if not callable(fun):
-        message = f"expected a function to convert, got {type(fun).__name__}."
-        raise StructureError(message)
+    check_callable(fun)
     if rng not in {"allow", "error", "replay"}:
-        message = f"expected rng='allow', rng='error' or rng='replay', got {rng!r}."
-        raise StructureError(message)
+        message = f'rng: expected "allow", "error" or "replay", got {rng!r}.'
+        raise ValueError(message)
     _hooks.install_hooks()
     chosen: F = _compat.eagerly(run) if _compat.compiling() else run
     return chosen
@@ -103,17 +105,8 @@ def outside_compiler(run: F, fun: Callable[..., Any], rng: Rng) -> F:
 
 def policy_of(hoist: Hoist) -> Callable[[Tensor], bool]:
     """Whether a captured tensor is hoisted."""
-    if hoist == "differentiable":
-        return differentiable
-    if hoist == "floating":
-        return lambda t: t.is_floating_point() or t.is_complex() or differentiable(t)
-    if hoist == "all":
-        return lambda _: True
-    if callable(hoist):
-        return lambda t: bool(hoist(resolve(t)))
-    expected = "hoist='differentiable', 'floating', 'all' or a function of a tensor"
-    message = f"expected {expected}, got {hoist!r}."
-    raise StructureError(message)
+    policy = hoist_policy(hoist, _NAMED)
+    return (lambda t: bool(policy(resolve(t)))) if policy is hoist else policy
 
 
 def differentiable(t: Tensor) -> bool:
@@ -124,9 +117,19 @@ def differentiable(t: Tensor) -> bool:
     return given is not t or operators.may_carry_derivative(given)
 
 
+_NAMED: dict[str, Callable[[Tensor], bool]] = {
+    "differentiable": differentiable,
+    # What a transform wraps can be told from what it differentiates for floating types alone, and
+    # of these it may differentiate all.
+    "traced": differentiable,
+    "floating": lambda t: t.is_floating_point() or t.is_complex() or differentiable(t),
+    "all": lambda _: True,
+}
+
+
 def _convert(
     fun: Callable[..., Any], example: tuple[Any, ...], hoist: Hoist, rng: Rng
-) -> tuple["Converted", tuple[Tensor, ...]]:
+) -> tuple[Converted[..., Any], tuple[Tensor, ...]]:
     structure = Structure(example)
     policy = policy_of(hoist)
     search = Search(fun)  # before the run, which may put its own tensors into the places
@@ -147,7 +150,7 @@ def _convert(
     replay = None
     if rng == "replay" and discovery.drew is not None:
         replay = (state, tuple(discovery.generators.values()))
-    converted = Converted(
+    converted: Converted[..., Any] = Converted(
         fun,
         structure,
         search,

@@ -14,11 +14,12 @@ import inspect
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+from freevars._contract import Hoist
 from freevars.errors import CaptureError, StructureError
 from freevars.torch import _compat, _hooks
 from freevars.torch._compat import pytree
@@ -35,25 +36,28 @@ from freevars.torch._convert.substitution import (
 from freevars.torch._describe import Line, describe, function_name, reachable
 from freevars.torch._hooks import resolve
 
-__all__ = ["Converted", "Hoist", "Replay", "Rng", "as_leaf", "outputs_of", "refuse_hidden"]
+__all__ = ["Converted", "Replay", "Rng", "as_leaf", "outputs_of", "refuse_hidden"]
 
 Rng = Literal["allow", "error", "replay"]
-Hoist = Literal["differentiable", "floating", "all"] | Callable[[Tensor], bool]
+P = ParamSpec("P")
+R = TypeVar("R")
 Replay = tuple[Tensor, tuple[tuple[torch.Generator, Tensor], ...]]
 
 _SIGNATURE = inspect.Signature([inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)])
 
 
-class Converted:
+class Converted(Generic[P, R]):
     """`fun` with its captured tensors as trailing arguments; made by `closure_convert`.
 
     `hoisted` are the captured tensors as values: what is used where a call gives the arguments of
-    `fun` alone.
+    `fun` alone; `__wrapped__` is `fun` itself.
     """
+
+    __wrapped__: Callable[P, R]
 
     def __init__(
         self,
-        fun: Callable[..., Any],
+        fun: Callable[P, R],
         structure: Structure | None,
         search: Search,
         captured: Sequence[Tensor],
@@ -68,7 +72,7 @@ class Converted:
     ) -> None:
         functools.update_wrapper(self, fun, updated=())
         self.__signature__ = _SIGNATURE  # not that of `fun`: the hoisted values follow
-        self._fun = fun
+        self._fun: Callable[..., Any] = fun
         self._structure = structure
         self._captured = tuple(captured)
         self._keys = tuple(id(t) for t in captured)
@@ -98,6 +102,11 @@ class Converted:
     def __repr__(self) -> str:
         name, n = function_name(self._fun), len(self._keys)
         return f"<{name} with {n} captured values as trailing arguments>"
+
+    @property
+    def constants(self) -> tuple[Tensor, ...]:
+        """The captured tensors that are not hoisted, as far as `fun` still reaches them."""
+        return self._constants
 
     # --- one conversion, and every copy of it, is one structure
 
@@ -144,10 +153,13 @@ class Converted:
 
     # --- calling
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args_and_hoisted: Any) -> R:
+        result: R
         if _compat.compiling():
-            return self._eagerly(*args)
-        return self._call(args)
+            result = self._eagerly(*args_and_hoisted)
+        else:
+            result = self._call(args_and_hoisted)
+        return result
 
     @_compat.eagerly  # type: ignore[untyped-decorator]
     def _eagerly(self, *args: Any) -> Any:
@@ -330,7 +342,7 @@ def _copied(
     declared: Sequence[Place],
     facts: tuple[Any, ...],
     rest: dict[str, Any],
-) -> Converted:
+) -> Converted[..., Any]:
     """A copy: the captured tensors are those that the copy of `fun` keeps in the same places."""
     types, first_reads, origin = facts
     captured = [follow(fun, place) for place in places]
@@ -347,7 +359,9 @@ def _copied(
             raise CaptureError(message)
     search = Search(fun)
     found = [follow(fun, place) for place in declared]
-    copy = Converted(fun, structure, search, captured, declared=found, constants=found, **rest)
+    copy: Converted[..., Any] = Converted(
+        fun, structure, search, captured, declared=found, constants=found, **rest
+    )
     copy.first_reads, copy.origin = first_reads, origin
     return copy
 

@@ -72,7 +72,7 @@ class Problem:
     def __init__(
         self,
         rule: Rule,
-        converted: Converted,
+        converted: Converted[..., Any],
         unknown: Flat,
         bound: inspect.BoundArguments,
         fun_arguments: tuple[tuple[Any, ...], dict[str, Any]],
