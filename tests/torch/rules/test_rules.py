@@ -1,6 +1,8 @@
 """`argmin`, `root`, `fixed_point`: the derivative of a solution, whatever solver found it."""
 
+import copy
 import gc
+import pickle
 import weakref
 from typing import Any
 
@@ -440,12 +442,76 @@ def test_wrong_structures() -> None:
         newton(lambda x: x.sum(), x0)
     with pytest.raises(StructureError, match="x0 expected"):
         newton(lambda x: x, {"n": 3})
-    with pytest.raises(StructureError, match=r"takes .fun, x0, ...."):
+    with pytest.raises(TypeError, match="a function and a starting point"):
         root(lambda fun: fun)
+    with pytest.raises(StructureError, match=r"a solver returns .x, aux."):
+        root(lambda fun, x0: x0, has_aux=True)(lambda x: (x, None), x0)
     with pytest.raises(ValueError, match="on_failure"):
         root(lambda fun, x0: x0, on_failure="ignore")
     with pytest.raises(StructureError, match=r"return .value, aux."):
         root(lambda fun, x0: (x0, None), has_aux=True)(lambda x: x, x0)
+
+
+class Iterate(torch.nn.Module):
+    """A layer that solves by a method of its own, and holds a weight that only the solver reads."""
+
+    def __init__(self, steps: int = 60) -> None:
+        super().__init__()
+        self.steps = steps
+        self.inner = torch.nn.Linear(2, 2, dtype=F64)
+        self.damping = torch.nn.Parameter(torch.tensor(0.9, dtype=F64))
+        with torch.no_grad():
+            self.inner.weight.mul_(0.3)
+        self.held = fixed_point(self.run)
+
+    def run(self, fun: Any, z: Tensor) -> Tensor:
+        for _ in range(self.steps):
+            z = z + self.damping * (fun(z) - z)
+        return z
+
+    solve = fixed_point(run)
+
+    def forward(self, x: Tensor, name: str = "solve") -> Tensor:
+        solve = getattr(self, name)
+        return solve(lambda z: torch.tanh(self.inner(z) + x), torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("name", ["solve", "held"])
+def test_methods(name: str) -> None:
+    torch.manual_seed(1)
+    net, x = Iterate(), torch.tensor([0.3, -0.2], dtype=F64)
+    z = net(x, name)
+    by_x = f.jacrev(lambda x: net(x, name))(x)
+    slope = torch.diag(1 - z.detach() ** 2)
+    close([by_x], [torch.linalg.solve(torch.eye(2) - slope @ net.inner.weight, slope)])
+    z.sum().backward()
+    assert net.inner.weight.grad is not None
+    assert net.damping.grad is None  # how the fixed point is found does not move it
+    net.steps = 0
+    assert not net(x.detach(), name).any()  # read at the call
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize("name", ["solve", "held"])
+def test_copies_of_methods(name: str, copied: Any) -> None:
+    net, x = Iterate(), torch.tensor([0.3, -0.2], dtype=F64)
+    again = copied(net)
+    net.steps = 0
+    again(x, name).sum().backward()
+    assert again.inner.weight.grad is not None
+    assert net.inner.weight.grad is None
+
+
+def test_arguments_have_the_solver_s_names() -> None:
+    @root
+    def halve(equation: Any, start: Tensor, args: Any = None) -> Tensor:
+        assert args == ()
+        return equation(start) * 0 + 2.0 * torch.ones_like(start)
+
+    a, one = fresh().detach().abs().requires_grad_(), torch.ones((), dtype=F64)
+    x = halve(start=one, equation=lambda x: x**2 - 4 * a / a.detach(), args=None)
+    close(torch.autograd.grad(x, a), [1 / a.detach()])
+    close([Iterate.solve(Iterate(), lambda z: z / 2 + 1, one)], [2 * one])
 
 
 def test_errors_of_the_solver_reach_the_caller() -> None:

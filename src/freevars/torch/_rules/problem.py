@@ -5,7 +5,6 @@ hoisted values of `fun`. Not here: the decorators (`rules.py`).
 """
 
 import functools
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from freevars._solvers.signature import SolverCall, SolverSignature
 from freevars.errors import FreevarsError, NotASolutionError, StructureError
 from freevars.torch._compat import pytree
 from freevars.torch._convert.convert import Converted
@@ -74,14 +74,14 @@ class Problem:
         rule: Rule,
         converted: Converted[..., Any],
         unknown: Flat,
-        bound: inspect.BoundArguments,
-        fun_arguments: tuple[tuple[Any, ...], dict[str, Any]],
-        options: dict[str, Any],
+        signature: SolverSignature,
+        call: SolverCall,
     ) -> None:
+        fun_arguments, options = (call.args, call.kwargs), call.options
         self.rule = rule
         self.converted = converted
         self.unknown = unknown
-        self.bound = bound
+        self.signature = signature
         self._callers = caller_leaves(rule.solver, *options.values())
         self._aux: tuple[list[Any], Any] | None = None
         leaves, self._spec = pytree.tree_flatten((fun_arguments, options))
@@ -147,22 +147,17 @@ class Problem:
         def fun(x: Any, *args: Any, **kwargs: Any) -> Any:
             return self.converted(x, args, kwargs, *hoisted)
 
-        given: dict[str, Any] = dict(options)
-        parameters = list(self.bound.signature.parameters.values())
-        for parameter, value in zip(parameters, (fun, self.unknown.unravel(x0)), strict=False):
-            given[parameter.name] = value
-        for parameter in parameters[2:]:
-            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                given[parameter.name] = kwargs
-            elif parameter.kind is inspect.Parameter.VAR_POSITIONAL or (
-                parameter.name == "args" and args
-            ):
-                given[parameter.name] = args
-        call = inspect.BoundArguments(self.bound.signature, given)
+        call = SolverCall(fun, self.unknown.unravel(x0), args, kwargs, options)
         with preserve_grad(self._callers):
-            out = self.rule.solver(*call.args, **call.kwargs)
+            out = self.signature.call(self.rule.solver, call)
         tensors = []
         if self.rule.has_aux:
+            if not (isinstance(out, tuple) and len(out) == 2):  # noqa: PLR2004
+                message = (
+                    f"{self.rule.name}: with has_aux=True a solver returns (x, aux), got "
+                    f"{Structure.shown(out)}."
+                )
+                raise StructureError(message)
             out, aux = out
             tensors = self._take_apart(aux)
         return self.unknown.ravel(out, f"the result of {self.rule.name}"), *tensors

@@ -9,13 +9,25 @@ one call of a solver as a problem (`problem.py`), linear systems (`linear.py`).
 """
 
 import functools
-import inspect
 from collections.abc import Callable
-from typing import Any, TypedDict, Unpack
+from typing import (
+    Any,
+    Concatenate,
+    ParamSpec,
+    Protocol,
+    Self,
+    TypedDict,
+    TypeVar,
+    Unpack,
+    overload,
+)
 
 from torch import Tensor
 
-from freevars.errors import StructureError
+from freevars._contract import check_callable
+from freevars._solvers.decorated import DecoratedSolver
+from freevars._solvers.options import check_options
+from freevars._solvers.signature import SolverCall
 from freevars.torch import _compat
 from freevars.torch._compat import pytree
 from freevars.torch._convert.convert import closure_convert
@@ -25,77 +37,12 @@ from freevars.torch._rules.linear import LinearSolve
 from freevars.torch._rules.problem import Kind, OnFailure, Problem, Rule
 from freevars.torch._rules.ravel import Flat
 
-__all__ = ["argmin", "fixed_point", "root"]
+__all__ = ["ImplicitSolver", "argmin", "fixed_point", "root"]
 
-Solver = Callable[..., Any]
-
-
-class ImplicitSolver:
-    """A solver with a derivative rule; made by `argmin`, `root` and `fixed_point`."""
-
-    def __init__(self, kind: Kind, solver: Solver, options: "Options") -> None:
-        functools.update_wrapper(self, solver, updated=())
-        unknown = set(options) - set(Options.__annotations__)
-        if unknown:
-            known = ", ".join(Options.__annotations__)
-            message = f"{kind}: expected the options {known}, got {', '.join(sorted(unknown))}."
-            raise TypeError(message)
-        self._rule = Rule(kind, solver, function_name(solver), **options)
-        self._signature = inspect.signature(solver)
-        if len(self._signature.parameters) < len(("fun", "x0")):
-            got = f"{function_name(solver)}{self._signature}"
-            message = f"expected a solver that takes (fun, x0, ...), got {got}."
-            raise StructureError(message)
-
-    def __repr__(self) -> str:
-        return f"<{self._rule.name} with the derivative rule of {self._rule.kind}>"
-
-    def __call__(self, fun: Callable[..., Any], x0: Any, *args: Any, **kwargs: Any) -> Any:
-        call = self._eagerly if _compat.compiling() else self._call
-        return call(fun, x0, *args, **kwargs)
-
-    @_compat.eagerly  # type: ignore[untyped-decorator]
-    def _eagerly(self, *args: Any, **kwargs: Any) -> Any:
-        return self._call(*args, **kwargs)
-
-    def _call(self, fun: Callable[..., Any], x0: Any, *args: Any, **kwargs: Any) -> Any:
-        bound = self._signature.bind(fun, x0, *args, **kwargs)
-        fun_args, fun_kwargs, options = _sort_arguments(bound)
-
-        @functools.wraps(fun, updated=())
-        def extended(x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return fun(x, *args, **kwargs)
-
-        flat = Flat(x0)
-        converted, hoisted = closure_convert(extended, x0, fun_args, fun_kwargs)
-        problem = Problem(self._rule, converted, flat, bound, (fun_args, fun_kwargs), options)
-        leaves = pytree.tree_leaves(((fun_args, fun_kwargs), options))
-        given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        v, *aux = implicit(problem, flat.ravel(x0, "x0").detach(), *given, *hoisted)
-        x = flat.unravel(v)
-        return (x, problem.with_aux(aux)) if self._rule.has_aux else x
-
-
-def _sort_arguments(
-    bound: inspect.BoundArguments,
-) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
-    """The extra arguments of `fun`, and the solver's own options.
-
-    What a solver collects in `*args` and `**kwargs`, or takes as a tuple named `args` as scipy's
-    do, it passes on to `fun`; what it names is its own.
-    """
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-    options: dict[str, Any] = {}
-    for name, value in list(bound.arguments.items())[2:]:
-        kind = bound.signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_KEYWORD:
-            kwargs = dict(value)
-        elif kind is inspect.Parameter.VAR_POSITIONAL or name == "args":
-            args = tuple(value) if isinstance(value, tuple | list) else (value,)
-        else:
-            options[name] = value
-    return args, kwargs, options
+P = ParamSpec("P")
+Q = ParamSpec("Q")
+R = TypeVar("R")
+S = TypeVar("S")
 
 
 class Options(TypedDict, total=False):
@@ -107,13 +54,89 @@ class Options(TypedDict, total=False):
     check: bool  # True
 
 
-def _decorator(kind: Kind, solver: Solver | None, options: Options) -> Any:
-    if solver is None:
-        return lambda solver: ImplicitSolver(kind, solver, options)
-    return ImplicitSolver(kind, solver, options)
+class ImplicitSolver(DecoratedSolver[P, R]):
+    """A solver with a derivative rule; made by `argmin`, `root` and `fixed_point`."""
+
+    def __init__(
+        self, solver: Callable[P, R], kind: Kind = "root", /, **options: Unpack[Options]
+    ) -> None:
+        check_options(kind, options, Options)
+        linear_solve = options.get("linear_solve")
+        if linear_solve is not None and (
+            isinstance(linear_solve, type) or not callable(linear_solve)
+        ):
+            message = f"linear_solve: expected None or a function, got {linear_solve!r}."
+            raise TypeError(message)
+        super().__init__(solver, kind, **options)
+
+    def _use(self, solver: Callable[P, R]) -> None:
+        super()._use(solver)
+        _, (kind,), options = self._made_from
+        self._rule = Rule(kind, solver, function_name(solver), **options)
+
+    @overload
+    def __get__(self, instance: None, owner: Any = None, /) -> Self: ...
+    @overload
+    def __get__(
+        self: "ImplicitSolver[Concatenate[Any, Q], S]", instance: object, owner: Any = None, /
+    ) -> "ImplicitSolver[Q, S]": ...
+    def __get__(self, instance: Any, owner: Any = None, /) -> Any:
+        return super().__get__(instance, owner)
+
+    def __repr__(self) -> str:
+        return f"<{self._rule.name} with the derivative rule of {self._rule.kind}>"
+
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        result: R
+        if _compat.compiling():
+            result = self._eagerly(*args, **kwargs)
+        else:
+            result = super().__call__(*args, **kwargs)
+        return result
+
+    @_compat.eagerly  # type: ignore[untyped-decorator]
+    def _eagerly(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs)
+
+    def _solve(self, call: SolverCall) -> Any:
+        fun, x0, fun_args, fun_kwargs, options = call
+        check_callable(fun)
+
+        @functools.wraps(fun, updated=())
+        def extended(x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return fun(x, *args, **kwargs)
+
+        flat = Flat(x0)
+        converted, hoisted = closure_convert(extended, x0, fun_args, fun_kwargs)
+        problem = Problem(self._rule, converted, flat, self._signature, call)
+        leaves = pytree.tree_leaves(((fun_args, fun_kwargs), options))
+        given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        v, *aux = implicit(problem, flat.ravel(x0, "x0").detach(), *given, *hoisted)
+        x = flat.unravel(v)
+        return (x, problem.with_aux(aux)) if self._rule.has_aux else x
 
 
-def argmin(solver: Solver | None = None, /, **options: Unpack[Options]) -> Any:
+class Decorator(Protocol):
+    """Gives a solver a rule."""
+
+    def __call__(self, solver: Callable[P, R], /) -> ImplicitSolver[P, R]:
+        """The solver with derivatives."""
+
+
+def _decorate(solver: Callable[..., Any] | None, kind: Kind, options: Options) -> Any:
+    check_options(kind, options, Options)
+
+    def decorate(solver: Callable[P, R], /) -> ImplicitSolver[P, R]:
+        return ImplicitSolver(solver, kind, **options)
+
+    return decorate if solver is None else decorate(solver)
+
+
+@overload
+def argmin(solver: Callable[P, R], /, **options: Unpack[Options]) -> ImplicitSolver[P, R]: ...
+@overload
+def argmin(**options: Unpack[Options]) -> Decorator: ...
+def argmin(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]) -> Any:
     """Attaches the derivative of a minimiser `x = argmin fun(x, *args)` to a solver.
 
     The decorated solver is called as before and returns what it returned before, now a
@@ -121,8 +144,8 @@ def argmin(solver: Solver | None = None, /, **options: Unpack[Options]) -> Any:
     solver passes on to `fun`: what its signature collects in `*args` and `**kwargs`, or a tuple
     named `args`. To any order, in reverse and forward mode, under every torch.func transform.
     Everything else in its signature is an option of its own and gets no derivative, and neither
-    does `x0`. What the solver itself captures gets none either: the solution does not depend on how
-    it was found.
+    does `x0`. What the solver itself captures gets none either, nor what the object of a method
+    holds, except where `fun` reads it: the solution does not depend on how it was found.
 
     The solver sees tensors without history, so its own use of autograd touches no `.grad` of the
     caller. The `.grad` of a tensor that the solver can reach itself, by an optimizer that it holds,
@@ -167,10 +190,14 @@ def argmin(solver: Solver | None = None, /, **options: Unpack[Options]) -> Any:
         >>> torch.autograd.grad(x, a)
         (tensor(1.),)
     """
-    return _decorator("argmin", solver, options)
+    return _decorate(solver, "argmin", options)
 
 
-def root(solver: Solver | None = None, /, **options: Unpack[Options]) -> Any:
+@overload
+def root(solver: Callable[P, R], /, **options: Unpack[Options]) -> ImplicitSolver[P, R]: ...
+@overload
+def root(**options: Unpack[Options]) -> Decorator: ...
+def root(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]) -> Any:
     """Attaches the derivative of a root, `fun(x, *args) = 0`, to a solver; else as `argmin`.
 
     `fun` returns the structure of `x`.
@@ -187,10 +214,14 @@ def root(solver: Solver | None = None, /, **options: Unpack[Options]) -> Any:
         >>> torch.autograd.grad(newton(lambda x: x**2 - a, torch.tensor(1.0)), a)
         (tensor(0.2500),)
     """
-    return _decorator("root", solver, options)
+    return _decorate(solver, "root", options)
 
 
-def fixed_point(solver: Solver | None = None, /, **options: Unpack[Options]) -> Any:
+@overload
+def fixed_point(solver: Callable[P, R], /, **options: Unpack[Options]) -> ImplicitSolver[P, R]: ...
+@overload
+def fixed_point(**options: Unpack[Options]) -> Decorator: ...
+def fixed_point(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]) -> Any:
     """Attaches the derivative of a fixed point, `x = fun(x, *args)`, to a solver; else as `argmin`.
 
     Example:
@@ -205,4 +236,4 @@ def fixed_point(solver: Solver | None = None, /, **options: Unpack[Options]) -> 
         >>> torch.autograd.grad(iterate(lambda x: x / 2 + a, torch.tensor(0.0)), a)
         (tensor(2.),)
     """
-    return _decorator("fixed_point", solver, options)
+    return _decorate(solver, "fixed_point", options)
