@@ -20,7 +20,8 @@ class FreevarsError(Exception):
 
 class StructureError(FreevarsError, TypeError):
     """A call brought another structure, shape, dtype, static leaf or number of values than the
-    example arguments of the conversion had.
+    example arguments of the conversion had; or a solver or its function returned another than a
+    derivative rule takes, or started from one.
 
     ``captured`` is the position of the captured value that does not fit, if it is one.
     """

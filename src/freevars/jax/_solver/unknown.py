@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import tree_util
 
+from freevars.errors import StructureError
 from freevars.jax import _compat
 from freevars.jax._convert.arguments import ArgSpec, mismatch
 
@@ -25,14 +26,14 @@ def as_unknown(x0: Any, name: str) -> Any:
         where = f"{name}: x0{tree_util.keystr(path)}"
         if not _compat.is_array(leaf):
             msg = f"{where} is {leaf!r}; an unknown is a floating or complex array or number."
-            raise TypeError(msg)
+            raise StructureError(msg)
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.inexact):
             msg = (
                 f"{where} has dtype {dtype}; an unknown is floating or complex, or the solution"
                 " could not have a derivative. Start from a float, 1.0 for 1."
             )
-            raise TypeError(msg)
+            raise StructureError(msg)
         return jnp.asarray(leaf, dtype=dtype)
 
     return tree_util.tree_map_with_path(convert, x0)
