@@ -38,6 +38,7 @@ class DiscoveryMode(CaptureMode):
         self.constants = constants  # whether tensors without derivatives may be hoisted too
         self.hoist = hoist
         self.rng = rng
+        self.level = _compat.transform_level()
         self.drew: str | None = None  # the first random operation
         self.generators: dict[int, tuple[torch.Generator, Tensor]] = {}
         self.captured: dict[int, Tensor] = {}
@@ -70,6 +71,8 @@ class DiscoveryMode(CaptureMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if _hooks.broken:
+            self.refuse_broken()
         if func in operators.METADATA or func == operators.REQUIRES_GRAD:
             return func(*args, **kwargs)
         self._refuse(func, args, kwargs)
@@ -102,7 +105,7 @@ class DiscoveryMode(CaptureMode):
             self.refuse(operators.backward_message(self.fun))
         if _compat.is_higher_order(func):
             self.refuse(operators.higher_order_message(func, self.fun))
-        body = _compat.operator_body(func)
+        body = operators.operator_body(self, func)
         if body is not None:
             operators.refuse_reads_of_operator(self, func, body, self.hoist, self.fun)
         if func in operators.BATCH_STATISTICS:
