@@ -95,6 +95,8 @@ def test_what_is_broken_is_refused_by_name(
     BROKEN[point](monkeypatch)
     w = torch.ones(2, requires_grad=True)
     x = torch.ones(2, requires_grad=True)
+    if point == "checkpointing" and torch.__version__ < "2.13":
+        pytest.skip("an error inside leaves a checkpoint of this PyTorch open")
     needs = NEEDS.get(point)
     message = f"can see {point}, got {torch.__version__}"
     if needs is None:  # every conversion needs it

@@ -25,6 +25,7 @@ __all__ = [
     "is_wrapped",
     "layers",
     "operator_body",
+    "owns_memory",
     "parts",
     "pytree",
     "storage_key",
@@ -221,6 +222,15 @@ def storage_key(t: Tensor) -> int:
     except (NotImplementedError, RuntimeError):  # sparse and other tensors without one storage
         inside = parts(t)
         return storage_key(inside[0]) if inside else id(t)
+
+
+def owns_memory(t: Tensor) -> bool:
+    """Whether PyTorch allocated the memory of `t`, not NumPy or another library."""
+    try:
+        with torch._C.DisableTorchFunction():
+            return bool(t.untyped_storage().resizable())
+    except (NotImplementedError, RuntimeError):
+        return True
 
 
 def in_backward() -> bool:
