@@ -38,8 +38,11 @@ lint: $(READY)
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --quiet --check .
 
+# The library, and what a user's type checker makes of it: mistakes have to be found there.
 types: $(READY)
 	@$(BIN)/mypy --no-error-summary
+	@$(BIN)/mypy --no-error-summary --config-file tests/typing/mypy.ini tests/typing/*.py
+	@$(BIN)/basedpyright --level error -p tests/typing --pythonpath $(BIN)/python
 
 # Every code block that a reader may paste: in docstrings, in the README, in docs/.
 docs: $(READY)
