@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 with (
     warnings.catch_warnings()
 ):  # PyTorch's own: its first forward-mode derivative compiles TorchScript
-    warnings.filterwarnings("ignore", message=".*torch.jit")
+    warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
     import torch._decomp.decompositions_for_jvp
 
 

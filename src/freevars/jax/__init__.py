@@ -18,7 +18,9 @@ from freevars.jax._convert.convert import Converted, closure_convert
 from freevars.jax._host.on_host import HostSolver, on_host, scipy_status
 from freevars.jax._host.oracle import HostFunction
 from freevars.jax._report.leaks import explain_leaks
+from freevars.jax._rules.operator import LinearOperator
 from freevars.jax._rules.rules import ImplicitSolver, argmin, fixed_point, root
+from freevars.jax._rules.truncated import neumann, one_step
 
 __all__ = [
     "CaptureError",
@@ -29,6 +31,7 @@ __all__ = [
     "HostSolver",
     "ImplicitSolver",
     "LeakError",
+    "LinearOperator",
     "NotASolutionError",
     "SingularError",
     "StructureError",
@@ -37,7 +40,9 @@ __all__ = [
     "closure_convert",
     "explain_leaks",
     "fixed_point",
+    "neumann",
     "on_host",
+    "one_step",
     "root",
     "scipy_status",
     "testing",

@@ -30,7 +30,6 @@ from freevars.torch import _compat
 __all__ = [
     "Line",
     "Reachable",
-    "ReadSite",
     "caller",
     "captured_value",
     "describe",

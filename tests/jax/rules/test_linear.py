@@ -8,7 +8,6 @@ import pytest
 
 import freevars.jax as fv
 from freevars.errors import NotASolutionError, SingularError
-from freevars.jax._rules import linear as _linear
 
 TOL = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -18,8 +17,7 @@ LIMIT, N = 8, 40
 
 
 @pytest.fixture(autouse=True)
-def _float64_and_small(monkeypatch):
-    monkeypatch.setattr(_linear, "DIRECT_LIMIT", LIMIT)
+def _float64():
     with jax.enable_x64(True):
         yield
 
@@ -213,12 +211,12 @@ solve_diagonal = lambda fun, x0: x0 - jax.grad(fun)(x0) / DIAGONAL
 
 
 def large_root(**options):
-    solver = fv.root(solve_general, **options)
+    solver = fv.root(solve_general, dense_limit=LIMIT, **options)
     return lambda t: jnp.sum(solver(lambda x: GENERAL @ x - t, jnp.zeros(N)))
 
 
 def large_argmin(**options):
-    solver = fv.argmin(solve_diagonal, **options)
+    solver = fv.argmin(solve_diagonal, dense_limit=LIMIT, **options)
     objective = lambda x, t: x @ (DIAGONAL * x) / 2 - t * jnp.sum(x)
     return lambda t: jnp.sum(solver(lambda x: objective(x, t), jnp.zeros(N)))
 
@@ -264,7 +262,7 @@ def test_a_linear_solver_that_stops_short_is_told(f):
 def test_large_least_squares():
     hole = np.where(np.arange(N) == 5, 0.0, DIAGONAL)
     step = lambda fun, x0: x0 - jnp.where(hole > 0, jax.grad(fun)(x0) / jnp.maximum(hole, 1), 0)
-    solver = fv.argmin(step, on_failure="least_squares")
+    solver = fv.argmin(step, on_failure="least_squares", dense_limit=LIMIT)
     b = 1.0 * (hole > 0)
     f = lambda t: jnp.sum(solver(lambda x: x @ (hole * x) / 2 - t * b @ x, jnp.zeros(N)))
     np.testing.assert_allclose(jax.grad(f)(1.0), np.sum(b / np.maximum(hole, 1)), rtol=1e-9)

@@ -10,11 +10,15 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+import jax
 import jax.numpy as jnp
 
 from freevars.errors import FreevarsError, NotASolutionError, SingularError
+from freevars.jax._rules.coordinates import probe
+from freevars.jax._rules.krylov import combine
+from freevars.jax._rules.linear import LinearSystem
 
-__all__ = ["Diagnostics", "OnFailure", "failure", "least_rcond", "tolerance"]
+__all__ = ["Diagnostics", "OnFailure", "failure", "least_rcond", "measure", "tolerance"]
 
 OnFailure: TypeAlias = Literal["raise", "nan", "least_squares"]
 
@@ -39,6 +43,7 @@ class Diagnostics(NamedTuple):
     not measured."""
 
     good: Any  # bool: nothing below is wrong
+    tol: Any  # what is accepted of `error`
     finite: Any  # bool: x, its optimality and the matrix are finite
     error: Any  # the norm of a Newton step relative to the norm of x, absolute below 1
     rcond: Any  # an estimate of the reciprocal condition number
@@ -47,19 +52,73 @@ class Diagnostics(NamedTuple):
 
     @staticmethod
     def of(
-        n: int, *, finite: Any, error: Any, rcond: Any, residual: Any, asymmetry: Any
+        n: int, *, finite: Any, error: Any, tol: float, rcond: Any, residual: Any, asymmetry: Any
     ) -> Diagnostics:
         """Judge each by the spacing of its own dtype; a NaN is never good."""
-        good = finite & (error <= tolerance(error.dtype)) & (rcond > least_rcond(n, rcond.dtype))
+        good = finite & (error <= tol) & (rcond > least_rcond(n, rcond.dtype))
         good &= residual <= tolerance(residual.dtype)
         good &= asymmetry <= tolerance(asymmetry.dtype)
-        return Diagnostics(good, finite, error, rcond, residual, asymmetry)
+        return Diagnostics(
+            good, jnp.asarray(tol, error.dtype), finite, error, rcond, residual, asymmetry
+        )
+
+
+def measure(system: LinearSystem, eps: float, v: Any, f: Any) -> Diagnostics:
+    """What the system of a derivative tells of it, at x with the optimality f, both in real
+    coordinates; `eps` is the spacing of the dtype of x."""
+    v, f = jax.lax.stop_gradient((v, f))
+    operator, space = system.operator, system.space
+    dtype = jax.tree.leaves(v)[0].dtype if operator.size else jnp.zeros(()).dtype
+    zero, one = jnp.zeros((), dtype), jnp.ones((), dtype)
+    size, rcond, residual, asymmetry, step = zero, one, zero, zero, zero
+    if operator.size and system.exact:
+        # For a random w, |A^-1 w| / |w| is within a factor of about sqrt(n) of |A^-1|.
+        w = probe(v, 0)
+        fixed = jax.lax.stop_gradient
+        if system.matrix is not None:
+            solution, newton = system.apply_inverse([w, f])
+            size = jnp.linalg.norm(system.matrix)
+            step = space.norm(newton)
+        else:
+            u = probe(v, 1)
+            image, other = fixed(operator.matvec(w)), fixed(operator.matvec(u))
+            size = space.norm(image) / space.norm(w)
+            (solution,) = [w] if system.least_squares else system.apply_inverse([w])
+            # Only estimated: a solve of its own would cost as much as the derivative.
+            step = space.norm(f) * space.norm(solution) / space.norm(w)
+            if system.least_squares:
+                step = space.norm(f) / size
+            if system.rests_on_symmetry:
+                scale = space.norm(w) * space.norm(other) + space.norm(u) * space.norm(image)
+                difference = jnp.abs(space.dot(u, image) - space.dot(w, other))
+                # Of a system that is 0, which is symmetric, the quotient is 0 / 1.
+                asymmetry = difference / jnp.where(scale > 0, scale, 1)
+        if not system.least_squares:
+            rcond = space.norm(w) / (space.norm(solution) * size)
+            rcond = jnp.where(jnp.isfinite(rcond), rcond, 0.0)
+            left = combine(-1, w, fixed(operator.matvec(solution)))
+            residual = space.norm(left) / space.norm(w)
+            residual = jnp.where(jnp.isfinite(residual), residual, jnp.inf)
+    elif operator.size:
+        step = space.norm(system.apply_inverse([f])[0])
+    error = step / jnp.maximum(space.norm(v), 1.0) if operator.size else zero
+    largest = space.max(v) + space.max(f) if operator.size else zero
+    found = Diagnostics.of(
+        operator.size,
+        finite=jnp.isfinite(largest) & jnp.isfinite(size),
+        error=error,
+        tol=eps**0.25,
+        rcond=rcond,
+        residual=residual,
+        asymmetry=asymmetry,
+    )
+    return Diagnostics(*map(jax.lax.stop_gradient, found))
 
 
 def failure(diagnostics: Diagnostics, n: int, name: str) -> FreevarsError:
     """The error for diagnostics that is not good."""
     tol = tolerance(diagnostics.residual.dtype)
-    error, rcond, residual, asymmetry = map(float, diagnostics[2:])
+    error, rcond, residual, asymmetry = map(float, diagnostics[3:])
     if not diagnostics.finite:
         return NotASolutionError(
             f"{name}: the solver returned a value that is not finite, or its optimality or the"
@@ -86,6 +145,6 @@ def failure(diagnostics: Diagnostics, n: int, name: str) -> FreevarsError:
     return NotASolutionError(
         f"{name}: the solver did not converge: a Newton step from its result would still move it by"
         f" {error:.1e}, relative to its norm (absolute below norm 1); up to"
-        f" {tolerance(diagnostics.error.dtype):.1e} is accepted."
+        f" {float(diagnostics.tol):.1e} is accepted."
         " Let it run longer, or declare the result good with check=False."
     )

@@ -1,136 +1,315 @@
-"""The linear system of an implicit derivative: which solver, and how its failure shows.
+"""The linear system of an implicit derivative: which method solves it, and how a failure shows.
 
-A small system is written out as a matrix and factorised once, for the solution and its transpose; a
-large one is only ever applied to vectors, by a solver of lineax's. Either way the solve sits in
-`jax.lax.custom_linear_solve`, so that its derivatives of any order and its transpose come from the
-system and not from the steps of a solver. A solver that was told a system is symmetric, and one
-that stops short, give numbers in any case; so what they give is put back into the system. Not here:
-where the system comes from, and what is done about a failure.
+One unknown is a division. A small system on one device is written out as a matrix and factorised
+once, for all right-hand sides and for the transpose. Everything else is only ever applied to
+pytrees as they are: conjugate gradients for a second derivative, BiCGStab(2) otherwise; where these
+stand still, the matrix while it fits, then least squares. A caller's own method takes the place of
+all of that. An exact solve sits in `jax.lax.custom_linear_solve`, so that its derivatives of any
+order and its transpose come from the system and not from the steps of a method. What a method
+returns is put back into the system; what does not solve it is NaN. Not here: the methods
+(`krylov`), where the system comes from (`implicit`), and what is done about a failure.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
-from freevars.jax._rules.diagnostics import tolerance
+from freevars.jax import _compat
+from freevars.jax._rules import krylov
+from freevars.jax._rules.coordinates import Space
+from freevars.jax._rules.krylov import Solution, System
+from freevars.jax._rules.operator import LinearOperator, lineax_module
+from freevars.jax._rules.truncated import Truncated
+from freevars.jax._solver.unknown import like
 
-__all__ = ["DIRECT_LIMIT", "LinearSolve", "System", "check_linear_solve", "prepare"]
+__all__ = ["DENSE_LIMIT", "LinearSolve", "LinearSystem", "Method"]
 
-Vector: TypeAlias = Any  # Float[Array, "n"]
-MatVec: TypeAlias = Callable[[Vector], Vector]
-Solve: TypeAlias = Callable[[Vector], Vector]  # b -> x
-LinearSolve: TypeAlias = Any  # None, a lineax solver, or a callable solve(matvec, b) -> x
+Tree: TypeAlias = Any  # a pytree of real arrays of one dtype
+Solve: TypeAlias = Callable[[Tree], Tree]  # b -> x
+# None, a lineax solver, or a callable solve(operator, b) -> x
+LinearSolve: TypeAlias = Any
+# preconditioner(operator) -> a function of v that is about A^-1 v
+Preconditioner: TypeAlias = Callable[[LinearOperator], Solve]
 
 # Up to this size the matrix is written out. Below it a factorisation costs less than an iteration's
 # bookkeeping, and tells a singular system from a slow one.
-DIRECT_LIMIT = 512
+DENSE_LIMIT = 512
+# Up to this size the matrix is written out where an iteration stands still: 32 MB in float64.
+DENSE_FALLBACK = 2048
 
 
-class System(NamedTuple):
-    """A system A x = b, prepared for any number of b.
+class LinearSystem(NamedTuple):
+    """A x = b, prepared for any number of b. Trees are as the operator's."""
 
-    `solve(b)` is linear in b and differentiable. The rest is for the check and depends on A and on
-    the residual of the solution alone: see `diagnostics.Diagnostics`.
-    """
-
-    solve: Callable[[Vector], Vector]
-    size: Any  # of A, in some norm: finite if A is
-    rcond: Any
-    residual: Any
-    asymmetry: Any
-    newton_step: Any  # the norm of the solution for b = residual
+    operator: LinearOperator
+    space: Space
+    solve: Solve  # linear in b, differentiable, its transpose too
+    apply_inverse: Callable[[list[Tree]], list[Tree]]  # of several b at once, without derivatives
+    matrix: Any = None  # Float[n, n] where it is written out, a constant
+    least_squares: bool = False  # a solution is the shortest one, and may leave a residual
+    rests_on_symmetry: bool = False  # the method takes the matrix for symmetric
+    exact: bool = True  # not a truncated series, whose residual means nothing
 
 
-def check_linear_solve(linear_solve: LinearSolve, *, least_squares: bool) -> None:
-    """Refuse what is neither a lineax solver nor a function, or finds no shortest solution."""
-    if linear_solve is None:
-        return
-    if _is_lineax(linear_solve):
-        lx = _lineax()
-        if least_squares and not isinstance(linear_solve, (lx.SVD, lx.LSMR)):
+class Method(NamedTuple):
+    """How the systems of one decorated solver are solved: its caller's choices."""
+
+    linear_solve: LinearSolve = None
+    preconditioner: Preconditioner | None = None
+    dense_limit: int = DENSE_LIMIT
+    least_squares: bool = False
+    check: bool = True
+
+    def validate(self) -> None:
+        """Refuse what is neither a lineax solver nor a function, or finds no shortest solution."""
+        solve = self.linear_solve
+        if _is_lineax(solve):
+            lx = lineax_module()
+            if self.least_squares and not isinstance(solve, (lx.SVD, lx.LSMR)):
+                msg = (
+                    'on_failure="least_squares" needs a linear solver that finds the shortest'
+                    " solution of a singular system: None, lineax.SVD() or lineax.LSMR(...), got"
+                    f" {solve!r}."
+                )
+                raise ValueError(msg)
+        elif isinstance(solve, type) or not (solve is None or callable(solve)):
             msg = (
-                'on_failure="least_squares" needs a linear solver that finds the shortest solution'
-                " of a singular system: None, lineax.SVD() or lineax.LSMR(...), got"
-                f" {linear_solve!r}."
+                "linear_solve: expected None, a lineax solver such as lineax.LU(), or a function"
+                f" solve(operator, b), got {solve!r}."
+            )
+            raise TypeError(msg)
+        if not (self.preconditioner is None or callable(self.preconditioner)):
+            msg = (
+                "preconditioner: expected a function that takes the operator and returns a function"
+                f" of v, about A^-1 v; got {self.preconditioner!r}."
+            )
+            raise TypeError(msg)
+        if self.preconditioner is not None and solve is not None:
+            msg = (
+                "preconditioner: it is for the default method; a linear_solve of your own brings"
+                " its own."
             )
             raise ValueError(msg)
-        return
-    if isinstance(linear_solve, type) or not callable(linear_solve):
-        msg = (
-            "linear_solve: expected None, a lineax solver such as lineax.LU(), or a function"
-            f" solve(matvec, b), got {linear_solve!r}."
+        if isinstance(self.dense_limit, bool) or not isinstance(self.dense_limit, int):
+            msg = f"dense_limit: expected a number of unknowns, got {self.dense_limit!r}."
+            raise TypeError(msg)
+
+    @property
+    def calls_users_functions(self) -> bool:
+        """Whether it runs functions that may capture traced values."""
+        return self.preconditioner is not None or (
+            self.linear_solve is not None and not _is_lineax(self.linear_solve)
         )
-        raise TypeError(msg)
+
+    def prepare(
+        self,
+        operator: LinearOperator,
+        space: Space,
+        eps: float,
+        captured: tuple[Solve, Solve] | None = None,
+    ) -> LinearSystem:
+        """The system of an operator. `captured` solves it and its transpose if the functions of
+        `calls_users_functions` capture traced values, which are made explicit there."""
+        if operator.size == 0:
+            return LinearSystem(operator, space, lambda b: b, lambda bs: bs)
+        local = space.is_local and not _is_sharded(operator)
+        if isinstance(self.linear_solve, Truncated):
+            solve = captured[0] if captured else lambda b: self.linear_solve(operator, b)
+            return LinearSystem(operator, space, solve, lambda bs: [*map(solve, bs)], exact=False)
+        if captured:
+            return self._iterative(operator, space, *captured, captured[0])
+        direct = self._direct(operator.size, symmetric=operator.symmetric)
+        if direct and local:
+            if operator.size == 1 and not self.least_squares:
+                return _division(operator, space)
+            return _dense(operator, space, direct)._replace(least_squares=self.least_squares)
+        raw, _ = self._replace(check=False).methods(operator, space, eps)
+        return self._iterative(operator, space, *self.methods(operator, space, eps), raw)
+
+    def methods(self, operator: LinearOperator, space: Space, eps: float) -> tuple[Solve, Solve]:
+        """Solvers of a system that is not written out, and of its transpose."""
+
+        def solve(b: Tree) -> Tree:
+            return self._solve(operator, space, eps, b)
+
+        def transposed(b: Tree) -> Tree:
+            if self.linear_solve is not None and not _is_lineax(self.linear_solve):
+                return _transposed_solve(solve, lambda b: self._solve(operator.T, space, eps, b), b)
+            return self._solve(operator.T, space, eps, b)
+
+        return solve, transposed
+
+    def _solve(self, operator: LinearOperator, space: Space, eps: float, b: Tree) -> Tree:
+        if self.linear_solve is None:
+            return self._by_default(operator, space, eps, b)
+        if _is_lineax(self.linear_solve):
+            x = _by_lineax(self.linear_solve, operator, space, b)
+        else:
+            x = like(self.linear_solve(operator, b), b, "linear_solve: the returned solution")
+        return _nan_unless_solved(operator, space, x, b, self) if self.check else x
+
+    def _iterative(
+        self, operator: LinearOperator, space: Space, solve: Solve, transposed: Solve, raw: Solve
+    ) -> LinearSystem:
+        def linear(b: Tree) -> Tree:
+            # Not told to be symmetric: then what solves the transpose is checked in that.
+            return jax.lax.custom_linear_solve(
+                operator.matvec, b, lambda _, b: solve(b), lambda _, b: transposed(b)
+            )
+
+        def inverse(b: Tree) -> Tree:
+            return jax.lax.custom_linear_solve(
+                operator.matvec, b, lambda _, b: raw(b), lambda _, b: raw(b)
+            )
+
+        fixed = jax.lax.stop_gradient
+        solver = self.linear_solve
+        by_cg = solver is None or (_is_lineax(solver) and isinstance(solver, lineax_module().CG))
+        return LinearSystem(
+            operator,
+            space,
+            linear,
+            lambda bs: [fixed(inverse(fixed(b))) for b in bs],
+            least_squares=self.least_squares,
+            rests_on_symmetry=operator.symmetric and by_cg and not self.least_squares,
+        )
+
+    # Direct methods.
+
+    def _direct(self, n: int, *, symmetric: bool) -> Callable[[Any], tuple[Solve, Solve]] | None:
+        """How a matrix is factorised, or None where it is not written out."""
+        solver = self.linear_solve
+        if solver is None:
+            if n > self.dense_limit or self.preconditioner is not None:
+                return None
+            return _pseudoinverse if self.least_squares else _lu
+        if not _is_lineax(solver):
+            return None
+        lx = lineax_module()
+        if isinstance(solver, (lx.CG, lx.BiCGStab, lx.GMRES, lx.LSMR, lx.Normal)):
+            return None
+        return lambda matrix: _factorise_by_lineax(solver, matrix, symmetric=symmetric)
+
+    # The default for a system that is only applied.
+
+    def _by_default(self, operator: LinearOperator, space: Space, eps: float, b: Tree) -> Tree:
+        n = space.size(b)
+        fits = n <= max(DENSE_FALLBACK, self.dense_limit) and space.is_local
+        fits = fits and not _is_sharded(operator)
+        # In units in which b and A b are about 1, no square of anything overflows.
+        b_scale = _power_of_two(space.max(b))
+        b = _times(1 / b_scale, b)
+        image = operator.matvec(b)
+        scale = _power_of_two(space.max(image))
+
+        def matvec(v: Tree) -> Tree:
+            return _times(1 / scale, operator.matvec(v))
+
+        def rmatvec(v: Tree) -> Tree:
+            return _times(1 / scale, operator.rmatvec(v))
+
+        bb = space.dot(b, b)
+        size = jnp.sqrt(krylov.divide(space.dot(image, image), bb)) / scale
+        precondition = None
+        if self.preconditioner is not None:
+            about_inverse = self.preconditioner(operator)
+            name = "preconditioner: the result"
+            precondition = lambda v: _times(scale, like(about_inverse(v), v, name))  # noqa: E731
+        steps = 4 * n + 100 if fits else min(10 * n + 100, 20_000)
+        system = System(matvec, b, space.dot, eps**0.75, eps, size, steps, precondition)
+        if self.least_squares:
+            found = krylov.least_squares(system._replace(max_steps=2 * steps), rmatvec)
+            acceptable = found.solved
+        else:
+            symmetric = operator.symmetric
+            found = (krylov.conjugate_gradients if symmetric else krylov.bicgstab)(system)
+            if fits:
+                found = _unless_solved(found, lambda: _by_matrix(system, operator, scale))
+            else:
+                found = _unless_solved(found, lambda: krylov.least_squares(system, rmatvec))
+            acceptable = found.rr <= eps**0.5 * bb
+        x = _times(b_scale / scale, found.x)
+        return _where(acceptable, x) if self.check else x
 
 
-def prepare(
-    matvec: MatVec,
-    example: Vector,
-    residual: Vector,
-    *,
-    symmetric: bool,
-    linear_solve: LinearSolve = None,
-    least_squares: bool = False,
-    check: bool = True,
-) -> System:
-    """The system of `matvec`, on real vectors like `example` and `residual`.
+def _unless_solved(first: Solution, then: Callable[[], Solution]) -> Solution:
+    """The better of two solutions; the second is computed only if the first solves nothing.
 
-    `symmetric` says that the system is a second derivative. That is told to a solver which needs to
-    know it, and is checked; `least_squares` says that there may be no exact solution.
+    A loop of no or one turn, not a `cond`: under `vmap` that would compute both for every member.
     """
-    if example.size == 0:
-        return _unmeasured(lambda b: b, example.dtype)
-    if linear_solve is not None and not _is_lineax(linear_solve):
-        return _matrix_free(
-            matvec, example, residual, linear_solve, check=check, least_squares=least_squares
+
+    def turn(state: tuple[Solution, Any]) -> tuple[Solution, Any]:
+        first, _ = state
+        second = then()
+        better = (second.rr < first.rr) | jnp.isnan(first.rr)
+        merged = krylov.choose(better, second, first)
+        return merged._replace(steps=first.steps), jnp.asarray(False)
+
+    begin = (first, jnp.asarray(True))
+    return jax.lax.while_loop(lambda s: ~s[0].solved & s[1], turn, begin)[0]
+
+
+def _by_matrix(system: System, operator: LinearOperator, scale: Any) -> Solution:
+    matrix = operator.as_matrix() / scale
+    x = operator.unravel(jnp.linalg.solve(matrix, operator.ravel(system.b)))
+    r = krylov.combine(-1, system.matvec(x), system.b)
+    rr = system.dot(r, r)
+    return Solution(x, rr, jnp.isfinite(rr), jnp.zeros((), int))
+
+
+def _transposed_solve(solve: Solve, again: Solve, b: Tree) -> Tree:
+    """The transpose of a caller's solver.
+
+    Where JAX can transpose what the function does, that is it: then also a function that uses
+    factors of its own, and never asks the operator, is transposed. What it cannot transpose, such
+    as a loop that stops by itself, is called `again`, for the transposed operator.
+    """
+    try:
+        transpose = jax.linear_transpose(solve, b)
+        jax.eval_shape(transpose, b)
+    except Exception:  # noqa: BLE001 (JAX says so with many classes; `solve` itself has run before)
+        return again(b)
+    return transpose(b)[0]
+
+
+def _division(operator: LinearOperator, space: Space) -> LinearSystem:
+    slope = operator.matvec(jax.tree.map(jnp.ones_like, operator.example))
+
+    def solve(b: Tree) -> Tree:
+        return jax.tree.map(jnp.divide, b, slope)
+
+    constant = jax.lax.stop_gradient(operator.ravel(slope))[:, None]
+    return LinearSystem(operator, space, solve, lambda bs: [*map(solve, bs)], constant)
+
+
+def _dense(
+    operator: LinearOperator, space: Space, factorise: Callable[[Any], tuple[Solve, Solve]]
+) -> LinearSystem:
+    """Write the matrix out and factorise it once."""
+    matrix = operator.as_matrix()
+    constant = jax.lax.stop_gradient(matrix)
+    solve, transpose_solve = factorise(constant)
+
+    def linear(b: Tree) -> Tree:
+        return operator.unravel(
+            jax.lax.custom_linear_solve(
+                lambda v: matrix @ v,
+                operator.ravel(b),
+                lambda _, b: solve(b),
+                lambda _, b: transpose_solve(b),
+            )
         )
-    n, dtype = example.size, example.dtype
-    if linear_solve is None and n <= DIRECT_LIMIT and not least_squares:
-        return _direct(matvec, example, residual, _lu, least_squares=False, check=check)
-    lx = _lineax()
-    solver = linear_solve
-    if solver is None:
-        solver = _default(n, dtype, symmetric=symmetric, least_squares=least_squares)
-    if not isinstance(solver, (lx.CG, lx.BiCGStab, lx.GMRES, lx.LSMR, lx.Normal)):
-        factorise = functools.partial(_by_lineax, solver, symmetric)
-        return _direct(
-            matvec, example, residual, factorise, least_squares=least_squares, check=check
-        )
-    # Only a solver for symmetric systems rests on symmetry.
-    symmetric = symmetric and isinstance(solver, lx.CG)
-    tags = lx.positive_semidefinite_tag if symmetric else frozenset()
 
-    def solve(apply: MatVec, b: Vector) -> Vector:
-        struct = jax.ShapeDtypeStruct(b.shape, b.dtype)
-        operator = lx.FunctionLinearOperator(apply, struct, tags)
-        return solver.compute(solver.init(operator, {}), b, {})[0]
+    def apply_inverse(bs: list[Tree]) -> list[Tree]:
+        # All at once: two right-hand sides cost little more than one.
+        columns = jnp.stack([*map(operator.ravel, bs)], axis=1)
+        return [*map(operator.unravel, jax.vmap(solve, in_axes=1)(columns))]
 
-    return _matrix_free(
-        matvec,
-        example,
-        residual,
-        solve,
-        check=check,
-        symmetric=symmetric,
-        least_squares=least_squares,
-    )
-
-
-def _default(n: int, dtype: Any, *, symmetric: bool, least_squares: bool) -> Any:
-    lx = _lineax()
-    if n <= DIRECT_LIMIT:
-        return lx.SVD()
-    rtol = tolerance(dtype) ** 3  # eps ** 0.75
-    if least_squares:
-        return lx.LSMR(rtol=rtol, atol=0.0)
-    if symmetric:
-        return lx.CG(rtol=rtol, atol=0.0)
-    return lx.GMRES(rtol=rtol, atol=0.0, restart=50, stagnation_iters=50)
+    return LinearSystem(operator, space, linear, apply_inverse, constant)
 
 
 def _lu(matrix: Any) -> tuple[Solve, Solve]:
@@ -142,8 +321,16 @@ def _lu(matrix: Any) -> tuple[Solve, Solve]:
     )
 
 
-def _by_lineax(solver: Any, symmetric: bool, matrix: Any) -> tuple[Solve, Solve]:  # noqa: FBT001
-    lx = _lineax()
+def _pseudoinverse(matrix: Any) -> tuple[Solve, Solve]:
+    u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
+    cut = matrix.shape[0] * jnp.finfo(matrix.dtype).eps * jnp.max(s, initial=0)
+    kept = s > cut
+    inverse = jnp.where(kept, 1 / jnp.where(kept, s, 1), 0)
+    return lambda b: vt.T @ (inverse * (u.T @ b)), lambda b: u @ (inverse * (vt @ b))
+
+
+def _factorise_by_lineax(solver: Any, matrix: Any, *, symmetric: bool) -> tuple[Solve, Solve]:
+    lx = lineax_module()
     # Only a solver that asks for a definite matrix is told that it is one; the residual shows if
     # it is not.
     tags = lx.positive_semidefinite_tag if symmetric and isinstance(solver, lx.Cholesky) else ()
@@ -155,123 +342,49 @@ def _by_lineax(solver: Any, symmetric: bool, matrix: Any) -> tuple[Solve, Solve]
     )
 
 
-def _direct(
-    matvec: MatVec,
-    example: Vector,
-    residual: Vector,
-    factorise: Callable[[Any], tuple[Solve, Solve]],
-    *,
-    least_squares: bool,
-    check: bool,
-) -> System:
-    """Write the matrix out and factorise it once."""
-    n, dtype = example.size, example.dtype
-    # Zeros like the example bring along over which axes of an enclosing shard_map it varies.
-    columns = jnp.eye(n, dtype=dtype) + jnp.zeros_like(example)[:, None]
-    matrix = jax.vmap(matvec, in_axes=1, out_axes=1)(columns)
-    constant = jax.lax.stop_gradient(matrix)
-    solve, transpose_solve = factorise(constant)
-
-    def linear(b: Vector) -> Vector:
-        return jax.lax.custom_linear_solve(
-            lambda v: matrix @ v, b, lambda _, b: solve(b), lambda _, b: transpose_solve(b)
-        )
-
-    if not check:
-        return _unmeasured(linear, dtype)
-    # Both at once: two right-hand sides cost little more than one. For a random v, |A^-1 v| / |v|
-    # is within a factor of about sqrt(n) of |A^-1|.
-    v = _probe(example, 0)
-    x, step = jax.vmap(solve, in_axes=1, out_axes=1)(jnp.stack([v, residual], axis=1)).T
-    size = jnp.linalg.norm(constant)
-    system = _unmeasured(linear, dtype)._replace(size=size, newton_step=jnp.linalg.norm(step))
-    if not least_squares:
-        rcond = jnp.linalg.norm(v) / (jnp.linalg.norm(x) * size)
-        rcond = jnp.where(jnp.isfinite(rcond), rcond, 0.0)
-        unsolved = jnp.linalg.norm(constant @ x - v) / jnp.linalg.norm(v)
-        system = system._replace(rcond=rcond, residual=unsolved)
-    return system
-
-
-def _matrix_free(
-    matvec: MatVec,
-    example: Vector,
-    residual: Vector,
-    solve: Callable[[MatVec, Vector], Vector],
-    *,
-    check: bool,
-    symmetric: bool = False,
-    least_squares: bool = False,
-) -> System:
-    """Apply the system to vectors only; a solution that does not solve it is NaN."""
-    dtype = example.dtype
-    tol = tolerance(dtype)
-
-    def checked(apply: MatVec, b: Vector) -> Vector:
-        x = solve(apply, b)
-        if not check:
-            return x
-        left = apply(x) - b
-        good = jnp.linalg.norm(left) <= tol * jnp.linalg.norm(b)
-        if least_squares:  # then the normal equations hold
-            transpose = jax.linear_transpose(apply, b)
-            normal, scale = (jnp.linalg.norm(transpose(r)[0]) for r in (left, b))
-            good |= normal <= tol * scale
-        return jnp.where(good, x, jnp.nan)
-
-    def linear(b: Vector) -> Vector:
-        # Not told to be symmetric: then the solution of the transposed system is checked in that.
-        return jax.lax.custom_linear_solve(matvec, b, checked, checked)
-
-    if not check:
-        return _unmeasured(linear, dtype)
-    constant = jax.lax.stop_gradient
-    u, v = _probe(example, 0), _probe(example, 1)
-    au, av = constant(matvec(u)), constant(matvec(v))
-    size = jnp.linalg.norm(au) / jnp.linalg.norm(u)
-    system = _unmeasured(linear, dtype)._replace(size=size)
-    if symmetric:
-        scale = jnp.linalg.norm(u) * jnp.linalg.norm(av) + jnp.linalg.norm(v) * jnp.linalg.norm(au)
-        # Of a system that is 0, which is symmetric, the quotient is 0 / 1.
-        asymmetry = jnp.abs(u @ av - v @ au) / jnp.where(scale > 0, scale, 1)
-        system = system._replace(asymmetry=asymmetry)
-    if least_squares:
-        inverse_size = 1 / size
-    else:
-        x = constant(jax.lax.custom_linear_solve(matvec, v, solve, solve))
-        inverse_size = jnp.linalg.norm(x) / jnp.linalg.norm(v)
-        rcond = 1 / (size * inverse_size)
-        unsolved = jnp.linalg.norm(constant(matvec(x)) - v) / jnp.linalg.norm(v)
-        unsolved = jnp.where(jnp.isfinite(unsolved), unsolved, jnp.inf)
-        system = system._replace(rcond=rcond, residual=unsolved)
-    # The step is only estimated here: a solve of its own would cost as much as the derivative.
-    return system._replace(newton_step=jnp.linalg.norm(residual) * inverse_size)
-
-
-def _unmeasured(solve: Solve, dtype: Any) -> System:
-    """A system of which nothing is measured, and so nothing held against it. Not NaN: that is for
-    whoever searches for NaN (`jax_debug_nans`) to find."""
-    zero, one = jnp.zeros((), dtype), jnp.ones((), dtype)
-    return System(solve, size=zero, rcond=one, residual=zero, asymmetry=zero, newton_step=zero)
-
-
-def _probe(example: Vector, seed: int) -> Vector:
-    """A fixed vector with a bit of every direction. A random one would take longer to compile than
-    all the rest."""
-    k = jnp.arange(example.size, dtype=example.dtype)
-    return jnp.sin((k + (seed + 1)) ** 2) + jnp.zeros_like(example)
-
-
-def _lineax() -> Any:
-    try:
-        import lineax  # noqa: PLC0415 (an extra: importing freevars.jax needs only JAX)
-    except ImportError as error:
+def _by_lineax(solver: Any, operator: LinearOperator, space: Space, b: Tree) -> Tree:
+    if not space.is_local:
         msg = (
-            "the linear system of an implicit derivative is solved by lineax:"
-            " pip install 'freevars[rules]', or give a linear_solve=solve(matvec, b) of your own"
+            f"linear_solve: {solver!r} sums over one device only, and the function couples the"
+            " unknowns of several by a collective. Leave linear_solve out, or give a function"
+            " solve(operator, b)."
         )
-        raise ImportError(msg) from error
-    return lineax
+        raise NotImplementedError(msg)
+    lx = lineax_module()
+    definite = operator.symmetric and isinstance(solver, lx.CG)
+    # Only a solver for symmetric systems rests on symmetry.
+    plain = LinearOperator(operator.matvec, operator.structure, rmatvec=operator.rmatvec)
+    return solver.compute(solver.init(plain.as_lineax(definite=definite), {}), b, {})[0]
+
+
+def _nan_unless_solved(
+    operator: LinearOperator, space: Space, x: Tree, b: Tree, method: Method
+) -> Tree:
+    tol = float(jnp.finfo(jax.tree.leaves(b)[0].dtype).eps) ** 0.25
+    left = krylov.combine(-1, b, operator.matvec(x))
+    good = space.norm(left) <= tol * space.norm(b)
+    if method.least_squares:  # then the normal equations hold
+        normal, scale = (space.norm(operator.rmatvec(r)) for r in (left, b))
+        good |= normal <= tol * scale
+    return _where(good, x)
+
+
+def _where(good: Any, x: Tree) -> Tree:
+    return jax.tree.map(lambda leaf: jnp.where(good, leaf, jnp.nan), x)
+
+
+def _times(a: Any, x: Tree) -> Tree:
+    return jax.tree.map(lambda leaf: a * leaf, x)
+
+
+def _power_of_two(x: Any) -> Any:
+    """One near x, so that a product with it rounds nothing; 1 for what has none."""
+    good = (x > 0) & jnp.isfinite(x)
+    return jnp.where(good, jnp.exp2(jnp.round(jnp.log2(jnp.where(good, x, 1)))), 1)
+
+
+def _is_sharded(operator: LinearOperator) -> bool:
+    return any(_compat.is_sharded(leaf) for leaf in jax.tree.leaves(operator.example))
 
 
 def _is_lineax(x: Any) -> bool:

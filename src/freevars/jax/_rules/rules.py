@@ -1,24 +1,17 @@
 """Derivatives for any solver, from the condition that its result satisfies.
 
-Let x(t) solve F(x, t) = 0, where t is everything that the function reads besides x: its captured
-values and its extra arguments. Differentiate the condition along a direction t':
-
-    dF/dx x' + dF/dt t' = 0,    so    x' = -(dF/dx)^-1 (dF/dt t').
-
-This holds for the exact solution of a regular system, however it was found, so the rule never looks
-inside the solver. F is `fun` for a root, `grad fun` for a minimum, `fun(x) - x` for a fixed point.
-The map t' -> x' is linear: JAX transposes it for reverse mode, and since the rule calls the
-decorated solver again for x, it differentiates itself to any order.
-
-Source: the implicit function theorem; in this form Blondel et al. 2022, "Efficient and Modular
-Implicit Differentiation". Not here: how the linear system is solved (`linear`), when the result
-counts (`diagnostics`), and how a call is taken apart (`signature`).
+The decorated solver is a function with a rule of JAX's: a direction of everything that the function
+reads goes to the direction of x (`implicit`). That map is linear, JAX transposes it for reverse
+mode, and since the rule calls the decorated solver again for x, it differentiates itself to any
+order. Not here: the mathematics (`implicit`), how the linear system is solved (`linear`), when the
+result counts (`diagnostics`), and how a call is taken apart (`signature`).
 """
 
 from __future__ import annotations
 
+import functools
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import (
     Any,
     Concatenate,
@@ -46,10 +39,10 @@ from freevars.jax import _compat
 from freevars.jax._closure import Closure
 from freevars.jax._convert.static import as_static, from_static
 from freevars.jax._host.on_host import HostSolver
-from freevars.jax._rules import linear
+from freevars.jax._rules import diagnostics, implicit, linear
+from freevars.jax._rules.coordinates import Coordinates
 from freevars.jax._rules.diagnostics import Diagnostics, OnFailure, failure
 from freevars.jax._solver.problem import Problem, count
-from freevars.jax._solver.ravel import to_vector
 from freevars.jax._solver.unknown import as_unknown, is_array, like
 
 __all__ = ["ImplicitSolver", "argmin", "fixed_point", "root"]
@@ -59,29 +52,11 @@ Q = ParamSpec("Q")
 R = TypeVar("R")
 S = TypeVar("S")
 Kind: TypeAlias = Literal["root", "argmin", "fixed_point"]
-Value: TypeAlias = Callable[[Any], Any]  # the function of x, without aux
-ToX: TypeAlias = Callable[[Any], Any]  # the pytree x of a vector
-Condition: TypeAlias = Callable[[Value, Any, ToX], Any]  # the vector F at a vector
 
-
-def _zero(value: Value, v: Any, to_x: ToX) -> Any:
-    return to_vector(value(to_x(v)))[0]
-
-
-def _stationary(value: Value, v: Any, to_x: ToX) -> Any:
-    # On vectors, not on x: in the real and imaginary parts of x the second derivative is symmetric.
-    return jax.grad(lambda v: value(to_x(v)))(v)
-
-
-def _unchanged(value: Value, v: Any, to_x: ToX) -> Any:
-    x = to_x(v)
-    return to_vector(jax.tree.map(jnp.subtract, value(x), x))[0]
-
-
-_CONDITIONS: dict[Kind, Condition] = {
-    "root": _zero,
-    "argmin": _stationary,
-    "fixed_point": _unchanged,
+_CONDITIONS: dict[Kind, implicit.Condition] = {
+    "root": implicit.zero,
+    "argmin": implicit.stationary,
+    "fixed_point": implicit.fixed,
 }
 
 
@@ -90,6 +65,8 @@ class Options(TypedDict, total=False):
 
     has_aux: bool  # False
     linear_solve: linear.LinearSolve  # None
+    preconditioner: linear.Preconditioner | None  # None
+    dense_limit: int  # 512
     on_failure: OnFailure  # "raise"
     check: bool  # True
     jit: bool  # True
@@ -104,11 +81,16 @@ class ImplicitSolver(DecoratedSolver[P, R]):
         check_options(kind, options, Options)
         self._condition = _CONDITIONS[kind]
         self._has_aux = options.get("has_aux", False)
-        self._linear_solve = options.get("linear_solve")
         self._on_failure: OnFailure = options.get("on_failure", "raise")
         self._check = options.get("check", True)
-        least_squares = self._on_failure == "least_squares"
-        linear.check_linear_solve(self._linear_solve, least_squares=least_squares)
+        self._method = linear.Method(
+            options.get("linear_solve"),
+            options.get("preconditioner"),
+            options.get("dense_limit", linear.DENSE_LIMIT),
+            self._on_failure == "least_squares",
+            self._check,
+        )
+        self._method.validate()
         self._jit = options.get("jit", True) and not isinstance(solver, HostSolver)
         super().__init__(solver, kind, **options)
         self._run = jax.jit(self._run_solver) if self._jit else self._run_solver
@@ -128,7 +110,7 @@ class ImplicitSolver(DecoratedSolver[P, R]):
 
     def _solve(self, call: SolverCall) -> Any:
         problem, x0, options = self._convert(call)
-        return self._implicit(problem, x0, options, self._own(problem, x0, options))
+        return self._implicit(problem, x0, options, self._captured(problem, x0, options))
 
     def as_function(
         self, /, *args: P.args, **kwargs: P.kwargs
@@ -137,7 +119,7 @@ class ImplicitSolver(DecoratedSolver[P, R]):
         problem, x0, options = self._convert(self._signature.take_apart(args, kwargs))
 
         def solve(problem: Problem) -> Any:
-            out = self._implicit(problem, x0, options, self._own(problem, x0, options))
+            out = self._implicit(problem, x0, options, self._captured(problem, x0, options))
             return out[0] if self._has_aux else out
 
         return problem, solve
@@ -159,7 +141,7 @@ class ImplicitSolver(DecoratedSolver[P, R]):
                 problem,
                 x0,
                 from_static(options),
-                equations=self._condition is not _stationary,
+                equations=self._condition is not implicit.stationary,
                 has_aux=self._fun_has_aux(problem, count(x0)),
             )
         else:
@@ -190,7 +172,29 @@ class ImplicitSolver(DecoratedSolver[P, R]):
                 return None
         return Closure(self._run_solver, problem, x0, options)
 
-    def _forward(self, problem: Problem, x0: Any, options: dict[str, Any], own: Any) -> Any:
+    def _captured(self, problem: Problem, x0: Any, options: dict[str, Any]) -> tuple[Any, Any]:
+        """What runs the solver, and what solves the linear system, as far as they capture."""
+        return self._own(problem, x0, options), self._linear_captures(problem, x0)
+
+    def _linear_captures(self, problem: Problem, x0: Any) -> Any:
+        """As `_own`, for the functions that solve the linear system: what solves it and
+        what solves its transpose, as closures."""
+        if not self._method.calls_users_functions or not count(x0) or _compat.nothing_traced():
+            return None
+        leaves, tree = jax.tree.flatten(problem)
+
+        def solve(leaves: list[Any], x: Any, b: Any, *, which: int) -> Any:
+            found = self._linearise(tree, leaves, x, ())
+            return self._method.methods(found.by_x, found.space, found.coordinates.eps)[which](b)
+
+        b = Coordinates(x0).to_real(x0)
+        solvers = [functools.partial(solve, which=which) for which in (0, 1)]
+        if not _compat.captured_tracers(jax.jit(solvers[0]), leaves, x0, b):
+            return None
+        return tuple(Closure(solver, leaves, x0, b) for solver in solvers)
+
+    def _forward(self, problem: Problem, x0: Any, options: dict[str, Any], captured: Any) -> Any:
+        own, _ = captured
         # The method of many objects shares this rule and what is compiled for it.
         if own is None:
             return self._run(problem, x0, options)
@@ -207,9 +211,11 @@ class ImplicitSolver(DecoratedSolver[P, R]):
         dots = jax.tree.leaves(tangents[0], is_leaf=_compat.is_symbolic_zero)
         moving = tuple(i for i, dot in enumerate(dots) if not _compat.is_symbolic_zero(dot))
         if moving:
-            dx, diagnostics = self._tangent(tree, moving, leaves, x, [dots[i] for i in moving])
+            _, captured = primals[3]
+            directions = [dots[i] for i in moving]
+            dx, found = self._tangent(tree, moving, leaves, x, directions, captured)
             if self._check and self._on_failure != "nan":
-                self._raise_failure(diagnostics, dx)
+                self._raise_failure(found, dx)
         else:
             dx = jax.tree.map(_compat.symbolic_zero, x)
         if not self._has_aux:
@@ -217,78 +223,53 @@ class ImplicitSolver(DecoratedSolver[P, R]):
         return out, (dx, jax.tree.map(_compat.symbolic_zero, aux))
 
     def _tangent_map(
-        self, tree: Any, moving: tuple[int, ...], leaves: list[Any], x: Any, dots: list[Any]
+        self,
+        tree: Any,
+        moving: tuple[int, ...],
+        leaves: list[Any],
+        x: Any,
+        dots: list[Any],
+        captured: Any,
     ) -> Any:
         """The direction x' for the direction `dots` of the moving leaves, which is linear in
         `dots`, and what tells whether to trust it."""
-        v, to_x = to_vector(x)
-
-        def optimality(v: Any, leaves: list[Any]) -> Any:
-            return self._optimality(jax.tree.unflatten(tree, leaves), v, to_x)
-
-        f, by_x, by_moved = _push(optimality, v, leaves, moving)
-        system = linear.prepare(
-            by_x,
-            v,
-            jax.lax.stop_gradient(f),
-            symmetric=self._condition is _stationary,
-            linear_solve=self._linear_solve,
-            least_squares=self._on_failure == "least_squares",
-            check=self._check,
-        )
-        dv = -system.solve(by_moved(dots))
+        first_order = self._linearise(tree, leaves, x, moving)
+        coordinates, space, v, f, operator, by_moved = first_order
+        bound = None
+        if captured is not None:
+            fixed = jax.lax.stop_gradient((leaves, x))
+            forward, transposed = (functools.partial(closure, *fixed) for closure in captured)
+            bound = (forward, transposed)
+        system = self._method.prepare(operator, space, coordinates.eps, bound)
+        minus = space.agree(system.solve(by_moved(dots)))
+        dv = jax.tree.map(jnp.negative, minus)
         if not self._check:
-            return to_x(dv), None
-        diagnostics = self._diagnostics(system, x, *map(jax.lax.stop_gradient, (v, f)))
-        return to_x(dv * jnp.where(diagnostics.good, 1, jnp.nan).astype(dv.dtype)), diagnostics
+            return coordinates.from_real(dv), None
+        found = diagnostics.measure(system, coordinates.eps, v, f)
+        good = found.good
+        dv = jax.tree.map(lambda leaf: leaf * jnp.where(good, 1, jnp.nan).astype(leaf.dtype), dv)
+        return coordinates.from_real(dv), found
 
-    def _optimality(self, problem: Problem, v: Any, to_x: ToX) -> Any:
-        """The vector F, one number for each unknown."""
-        has_aux = self._fun_has_aux(problem, v.size)
-        value = problem.fun.out_struct
-        value = value[0] if has_aux else value
-        if self._condition is _stationary:
-            if jax.tree.map(lambda a: (a.shape, jnp.isrealobj(a)), value) != ((), True):
-                msg = f"{self.__name__}: the objective is a real number of shape (), got {value}."
-                raise TypeError(msg)
-        elif count(value) != v.size:
-            msg = (
-                f"{self.__name__}: the function has {count(value)} components for {v.size}"
-                " unknowns. A derivative exists where there is one equation for each unknown."
-            )
-            raise TypeError(msg)
-        if self._condition is _unchanged and _shapes(value) != _shapes(to_x(v)):
-            msg = f"{self.__name__}: the function returns {value} for a fixed point {to_x(v)}."
-            raise StructureError(msg)
-        f = self._condition(lambda x: problem.value(x, has_aux=has_aux), v, to_x)
-        return f.astype(v.dtype)
+    def _linearise(
+        self, tree: Any, leaves: list[Any], x: Any, moving: tuple[int, ...]
+    ) -> implicit.Linearised:
+        problem = jax.tree.unflatten(tree, leaves)
+        has_aux = self._fun_has_aux(problem, count(x))
+        implicit.check_equations(self._condition, problem, x, has_aux=has_aux, name=self.__name__)
+        rebuild = functools.partial(jax.tree.unflatten, tree)
+        return implicit.linearise(self._condition, rebuild, leaves, x, moving, has_aux=has_aux)
 
     def _fun_has_aux(self, problem: Problem, n: int) -> bool:
         """With aux, `fun` may have one too: its value is then what is of the right size."""
-        wanted = 1 if self._condition is _stationary else n
+        wanted = 1 if self._condition is implicit.stationary else n
         return self._has_aux and problem.has_aux(wanted)
 
-    @staticmethod
-    def _diagnostics(system: linear.System, x: Any, v: Any, f: Any) -> Diagnostics:
-        error = system.newton_step / jnp.maximum(jnp.linalg.norm(v), 1.0)
-        # An x in half precision is no closer to the solution than that, although v is float32.
-        dtype = jnp.finfo(jnp.result_type(*jax.tree.leaves(x))).dtype if v.size else v.dtype
-        diagnostics = Diagnostics.of(
-            v.size,
-            finite=jnp.all(jnp.isfinite(v)) & jnp.all(jnp.isfinite(f)) & jnp.isfinite(system.size),
-            error=error.astype(dtype),
-            rcond=system.rcond,
-            residual=system.residual,
-            asymmetry=system.asymmetry,
-        )
-        return Diagnostics(*map(jax.lax.stop_gradient, diagnostics))
-
-    def _raise_failure(self, diagnostics: Diagnostics, dx: Any) -> None:
+    def _raise_failure(self, found: Diagnostics, dx: Any) -> None:
         """Raise what can be raised now: inside a compiled program NaN tells."""
-        if isinstance(diagnostics.good, _compat.Tracer):
+        if isinstance(found.good, _compat.Tracer):
             return
-        if not diagnostics.good:
-            raise failure(diagnostics, count(dx), self.__name__)
+        if not found.good:
+            raise failure(found, count(dx), self.__name__)
         leaves = jax.tree.leaves(dx)
         known = not any(isinstance(dot, _compat.Tracer) for dot in leaves)
         if known and not all(np.all(np.isfinite(dot)) for dot in leaves):
@@ -298,48 +279,6 @@ class ImplicitSolver(DecoratedSolver[P, R]):
                 " another linear_solve, or more steps."
             )
             raise SingularError(msg)
-
-
-def _push(
-    f: Callable[[Any, list[Any]], Any], v: Any, leaves: list[Any], moving: tuple[int, ...]
-) -> tuple[Any, Callable[[Any], Any], Callable[[Any], Any]]:
-    """The value of `f` at v and the leaves, and how it pushes forward a direction of v, and
-    directions of the moving leaves.
-
-    A function with a `custom_vjp` in it has no forward mode. But its pullback is linear, and the
-    transpose of that is the derivative again. It is pulled back to all that has a derivative, so
-    that the rules of no function in it remain: a derivative of this derivative may be forward.
-    """
-
-    def at(places: Sequence[int], values: Sequence[Any]) -> list[Any]:
-        replaced = dict(zip(places, values, strict=True))
-        return [replaced.get(i, leaf) for i, leaf in enumerate(leaves)]
-
-    if not _compat.has_custom_vjp(jax.make_jaxpr(f)(v, leaves).jaxpr):
-        value, by_v = jax.linearize(lambda v: f(v, leaves), v)
-        _, by_moved = jax.linearize(
-            lambda moved: f(v, at(moving, moved)), [leaves[i] for i in moving]
-        )
-        return value, by_v, by_moved
-    smooth = [
-        i for i, leaf in enumerate(leaves) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
-    ]
-    value, pull = jax.vjp(lambda v, *s: f(v, at(smooth, s)), v, *[leaves[i] for i in smooth])
-    transpose = jax.linear_transpose(pull, value)
-    zeros = {i: jnp.zeros_like(leaves[i]) for i in smooth}
-
-    def push(dv: Any, dots: dict[int, Any]) -> Any:
-        return transpose((dv, *(zeros | dots).values()))[0]
-
-    return (
-        value,
-        lambda dv: push(dv, {}),
-        lambda dots: push(jnp.zeros_like(v), dict(zip(moving, dots, strict=True))),
-    )
-
-
-def _shapes(tree: Any) -> Any:
-    return jax.tree.map(jnp.shape, tree)
 
 
 def _call(own: Callable[..., Any], problem: Problem, x0: Any, options: dict[str, Any]) -> Any:
@@ -381,9 +320,17 @@ def root(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]
         and so is the x that it returns. `fun` reaches it as a `Closure`.
       has_aux: the solver returns `(x, aux)`, and `fun` may return `(value, aux)`. This declares the
         aux constant: it has derivative zero.
-      linear_solve: how the system of the derivative is solved: a lineax solver, or a function
-        `solve(matvec, b)` on real vectors, where a complex unknown counts as two. None: factorise
-        up to 512 unknowns, beyond that GMRES (CG for `argmin`).
+      linear_solve: how the system of the derivative is solved: a lineax solver, a truncated series
+        (`neumann`, `one_step`), or a function `solve(operator, b)` that takes a `LinearOperator`
+        and returns a pytree like b: like x, with a pair of real arrays for each complex one. It may
+        call the operator, as in `solve(matvec, b)`. A backward pass takes the transpose of the
+        function where JAX can transpose it, and calls it for the transposed operator where not.
+        None: divide by the slope of one unknown, factorise up to `dense_limit` unknowns, beyond
+        that BiCGStab(2) (conjugate gradients for `argmin`) until |r| <= eps^(3/4) |b|, and the
+        matrix or least squares where these stand still.
+      preconditioner: for None: a function that takes the operator and returns a linear function of
+        v that is about A^-1 v, symmetric and definite for `argmin`. With it nothing is factorised.
+      dense_limit: see linear_solve. 0 never factorises a system of more than one unknown at once.
       on_failure: what happens where the derivative cannot be trusted. That is: the solver did not
         converge (a Newton step from its result would move it by more than the fourth root of the
         dtype's spacing, 1.2e-4 for float64 and 1.9e-2 for float32, relative to the norm of x,

@@ -1,0 +1,204 @@
+"""The real coordinates of an unknown, and its inner product over all devices that it lies on.
+
+What is solved for need not be holomorphic, so that a complex number counts as two real ones: a
+complex array becomes a pair of real arrays. Nothing else changes: no leaf is reshaped, joined with
+another or gathered from devices. No linear algebra is done in half precision.
+
+Inside `shard_map`, `vmap(axis_name=...)` and `pmap` each device holds a part of the unknown. Where
+the system couples the parts, by a `psum` in the function, all of them are one unknown, and sums go
+over the named axes as well. Which these are stands in the program of the system itself; over which
+of them a leaf varies is part of its type (`check_vma=True`). Where JAX does not track that, a leaf
+may be one part of many, or a copy of one that all devices share. The equations tell: those of a
+copy are the same on every device, whatever is put in for the unknown. A copy counts once. Not here:
+anything about solving.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from freevars.jax import _compat
+
+__all__ = ["Coordinates", "Space", "probe"]
+
+Tree: TypeAlias = Any  # a pytree of real arrays of one dtype
+
+
+class Coordinates:
+    """How one pytree of floating and complex arrays is written in real arrays of one dtype."""
+
+    def __init__(self, x: Any) -> None:
+        leaves, self._tree = jax.tree.flatten(x)
+        self._dtypes = [jnp.dtype(leaf.dtype) for leaf in leaves]
+        infos = [jnp.finfo(dtype) for dtype in self._dtypes]
+        # The widest, and float32 at least; by hand, since strict promotion joins no two dtypes.
+        self.dtype = jnp.dtype("float64" if any(i.bits == 64 for i in infos) else "float32")  # noqa: PLR2004
+        # An x in half precision is no closer to the solution than that.
+        self.eps = max((float(i.eps) for i in infos), default=float(jnp.finfo(self.dtype).eps))
+
+    def to_real(self, x: Any) -> Tree:
+        """The real arrays of a pytree like x, which may be of other dtypes."""
+        return self._tree.unflatten(
+            [self._split(leaf, d) for leaf, d in zip(jax.tree.leaves(x), self._dtypes, strict=True)]
+        )
+
+    def _split(self, leaf: Any, dtype: Any) -> Any:
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            return (jnp.real(leaf).astype(self.dtype), jnp.imag(leaf).astype(self.dtype))
+        return leaf.astype(self.dtype)
+
+    def from_real(self, v: Tree) -> Any:
+        """The pytree x of real arrays; linear."""
+        parts = zip(self._tree.flatten_up_to(v), self._dtypes, strict=True)
+        return self._tree.unflatten([_join(part, dtype) for part, dtype in parts])
+
+
+def _join(part: Any, dtype: Any) -> Any:
+    if not jnp.issubdtype(dtype, jnp.complexfloating):
+        return part.astype(dtype)
+    return jax.lax.complex(*part).astype(dtype)
+
+
+class Space:
+    """The space that a system acts on: its inner product, and sums and maxima over everything.
+
+    Of one device, unless `axes` says for each leaf which named axes to sum over. `copies` says of
+    each leaf and axis whether the parts along it are copies: a bool, or an array of one.
+    """
+
+    def __init__(
+        self,
+        axes: list[frozenset[str]] | None = None,
+        copies: list[dict[str, Any]] | None = None,
+    ) -> None:
+        self._axes = axes
+        self._copies = copies
+
+    @staticmethod
+    def of(matvec: Callable[[Tree], Tree], v: Tree, f: Tree) -> Space:
+        """The space of a linear map of trees like `v`; there the equations have the value `f`."""
+        coupled = _compat.coupled_axes(jax.make_jaxpr(matvec)(v).jaxpr)
+        if not coupled:
+            return Space()
+        told = {name for name in coupled if _compat.tracks_varying(name)}
+        varying = [_compat.varying_axes(leaf) for leaf in jax.tree.leaves(v)]
+        axes = [frozenset((told & own) | (coupled - told)) for own in varying]
+        equations = [_compat.varying_axes(leaf) for leaf in jax.tree.leaves(f)]
+        copies: list[dict[str, Any]] = [
+            {name: True for name in mine & told if name not in theirs}
+            for mine, theirs in zip(axes, equations, strict=True)
+        ]
+        if coupled - told:
+            fixed = jax.lax.stop_gradient(v)
+            image = jax.lax.stop_gradient(matvec(_different_on_each(fixed, coupled - told)))
+            for found, x, y in zip(
+                copies, jax.tree.leaves(fixed), jax.tree.leaves(image), strict=True
+            ):
+                found |= {name: _same(x, name) & _same(y, name) for name in coupled - told}
+        return Space(axes, copies)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the whole of it is on one device."""
+        return not any(self._axes or ())
+
+    def size(self, v: Tree) -> int:
+        """How many real unknowns there are on all devices, copies included."""
+        leaves = jax.tree.leaves(v)
+        axes = self._axes or [frozenset()] * len(leaves)
+        return sum(leaf.size * _devices(names) for leaf, names in zip(leaves, axes, strict=True))
+
+    def dot(self, u: Tree, v: Tree) -> Any:
+        """The inner product, leaf by leaf: a product of whole vectors would gather them."""
+        products = [
+            jnp.sum(a * b) for a, b in zip(jax.tree.leaves(u), jax.tree.leaves(v), strict=True)
+        ]
+        if self._axes is None:
+            return sum(products[1:], products[0])
+        by_axes: dict[frozenset[str], Any] = {}
+        for product, names, copies in zip(
+            products, self._axes, self._copies or [{}] * len(products), strict=True
+        ):
+            once = product
+            for name, is_copy in copies.items():
+                once = once * jnp.where(is_copy, 1 / _devices([name]), 1).astype(once.dtype)
+            by_axes[names] = once + by_axes[names] if names in by_axes else once
+        sums = [jax.lax.psum(s, tuple(sorted(n))) if n else s for n, s in by_axes.items()]
+        return sum(sums[1:], sums[0])
+
+    def norm(self, v: Tree) -> Any:
+        """The norm of the inner product."""
+        return jnp.sqrt(self.dot(v, v))
+
+    def max(self, v: Tree) -> Any:
+        """The largest absolute value of an entry."""
+        leaves = jax.tree.leaves(v)
+        axes = self._axes or [frozenset[str]()] * len(leaves)
+        found = [
+            jax.lax.pmax(largest, tuple(sorted(names))) if names else largest
+            for largest, names in zip(
+                [jnp.max(jnp.abs(leaf), initial=0) for leaf in leaves], axes, strict=True
+            )
+        ]
+        result = found[0]
+        for other in found[1:]:
+            result = jnp.maximum(result, other)
+        return result
+
+    def agree(self, v: Tree) -> Tree:
+        """`v` with the mean of its copies in place of each: what is asked of a shared unknown is
+        asked of it once. Linear and symmetric; the identity where nothing is a copy."""
+        if not any(self._copies or ()):
+            return v
+        leaves, tree = jax.tree.flatten(v)
+        result = []
+        for leaf, copies in zip(leaves, self._copies or (), strict=True):
+            for name, is_copy in copies.items():
+                mean = _compat.like_type(jax.lax.pmean(leaf, name), leaf)
+                leaf = mean if is_copy is True else jnp.where(is_copy, mean, leaf)  # noqa: PLW2901
+            result.append(leaf)
+        return tree.unflatten(result)
+
+
+def _devices(names: Any) -> int:
+    count = 1
+    for name in names:
+        count *= jax.lax.axis_size(name)
+    return count
+
+
+def _same(leaf: Any, name: str) -> Any:
+    return jnp.all(jax.lax.pmax(leaf, name) == jax.lax.pmin(leaf, name))
+
+
+def _different_on_each(v: Tree, names: Any) -> Tree:
+    place = sum(jax.lax.axis_index(name) * 3**i for i, name in enumerate(sorted(names)))
+    return jax.tree.map(lambda leaf: leaf * (1 + place).astype(leaf.dtype), probe(v, 7))
+
+
+def probe(v: Tree, seed: int) -> Tree:
+    """Fixed entries between -1 and 1 without a pattern: a vector with a bit of every direction.
+
+    A hash of the place of an entry, because random numbers would take longer to compile than all
+    the rest. On every device it is the same.
+    """
+
+    def fill(number: int, leaf: Any) -> Any:
+        place = jnp.zeros(leaf.shape, jnp.uint32)
+        stride = 1
+        for axis in reversed(range(leaf.ndim)):
+            count = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+            place = place + count * jnp.uint32(stride % 2**32)
+            stride *= leaf.shape[axis]
+        h = place + jnp.uint32((seed * 7919 + number * 104729 + 1) * 2654435761 % 2**32)
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # the finaliser of MurmurHash3
+            h = (h ^ (h >> jnp.uint32(shift))) * jnp.uint32(factor)
+        unit = (h ^ (h >> jnp.uint32(16))).astype(leaf.dtype) * (2.0**-31) - 1
+        return unit + jnp.zeros_like(leaf)
+
+    leaves, tree = jax.tree.flatten(v)
+    return tree.unflatten([fill(i, leaf) for i, leaf in enumerate(leaves)])

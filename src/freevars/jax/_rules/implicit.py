@@ -1,0 +1,190 @@
+"""The implicit function theorem: the tangent of a solution, on pytrees as they are.
+
+Let x(t) solve F(x, t) = 0, where t is everything that the function reads besides x: its captured
+values and its extra arguments. Differentiate the condition along a direction t':
+
+    dF/dx x' + dF/dt t' = 0,    so    x' = -(dF/dx)^-1 (dF/dt t').
+
+This holds for the exact solution of a regular system, however it was found. F is `fun` for a root,
+`grad fun` for a minimum, `x - fun(x)` for a fixed point; of this sign, because I - dfun/dx has an
+inverse that is the sum of the powers of dfun/dx where the iteration converges.
+
+Both sides are maps of pytrees in real coordinates: x for the unknown, and F of the same structure
+and shapes, so that the system is a map of a space to itself and its transpose has an inner product
+to refer to. The conditions of a root may come in any structure with as many numbers; only those are
+joined and cut. For a minimum, F is the gradient by real coordinates: then its derivative is
+symmetric also where x is complex.
+
+Source: the implicit function theorem; in this form Blondel et al. 2022, "Efficient and Modular
+Implicit Differentiation". Not here: how the linear system is solved (`linear`), when the result
+counts (`diagnostics`), and JAX's rule around it (`rules`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from freevars.errors import StructureError
+from freevars.jax import _compat
+from freevars.jax._rules.coordinates import Coordinates, Space
+from freevars.jax._rules.operator import LinearOperator
+from freevars.jax._solver.problem import Problem, count
+
+__all__ = [
+    "Condition",
+    "Linearised",
+    "check_equations",
+    "fixed",
+    "linearise",
+    "optimality",
+    "stationary",
+    "zero",
+]
+
+Tree: TypeAlias = Any  # a pytree of real arrays
+Value: TypeAlias = Callable[[Tree], Any]  # the function at real coordinates of x, without aux
+Condition: TypeAlias = Callable[[Value, Tree, Coordinates], Tree]
+
+
+def zero(value: Value, v: Tree, coordinates: Coordinates) -> Tree:
+    """F of a root."""
+    result = value(v)
+    equations = Coordinates(result).to_real(result)
+    if jax.tree.map(jnp.shape, equations) == jax.tree.map(jnp.shape, v):
+        return jax.tree.map(lambda leaf: leaf.astype(coordinates.dtype), equations)
+    joined = jnp.concatenate(
+        [jnp.ravel(leaf).astype(coordinates.dtype) for leaf in jax.tree.leaves(equations)]
+    )
+    leaves, tree = jax.tree.flatten(v)
+    parts, start = [], 0
+    for leaf in leaves:
+        parts.append(joined[start : start + leaf.size].reshape(leaf.shape))
+        start += leaf.size
+    return tree.unflatten(parts)
+
+
+def stationary(value: Value, v: Tree, coordinates: Coordinates) -> Tree:
+    """F of a minimum."""
+    del coordinates
+    return jax.grad(value)(v)
+
+
+def fixed(value: Value, v: Tree, coordinates: Coordinates) -> Tree:
+    """F of a fixed point."""
+    return jax.tree.map(jnp.subtract, v, coordinates.to_real(value(v)))
+
+
+def optimality(
+    condition: Condition, problem: Problem, coordinates: Coordinates, v: Tree, *, has_aux: bool
+) -> Tree:
+    """F at v."""
+    f = condition(
+        lambda v: problem.value(coordinates.from_real(v), has_aux=has_aux), v, coordinates
+    )
+    return jax.tree.map(_compat.like_sharding, f, v)
+
+
+def check_equations(
+    condition: Condition, problem: Problem, x: Any, *, has_aux: bool, name: str
+) -> None:
+    """Refuse a function that has not one equation for each unknown."""
+    value = problem.fun.out_struct
+    value = value[0] if has_aux else value
+    if condition is stationary:
+        if jax.tree.map(lambda a: (a.shape, jnp.isrealobj(a)), value) != ((), True):
+            msg = f"{name}: the objective is a real number of shape (), got {value}."
+            raise TypeError(msg)
+    elif count(value) != count(x):
+        msg = (
+            f"{name}: the function has {count(value)} components for {count(x)}"
+            " unknowns. A derivative exists where there is one equation for each unknown."
+        )
+        raise TypeError(msg)
+    if condition is fixed and _shapes(value) != _shapes(x):
+        msg = f"{name}: the function returns {value} for a fixed point {x}."
+        raise StructureError(msg)
+
+
+def _shapes(tree: Any) -> Any:
+    return jax.tree.map(jnp.shape, tree)
+
+
+class Linearised(NamedTuple):
+    """The condition at a solution, to first order. Trees are in real coordinates."""
+
+    coordinates: Coordinates
+    space: Space
+    v: Tree  # x
+    f: Tree  # F there
+    by_x: LinearOperator  # dF/dx
+    by_moved: Callable[[list[Any]], Tree]  # dF/dt, of directions of the moving leaves
+
+
+def linearise(
+    condition: Condition,
+    rebuild: Callable[[list[Any]], Problem],
+    leaves: list[Any],
+    x: Any,
+    moving: tuple[int, ...],
+    *,
+    has_aux: bool,
+) -> Linearised:
+    """The condition at x, to first order in x and in the moving ones of the problem's leaves."""
+    coordinates = Coordinates(x)
+    v = coordinates.to_real(x)
+
+    def at(v: Tree, leaves: list[Any]) -> Tree:
+        return optimality(condition, rebuild(leaves), coordinates, v, has_aux=has_aux)
+
+    f, by_x, by_moved = _push(at, v, leaves, moving)
+    space = Space.of(by_x, v, f)
+
+    def alike(tree: Tree) -> Tree:
+        return space.agree(jax.tree.map(_compat.like_type, tree, v))
+
+    operator = LinearOperator(
+        lambda d: alike(by_x(space.agree(d))), v, symmetric=condition is stationary
+    )
+    return Linearised(coordinates, space, v, alike(f), operator, lambda dots: alike(by_moved(dots)))
+
+
+def _push(
+    f: Callable[[Tree, list[Any]], Tree], v: Tree, leaves: list[Any], moving: tuple[int, ...]
+) -> tuple[Tree, Callable[[Tree], Tree], Callable[[list[Any]], Tree]]:
+    """The value of `f` at v and the leaves, and how it pushes forward a direction of v, and
+    directions of the moving leaves.
+
+    A function with a `custom_vjp` in it has no forward mode. But its pullback is linear, and the
+    transpose of that is the derivative again. It is pulled back to all that has a derivative, so
+    that the rules of no function in it remain: a derivative of this derivative may be forward.
+    """
+
+    def at(places: Sequence[int], values: Sequence[Any]) -> list[Any]:
+        replaced = dict(zip(places, values, strict=True))
+        return [replaced.get(i, leaf) for i, leaf in enumerate(leaves)]
+
+    if not _compat.has_custom_vjp(jax.make_jaxpr(f)(v, leaves).jaxpr):
+        value, by_v = jax.linearize(lambda v: f(v, leaves), v)
+        _, by_moved = jax.linearize(
+            lambda moved: f(v, at(moving, moved)), [leaves[i] for i in moving]
+        )
+        return value, by_v, by_moved
+    smooth = [
+        i for i, leaf in enumerate(leaves) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+    ]
+    value, pull = jax.vjp(lambda v, *s: f(v, at(smooth, s)), v, *[leaves[i] for i in smooth])
+    transpose = jax.linear_transpose(pull, value)
+    zeros = {i: jnp.zeros_like(leaves[i]) for i in smooth}
+
+    def push(dv: Tree, dots: dict[int, Any]) -> Tree:
+        return transpose((dv, *(zeros | dots).values()))[0]
+
+    return (
+        value,
+        lambda dv: push(dv, {}),
+        lambda dots: push(jax.tree.map(jnp.zeros_like, v), dict(zip(moving, dots, strict=True))),
+    )

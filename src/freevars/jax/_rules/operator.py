@@ -1,0 +1,161 @@
+"""The linear operator of an implicit derivative, as what solves its system is given it.
+
+It is dF/dx at the solution, as a map of pytrees: of x in real coordinates, where a complex array is
+a pair of real ones and everything else is as it is in x. Not here: where the map comes from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["LinearOperator", "lineax_module"]
+
+Tree: TypeAlias = Any
+Apply: TypeAlias = Callable[[Tree], Tree]
+
+
+class LinearOperator:
+    """A linear map A of pytrees of real arrays to pytrees of the same structure.
+
+    Calling it applies it, so that a function written for `solve(matvec, b)`, as
+    `jax.scipy.sparse.linalg.cg` and the `tangent_solve` of `jax.lax.custom_root` are, takes it as
+    it is.
+
+    Attributes:
+      structure: the pytree of `jax.ShapeDtypeStruct` that it maps to itself: x, with a pair of real
+        arrays for a complex one, all of one dtype (float32 or float64).
+      symmetric: it is the second derivative of an objective.
+      transposed: it is the transpose of the derivative of the equations: a backward pass asks. What
+        solves with factors of its own needs to know.
+      size: the number of real unknowns, of this device.
+
+    >>> import jax, jax.numpy as jnp, freevars.jax as fv
+    >>> def solve(operator, b):
+    ...     return operator.unravel(jnp.linalg.solve(operator.as_matrix(), operator.ravel(b)))
+    >>> newton = fv.root(
+    ...     lambda fun, x0: jax.lax.fori_loop(0, 20, lambda _, x: x - fun(x) / (2 * x), x0),
+    ...     linear_solve=solve,
+    ... )
+    >>> print(jax.grad(lambda a: newton(lambda x: x**2 - a, 1.0))(4.0))
+    0.25
+    """
+
+    def __init__(
+        self,
+        matvec: Apply,
+        structure: Tree,
+        *,
+        rmatvec: Apply | None = None,
+        symmetric: bool = False,
+        transposed: bool = False,
+    ) -> None:
+        self._matvec = matvec
+        self._rmatvec = rmatvec
+        leaves, self._tree = jax.tree.flatten(structure)
+        self.example = structure
+        self.structure = self._tree.unflatten(
+            [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+        )
+        self.symmetric = symmetric
+        self.transposed = transposed
+        self.size = sum(leaf.size for leaf in leaves)
+
+    def __call__(self, v: Tree) -> Tree:
+        """A v."""
+        return self._matvec(v)
+
+    def matvec(self, v: Tree) -> Tree:
+        """A v."""
+        return self._matvec(v)
+
+    def rmatvec(self, v: Tree) -> Tree:
+        """A^T v."""
+        if self._rmatvec is None:
+            return jax.linear_transpose(self._matvec, self.example)(v)[0]
+        return self._rmatvec(v)
+
+    @property
+    def T(self) -> LinearOperator:  # noqa: N802 (as arrays call it)
+        """The transpose."""
+        return LinearOperator(
+            self.rmatvec,
+            self.example,
+            rmatvec=self._matvec,
+            symmetric=self.symmetric,
+            transposed=not self.transposed,
+        )
+
+    def ravel(self, tree: Tree) -> Any:
+        """A vector of shape (size,), in the order of rows and columns of `as_matrix`."""
+        return jnp.concatenate([jnp.ravel(leaf) for leaf in self._tree.flatten_up_to(tree)])
+
+    def unravel(self, vector: Any) -> Tree:
+        """The pytree of a vector of shape (size,)."""
+        return self._tree.unflatten(self._parts(vector[None], lambda part: part[0]))
+
+    def _parts(self, rows: Any, last: Callable[[Any], Any] = lambda part: part) -> list[Any]:
+        """Rows of shape (k, size) as an array (k, ...) for each leaf."""
+        parts, start = [], 0
+        for leaf in jax.tree.leaves(self.structure):
+            part = rows[:, start : start + leaf.size].reshape(rows.shape[0], *leaf.shape)
+            parts.append(last(part))
+            start += leaf.size
+        return parts
+
+    def as_matrix(self) -> Any:
+        """The matrix of shape (size, size), by as many applications of the operator."""
+        return self._columns(jnp.arange(self.size)).T
+
+    def _columns(self, which: Any) -> Any:
+        """Some columns, as rows."""
+        dtype = jax.tree.leaves(self.structure)[0].dtype
+        rows = (which[:, None] == jnp.arange(self.size)[None]).astype(dtype)
+        # Zeros like the example bring along over which axes of an enclosing shard_map it varies.
+        units = [
+            part + jnp.zeros_like(leaf)[None]
+            for part, leaf in zip(self._parts(rows), jax.tree.leaves(self.example), strict=True)
+        ]
+        images = jax.tree.leaves(jax.vmap(self._matvec)(self._tree.unflatten(units)))
+        return jnp.concatenate([image.reshape(which.shape[0], -1) for image in images], axis=1)
+
+    def diagonal(self) -> Tree:
+        """The diagonal of the matrix, as a pytree like x.
+
+        It takes `size` applications of the operator, 64 at a time: cheaper than the matrix in
+        memory, not in time. Where the matrix is sparse, take fewer applications, to sums of unit
+        vectors whose columns share no row.
+        """
+
+        def entry(i: Any) -> Any:
+            return self._columns(i[None])[0, i]
+
+        return self.unravel(jax.lax.map(entry, jnp.arange(self.size), batch_size=64))
+
+    def as_lineax(self, *, definite: bool = False) -> Any:
+        """A `lineax.FunctionLinearOperator`; `definite` declares it positive semidefinite."""
+        lx = lineax_module()
+        tags: frozenset[object] = frozenset()
+        if definite:
+            tags = frozenset({lx.positive_semidefinite_tag})
+        elif self.symmetric:
+            tags = frozenset({lx.symmetric_tag})
+        return lx.FunctionLinearOperator(self._matvec, self.structure, tags)
+
+    def __repr__(self) -> str:
+        kind = "symmetric " if self.symmetric else ""
+        how = ", transposed" if self.transposed else ""
+        return f"<{kind}linear operator of {self.size} real unknowns{how}>"
+
+
+def lineax_module() -> Any:
+    """lineax, or an error that says how to get it."""
+    try:
+        import lineax  # noqa: PLC0415 (an extra: importing freevars.jax needs only JAX)
+    except ImportError as error:
+        msg = "this needs lineax: pip install 'freevars[rules]'"
+        raise ImportError(msg) from error
+    return lineax
