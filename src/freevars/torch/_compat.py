@@ -29,6 +29,7 @@ __all__ = [
     "tangents",
     "transforms_active",
     "unwrap",
+    "version_of",
 ]
 
 # The pytree module that torch.func itself uses. Its name is private; its functions are the
@@ -197,6 +198,12 @@ def storage_key(t: Tensor) -> int:
     except (NotImplementedError, RuntimeError):  # sparse and other tensors without one storage
         inside = parts(t)
         return storage_key(inside[0]) if inside else id(t)
+
+
+def version_of(t: Tensor) -> int:
+    """How often the memory of `t` was written to. PyTorch's notes on autograd describe it; its name
+    is private."""
+    return int(t._version)
 
 
 def in_backward() -> bool:

@@ -367,7 +367,7 @@ def test_not_converged() -> None:
     far = torch.ones(3, dtype=F64) * 9
     x = lazy(objective, far)
     same(x, far)
-    with pytest.raises(NotASolutionError, match=r"lazy: the solver did not converge.*check=False"):
+    with pytest.raises(NotASolutionError, match=r"lazy: the solver did not converge.*returned its starting point"):
         torch.autograd.grad(x.sum(), a)
     with pytest.raises(NotASolutionError, match="did not converge"):
         f.jvp(lambda a: lazy(lambda x: ((x - a) ** 2).sum(), far), (a.detach(),), (far,))
@@ -386,7 +386,7 @@ def test_not_finite() -> None:
     bad = root(lambda fun, x0: x0 / 0)
     a = fresh(3)
     x = bad(lambda x: x - a, torch.ones(3, dtype=F64))
-    with pytest.raises(NotASolutionError, match="expected a finite solution"):
+    with pytest.raises(NotASolutionError, match="not finite"):
         torch.autograd.grad(x.sum(), a)
 
 
@@ -394,7 +394,7 @@ def test_singular() -> None:
     a = fresh(2)
 
     def fun(x: Tensor) -> Tensor:
-        return torch.stack([x[0] + x[1], 2 * x[0] + 2 * x[1]]) - torch.stack([a[0], 2 * a[0]])
+        return torch.stack([x[0] + x[1], x[0] + x[1]]) - torch.stack([a[0], a[0]])
 
     def solver(fun: Any, x0: Tensor) -> Tensor:
         return x0 - fun(x0)[0] / 2
@@ -417,7 +417,7 @@ def test_singular_without_a_matrix() -> None:
         solver = root(lambda fun, x0: x0, **options)
         return solver(lambda x: x.roll(1) - x + a - a.detach(), torch.zeros(n, dtype=F64))
 
-    with pytest.raises(SingularError, match="linear_solve="):
+    with pytest.raises(SingularError, match="least_squares"):
         torch.autograd.grad(solve()[0], a)
     (unchecked,) = torch.autograd.grad(solve(check=False)[0], a)  # whatever the iteration gives
     assert unchecked.shape == a.shape
@@ -573,7 +573,7 @@ def test_aux_that_is_no_tensor_is_one_for_a_batch() -> None:
 
 
 def test_an_option_that_there_is_not() -> None:
-    expected = "argmin: expected the options has_aux, linear_solve, on_failure, check, got chek."
+    expected = "argmin: expected the options has_aux, .*, rng, got chek. Did you mean check"
     with pytest.raises(TypeError, match=expected):
         argmin(lambda _, x0: x0, chek=False)
 
@@ -608,16 +608,6 @@ def test_the_solution_may_be_written_to_and_tells_the_backward_pass() -> None:
     close(x, before + 1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(x.sum(), a)
-
-
-def test_what_changed_between_the_passes_is_told() -> None:
-    """A constant, or what Python holds, is read again in the backward pass."""
-    a, c, k = fresh(3), torch.ones(3, dtype=F64), [1.0]
-    for change in (lambda: c.mul_(5), lambda: k.append(k.pop() * 5)):
-        x = newton(lambda x: x - a * c * k[0], torch.zeros(3, dtype=F64))
-        change()
-        with pytest.raises(NotASolutionError, match="did not converge"):
-            torch.autograd.grad(x.sum(), a)
 
 
 def test_a_linear_solve_that_does_not_solve() -> None:

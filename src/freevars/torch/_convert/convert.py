@@ -11,7 +11,6 @@ here: the conversion as one value (`_closure.py`).
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
-import torch
 from torch import Tensor
 
 from freevars._contract import Hoist, check_callable, hoist_policy
@@ -21,6 +20,7 @@ from freevars.torch._convert import operators
 from freevars.torch._convert.autograd_graph import check_autograd_graph
 from freevars.torch._convert.converted import Converted, Rng, outputs_of, refuse_hidden
 from freevars.torch._convert.discovery import DiscoveryMode
+from freevars.torch._convert.draws import Draws, state_of
 from freevars.torch._convert.places import Search
 from freevars.torch._convert.structure import Structure, struct_of
 from freevars.torch._hooks import resolve
@@ -133,7 +133,7 @@ def _convert(
     structure = Structure(example)
     policy = policy_of(hoist)
     search = Search(fun)  # before the run, which may put its own tensors into the places
-    discovery, out, state = discover(fun, example, policy, rng, DiscoveryMode)
+    discovery, out, draws = discover(fun, example, policy, rng, DiscoveryMode)
     read = [resolve(t) for t in discovery.captured.values()]
     check_autograd_graph(
         outputs_of(out), [*discovery.arguments.values(), *read], discovery.has_made, fun
@@ -147,9 +147,6 @@ def _convert(
     declared = [
         t for t in discovery.captured.values() if id(t) not in hoisted_ids and differentiable(t)
     ]
-    replay = None
-    if rng == "replay" and discovery.drew is not None:
-        replay = (state, tuple(discovery.generators.values()))
     converted: Converted[..., Any] = Converted(
         fun,
         structure,
@@ -157,7 +154,7 @@ def _convert(
         captured,
         declared=declared,
         constants=[t for t in discovery.captured.values() if id(t) not in hoisted_ids],
-        replay=replay,
+        replay=draws if rng == "replay" and discovery.drew is not None else None,
         makes_leaves=discovery.makes_leaves or bool(discovery.leaves),
         kept=search.kept(discovery.made_and_alive()),
         out_struct=out_struct,
@@ -172,15 +169,14 @@ def discover(
     policy: Callable[[Tensor], bool],
     rng: Rng,
     watch: type[D],
-) -> tuple[D, Any, Tensor]:
-    """One watched run: what it saw, what `fun` returned, and the state of the random generator
-    before it, which is that after it too."""
+) -> tuple[D, Any, Draws]:
+    """One watched run: what it saw, what `fun` returned, and what it drew, which is taken back."""
     leaves, spec = pytree.tree_flatten(example)
     # Aliases tell an argument from the same tensor captured.
     arguments = [operators.alias(x) if isinstance(x, Tensor) else x for x in leaves]
     given = [x for x in arguments if isinstance(x, Tensor)]
     discovery = watch(fun, given, policy, rng=rng, constants=policy is not differentiable)
-    state = torch.get_rng_state()
+    before = state_of(None)
     try:
         with discovery.watching():
             out = fun(*pytree.tree_unflatten(arguments, spec))
@@ -188,8 +184,7 @@ def discover(
             discovery.run_is_over()
             refuse_hidden(out, lambda t: discovery.is_foreign(t) and policy(t), fun)
     finally:
+        draws = Draws.since([before, *discovery.generators.values()])
         if discovery.drew is not None:
-            torch.set_rng_state(state)
-            for generator, before in discovery.generators.values():
-                generator.set_state(before)
-    return discovery, out, state
+            draws.take_back()
+    return discovery, out, draws

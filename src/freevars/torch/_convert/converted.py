@@ -25,6 +25,7 @@ from freevars.torch import _compat, _hooks
 from freevars.torch._compat import pytree
 from freevars.torch._convert import operators
 from freevars.torch._convert.autograd_graph import check_autograd_graph
+from freevars.torch._convert.draws import Draws
 from freevars.torch._convert.places import GONE, Kept, Place, Places, Search, follow
 from freevars.torch._convert.structure import Structure
 from freevars.torch._convert.substitution import (
@@ -36,12 +37,11 @@ from freevars.torch._convert.substitution import (
 from freevars.torch._describe import Line, describe, function_name, reachable
 from freevars.torch._hooks import resolve
 
-__all__ = ["Converted", "Replay", "Rng", "as_leaf", "outputs_of", "refuse_hidden"]
+__all__ = ["Converted", "Rng", "as_leaf", "outputs_of", "refuse_hidden"]
 
 Rng = Literal["allow", "error", "replay"]
 P = ParamSpec("P")
 R = TypeVar("R")
-Replay = tuple[Tensor, tuple[tuple[torch.Generator, Tensor], ...]]
 
 _SIGNATURE = inspect.Signature([inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)])
 
@@ -64,7 +64,7 @@ class Converted(Generic[P, R]):
         *,
         declared: Sequence[Tensor] = (),
         constants: Sequence[Tensor] = (),
-        replay: Replay | None = None,
+        replay: Draws | None = None,
         makes_leaves: bool = False,
         kept: Kept | None = None,
         out_struct: Any = None,
@@ -84,7 +84,7 @@ class Converted(Generic[P, R]):
         self._places = Places(search, [*self._captured, *self._constants])
         self._places.forget_removed()
         self._outside = ForeignTensors(fun, constants)
-        self._replay = replay
+        self.replay = replay  # the draws that each call repeats
         self._makes_leaves = makes_leaves
         self._kept = kept or Kept(())
         # For errors and reports: the line that read each tensor first, and, within a `Closure`, the
@@ -129,7 +129,7 @@ class Converted(Generic[P, R]):
                     "found again in the copy. Keep it in one, or pass it as an argument."
                 )
                 raise CaptureError(message)
-        if self._replay is not None and self._replay[1]:
+        if self.replay is not None and any(g is not None for g, _ in self.replay.before):
             message = (
                 f"expected to copy a function that draws from PyTorch's own generator, got "
                 f"{function_name(self._fun)!r}, converted with rng='replay', which draws from "
@@ -140,7 +140,7 @@ class Converted(Generic[P, R]):
         if origin is not None:
             origin = (pytree.tree_map_only(Tensor, as_leaf, origin[0]), *origin[1:])
         rest = {
-            "replay": self._replay,
+            "replay": self.replay,
             "makes_leaves": self._makes_leaves,
             "kept": self._kept,
             "out_struct": self.out_struct,
@@ -219,7 +219,7 @@ class Converted(Generic[P, R]):
             and {id(t) for t in module.parameters()}.issuperset(self._keys)
             and all(t.is_leaf and t.requires_grad for t in self._captured)
             and next(module.buffers(), None) is None
-            and not (self._reads_constants or self._makes_leaves or self._kept or self._replay)
+            and not (self._reads_constants or self._makes_leaves or self._kept or self.replay)
             and not _compat.transforms_active()
         )
 
@@ -251,9 +251,9 @@ class Converted(Generic[P, R]):
         read = [*(x for x in leaves if isinstance(x, Tensor)), *self._declared, *table.values()]
         known = [resolve(t) for t in read]  # within another converted call, what that gives
         mode = self._mode(table, known)
-        with self._memory(mode), mode.reraising_refusals():
-            run = self._fun if self._replay is None else self._replayed
-            out = run(*arguments)
+        replaying = nullcontext() if self.replay is None else self.replay.replayed()
+        with self._memory(mode), mode.reraising_refusals(), replaying:
+            out = self._fun(*arguments)
         if type(out) is Tensor:  # no pytree walk for a plain tensor
             out = table.get(id(out), out)
         else:
@@ -313,21 +313,6 @@ class Converted(Generic[P, R]):
             f"converted, got another value in the place of {was}: {now}{also}. Convert again, or "
             "leave the variable as it is."
         )
-
-    def _replayed(self, *arguments: Any) -> Any:
-        assert self._replay is not None  # noqa: S101 (for the type checker)
-        state, generators = self._replay
-        before = torch.get_rng_state()
-        others = [(generator, generator.get_state()) for generator, _ in generators]
-        try:
-            torch.set_rng_state(state)
-            for generator, first in generators:
-                generator.set_state(first)
-            return self._fun(*arguments)
-        finally:
-            torch.set_rng_state(before)
-            for generator, now in others:
-                generator.set_state(now)
 
 
 def as_leaf(t: Any) -> Any:

@@ -9,7 +9,7 @@ Not here: calling `fun` with other values (`substitution.py`).
 """
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -271,7 +271,7 @@ class DiscoveryMode(CaptureMode):
             if not own:
                 self.refuse(self._write_message(func, t))
         if torch.Tag.nondeterministic_seeded in func.tags:
-            self._draw(func, kwargs)
+            self._draw(func, args, kwargs)
         if not _compat.in_backward():
             for t, key in zip(given, keys, strict=True):
                 self._check_seen(func, t, key)
@@ -299,7 +299,7 @@ class DiscoveryMode(CaptureMode):
             )
             self.refuse(message)
 
-    def _draw(self, func: Any, kwargs: Any) -> None:
+    def _draw(self, func: Any, args: Any, kwargs: Any) -> None:
         if self.rng == "error":
             message = (
                 f"expected a function without randomness (rng='error'), got {func} at {caller()}. "
@@ -308,6 +308,8 @@ class DiscoveryMode(CaptureMode):
             self.refuse(message)
         self.drew = self.drew or str(func)
         generator = kwargs.get("generator")
+        if generator is None:
+            generator = _generator_of(kwargs.get("device"), operators.tensors(args))
         if generator is not None and id(generator) not in self.generators:
             self.generators[id(generator)] = (generator, generator.get_state())
 
@@ -335,3 +337,14 @@ class DispatchDiscovery(DispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **(kwargs or {}))
         with _compat.unseen():
             return self.discovery.on_dispatch(func, args, kwargs or {})
+
+
+def _generator_of(device: Any, given: Iterable[Tensor]) -> torch.Generator | None:
+    """The default generator that a draw without one uses, of a CUDA device; that of the CPU is
+    always looked after."""
+    device = device or next((t.device for t in given), None)
+    device = torch.device(device or "cpu")
+    if device.type != "cuda":
+        return None
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch.cuda.default_generators[index]

@@ -1,20 +1,19 @@
-"""The implicit function theorem as one differentiable operation.
+"""The implicit function theorem as one differentiable operation, for every order, mode and
+torch.func transform: it evaluates F again.
 
-A problem has a residual `F(x, *values)` and a way to find `x` with `F = 0`. Where `F_x` is
-regular, `x` is a function of the values (Blondel et al. 2022, "Efficient and Modular Implicit
-Differentiation", eq. 2): `F_x dx + F_v dv = 0`. Hence, with cotangent `g` of `x` and tangents `t`
-of the values,
+Where A = F_x is regular, the root x of F(x, *values) = 0 is a function of the values (Blondel et
+al. 2022, "Efficient and Modular Implicit Differentiation", eq. 2): A dx + F_v dv = 0. Hence, with
+cotangent `g` of `x` and tangents `t` of the values,
 
-    reverse:  F_x^T u = g,        cotangent of v = -F_v^T u
-    forward:  F_x dx  = -F_v t
+    reverse:  A^T u = g,      cotangent of v = -F_v^T u
+    forward:  A dx  = -F_v t
 
-Both linear systems are problems again, linear in the unknown, with values `(x, *values, g)`. So
-they are solved by the same operation, which makes derivatives of any order: nothing here is
-differentiated by hand twice. `x` in the formulas is the operation's own output, which depends on
-the values.
+Both linear systems are conditions again, linear in the unknown. So they are solved by the same
+operation, which makes derivatives of any order: nothing here is differentiated by hand twice. `x`
+in the formulas is the operation's own output, which depends on the values.
 
-The unknown is one real vector here. Not here: user functions, pytrees, checks (`rules.py`), and
-how a linear system is solved (`linear.py`).
+Not here: a first derivative in PyTorch's own reverse mode, which needs no second evaluation
+(`record.py`), and batches of conditions (`batch.py`).
 """
 
 from collections.abc import Callable, Sequence
@@ -25,93 +24,75 @@ from torch import Tensor
 
 from freevars.torch import _compat, _hooks
 
-__all__ = ["Linear", "Problem", "implicit", "jvp", "vjp"]
+__all__ = ["Solvable", "implicit", "jvp", "pull_back", "vjp"]
 
 Fun = Callable[..., Tensor]
 
+# A solution in a list of tensors: x, the recorded F, the completing columns (see `condition.py`).
+_PARTS = 3
 
-class Problem(Protocol):
-    """What `implicit` solves: `residual(x, *values) = 0`, for one real vector `x`."""
+
+class Solvable(Protocol):
+    """What `implicit` solves: a condition, or a linear system of one."""
 
     constants: frozenset[int]
-    """The positions of values that the residual does not depend on, or not continuously."""
+    """The positions of values that the root does not depend on, or not differentiably."""
 
-    def residual(self, x: Tensor, /, *values: Tensor) -> Tensor:
+    def residual(self, x: Tensor, columns: Tensor, /, *values: Tensor) -> Tensor:
         """The optimality function, differentiable to any order."""
 
-    def solve(self, x0: Tensor, values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """A root and whatever tensors come with it, from plain tensors; no derivative is taken of
-        this."""
+    def solve(self, *values: Tensor) -> tuple[Tensor, ...]:
+        """A solution and whatever tensors come with it, from plain tensors; no derivative is taken
+        of this."""
 
-    def linear(self, transposed: bool, x: Tensor, values: tuple[Tensor, ...], b: Tensor) -> Tensor:  # noqa: FBT001
-        """`u` with `F_x u = b`, or `F_x^T u = b`, from plain tensors."""
+    def system(self, values: tuple[Tensor, ...], b: Tensor, *, transposed: bool) -> Tensor:
+        """`u` with A u = b, or A^T u = b, differentiable; `values` begin with the solution."""
+
+    def batched(self, size: int, dims: Sequence[int | None]) -> "Batched":
+        """Many of it at once, whose values have one more axis, where `dims` says."""
 
 
-def implicit(problem: Problem, x0: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-    """The root of `problem`, differentiable in the values to any order and in forward mode, and
+class Batched(Protocol):
+    @property
+    def condition(self) -> Solvable: ...
+
+    def arrange(self, values: Sequence[Tensor]) -> Sequence[Tensor]: ...
+
+    def take_apart(self, out: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Each with the new axis in front."""
+
+
+def implicit(condition: Solvable, *values: Tensor) -> tuple[Tensor, ...]:
+    """A solution, whose root is differentiable in the values to any order and in forward mode, and
     what comes with it, which is constant."""
-    out: tuple[Tensor, ...] = _Implicit.apply(problem, x0, *values)  # type: ignore[no-untyped-call]
+    out: tuple[Tensor, ...] = _Implicit.apply(condition, *values)  # type: ignore[no-untyped-call]
     return out
 
 
-class Linear:
-    """The system `F_x^T u = b` (or `F_x u = b`) as a problem; its values are `(x, *values, b)`."""
-
-    def __init__(self, of: Problem, *, transposed: bool) -> None:
-        self.of = of
-        self.transposed = transposed
-        self.constants = frozenset(i + 1 for i in of.constants)
-
-    def residual(self, u: Tensor, /, *given: Tensor) -> Tensor:
-        x, *values, b = given
-        product = vjp if self.transposed else _product
-        return product(lambda z: self.of.residual(z, *values), x, u) - b
-
-    def solve(self, _: Tensor, values: tuple[Tensor, ...]) -> tuple[Tensor]:
-        x, *rest = values
-        return (self.of.linear(self.transposed, x, tuple(rest[:-1]), rest[-1]),)
-
-    def linear(self, transposed: bool, _: Tensor, values: tuple[Tensor, ...], b: Tensor) -> Tensor:  # noqa: FBT001
-        x, *rest = values  # the matrix of this system does not depend on its unknown
-        return self.of.linear(transposed != self.transposed, x, tuple(rest[:-1]), b)
-
-
 class _Implicit(torch.autograd.Function):
-    """Takes `(problem, x0, *values)`, gives `(x, *others)`. `x0` gets no derivative: the root does
-    not depend on it."""
+    """Takes `(condition, *values)`, gives `(x, *others)`."""
 
     @staticmethod
-    def forward(problem: Problem, x0: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+    def forward(condition: Solvable, *values: Tensor) -> tuple[Tensor, ...]:
         # The solver may use autograd as it likes: it sees copies without history.
         plain = tuple(v.detach() for v in values)
         with _hooks.solver_running(), torch.inference_mode(mode=False), torch.enable_grad():
-            return tuple(t.detach() for t in problem.solve(x0.detach(), plain))
+            return tuple(t.detach() for t in condition.solve(*plain))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.problem, _, *values = inputs
-        x, *others = output
-        ctx.mark_non_differentiable(*others)
-        ctx.n_others = len(others)
-        ctx.save_for_backward(x, *values)
-        if (
-            _compat.transforms_active()
-        ):  # this one is a cycle: it would live until the next collection
-            ctx.save_for_forward(x, *values)
+        ctx.condition, *values = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.n_others = len(output) - 1
+        saved = (*output[:_PARTS], *values)
+        ctx.save_for_backward(*saved)
+        if _compat.transforms_active():
+            # This one is a cycle: it would live until the next collection.
+            ctx.save_for_forward(*saved)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, *_: Any) -> Any:
-        x, *values = ctx.saved_tensors
-        (u,) = implicit(Linear(ctx.problem, transposed=True), torch.zeros_like(g), x, *values, g)
-        wanted = [i for i in _continuous(ctx.problem, values) if ctx.needs_input_grad[i + 2]]
-
-        def residual(*some: Tensor) -> Tensor:
-            return ctx.problem.residual(x, *_merged(values, wanted, some))  # type: ignore[no-any-return]
-
-        grads: list[Tensor | None] = [None] * len(values)
-        for i, grad in zip(wanted, _vjps(residual, [values[i] for i in wanted], u), strict=True):
-            grads[i] = -grad
-        return None, None, *grads
+        return None, *pull_back(ctx.condition, ctx.saved_tensors, g, ctx.needs_input_grad[1:])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
@@ -120,35 +101,46 @@ class _Implicit(torch.autograd.Function):
         # calls itself.
         primal = _compat.primal_and_tangent
         with _compat.forward_mode(True):
-            x, *values = (primal(t).primal for t in ctx.saved_tensors)
-            wanted = [i for i in _continuous(ctx.problem, values) if tangents[i + 2] is not None]
-            some = [primal(tangents[i + 2]).primal for i in wanted]
+            saved = [primal(t).primal for t in ctx.saved_tensors]
+            x, _, columns, *values = saved
+            wanted = [i for i in _smooth(ctx.condition, values) if tangents[i + 1] is not None]
+            some = [primal(tangents[i + 1]).primal for i in wanted]
 
             def residual(*inputs: Tensor) -> Tensor:
-                return ctx.problem.residual(x, *_merged(values, wanted, inputs))  # type: ignore[no-any-return]
+                return ctx.condition.residual(x, columns, *_merged(values, wanted, inputs))  # type: ignore[no-any-return]
 
             r = jvp(residual, [values[i] for i in wanted], some, like=x)
-            (dx,) = implicit(
-                Linear(ctx.problem, transposed=False), torch.zeros_like(r), x, *values, -r
-            )
+            dx = ctx.condition.system(tuple(saved), -r, transposed=False)
             return dx, *(None,) * ctx.n_others
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, problem: Problem, *inputs: Tensor) -> Any:
-        """One solve after the other: a solver may branch on its data and leave PyTorch."""
-        dims = in_dims[1:]
-        found = []
-        for k in range(info.batch_size):
-            one = [t if d is None else t.select(d, k) for t, d in zip(inputs, dims, strict=True)]
-            found.append(implicit(problem, *one))
-        out = tuple(torch.stack(same) for same in zip(*found, strict=True))
+    def vmap(info: Any, in_dims: Any, condition: Solvable, *values: Tensor) -> Any:
+        batch = condition.batched(info.batch_size, in_dims[1:])
+        out = batch.take_apart(implicit(batch.condition, *batch.arrange(values)))
         return out, (0,) * len(out)
 
 
-def _continuous(problem: Problem, values: Sequence[Tensor]) -> list[int]:
+def pull_back(
+    condition: Solvable, saved: Sequence[Tensor], g: Tensor, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """The cotangents of the values, differentiable again; `saved` is a solution and the values."""
+    x, _, columns, *values = saved
+    u = condition.system(tuple(saved), g, transposed=True)
+    wanted = [i for i in _smooth(condition, values) if needed[i]]
+
+    def residual(*some: Tensor) -> Tensor:
+        return condition.residual(x, columns, *_merged(values, wanted, some))
+
+    grads: list[Tensor | None] = [None] * len(values)
+    for i, grad in zip(wanted, _vjps(residual, [values[i] for i in wanted], u), strict=True):
+        grads[i] = -grad
+    return grads
+
+
+def _smooth(condition: Solvable, values: Sequence[Tensor]) -> list[int]:
     """The positions of the values that the root depends on differentiably."""
     smooth = (i for i, v in enumerate(values) if v.is_floating_point() or v.is_complex())
-    return [i for i in smooth if i not in problem.constants]
+    return [i for i in smooth if i not in condition.constants]
 
 
 def _merged(values: Sequence[Tensor], where: Sequence[int], some: Sequence[Tensor]) -> list[Tensor]:
@@ -164,10 +156,6 @@ def _merged(values: Sequence[Tensor], where: Sequence[int], some: Sequence[Tenso
 def vjp(fun: Fun, x: Tensor, cotangent: Tensor) -> Tensor:
     """`J^T u` for the derivative `J` of `fun` at `x`."""
     return _vjps(fun, [x], cotangent)[0]
-
-
-def _product(fun: Fun, x: Tensor, tangent: Tensor) -> Tensor:
-    return jvp(fun, [x], [tangent], like=x)
 
 
 def _vjps(fun: Fun, inputs: Sequence[Tensor], cotangent: Tensor) -> Sequence[Tensor]:

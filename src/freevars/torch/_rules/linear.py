@@ -1,192 +1,177 @@
-"""Linear systems `A u = b` of a rule: direct while small, matrix-free beyond.
+"""The linear system of an implicit derivative: which method, and what its figures are.
 
-Around n = 100 unknowns on a CPU, n products with a derivative and one factorisation cost as much
-as an iteration without the matrix. A singular matrix is an error, or what the user chose.
+Up to `DENSE_LIMIT` unknowns a problem the matrix is written out, from as many products as one
+problem has unknowns, and factorised once for the whole batch. Beyond, the system is only applied
+to vectors: conjugate gradients where it is symmetric, GMRES elsewhere; where an iteration stalls,
+the matrix after all, while it fits.
 
-Not here: where `A` comes from (`rules.py`), derivatives of the solution (`implicit.py`).
+Not here: where products come from (`derivative.py`), and what the figures mean (`diagnostics.py`).
 """
 
+import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from freevars.errors import SingularError
+from freevars.torch._rules.dense import Dense
+from freevars.torch._rules.derivative import Derivative, LinearOperator
+from freevars.torch._rules.diagnostics import Figures
+from freevars.torch._rules.krylov import conjugate_gradients, gmres
 
-__all__ = ["DIRECT_LIMIT", "Dense", "MatrixFree", "System", "tolerance"]
+__all__ = [
+    "DENSE_LIMIT",
+    "Dense",
+    "Iterative",
+    "LinearSolve",
+    "System",
+    "check_linear_solve",
+    "system_of",
+]
 
-DIRECT_LIMIT = 100
+# Up to this size a factorisation costs less than the bookkeeping of an iteration, and tells a
+# singular system from a slow one.
+DENSE_LIMIT = 512
 
-MatVec = Callable[[Tensor], Tensor]
-LinearSolve = Callable[[MatVec, Tensor], Tensor]
+# Numbers in the largest matrix that is written out where an iteration stalled.
+_LARGEST_MATRIX = 2**25
+
+LinearSolve = Callable[[Any, Tensor], Tensor]  # (LinearOperator, b) -> u, real vectors
 
 
-def tolerance(dtype: torch.dtype) -> float:
-    """Up to here a derivative is trusted: the fourth root of the spacing of numbers at one."""
-    return float(torch.finfo(dtype).eps ** 0.25)
+def check_linear_solve(linear_solve: object) -> None:
+    """Refuses what is no function `solve(operator, b)`."""
+    if linear_solve is not None and (isinstance(linear_solve, type) or not callable(linear_solve)):
+        message = (
+            f"linear_solve: expected None or a function solve(operator, b), got {linear_solve!r}."
+        )
+        raise TypeError(message)
 
 
 class System(Protocol):
-    """The derivative of an optimality function at a solution."""
+    """A u = b, or its transpose, for any b: Float[Tensor, "... problems n"]."""
 
-    def solve(self, b: Tensor, *, transposed: bool) -> Tensor:
-        """`u` with `A u = b`, or `A^T u = b`; raises `SingularError`."""
+    def solve(self, b: Tensor, *, transposed: bool) -> Tensor: ...
 
-    def size_of_step(self, f: Tensor) -> float:
-        """The norm of the Newton step `A^-1 f`, to one digit."""
+    def figures(self) -> Figures: ...
 
-
-class Dense:
-    """A system by its matrix, factorised once."""
-
-    def __init__(self, a: Tensor, name: str, *, least_squares: bool, check: bool) -> None:
-        n = len(a)
-        a = a.to(torch.promote_types(a.dtype, torch.float32))  # no factorisation in half precision
-        factors, pivots, info = torch.linalg.lu_factor_ex(a)
-        rcond = 0.0
-        if (check or least_squares) and int(info) == 0 and bool(torch.isfinite(a).all()):
-            eye = torch.eye(n, dtype=a.dtype, device=a.device)
-            inverse = torch.linalg.lu_solve(factors, pivots, eye)
-            norms = torch.linalg.matrix_norm(a, 1) * torch.linalg.matrix_norm(inverse, 1)
-            rcond = float(1 / norms)
-        self._factors = None
-        unchecked = not (check or least_squares)
-        if unchecked or rcond >= 10 * n * torch.finfo(a.dtype).eps:
-            self._factors = (factors, pivots)
-        elif least_squares:
-            self._pseudo_inverse = torch.linalg.pinv(a)
-        else:
-            message = (
-                f"{name}: expected a regular system for the derivative, got {n} unknowns with the "
-                f"reciprocal condition number {rcond:.1e}, so the solution is not a differentiable "
-                'function of the captured values there. on_failure="least_squares" takes the '
-                "shortest solution."
-            )
-            raise SingularError(message)
-
-    def solve(self, b: Tensor, *, transposed: bool) -> Tensor:
-        dtype = b.dtype
-        b = b.to(torch.promote_types(dtype, torch.float32))
-        if self._factors is None:
-            inverse: Tensor = self._pseudo_inverse
-            return ((inverse.T if transposed else inverse) @ b).to(dtype)
-        u: Tensor = torch.linalg.lu_solve(*self._factors, b[:, None], adjoint=transposed)
-        return u[:, 0].to(dtype)
-
-    def size_of_step(self, f: Tensor) -> float:
-        return float(torch.linalg.vector_norm(self.solve(f, transposed=False)))
+    def newton_step(self) -> Tensor:
+        """A^-1 F."""
 
 
-class MatrixFree:
-    """A system by its products: conjugate gradients where it is symmetric and positive, GMRES
-    elsewhere, or the user's own solver."""
+class Iterative:
+    """A system by its products, solved as one for the whole batch."""
 
     def __init__(
         self,
-        by: MatVec,
-        by_transpose: MatVec,
-        name: str,
-        *,
-        symmetric: bool,
+        derivative: Derivative,
+        unit: Tensor,
+        dense: Callable[[], System],
+        structure: object,
         own: LinearSolve | None,
-        check: bool,
     ) -> None:
-        self._by = by
-        self._by_transpose = by_transpose
-        self._name = name
-        self._symmetric = symmetric
+        self._a = derivative
+        self._unit = unit  # of each tensor of the unknown
+        self._make_dense = dense
+        self._structure = structure
         self._own = own
-        self._check = check  # whether a solution must solve the system
+        self._dense: System | None = None
+        self._residual = 0.0
+        b, n = derivative.f.shape
+        self._fits = own is None and b * n * n <= _LARGEST_MATRIX
+        # As many products as one problem has unknowns give the matrix.
+        self._steps = max(50, n // 4) if self._fits else 2000
 
     def solve(self, b: Tensor, *, transposed: bool) -> Tensor:
-        matvec = self._by_transpose if transposed else self._by
+        if b.dim() > self._a.f.dim():
+            return torch.stack([self.solve(one, transposed=transposed) for one in b])
+        return self._solve(b, transposed, float(torch.finfo(b.dtype).eps ** 0.75))
+
+    def newton_step(self) -> Tensor:
+        return self.solve(self._a.f.detach(), transposed=False)
+
+    def figures(self) -> Figures:
+        """The Newton step is measured against each tensor of the unknown: in full where a product
+        with A is one with A^T, and by its components along two random directions elsewhere, which
+        products of A^T give."""
+        f = self._a.f.detach()
+        step = self._size_of_step(f)
+        if self._dense is not None:
+            return self._dense.figures()
+        measured = Figures.unmeasured(f)
+        finite = measured.finite & torch.isfinite(self._a.at.detach()).all(1)
+        return measured._replace(
+            finite=finite,
+            step=torch.full_like(measured.step, step),
+            residual=torch.full_like(measured.residual, self._residual),
+        )
+
+    def _size_of_step(self, f: Tensor) -> float:
+        if not bool(f.any()) or not bool(torch.isfinite(f).all()):
+            return 0.0
+        if self._a.symmetric:
+            s = self._solve(f, False, 1e-2) / self._unit
+            return float(s.square().mean().sqrt())
+        generator = torch.Generator().manual_seed(0)
+        sizes = []
+        for _ in range(2 if self._own is None else 1):
+            signs = torch.randint(0, 2, f.shape, generator=generator).to(f) * 2 - 1
+            w = signs / self._unit
+            scale = float(w.abs().max())
+            v = self._solve(w / scale, True, 1e-2)
+            sizes.append(abs(float((v * f).sum())) * scale / math.sqrt(f.numel()))
+        return max(sizes)
+
+    def _solve(self, b: Tensor, transposed: bool, relative: float) -> Tensor:  # noqa: FBT001
+        if self._dense is not None:
+            return self._dense.solve(b, transposed=transposed)
         if not bool(b.any()):
             return torch.zeros_like(b)
+        scale = b.abs().max()  # squares of small numbers are no numbers
+        right = (b / scale).reshape(-1)
+        operator = LinearOperator(self._a, self._structure, transposed=transposed)
         if self._own is not None:
-            u = self._own(matvec, b)
-        else:
-            u = self._iterate(matvec, b, float(torch.finfo(b.dtype).eps ** 0.75))
-        if not self._check:
-            return u
-        left = float(torch.linalg.vector_norm(matvec(u) - b) / torch.linalg.vector_norm(b))
-        if left <= tolerance(b.dtype):
-            return u
-        message = (
-            f"{self._name}: expected the system of the derivative, with {len(b)} unknowns, to "
-            "be solved "
-            f"to a relative residual of {tolerance(b.dtype):.1e}, got {left:.1e}. It may be "
-            "singular; else give linear_solve=, a solver that suits it. check=False takes what "
-            "is found."
-        )
-        raise SingularError(message)
+            u = self._own(operator, right)
+            self._measure(operator, u, right)
+            return u.reshape(b.shape) * scale
+        dtype = torch.promote_types(right.dtype, torch.float32)
 
-    def size_of_step(self, f: Tensor) -> float:
-        if not bool(f.any()):
-            return 0.0
-        step = self._own(self._by, f) if self._own is not None else self._iterate(self._by, f, 0.1)
-        return float(torch.linalg.vector_norm(step))
+        def matvec(v: Tensor) -> Tensor:
+            return operator(v.to(right.dtype)).to(dtype)
 
-    def _iterate(self, matvec: MatVec, b: Tensor, relative: float) -> Tensor:
-        u = conjugate_gradients(matvec, b, relative) if self._symmetric else None
-        return gmres(matvec, b, relative) if u is None else u
+        found = False
+        if self._a.symmetric:
+            u, found = conjugate_gradients(matvec, right.to(dtype), relative, self._steps)
+        if not found:
+            u, found = gmres(matvec, right.to(dtype), relative, self._steps)
+        if not found and self._fits:
+            self._dense = self._make_dense()
+            return self._dense.solve(b, transposed=transposed)
+        if not found:
+            self._measure(operator, u.to(right.dtype), right)
+        return u.to(b.dtype).reshape(b.shape) * scale
+
+    def _measure(self, operator: LinearOperator, u: Tensor, b: Tensor) -> None:
+        left = float(torch.linalg.vector_norm(operator(u) - b) / torch.linalg.vector_norm(b))
+        self._residual = max(self._residual, left) if left == left else float("inf")  # noqa: PLR0124
 
 
-def conjugate_gradients(matvec: MatVec, b: Tensor, relative: float) -> Tensor | None:
-    """Hestenes and Stiefel 1952, to a residual relative to |b|. None where the matrix shows
-    itself not positive."""
-    u, r = torch.zeros_like(b), b
-    p, rr = r, torch.dot(r, r)
-    stop = relative**2 * float(rr)
-    for _ in range(10 * len(b)):
-        q = matvec(p)
-        curvature = torch.dot(p, q)
-        if not float(curvature) > 0:
-            return None
-        alpha = rr / curvature
-        u, r = u + alpha * p, r - alpha * q
-        previous, rr = rr, torch.dot(r, r)
-        if float(rr) <= stop:
-            break
-        p = r + (rr / previous) * p
-    return u
+def system_of(
+    derivative: Derivative,
+    unit: Tensor,
+    leafwise: Callable[[], Tensor],
+    structure: object,
+    *,
+    own: LinearSolve | None,
+    least_squares: bool,
+) -> System:
+    """The system of a derivative, by the method that suits its size."""
+    f = derivative.f.detach()
 
+    def dense() -> Dense:
+        return Dense(derivative.matrix(), f, unit, least_squares=least_squares)
 
-def gmres(
-    matvec: MatVec, b: Tensor, relative: float, *, restart: int = 50, cycles: int = 40
-) -> Tensor:
-    """Restarted GMRES (Saad and Schultz 1986), to a residual relative to |b|."""
-    u = torch.zeros_like(b)
-    target = relative * float(torch.linalg.vector_norm(b))
-    for _ in range(cycles):
-        r = b - matvec(u)
-        beta = float(torch.linalg.vector_norm(r))
-        if beta <= target:
-            break
-        basis, h = _arnoldi(matvec, r / beta, restart, target / beta)
-        e = torch.zeros(len(h), 1, dtype=b.dtype, device=b.device)
-        e[0] = beta
-        y = torch.linalg.lstsq(h, e).solution[:, 0]
-        u = u + y @ torch.stack(basis)
-    return u
-
-
-def _arnoldi(
-    matvec: MatVec, first: Tensor, steps: int, small: float
-) -> tuple[list[Tensor], Tensor]:
-    """An orthonormal basis of the Krylov space and the Hessenberg matrix, one row longer than
-    wide."""
-    basis = [first]
-    h = torch.zeros(steps + 1, steps, dtype=first.dtype, device=first.device)
-    for j in range(steps):
-        w = matvec(basis[j])
-        for _ in range(2):  # a second pass keeps the basis orthogonal
-            c = torch.stack(basis) @ w
-            h[: j + 1, j] += c
-            w = w - c @ torch.stack(basis)
-        norm = float(torch.linalg.vector_norm(w))
-        h[j + 1, j] = norm
-        if norm <= small * 1e-3 or j + 1 == min(steps, len(first)):
-            break
-        basis.append(w / norm)
-    return basis, h[: len(basis) + 1, : len(basis)]
+    if own is None and f.shape[1] <= DENSE_LIMIT:
+        return dense()
+    return Iterative(derivative, leafwise(), dense, structure, own)

@@ -1,5 +1,9 @@
-"""An unknown of any structure as one real vector, and back. Complex parts become two real ones."""
+"""An unknown of any structure as real vectors, one for each problem of a batch, and back.
 
+Complex parts become two real ones, since what is solved for need not be holomorphic.
+"""
+
+import math
 from typing import Any
 
 import torch
@@ -9,13 +13,14 @@ from freevars.errors import StructureError
 from freevars.torch._compat import pytree
 from freevars.torch._convert.structure import Structure
 
-__all__ = ["Flat"]
+__all__ = ["Unknown"]
 
 
-class Flat:
-    """The structure of an unknown; `unravel(ravel(x, name)) == x`."""
+class Unknown:
+    """The structure of an unknown whose first `batch_dims` axes count independent problems;
+    `unravel(ravel(x, name)) == x`, and `ravel` gives Float[Tensor, "problems n"]."""
 
-    def __init__(self, x0: Any) -> None:
+    def __init__(self, x0: Any, batch_dims: int = 0) -> None:
         leaves, self.spec = pytree.tree_flatten(x0)
         kinds = {t.dtype.to_real() if isinstance(t, Tensor) else type(t) for t in leaves}
         if len(kinds) != 1 or not all(
@@ -24,15 +29,31 @@ class Flat:
             shown = ", ".join(Structure.shown(t) for t in leaves) or "no leaves"
             message = f"x0 expected real or complex tensors of one precision, got {shown}."
             raise StructureError(message)
+        batches = {tuple(t.shape[:batch_dims]) for t in leaves}
+        self.batch = batches.pop()
+        if batches or len(self.batch) < batch_dims:
+            shown = ", ".join(Structure.shown(t) for t in leaves)
+            message = (
+                f"x0 expected tensors that begin with the same {batch_dims} axes "
+                f"(batch_dims={batch_dims}), got {shown}."
+            )
+            raise StructureError(message)
+        self.problems = math.prod(self.batch)
         self._structure = Structure((x0,), root="x")
-        self._like = [(t.shape, t.dtype, t.numel() * (2 if t.is_complex() else 1)) for t in leaves]
+        self._like = [
+            (t.shape, t.dtype, math.prod(t.shape[batch_dims:]) * (2 if t.is_complex() else 1))
+            for t in leaves
+        ]
+        self.dtype: torch.dtype = leaves[0].dtype.to_real()
+        self.n = sum(n for _, _, n in self._like)
 
     def ravel(self, x: Any, name: str) -> Tensor:
-        """One real vector of all parts of `x`; `name` is for the error where `x` is of another
-        structure."""
+        """`name` is for the error where `x` is of another structure."""
         leaves = self.check(x, name)
+        real = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in leaves]
         return torch.cat(
-            [(torch.view_as_real(t) if t.is_complex() else t).reshape(-1) for t in leaves]
+            [t.reshape(self.problems, n) for t, (_, _, n) in zip(real, self._like, strict=True)],
+            dim=1,
         )
 
     def check(self, x: Any, name: str) -> list[Tensor]:
@@ -44,7 +65,7 @@ class Flat:
         leaves = []
         start = 0
         for shape, dtype, n in self._like:
-            part = x.narrow(0, start, n)  # unlike those of `split`, it may be written to in place
+            part = x.narrow(1, start, n)  # unlike those of `split`, it may be written to in place
             start += n
             leaves.append(
                 torch.view_as_complex(part.reshape(*shape, 2))
@@ -52,3 +73,26 @@ class Flat:
                 else part.reshape(shape)
             )
         return pytree.tree_unflatten(leaves, self.spec)
+
+    def magnitude(self, x: Tensor) -> Tensor:
+        """How large each component of a ravelled `x` is; the parts of a complex number as it."""
+        x = x.abs()
+        if not any(dtype.is_complex for _, dtype, _ in self._like):
+            return x
+        parts = []
+        for part, (_, dtype, n) in zip(self._parts(x), self._like, strict=True):
+            pairs = part.reshape(len(x), n // 2, 2) if dtype.is_complex else part[..., None]
+            parts.append(torch.linalg.vector_norm(pairs, dim=2, keepdim=True).expand_as(pairs))
+        return torch.cat([p.reshape(len(x), -1) for p in parts], dim=1)
+
+    def leafwise(self, x: Tensor) -> Tensor:
+        """The root mean square over each tensor of a ravelled `x`, in the place of each of its
+        components."""
+        sizes = [torch.linalg.vector_norm(p, dim=1, keepdim=True) for p in self._parts(x)]
+        ns = [n for _, _, n in self._like]
+        return torch.cat(
+            [(s / max(n, 1) ** 0.5).expand(-1, n) for s, n in zip(sizes, ns, strict=True)], dim=1
+        )
+
+    def _parts(self, x: Tensor) -> list[Tensor]:
+        return list(torch.split(x, [n for _, _, n in self._like], dim=1))

@@ -32,10 +32,12 @@ from freevars.torch import _compat
 from freevars.torch._compat import pytree
 from freevars.torch._convert.convert import closure_convert
 from freevars.torch._describe import function_name
+from freevars.torch._rules.condition import Kind, OnFailure, Rng, Rule
 from freevars.torch._rules.implicit import implicit
-from freevars.torch._rules.linear import LinearSolve
-from freevars.torch._rules.problem import Kind, OnFailure, Problem, Rule
-from freevars.torch._rules.ravel import Flat
+from freevars.torch._rules.linear import LinearSolve, check_linear_solve
+from freevars.torch._rules.problem import Problem
+from freevars.torch._rules.ravel import Unknown
+from freevars.torch._rules.record import solve_and_attach
 
 __all__ = ["ImplicitSolver", "argmin", "fixed_point", "root"]
 
@@ -52,6 +54,11 @@ class Options(TypedDict, total=False):
     linear_solve: LinearSolve | None  # None
     on_failure: OnFailure  # "raise"
     check: bool  # True
+    tol: float | None  # None
+    polish: bool  # False
+    conserved: Callable[[Any], Any] | None  # None
+    batch_dims: int  # 0
+    rng: Rng  # "replay"
 
 
 class ImplicitSolver(DecoratedSolver[P, R]):
@@ -61,12 +68,7 @@ class ImplicitSolver(DecoratedSolver[P, R]):
         self, solver: Callable[P, R], kind: Kind = "root", /, **options: Unpack[Options]
     ) -> None:
         check_options(kind, options, Options)
-        linear_solve = options.get("linear_solve")
-        if linear_solve is not None and (
-            isinstance(linear_solve, type) or not callable(linear_solve)
-        ):
-            message = f"linear_solve: expected None or a function, got {linear_solve!r}."
-            raise TypeError(message)
+        check_linear_solve(options.get("linear_solve"))
         super().__init__(solver, kind, **options)
 
     def _use(self, solver: Callable[P, R]) -> None:
@@ -106,13 +108,19 @@ class ImplicitSolver(DecoratedSolver[P, R]):
         def extended(x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return fun(x, *args, **kwargs)
 
-        flat = Flat(x0)
-        converted, hoisted = closure_convert(extended, x0, fun_args, fun_kwargs)
-        problem = Problem(self._rule, converted, flat, self._signature, call)
+        unknown = Unknown(x0, self._rule.batch_dims)
+        converted, hoisted = closure_convert(extended, x0, fun_args, fun_kwargs, rng=self._rule.rng)
+        problem = Problem(self._rule, converted, unknown, self._signature, call)
         leaves = pytree.tree_leaves(((fun_args, fun_kwargs), options))
         given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        v, *aux = implicit(problem, flat.ravel(x0, "x0").detach(), *given, *hoisted)
-        x = flat.unravel(v)
+        values = (unknown.ravel(x0, "x0"), *given, *hoisted)
+        if _compat.transforms_active():
+            v, _, _, *aux = implicit(problem, *values)
+        else:
+            v, *aux = solve_and_attach(problem, lambda x: fun(x, *fun_args, **fun_kwargs), values)
+        if converted.replay is not None:
+            converted.replay.advance()
+        x = unknown.unravel(v)
         return (x, problem.with_aux(aux)) if self._rule.has_aux else x
 
 

@@ -1,0 +1,181 @@
+"""Linear systems of a condition as conditions, and many conditions at once: what higher orders and
+`torch.func.vmap` make of one.
+
+Many problems at once are one condition with a row for each: F is `torch.func.vmap` of theirs, and
+its system block-diagonal. The user's solver runs once for all where it can: where its problems
+have an axis in front already (`batch_dims=`), or where it holds operations of PyTorch alone, so
+that vmap can run it too; else once for each.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freevars.torch._rules.condition import Condition, Solution
+from freevars.torch._rules.implicit import implicit, jvp, vjp
+
+__all__ = ["DifferentiableCondition"]
+
+
+class DifferentiableCondition(Condition):
+    """A condition as `implicit` takes it."""
+
+    def system(self, values: tuple[Tensor, ...], b: Tensor, *, transposed: bool) -> Tensor:
+        return implicit(LinearSystem(self, transposed=transposed), *values, b)[0]
+
+    def batched(self, size: int, dims: Sequence[int | None]) -> "_BatchOfConditions":
+        return _BatchOfConditions(self, size, dims)
+
+
+class LinearSystem:
+    """A^T u = b (or A u = b) as a condition; its values are a solution, the values there, and b,
+    which may be `many` axes of right-hand sides."""
+
+    def __init__(self, of: DifferentiableCondition, *, transposed: bool, many: int = 0) -> None:
+        self.of = of
+        self.transposed = transposed
+        self.many = many
+        self.constants = frozenset({1, 2, *(i + 3 for i in of.constants)})
+
+    def residual(self, u: Tensor, _: Tensor, /, *given: Tensor) -> Tensor:
+        x, _f, columns, *values, b = given
+
+        def fun(z: Tensor) -> Tensor:
+            return self.of.residual(z, columns, *values)
+
+        def product(u: Tensor) -> Tensor:
+            return vjp(fun, x, u) if self.transposed else jvp(fun, [x], [u], like=x)
+
+        for _axis in range(self.many):
+            product = torch.func.vmap(product)
+        return product(u) - b
+
+    def solve(self, *given: Tensor) -> tuple[Tensor, ...]:
+        x, f, columns, *values, b = given
+        many = b.reshape(-1, *b.shape[-2:]) if self.many else b
+        u = self.of.linear(self.transposed, Solution(x, f, columns), tuple(values), many)
+        nothing = u.new_empty(0)
+        return u.reshape(b.shape), nothing, nothing
+
+    def system(self, values: tuple[Tensor, ...], b: Tensor, *, transposed: bool) -> Tensor:
+        # The matrix does not depend on the unknown of this system.
+        system = LinearSystem(self.of, transposed=transposed != self.transposed, many=self.many)
+        return implicit(system, *values[3:-1], b)[0]
+
+    def batched(self, size: int, dims: Sequence[int | None]) -> "_BatchOfSystems":
+        return _BatchOfSystems(self, size, dims)
+
+
+class _BatchOfSystems:
+    """One system for many right-hand sides, where they alone have the new axis; else many."""
+
+    def __init__(self, system: LinearSystem, size: int, dims: Sequence[int | None]) -> None:
+        self._size = size
+        self._dims = dims
+        self._same = all(d is None for d in dims[:-1])
+        of: DifferentiableCondition = system.of
+        many = system.many
+        if self._same:
+            many += 1
+        else:
+            of = BatchedCondition(of, size, dims[3:-1])
+        self.condition = LinearSystem(of, transposed=system.transposed, many=many)
+
+    def arrange(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
+        *given, b = values
+        b = _in_front(b, self._dims[-1], self._size)
+        if self._same:
+            return *given, b
+        solution = [
+            _in_front(t, d, self._size).flatten(0, 1)
+            for t, d in zip(given[:3], self._dims, strict=False)
+        ]
+        return *solution, *given[3:], b.movedim(0, -3).flatten(-3, -2)
+
+    def take_apart(self, out: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        u, *nothing = out
+        if not self._same:
+            u = _split(u.movedim(-2, 0), self._size).movedim(1, -2)
+        return u, *(t.expand(self._size, *t.shape) for t in nothing)
+
+
+class BatchedCondition(DifferentiableCondition):
+    """`size` problems of one condition, whose values have one more axis where `dims` says."""
+
+    def __init__(self, of: DifferentiableCondition, size: int, dims: Sequence[int | None]) -> None:
+        super().__init__()
+        self.of = of
+        self.size = size
+        self.dims = tuple(dims)
+        self.rule = of.rule
+        self.unknown = of.unknown
+        self.constants = of.constants
+
+    def equations(self, x: Tensor, /, *values: Tensor) -> Tensor:
+        x0_dim, *dims = self.dims
+        fun = torch.func.vmap(self.of.equations, (0, x0_dim, *dims), randomness="same")
+        f: Tensor = fun(self._split(x), *values)
+        return f.flatten(0, 1)
+
+    def completed(self, f: Tensor, x: Tensor, x0: Tensor, columns: Tensor) -> Tensor:
+        if self.rule.conserved is None:
+            return f
+        fun = torch.func.vmap(self.of.completed, (0, 0, self.dims[0], 0))
+        out: Tensor = fun(self._split(f), self._split(x), x0, self._split(columns))
+        return out.flatten(0, 1)
+
+    def totals(self, x: Tensor, /) -> Tensor:
+        totals: Tensor = torch.func.vmap(self.of.totals)(self._split(x))
+        return totals.flatten(0, 1)
+
+    def structure(self) -> Any:
+        return self.of.structure()
+
+    def compare(self, now: Tensor, recorded: Tensor) -> None:
+        self.of.compare(now, recorded)
+
+    def run(self, *values: Tensor) -> tuple[Tensor, ...]:
+        found = self._together(values)
+        if found is None:
+            each = [self.of.run(*self._one(values, k)) for k in range(self.size)]
+            found = tuple(torch.stack(same) for same in zip(*each, strict=True))
+        x, *others = found
+        return x.flatten(0, 1), *others
+
+    def _one(self, values: Sequence[Tensor], k: int) -> list[Tensor]:
+        return [t if d is None else t.select(d, k) for t, d in zip(values, self.dims, strict=True)]
+
+    def _together(self, values: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+        """All at once, or None: a solver may branch on its data, or leave PyTorch."""
+        try:
+            return torch.func.vmap(self.of.run, self.dims)(*values)
+        except Exception:  # noqa: BLE001 (whatever it is: one after the other, it is raised again)
+            return None
+
+    def _split(self, x: Tensor) -> Tensor:
+        return _split(x, self.size)
+
+
+def _split(x: Tensor, size: int) -> Tensor:
+    return x.reshape(size, len(x) // size, *x.shape[1:])
+
+
+def _in_front(t: Tensor, dim: int | None, size: int) -> Tensor:
+    return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+
+
+class _BatchOfConditions:
+    """What `implicit` asks for under `torch.func.vmap`."""
+
+    def __init__(self, of: DifferentiableCondition, size: int, dims: Sequence[int | None]) -> None:
+        self.condition = BatchedCondition(of, size, dims)
+        self._size = size
+
+    def arrange(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
+        return values
+
+    def take_apart(self, out: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        solution, others = out[:3], out[3:]
+        return *(_split(t, self._size) for t in solution), *others

@@ -1,0 +1,254 @@
+"""The condition at a solution, F(x, values) = 0, with its linear systems and what they say.
+
+A condition says how F is computed and how a root is found; here that becomes what the rule needs:
+a solution with what was recorded there, and trustworthy solutions of systems with A = dF/dx. The
+unknown is Float[Tensor, "problems n"], each row a problem of its own; the first of the values is
+x0.
+
+Not here: the user's function and solver (`problem.py`), derivatives (`record.py`, `implicit.py`).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from freevars._solvers.failures import Context
+from freevars._solvers.verdict import Limits
+from freevars.errors import FreevarsError, NotASolutionError
+from freevars.torch._rules import diagnostics
+from freevars.torch._rules.conserved import completion
+from freevars.torch._rules.derivative import Derivative
+from freevars.torch._rules.linear import LinearSolve, System, system_of
+from freevars.torch._rules.ravel import Unknown
+
+__all__ = ["Condition", "Kind", "OnFailure", "Rng", "Rule", "Solution"]
+
+Kind = Literal["argmin", "root", "fixed_point"]
+OnFailure = Literal["raise", "nan", "least_squares"]
+Rng = Literal["replay", "allow", "error"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What was said when the solver was decorated."""
+
+    kind: Kind
+    solver: Callable[..., Any]
+    name: str
+    has_aux: bool = False
+    linear_solve: LinearSolve | None = None
+    on_failure: OnFailure = "raise"
+    check: bool = True
+    tol: float | None = None
+    polish: bool = False
+    conserved: Callable[[Any], Any] | None = None
+    batch_dims: int = 0
+    rng: Rng = "replay"
+
+    def __post_init__(self) -> None:
+        if self.tol is not None and not self.tol > 0:
+            message = f"tol: expected a positive number, got {self.tol!r}."
+            raise ValueError(message)
+        if isinstance(self.batch_dims, bool) or not self.batch_dims >= 0:
+            message = f"batch_dims: expected a number of axes, got {self.batch_dims!r}."
+            raise ValueError(message)
+
+
+class Solution(NamedTuple):
+    """A root, and what was recorded there: F, and the columns that complete a condition whose
+    totals the solver keeps (Float[Tensor, "problems n totals"]; mostly there are none)."""
+
+    x: Tensor
+    f: Tensor
+    columns: Tensor
+
+
+class _Judged(NamedTuple):
+    """A system, and which of its problems have a derivative to be trusted."""
+
+    system: System
+    figures: diagnostics.Figures
+    good: Tensor
+    all_good: bool
+
+
+class Condition:
+    """F(x, *values) = 0, and how a root is found."""
+
+    rule: Rule
+    unknown: Unknown
+    constants: frozenset[int]  # the positions of values on which x does not depend, or not smoothly
+    recorded: tuple[Tensor, Tensor] | None = None  # the leaf and the value of the recorded F
+
+    def __init__(self) -> None:
+        self._known: tuple[tuple[Tensor, ...], _Judged] | None = None
+
+    def equations(self, x: Tensor, /, *values: Tensor) -> Tensor:
+        """F, differentiable to any order."""
+        raise NotImplementedError
+
+    def totals(self, x: Tensor, /) -> Tensor:
+        """Float[Tensor, "problems totals"]: what the solver keeps from x0."""
+        raise NotImplementedError
+
+    def run(self, *values: Tensor) -> tuple[Tensor, ...]:
+        """A root and whatever tensors come with it, by the user's solver, from plain tensors."""
+        raise NotImplementedError
+
+    def structure(self) -> Any:
+        """The unknown as the user's function takes it, for the user's own `linear_solve`."""
+        raise NotImplementedError
+
+    def magnitude(self, x: Tensor) -> Tensor:
+        return self.unknown.magnitude(x)
+
+    # --- a solution
+
+    def residual(self, x: Tensor, columns: Tensor, /, *values: Tensor) -> Tensor:
+        """F, completed by the totals that are kept."""
+        return self.completed(self.equations(x, *values), x, values[0], columns)
+
+    def completed(self, f: Tensor, x: Tensor, x0: Tensor, columns: Tensor) -> Tensor:
+        if self.rule.conserved is None:
+            return f
+        change = self.totals(x) - self.totals(x0)
+        return f + (columns @ change[..., None])[..., 0]
+
+    def find(self, *values: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """A root, the completing columns there, and what comes with it."""
+        x, *others = self.run(*values)
+        columns = self._columns(x, values)
+        if self.rule.polish:
+            at = x.clone().requires_grad_()
+            with torch.enable_grad():
+                f = self.residual(at, columns, *values)
+            x = x - self._system(at, f, values[0]).newton_step()
+        return x, columns, others
+
+    def solve(self, *values: Tensor) -> tuple[Tensor, ...]:
+        """A solution, and what comes with it."""
+        x, columns, others = self.find(*values)
+        # As a derivative will evaluate it, by a leaf: some operations round otherwise without.
+        with torch.enable_grad():
+            f = self.residual(x.clone().requires_grad_(), columns, *values)
+        return x, f.detach(), columns, *others
+
+    def _columns(self, x: Tensor, values: Sequence[Tensor]) -> Tensor:
+        if self.rule.conserved is None:
+            return x.new_empty(*x.shape, 0)
+        at = x.clone().requires_grad_()
+        with torch.enable_grad():
+            f = self.equations(at, *values)
+            totals = self.totals(at)
+        return completion(at, f, totals, self._unit(at.detach(), values[0]), self.rule.name)
+
+    # --- its linear systems
+
+    def linear(
+        self,
+        transposed: bool,  # noqa: FBT001
+        at: Solution,
+        values: tuple[Tensor, ...],
+        b: Tensor,
+    ) -> Tensor:
+        """`u` with A u = b or A^T u = b, for `b` of one more axis also many at once; raises, or is
+        NaN, where it cannot be trusted. A problem without a share in `b` is not asked about."""
+        if not b.numel():
+            return b
+        judged = self._judged(
+            Solution(*(t.detach() for t in at)), tuple(v.detach() for v in values)
+        )
+        u = judged.system.solve(b, transposed=transposed)
+        if judged.all_good:
+            return u
+        wanted = (b != 0).any(-1)
+        while wanted.dim() > 1:
+            wanted = wanted.any(0)
+        bad = ~judged.good & wanted
+        if bool(bad.any()):
+            if self.rule.on_failure != "nan":
+                raise self._failure(judged, int(bad.nonzero()[0]), at, values[0])
+            u = torch.where(bad[:, None], float("nan"), u)
+        return torch.where((~judged.good & ~wanted)[:, None], 0, u)
+
+    def _failure(self, judged: _Judged, k: int, at: Solution, x0: Tensor) -> FreevarsError:
+        problems = len(judged.good)
+        context = Context(
+            name=self.rule.name + (f" (problem {k} of {problems})" if problems > 1 else ""),
+            kind=self.rule.kind,
+            least_squares=self.rule.on_failure == "least_squares",
+            at_start=torch.equal(at.x[k], x0[k]),
+        )
+        return judged.figures.failure(k, self._limits(), context)
+
+    def _limits(self) -> Limits:
+        return diagnostics.limits_of(self.unknown.dtype, self.rule.tol)
+
+    def _judged(self, at: Solution, values: tuple[Tensor, ...]) -> _Judged:
+        """The system at a solution; the backward passes of one call share it."""
+        key = (*at, *values)
+        if self._known is not None and all(map(torch.equal, self._known[0], key)):
+            return self._known[1]
+        leaf, f = self._evaluated(at, values)
+        system = self._system(leaf, f, values[0])
+        figures = system.figures() if self.rule.check else diagnostics.Figures.unmeasured(at.x)
+        least_squares = self.rule.on_failure == "least_squares"
+        good = figures.good(self._limits(), least_squares=least_squares)
+        if not self.rule.check:
+            good = torch.ones_like(good)
+        judged = _Judged(system, figures, good, bool(good.all()))
+        self._known = (key, judged)
+        return judged
+
+    def _evaluated(self, at: Solution, values: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """F at a leaf: what was recorded, or evaluated again and compared with it."""
+        if self.recorded is not None and torch.equal(self.recorded[0], at.x):
+            return self.recorded
+        leaf = at.x.clone().requires_grad_()
+        with torch.enable_grad():
+            f = self.residual(leaf, at.columns, *values)
+        self.compare(f.detach(), at.f)
+        return leaf, f
+
+    def compare(self, now: Tensor, recorded: Tensor) -> None:
+        """Refuses an F that is not bit for bit what was recorded, 0.0 and -0.0 apart."""
+        if same_bits(now, recorded):
+            return
+        k = int((~_equal_bits(now, recorded)).reshape(-1).nonzero()[0])
+        message = (
+            f"{self.rule.name}: expected the function as it was when the solver returned: this "
+            "derivative (a higher order, forward mode, torch.func) evaluates it again. At the "
+            "solution, "
+            f"component {k} of what should be zero was {float(recorded.reshape(-1)[k])!r} then and "
+            f"is {float(now.reshape(-1)[k])!r} now. What the function reads was changed in "
+            "between: a tensor in place, a variable, an attribute, a module's mode, a random "
+            "generator. Take the derivative before that, or capture a copy."
+        )
+        raise NotASolutionError(message)
+
+    def _system(self, leaf: Tensor, f: Tensor, x0: Tensor) -> System:
+        symmetric = self.rule.kind == "argmin" and self.rule.conserved is None
+        x = leaf.detach()
+        return system_of(
+            Derivative(leaf, f, symmetric=symmetric),
+            self._unit(x, x0),
+            lambda: diagnostics.units(self.unknown.leafwise(x), self.unknown.leafwise(x - x0)),
+            self.structure,
+            own=self.rule.linear_solve,
+            least_squares=self.rule.on_failure == "least_squares",
+        )
+
+    def _unit(self, x: Tensor, x0: Tensor) -> Tensor:
+        return diagnostics.units(self.magnitude(x), self.magnitude(x - x0))
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return bool(_equal_bits(a, b).all())
+
+
+def _equal_bits(a: Tensor, b: Tensor) -> Tensor:
+    equal = (a == b) & (a.signbit() == b.signbit())
+    return equal | (a.isnan() & b.isnan())

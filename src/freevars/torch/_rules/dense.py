@@ -1,0 +1,116 @@
+"""The systems of a batch of problems by their matrices, factorised once.
+
+Every matrix is factorised with its columns in units of the unknowns and its rows in units of their
+largest entry (van der Sluis 1969): neither what is found nor what is said about it depends on the
+units of a problem. Not here: which systems are written out (`linear.py`).
+"""
+
+import torch
+from torch import Tensor
+
+from freevars.torch._rules.diagnostics import Figures, limits_of
+
+__all__ = ["Dense"]
+
+
+class Dense:
+    """A system by its matrix, Float[Tensor, "problems n n"]."""
+
+    def __init__(self, matrix: Tensor, f: Tensor, unit: Tensor, *, least_squares: bool) -> None:
+        self._dtype = f.dtype
+        dtype = torch.promote_types(f.dtype, torch.float32)  # no factorisation in half precision
+        matrix, self._f = matrix.to(dtype), f.to(dtype)
+        self._columns = _power_of_two(unit.to(dtype))
+        scaled = matrix * self._columns[:, None, :]
+        largest = scaled.abs().amax(2)
+        self._rows = _power_of_two(torch.where(largest > 0, largest, 1))
+        self._scaled = scaled / self._rows[:, :, None]
+        self._regular = largest.amin(1) > 0
+        self._factors = torch.linalg.lu_factor_ex(self._scaled)[:2]
+        self._rcond = self._reciprocal_condition()
+        self._singular = ~(self._rcond > limits_of(dtype).rcond)
+        self._conserved = torch.zeros_like(self._rcond)
+        self._inverse: Tensor | None = None  # the shortest one, where it is asked for and differs
+        finite = torch.isfinite(self._scaled).all(2).all(1)
+        if bool((self._singular & finite).any()):
+            self._look_at_null_vectors(matrix, finite, least_squares=least_squares)
+
+    def solve(self, b: Tensor, *, transposed: bool) -> Tensor:
+        columns, rows = self._columns, self._rows
+        right = b.to(columns.dtype)
+        scaled = right * columns if transposed else right / rows
+        u = self._apply_inverse(scaled, transposed=transposed)
+        u = u / rows if transposed else u * columns
+        if self._inverse is not None:
+            inverse = self._inverse.mT if transposed else self._inverse
+            u = torch.where(self._singular[:, None], (inverse @ right[..., None])[..., 0], u)
+        return u.to(b.dtype)
+
+    def newton_step(self) -> Tensor:
+        step = self.solve(self._f, transposed=False)
+        return step.to(self._dtype)
+
+    def figures(self) -> Figures:
+        finite = torch.isfinite(self._f).all(1) & torch.isfinite(self._scaled).all(2).all(1)
+        step = (self.solve(self._f, transposed=False) / self._columns).abs()
+        entries = self._scaled.abs()
+        change = (entries * step[:, None, :]).amax(2) / entries.sum(2)
+        change = torch.where(change.isnan() & (self._f == 0), 0, change)
+        worst = change.amax(1) if change.shape[1] else torch.zeros_like(self._rcond)
+        return Figures(finite, worst, self._rcond, torch.zeros_like(worst), self._conserved)
+
+    def _apply_inverse(self, b: Tensor, *, transposed: bool) -> Tensor:
+        many = b.reshape(-1, *b.shape[-2:]).permute(1, 2, 0)  # problems n right-hand-sides
+        u: Tensor = torch.linalg.lu_solve(*self._factors, many, adjoint=transposed)
+        return u.permute(2, 0, 1).reshape(b.shape)
+
+    def _reciprocal_condition(self) -> Tensor:
+        """By inverse iteration: two rounds find the smallest singular value to a factor near one
+        where it is far below the others, which is where it matters."""
+        b, n = self._rows.shape
+        if not n:
+            return torch.ones(b, dtype=self._rows.dtype, device=self._rows.device)
+        k = torch.arange(1, n + 1, dtype=self._rows.dtype, device=self._rows.device)
+        v = torch.stack([torch.sin(k**2), torch.sin(k**2 + k)])[:, None].expand(2, b, n)
+        for _ in range(2):
+            u = _normalised(self._apply_inverse(v, transposed=False))
+            z = self._apply_inverse(u, transposed=True)
+            v = _normalised(z)
+        inverse = torch.linalg.vector_norm(z, dim=2).amax(0)
+        entries = self._scaled.abs()
+        product = entries.sum(1).amax(1) * entries.sum(2).amax(1)
+        norm = torch.minimum(torch.linalg.matrix_norm(self._scaled), product.sqrt())
+        rcond = 1 / (inverse * norm)
+        return torch.where(torch.isfinite(inverse) & self._regular, rcond, 0)
+
+    def _look_at_null_vectors(self, matrix: Tensor, finite: Tensor, *, least_squares: bool) -> None:
+        """Whether they are those of the transpose too, and the shortest inverse of the singular
+        systems, with their ranks decided in units of the problem."""
+        if least_squares:
+            self._inverse = torch.zeros_like(matrix)
+        for k in (self._singular & finite).nonzero()[:, 0].tolist():
+            u, s, vh = torch.linalg.svd(self._scaled[k])
+            keep = s > 10 * len(s) * torch.finfo(s.dtype).eps * s[0]
+            keep[-1] = False
+            null = self._columns[k, :, None] * vh[~keep].T
+            there = (matrix[k].T @ null).abs()
+            scale = matrix[k].abs().T @ null.abs()
+            self._conserved[k] = (there / torch.where(scale > 0, scale, 1)).max()
+            if self._inverse is not None:
+                inverse = (vh[keep].T / s[keep]) @ u[:, keep].T
+                inverse = self._columns[k, :, None] * inverse / self._rows[k]
+                right, _ = torch.linalg.qr(null)
+                self._inverse[k] = inverse - right @ (right.T @ inverse)
+
+
+def _power_of_two(x: Tensor) -> Tensor:
+    """A scale near `x` by which to multiply rounds nothing."""
+    scale: Tensor = torch.ldexp(torch.ones_like(x), torch.frexp(x).exponent)
+    return scale
+
+
+def _normalised(v: Tensor) -> Tensor:
+    largest = v.abs().amax(-1, keepdim=True)
+    v = v / torch.where(largest > 0, largest, 1)
+    length: Tensor = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
+    return v / length.clamp(min=1e-30)

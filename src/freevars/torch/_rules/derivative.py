@@ -1,0 +1,139 @@
+"""The derivative A of an optimality function at a solution, by products with what was recorded.
+
+`f` was computed once, with a graph, at the leaf `at`. Products of A^T are vector-Jacobian products
+of that graph; nothing runs the function again. Products of A itself are those of a symmetric A, or
+the derivative of the product of A^T, which is linear: only who asks for them needs `f` to be
+differentiable twice.
+"""
+
+import torch
+from torch import Tensor
+
+from freevars.torch._compat import pytree
+
+__all__ = ["Derivative", "LinearOperator"]
+
+# How many rows of a matrix are computed at once: bounds the memory of a batched backward pass.
+_ROWS_AT_ONCE = 128
+
+
+class Derivative:
+    """A = df/dat; `f` and `at` are Float[Tensor, "problems n"], each row of `f` a function of that
+    row of `at` alone."""
+
+    def __init__(self, at: Tensor, f: Tensor, *, symmetric: bool) -> None:
+        self.at = at
+        self.f = f
+        self.symmetric = symmetric
+        self._pullback: tuple[Tensor, Tensor] | None = None
+
+    def transposed(self, u: Tensor) -> Tensor:
+        """A^T u."""
+        if not self.f.requires_grad:
+            return torch.zeros_like(u)
+        (product,) = torch.autograd.grad(
+            self.f, self.at, u.to(self.f.dtype), retain_graph=True, materialize_grads=True
+        )
+        return product.detach().to(u.dtype)
+
+    def forward(self, v: Tensor) -> Tensor:
+        """A v."""
+        if self.symmetric or not self.f.requires_grad:
+            return self.transposed(v)
+        if self._pullback is None:
+            with torch.enable_grad():
+                u = torch.zeros_like(self.f, requires_grad=True)
+                (product,) = torch.autograd.grad(
+                    self.f, self.at, u, create_graph=True, materialize_grads=True
+                )
+            self._pullback = (u, product)
+        u, product = self._pullback
+        if not product.requires_grad:
+            return torch.zeros_like(v)
+        (out,) = torch.autograd.grad(
+            product, u, v.to(product.dtype), retain_graph=True, materialize_grads=True
+        )
+        return out.to(v.dtype)
+
+    def matrix(self) -> Tensor:
+        """A of each problem, Float[Tensor, "problems n n"], from n products whatever the number of
+        problems."""
+        b, n = self.f.shape
+        if not self.f.requires_grad or not b * n:
+            return torch.zeros(b, n, n, dtype=self.f.dtype, device=self.f.device)
+        eye = torch.eye(n, dtype=self.f.dtype, device=self.f.device)
+        rows = [
+            self._rows(part[:, None].expand(-1, b, -1)) for part in torch.split(eye, _ROWS_AT_ONCE)
+        ]
+        return torch.cat(rows).transpose(0, 1)
+
+    def _rows(self, units: Tensor) -> Tensor:
+        """By one batched sweep where every operation has a batching rule, row by row elsewhere."""
+        if len(units) > 1:
+            try:
+                (rows,) = torch.autograd.grad(
+                    self.f,
+                    self.at,
+                    units,
+                    is_grads_batched=True,
+                    retain_graph=True,
+                    materialize_grads=True,
+                )
+                return rows.detach()
+            except RuntimeError:
+                pass
+        return torch.stack([self.transposed(unit) for unit in units])
+
+
+class LinearOperator:
+    """The system of a derivative as a `linear_solve=` is given it: `solve(operator, b)` returns u
+    with `operator(u) = b`, on real vectors of n numbers (a complex unknown counts as two).
+
+    Attributes:
+        matvec: the product of the operator with a vector; calling the operator is the same.
+        rmatvec: the product of its transpose.
+        symmetric: whether the two are the same (`argmin`).
+        structure: the unknown that a vector stands for, a pytree of tensors on the device "meta".
+    """
+
+    def __init__(self, derivative: Derivative, structure: object, *, transposed: bool) -> None:
+        self._derivative = derivative
+        self._transposed = transposed
+        self.structure = structure
+        self.symmetric = derivative.symmetric
+
+    def __repr__(self) -> str:
+        n = self._derivative.f.numel()
+        kind = "symmetric operator" if self.symmetric else "operator"
+        return f"<{kind} on {n} unknowns>"
+
+    def __call__(self, v: Tensor) -> Tensor:
+        return self.matvec(v)
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return self._product(v, transposed=self._transposed)
+
+    def rmatvec(self, v: Tensor) -> Tensor:
+        return self._product(v, transposed=not self._transposed)
+
+    def as_matrix(self) -> Tensor:
+        """Float[Tensor, "n n"], from n products."""
+        blocks = self._derivative.matrix()
+        b, n, _ = blocks.shape
+        whole = blocks.new_zeros(b, n, b, n)
+        whole[range(b), :, range(b)] = blocks.mT if self._transposed else blocks
+        return whole.reshape(b * n, b * n)
+
+    def diagonal(self) -> Tensor:
+        """Float[Tensor, "n"], from as many products as one problem has unknowns."""
+        return self._derivative.matrix().diagonal(dim1=1, dim2=2).reshape(-1)
+
+    def _product(self, v: Tensor, *, transposed: bool) -> Tensor:
+        a = self._derivative
+        product = a.transposed if transposed else a.forward
+        return product(v.reshape(a.f.shape)).reshape(-1)
+
+
+def meta(x: object) -> object:
+    """The structure of `x`, without its values."""
+    return pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), x)

@@ -1,0 +1,81 @@
+"""The figures of a derivative in this host: one for each problem of a batch.
+
+`freevars._solvers.verdict` says what they are and how far they are trusted. Two are measured in a
+way of this host. With s = A^-1 F, the Newton step, and d, the units of the unknowns,
+
+    step = max |A_ki s_i| / sum_j |A_kj| d_j   over equations k and components i:
+
+by how much of all that an equation adds up the step changes one of its terms. Multiplying an
+equation by a number, or measuring an unknown in another unit, changes nothing. A component that is
+small by chance among others (a feature of a deep-equilibrium layer) counts by what it does in the
+equations; one that an equation rests on counts relative to itself. A second Newton step is not
+measured: it would run the user's function again. So only a step that needs no second one is good.
+
+Not here: how the figures are computed (`linear.py`).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from freevars._solvers import verdict
+from freevars._solvers.failures import Context, failure
+from freevars._solvers.verdict import Limits
+from freevars.errors import FreevarsError
+
+__all__ = ["Figures", "limits_of", "units"]
+
+
+def limits_of(dtype: torch.dtype, tol: float | None = None) -> Limits:
+    """For an unknown of `dtype`; linear algebra is done in single precision at least."""
+    eps = float(torch.finfo(dtype).eps)
+    linear = float(torch.finfo(torch.promote_types(dtype, torch.float32)).eps)
+    limits = Limits.of(eps, linear, tol=tol)
+    return limits._replace(step=limits.certain)
+
+
+class Figures(NamedTuple):
+    """Each Float[Tensor, "problems"] (`finite`: Bool), as good as can be if not measured."""
+
+    finite: Tensor
+    step: Tensor
+    rcond: Tensor
+    residual: Tensor
+    conserved: Tensor
+
+    @staticmethod
+    def unmeasured(like: Tensor) -> "Figures":
+        zero = torch.zeros(len(like), dtype=like.dtype, device=like.device)
+        one = torch.ones_like(zero)
+        return Figures(torch.isfinite(like).all(1), zero, one, zero, zero)
+
+    def good(self, limits: Limits, *, least_squares: bool) -> Tensor:
+        zero = torch.zeros_like(self.step)
+        figures = verdict.Figures(
+            finite=self.finite,
+            step=self.step,
+            second=zero,
+            rcond=self.rcond,
+            residual=self.residual,
+            asymmetry=zero,
+            conserved=self.conserved,
+        )
+        good: Tensor = verdict.accepted(figures, limits, least_squares=least_squares)
+        return good
+
+    def failure(self, k: int, limits: Limits, context: Context) -> FreevarsError:
+        """The error for problem `k`, whose figures are not good."""
+        finite, step, rcond, residual, conserved = (float(figure[k]) for figure in self)
+        figures = verdict.Figures(bool(finite), step, 0.0, rcond, residual, 0.0, conserved)
+        return failure(figures, limits, context)
+
+
+def units(magnitude: Tensor, moved: Tensor) -> Tensor:
+    """D of each component: how large it is or how far the solver moved it, and at least what
+    rounding leaves of a component next to the largest one."""
+    eps = float(torch.finfo(magnitude.dtype).eps)
+    d = torch.maximum(magnitude, moved)
+    if d.shape[1]:
+        d = torch.maximum(d, eps**0.5 * magnitude.amax(1, keepdim=True))
+    return torch.where((d > 0) & torch.isfinite(d), d, 1)

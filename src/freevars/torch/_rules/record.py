@@ -1,0 +1,99 @@
+"""A first derivative in PyTorch's own reverse mode, from what was recorded once.
+
+The forward pass evaluates F at the solution with a graph, at a leaf of its own, as a
+deep-equilibrium layer by hand does. In the backward pass, A^T u = g is solved with vector-Jacobian
+products of that graph, and -u is sent into it: the derivative flows into whatever the graph
+reaches, under the modes and with the random numbers of the forward pass, and the user's function
+does not run again. A tensor that was changed in place raises PyTorch's own error, small constants
+excepted (`snapshot.py`).
+
+With `create_graph=True` the values get the cotangents in place of the graph, by a second
+evaluation (`implicit.py`): there x depends on the values, while the recorded leaf does not.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freevars.torch import _hooks
+from freevars.torch._rules.condition import Condition, Solution
+from freevars.torch._rules.implicit import pull_back
+from freevars.torch._rules.problem import Problem
+from freevars.torch._rules.snapshot import constants_as_they_are
+
+__all__ = ["solve_and_attach"]
+
+
+def solve_and_attach(
+    problem: Problem, fun: Callable[[Any], Any], values: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """The root, differentiable in whatever `fun` reads, and what comes with it; `fun` is the user's
+    function of the unknown, as it is."""
+    plain = tuple(v.detach() for v in values)
+    with _hooks.solver_running(), torch.inference_mode(mode=False), torch.enable_grad():
+        x, columns, others = problem.find(*plain)
+    x = x.detach()
+    moving = (v for i, v in enumerate(values) if i not in problem.constants)
+    if not torch.is_grad_enabled() or not any(v.requires_grad for v in moving):
+        return x, *others
+    leaf = x.clone().requires_grad_()
+    converted = problem.converted
+    replaying = nullcontext() if converted.replay is None else converted.replay.replayed()
+    with constants_as_they_are(converted.constants), replaying:
+        f = problem.optimality(fun, leaf)
+    f = problem.completed(f, leaf, values[0], columns)
+    problem.recorded = (leaf, f)
+    out: Tensor = _Attach.apply(problem, x, leaf, f, columns, *values)  # type: ignore[no-untyped-call]
+    return out, *others
+
+
+class _Attach(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        condition: Problem,
+        x: Tensor,
+        leaf: Tensor,
+        f: Tensor,
+        columns: Tensor,
+        *values: Tensor,
+    ) -> Tensor:
+        ctx.condition = condition
+        out = x.detach().clone()
+        ctx.save_for_backward(out, leaf, f, columns, *values)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        condition = ctx.condition
+        x, leaf, f, columns, *values = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            saved = (x, f.detach(), columns, *values)
+            grads = pull_back(condition, saved, g, ctx.needs_input_grad[5:])
+            return None, None, None, None, None, *grads
+        u = _Answer.apply(condition, Solution(leaf, f, columns), values, g)  # type: ignore[no-untyped-call]
+        return None, None, None, -u.to(f.dtype), None, *(None,) * len(values)
+
+
+class _Answer(torch.autograd.Function):
+    """`u` with A^T u = g, also for many `g` at once, as `is_grads_batched=True` gives them."""
+
+    @staticmethod
+    def forward(condition: Condition, at: Solution, values: list[Tensor], g: Tensor) -> Tensor:
+        return condition.linear(True, at, tuple(values), g)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None: ...
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Any, condition: Condition, at: Solution, values: list[Tensor], g: Tensor
+    ) -> tuple[Tensor, int]:
+        del info
+        g = g.movedim(in_dims[-1], 0)
+        shape = g.shape
+        u = condition.linear(True, at, tuple(values), g.reshape(-1, *shape[-2:]))
+        return u.reshape(shape), 0
