@@ -367,7 +367,9 @@ def test_not_converged() -> None:
     far = torch.ones(3, dtype=F64) * 9
     x = lazy(objective, far)
     same(x, far)
-    with pytest.raises(NotASolutionError, match=r"lazy: the solver did not converge.*returned its starting point"):
+    with pytest.raises(
+        NotASolutionError, match=r"lazy: the solver did not converge.*returned its starting point"
+    ):
         torch.autograd.grad(x.sum(), a)
     with pytest.raises(NotASolutionError, match="did not converge"):
         f.jvp(lambda a: lazy(lambda x: ((x - a) ** 2).sum(), far), (a.detach(),), (far,))
