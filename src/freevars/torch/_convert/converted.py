@@ -104,6 +104,11 @@ class Converted(Generic[P, R]):
         return f"<{name} with {n} captured values as trailing arguments>"
 
     @property
+    def captured(self) -> tuple[Tensor, ...]:
+        """The captured tensors themselves that `hoisted` stands for."""
+        return self._captured
+
+    @property
     def constants(self) -> tuple[Tensor, ...]:
         """The captured tensors that are not hoisted, as far as `fun` still reaches them."""
         return self._constants

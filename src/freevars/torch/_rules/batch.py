@@ -64,6 +64,9 @@ class LinearSystem:
         system = LinearSystem(self.of, transposed=transposed != self.transposed, many=self.many)
         return implicit(system, *values[3:-1], b)[0]
 
+    def compare(self, now: Tensor, recorded: Tensor) -> None:
+        """What it is made of is compared where it is evaluated."""
+
     def batched(self, size: int, dims: Sequence[int | None]) -> "_BatchOfSystems":
         return _BatchOfSystems(self, size, dims)
 

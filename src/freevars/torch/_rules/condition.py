@@ -218,16 +218,25 @@ class Condition:
         if same_bits(now, recorded):
             return
         k = int((~_equal_bits(now, recorded)).reshape(-1).nonzero()[0])
-        message = (
+        was, is_now = (repr(float(t.reshape(-1)[k])) for t in (recorded, now))
+        raise self._changed(f"component {k} of what should be zero was {was} then and is {is_now}")
+
+    def compare_derivatives(self, now: Tensor, recorded: Tensor) -> None:
+        """Refuses a derivative that is not what was recorded, but for rounding."""
+        change = float(torch.linalg.vector_norm(now - recorded))
+        size = float(torch.linalg.vector_norm(recorded))
+        eps = float(torch.finfo(self.unknown.dtype).eps)
+        if not change <= eps**0.5 * max(size, float(torch.linalg.vector_norm(now))):
+            raise self._changed(f"a derivative of norm {size:.3e} then has changed by {change:.3e}")
+
+    def _changed(self, what: str) -> NotASolutionError:
+        return NotASolutionError(
             f"{self.rule.name}: expected the function as it was when the solver returned: this "
             "derivative (a higher order, forward mode, torch.func) evaluates it again. At the "
-            "solution, "
-            f"component {k} of what should be zero was {float(recorded.reshape(-1)[k])!r} then and "
-            f"is {float(now.reshape(-1)[k])!r} now. What the function reads was changed in "
-            "between: a tensor in place, a variable, an attribute, a module's mode, a random "
-            "generator. Take the derivative before that, or capture a copy."
+            f"solution, {what} now. What the function reads was changed in between: a tensor in "
+            "place, a variable, an attribute, a module's mode, a random generator. Take the "
+            "derivative before that, or capture a copy."
         )
-        raise NotASolutionError(message)
 
     def _system(self, leaf: Tensor, f: Tensor, x0: Tensor) -> System:
         symmetric = self.rule.kind == "argmin" and self.rule.conserved is None

@@ -48,6 +48,9 @@ class Solvable(Protocol):
     def system(self, values: tuple[Tensor, ...], b: Tensor, *, transposed: bool) -> Tensor:
         """`u` with A u = b, or A^T u = b, differentiable; `values` begin with the solution."""
 
+    def compare(self, now: Tensor, recorded: Tensor) -> None:
+        """Refuses a value of the function that is not what was recorded."""
+
     def batched(self, size: int, dims: Sequence[int | None]) -> "Batched":
         """Many of it at once, whose values have one more axis, where `dims` says."""
 
@@ -124,12 +127,15 @@ def pull_back(
     condition: Solvable, saved: Sequence[Tensor], g: Tensor, needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """The cotangents of the values, differentiable again; `saved` is a solution and the values."""
-    x, _, columns, *values = saved
+    x, f, columns, *values = saved
     u = condition.system(tuple(saved), g, transposed=True)
     wanted = [i for i in _smooth(condition, values) if needed[i]]
 
     def residual(*some: Tensor) -> Tensor:
-        return condition.residual(x, columns, *_merged(values, wanted, some))
+        out = condition.residual(x, columns, *_merged(values, wanted, some))
+        if not _compat.transforms_active():
+            condition.compare(out.detach(), f)
+        return out
 
     grads: list[Tensor | None] = [None] * len(values)
     for i, grad in zip(wanted, _vjps(residual, [values[i] for i in wanted], u), strict=True):

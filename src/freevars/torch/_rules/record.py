@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freevars.torch import _hooks
+from freevars.torch import _compat, _hooks
 from freevars.torch._rules.condition import Condition, Solution
 from freevars.torch._rules.implicit import pull_back
 from freevars.torch._rules.problem import Problem
@@ -73,9 +73,38 @@ class _Attach(torch.autograd.Function):
         if torch.is_grad_enabled():
             saved = (x, f.detach(), columns, *values)
             grads = pull_back(condition, saved, g, ctx.needs_input_grad[5:])
+            with torch.no_grad():
+                _compare(condition, Solution(leaf, f, columns), values, g, grads)
             return None, None, None, None, None, *grads
         u = _Answer.apply(condition, Solution(leaf, f, columns), values, g)  # type: ignore[no-untyped-call]
         return None, None, None, -u.to(f.dtype), None, *(None,) * len(values)
+
+
+def _compare(
+    problem: Problem, at: Solution, values: list[Tensor], g: Tensor, grads: list[Tensor | None]
+) -> None:
+    """Refuses cotangents from a second evaluation that are not those of the recorded graph: what
+    the function reads may have changed its derivative and not its value."""
+    read = [*values[: len(values) - len(problem.converted.captured)], *problem.converted.captured]
+    wanted = [i for i, grad in enumerate(grads) if grad is not None and values[i].requires_grad]
+    if not wanted or _compat.transforms_active():
+        return
+    u = problem.linear(True, at, tuple(values), g)
+    # One captured tensor may be computed from another: both sides by all paths.
+    totals = [
+        torch.autograd.grad(
+            outputs, [read[i] for i in wanted], cotangents, retain_graph=True, allow_unused=True
+        )
+        for outputs, cotangents in (
+            ([values[i] for i in wanted], [grads[i] for i in wanted]),
+            ([at.f], [-u.to(at.f.dtype)]),
+        )
+    ]
+    for i, now, before in zip(wanted, *totals, strict=True):
+        zero = torch.zeros_like(read[i])
+        problem.compare_derivatives(
+            zero if now is None else now, zero if before is None else before
+        )
 
 
 class _Answer(torch.autograd.Function):

@@ -155,29 +155,52 @@ def argmin(solver: Callable[..., Any] | None = None, /, **options: Unpack[Option
     does `x0`. What the solver itself captures gets none either, nor what the object of a method
     holds, except where `fun` reads it: the solution does not depend on how it was found.
 
+    At the solution `fun` runs once more, as it is, with a graph. A first derivative in PyTorch's
+    own reverse mode takes vector-Jacobian products of that graph and sends the result into it:
+    `fun` never runs again, so that loop variables, attributes, modes (autocast, `eval()`) and
+    random numbers are those of the call. Higher orders, forward mode and torch.func evaluate it
+    again, and compare the result with what was recorded, bit for bit.
+
     The solver sees tensors without history, so its own use of autograd touches no `.grad` of the
     caller. The `.grad` of a tensor that the solver can reach itself, by an optimizer that it holds,
     say, is None when it starts and afterwards what it was.
 
     Args:
         solver: `solver(fun, x0, ...)` takes any pytree of real or complex tensors and returns `x`
-            of the structure of `x0`. It may leave PyTorch. `torch.func.vmap` runs it once for
-            each element.
+            of the structure of `x0`. It may leave PyTorch. `torch.func.vmap` runs it once for a
+            whole batch where it can, else once for each element.
         has_aux: the solver returns `(x, aux)`, and `fun` returns `(value, aux)`; aux has no
             derivative. Under `torch.func.vmap`, what is no tensor in it must be the same for all
             elements.
-        linear_solve: a callable `solve(matvec, b)` on real vectors (a complex unknown counts as
-            two) for the systems of the derivative. By default a factorisation up to 100 unknowns;
-            beyond, conjugate gradients for `argmin`, GMRES else.
-        on_failure: what happens where a derivative is taken that cannot be trusted: the solver
-            did not converge (a Newton step from its result would move it by more than the fourth
-            root of the dtype's spacing, relative to the norm of x, absolute below 1), the result
-            is not finite, or the system is singular (reciprocal condition number below 10 n eps).
-            "raise": an error. "nan": a derivative of NaN. "least_squares": the shortest solution
-            of a singular system of up to 100 unknowns, and as "raise" for the rest.
+        linear_solve: a callable `solve(operator, b)` on real vectors (a complex unknown counts as
+            two) for the systems of the derivative. `operator(u)` is their product; it also has
+            `matvec`, `rmatvec`, `as_matrix()`, `diagonal()`, `symmetric` and `structure`. By
+            default a factorisation up to 512 unknowns; beyond, conjugate gradients for `argmin`
+            and GMRES else, to a residual of eps^(3/4) relative to the norm of `b`, and a
+            factorisation where that stalls, up to 5,000 unknowns.
+        on_failure: what happens where a derivative is taken that cannot be trusted: the solver did
+            not converge (see `tol`), the result is not finite, or the system is singular (its
+            reciprocal condition number, in units of the unknowns and equations, is below 10 eps).
+            "raise": an error. "nan": a derivative of NaN. "least_squares": the shortest solution of
+            a singular system of up to 512 unknowns, where what it leaves open is a gauge (a shift),
+            and as "raise" for the rest. Problems of a batch that have no share in the derivative
+            are not asked about.
         check: False leaves all of that out: a singular system gives what its factorisation gives,
-            which is not finite, or what `linear_solve` does. The check costs one more right-hand
-            side, and the inverse of a small matrix.
+            which is not finite, or what `linear_solve` does.
+        tol: how far the result may be from a solution: a Newton step may change no term of an
+            equation by more than `tol` of the sum of the equation's terms, relative to how large
+            the unknowns are or how far the solver moved them. None: the fourth root of the
+            dtype's spacing, 1.2e-4 in float64, and 1e-3 in float32. Beyond 512 unknowns the step is
+            estimated, and measured against each tensor of the unknown as a whole.
+        polish: True adds a Newton step to what the solver returns.
+        conserved: `conserved(x)` returns real tensors that the solver keeps as they are in `x0`
+            (the amounts of the elements in a reaction), where the equations alone do not determine
+            `x`. Then `x0` has a derivative too. Writes out a matrix.
+        batch_dims: how many axes in front of each tensor of `x0` count independent problems. The
+            system is then one of small blocks, from as many products as one problem has unknowns.
+            `fun` of `argmin` returns one number for each problem.
+        rng: "replay" gives every evaluation of `fun` in one solve the same random numbers, so that
+            dropout draws one mask for each solve; "allow" draws afresh in each; "error" refuses.
 
     Raises:
         NotASolutionError, SingularError: see `on_failure`; where the derivative is taken.

@@ -1,0 +1,243 @@
+"""A first derivative comes from what was recorded at the solution; the rest is compared with it."""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from freevars.torch import NotASolutionError, argmin, fixed_point, root
+from tests.torch.explicit import fresh
+
+f = torch.func
+F64 = torch.float64
+ONES = torch.ones(2, dtype=F64)
+
+
+@fixed_point
+def iterate(fun: Any, x0: Tensor) -> Tensor:
+    return functools.reduce(lambda x, _: fun(x), range(80), x0)
+
+
+@root
+def newton(fun: Any, x0: Tensor) -> Tensor:
+    x = x0
+    for _ in range(30):
+        x = x - torch.linalg.solve(f.jacrev(fun)(x), fun(x))
+    return x
+
+
+def number(value: float) -> Tensor:
+    return torch.tensor(value, dtype=F64, requires_grad=True)
+
+
+def zeros(*shape: int) -> Tensor:
+    return torch.zeros(*shape, dtype=F64)
+
+
+def test_the_function_does_not_run_in_the_backward_pass() -> None:
+    a, runs = fresh(3), 0
+
+    def fun(x: Tensor) -> Tensor:
+        nonlocal runs
+        runs += 1
+        return x**3 + x - a
+
+    x = newton(fun, zeros(3))
+    before = runs
+    for _ in range(2):
+        (g,) = torch.autograd.grad(x.sum(), a, retain_graph=True)
+    assert runs == before
+    torch.testing.assert_close(g, 1 / (3 * x.detach() ** 2 + 1))
+    torch.autograd.grad(x.sum(), a, create_graph=True)
+    assert runs > before
+
+
+def test_loops_with_one_backward_pass_at_the_end() -> None:
+    b, data = number(1.0), [zeros(()) + k for k in (1, 2, 3)]
+    weights = [number(1.0), number(4.0)]
+    xs = [iterate(lambda x: x / 2 + k * b, zeros(())) for k in range(1, 4)]
+    for d in data:
+        xs.append(iterate(lambda x: x / 2 + d * b, zeros(())))  # noqa: PERF401
+    assert float(torch.autograd.grad(sum(xs), b)[0]) == pytest.approx(24)
+    xs = []
+    for w in weights:
+        xs.append(newton(lambda x: x**2 - w, torch.ones(1, dtype=F64)))
+    got = torch.autograd.grad(sum(xs), weights)
+    assert [float(g) for g in got] == pytest.approx([0.5, 0.25])
+
+
+class Conditioned(nn.Module):
+    """Keeps its input, its mode and a buffer, and is called twice before the backward pass."""
+
+    scale: Tensor
+    given: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3).double()
+        self.register_buffer("scale", torch.ones(1, dtype=F64))
+
+    def forward(self, z: Tensor) -> Tensor:
+        factor = 0.5 if self.training else 0.1
+        return factor * torch.tanh(self.linear(z) * 0.3 + self.given * self.scale)
+
+
+def test_state_that_moves_between_the_passes() -> None:
+    cell, inputs = Conditioned(), [fresh(3), fresh(3)]
+
+    def run(solve: Any) -> Any:
+        total = 0
+        for k, given in enumerate(inputs):
+            cell.given = given
+            cell.scale = torch.full((1,), k + 1.0, dtype=F64)
+            cell.train(k == 0)
+            total = total + solve(cell, zeros(3)).square().sum()
+        return torch.autograd.grad(total, [*inputs, *cell.parameters()])
+
+    torch.testing.assert_close(run(iterate), run(iterate.__wrapped__), rtol=1e-8, atol=1e-10)
+
+
+def test_a_small_constant_is_as_it_was_and_a_large_one_raises_the_error_of_pytorch() -> None:
+    for n, works in ((4, True), (100_000, False)):
+        b, c = fresh(n), torch.full((n,), 2.0, dtype=F64)
+        x = iterate(lambda x: x / 2 + b * c, zeros(n))
+        c.fill_(7)
+        if works:
+            torch.testing.assert_close(torch.autograd.grad(x.sum(), b)[0], torch.full_like(b, 4))
+        else:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                torch.autograd.grad(x.sum(), b)
+    w = fresh(3)
+    x = iterate(lambda x: x / 2 + w**2, zeros(3))
+    with torch.no_grad():
+        w.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(x.sum(), w)
+
+
+def test_modes_are_those_of_the_forward_pass() -> None:
+    linear, seen = nn.Linear(2, 2), []
+
+    class Cast(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            return g
+
+    def cell(z: Tensor) -> Tensor:
+        return 0.3 * Cast.apply(linear(z)).float()
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z = iterate(cell, torch.zeros(2))
+    seen.clear()
+    torch.autograd.grad(z.sum(), linear.bias)
+    assert not seen
+
+
+def test_a_function_without_a_second_derivative_and_its_check() -> None:
+    class Cube(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, b: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x**3 + x - b
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, g: Tensor) -> Any:
+            (x,) = ctx.saved_tensors
+            return (3 * x**2 + 1) * g, -g
+
+    for n in (5, 600):
+        b = torch.linspace(1, 2, n, dtype=F64).requires_grad_()
+        x = root(lambda fun, x0: x0)(lambda x: Cube.apply(x, b), torch.full((n,), 3.0, dtype=F64))
+        with pytest.raises(NotASolutionError, match="did not converge"):
+            torch.autograd.grad(x.sum(), b)
+        solved = b.detach().clone()
+        for _ in range(60):
+            solved = solved - (solved**3 + solved - b.detach()) / (3 * solved**2 + 1)
+        x = root(lambda fun, x0: solved)(lambda x: Cube.apply(x, b), zeros(n))
+        (g,) = torch.autograd.grad(x.sum(), b)
+        torch.testing.assert_close(g, 1 / (3 * solved**2 + 1))
+
+
+CHANGES: dict[str, Any] = {
+    "a value": (1.0, 2.0, lambda x, a, k: x - k * a),
+    "the sign of a zero": (
+        0.0,
+        -0.0,
+        lambda x, a, k: torch.atan2(zeros(2) + k, zeros(2) - 1) + x - a,
+    ),
+    "only a derivative": (1.0, 2.0, lambda x, a, k: x - a - k * (a - a.detach())),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_is_evaluated_again_is_compared_with_what_was_recorded(name: str) -> None:
+    before, after, fun = CHANGES[name]
+    solve = root(lambda fun, x0: x0 - fun(x0))
+    a, k = fresh(2), [before]
+    x = solve(lambda x: fun(x, a, k[0]), zeros(2))
+    (right,) = torch.autograd.grad(x.sum(), a, create_graph=True)
+    k[0] = after
+    (first,) = torch.autograd.grad(x.sum(), a, retain_graph=True)
+    torch.testing.assert_close(first, right.detach())  # as recorded
+    with pytest.raises(NotASolutionError, match=r"then (and is|has changed by) .* now"):
+        torch.autograd.grad(x.sum(), a, create_graph=True)
+    if name != "only a derivative":
+        k[0] = before
+        x = f.vmap(lambda a: solve(lambda x: fun(x, a, k[0]), zeros(2)))(a[None])
+        k[0] = after
+        with pytest.raises(NotASolutionError, match=r"was .* then and is .* now"):
+            torch.autograd.grad(x.sum(), a)
+
+
+def test_dropout_draws_once_for_each_solve() -> None:
+    b, drop = number(1.0), nn.Dropout(0.5)
+    torch.manual_seed(0)
+    ones = torch.ones(8, dtype=F64)
+    xs = [iterate(lambda x: x / 2 + drop(ones) * b, zeros(8)) for _ in range(3)]
+    for x in xs:
+        assert set(x.detach().tolist()) <= {0.0, 4.0}  # one mask from the first step to the last
+        again = [torch.autograd.grad(x.sum(), b, retain_graph=True)[0] for _ in range(2)]
+        torch.testing.assert_close(again, [x.detach().sum()] * 2)
+    assert len({tuple(x.tolist()) for x in xs}) == 3
+    following = torch.rand(1)
+    torch.manual_seed(0)
+    for _ in range(3):
+        drop(ones)
+    assert torch.equal(following, torch.rand(1))  # as if each solve had drawn once
+    strict = fixed_point(iterate.__wrapped__, rng="error")
+    with pytest.raises(TypeError, match="without randomness"):
+        strict(lambda x: x / 2 + drop(ones) * b, zeros(8))
+
+
+def test_a_first_derivative_flows_into_whatever_the_graph_reaches() -> None:
+    """A hook on a captured tensor sees the gradient, a derived tensor passes it on, and
+    `.backward()` accumulates where it should."""
+    leaf, seen = fresh(3), []
+    derived = leaf.exp()
+    derived.register_hook(seen.append)
+    x = argmin(lambda fun, x0: derived.detach())(lambda x: ((x - derived) ** 2).sum(), zeros(3))
+    x.sum().backward()
+    torch.testing.assert_close(leaf.grad, leaf.detach().exp())
+    assert len(seen) == 1
+
+
+def test_a_second_derivative_where_one_captured_tensor_is_computed_from_another() -> None:
+    a = fresh(3)
+    derived = a.exp()
+    x = newton(lambda x: x**3 + x * derived - a, zeros(3))
+    exact = lambda a: f.vmap(lambda a: newton(lambda x: x**3 + x * a.exp() - a, zeros(1))[0])(a)
+    for inputs in (a, derived):
+        assert torch.autograd.grad(x.sum(), inputs, create_graph=True)[0].shape == (3,)
+    (g,) = torch.autograd.grad(x.sum(), a, create_graph=True)
+    (gg,) = torch.autograd.grad((g * ONES[0]).square().sum(), a)
+    torch.testing.assert_close(
+        gg, f.grad(lambda a: f.grad(lambda a: exact(a).sum())(a).square().sum())(a.detach())
+    )
