@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 PIP = -m pip -qq --disable-pip-version-check
 
-.PHONY: demo demo-torch examples test test-all bench lint types docs test-newest test-oldest clean
+.PHONY: test-torch-newest test-torch-oldest demo demo-torch examples test test-all bench lint types docs test-newest test-oldest clean
 
 $(READY): pyproject.toml
 	@echo 'Setting up $(VENV), once.' >&2
@@ -59,6 +59,28 @@ test-newest test-oldest: test-%:
 	@.venv-$*/bin/python -c 'import jax, sys; print("$*:", sys.version.split()[0], "jax", jax.__version__)'
 	@.venv-$*/bin/python -m pytest -n auto --ignore=tests/torch
 
+# The quick tests of the PyTorch host with the newest PyTorch that installs, and with the oldest
+# supported one: what a release can break, and one of each kind of the rest.
+TORCH_TESTS = tests/torch/test_compat.py tests/torch/test_closure.py tests/torch/test_pytorch_itself.py \
+	tests/torch/convert/test_places.py tests/torch/convert/test_unseen_reads.py \
+	tests/torch/convert/test_kinds.py tests/torch/convert/test_convert_errors.py
+test-torch-newest: .venv-torch-newest/.ready
+test-torch-oldest: .venv-torch-oldest/.ready
+test-torch-newest test-torch-oldest: test-torch-%:
+	@.venv-torch-$*/bin/python $(PIP) install --no-deps --force-reinstall .
+	@.venv-torch-$*/bin/python -c 'import sys, torch; print("$*:", sys.version.split()[0], "torch", torch.__version__)'
+	@.venv-torch-$*/bin/python -m pytest -n auto $(TORCH_TESTS)
+
+.venv-torch-newest/.ready: pyproject.toml
+	@$(PYTHON) -m venv .venv-torch-newest
+	@.venv-torch-newest/bin/python $(PIP) install --upgrade --upgrade-strategy eager '.[test-torch]'
+	@touch $@
+
+.venv-torch-oldest/.ready: pyproject.toml
+	@$(PYTHON) -m venv .venv-torch-oldest
+	@.venv-torch-oldest/bin/python $(PIP) install '.[test-torch]' "$$($(PYTHON) tools/oldest.py torch)"
+	@touch $@
+
 .venv-newest/.ready: pyproject.toml
 	@"$$($(PYTHON) tools/newest_python.py || echo $(PYTHON))" -m venv .venv-newest
 	@.venv-newest/bin/python $(PIP) install --upgrade --upgrade-strategy eager '.[test-jax]'
@@ -66,8 +88,8 @@ test-newest test-oldest: test-%:
 
 .venv-oldest/.ready: pyproject.toml
 	@$(PYTHON) -m venv .venv-oldest
-	@.venv-oldest/bin/python $(PIP) install '.[test-jax]' "$$($(PYTHON) tools/oldest_jax.py)"
+	@.venv-oldest/bin/python $(PIP) install '.[test-jax]' "$$($(PYTHON) tools/oldest.py jax)"
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-newest .venv-oldest out
+	rm -rf .venv .venv-newest .venv-oldest .venv-torch-newest .venv-torch-oldest out

@@ -28,9 +28,9 @@ STOREYS = {
     "torch": (
         "_compat",
         "_hooks",
+        "_selftest",
         "_describe",
         "_convert",
-        "_selftest",
         "_report",
         "_closure",
         "_captures",

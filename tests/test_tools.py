@@ -26,10 +26,11 @@ def test_newest_python_finds_at_least_this_one_or_none() -> None:
         assert printed.stdout.strip() == "True"
 
 
-def test_oldest_jax_is_a_pinned_requirement() -> None:
-    name, _, version = run("oldest_jax.py").stdout.strip().partition("==")
-    assert name == "jax"
-    assert tuple(int(part) for part in version.split(".")) >= (0, 4)
+def test_oldest_is_a_pinned_requirement() -> None:
+    for host, first in (("jax", (0, 4)), ("torch", (2, 0))):
+        name, _, version = run("oldest.py", host).stdout.strip().partition("==")
+        assert name == host
+        assert tuple(int(part) for part in version.split(".")) >= first
 
 
 GOOD = """

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 with (
     warnings.catch_warnings()
 ):  # PyTorch's own: its first forward-mode derivative compiles TorchScript
-    warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", message=".*torch.jit")
     import torch._decomp.decompositions_for_jvp
 
 

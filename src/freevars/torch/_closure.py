@@ -22,6 +22,7 @@ from freevars.torch._convert.places import Search
 from freevars.torch._describe import function_name
 from freevars.torch._hooks import install_hooks
 from freevars.torch._report import report_of_converted
+from freevars.torch._selftest import check_release
 
 __all__ = ["Closure"]
 
@@ -83,6 +84,7 @@ class Closure(Generic[P, R]):
         instead.
         """
         install_hooks()
+        check_release()
         converted = Converted(module, None, Search(module), tuple(module.parameters()))
         new = cls._of(converted, converted.hoisted)
         new._is_mapped = False  # noqa: SLF001 (of this class)

@@ -15,18 +15,22 @@ from torch._C import _functorch
 
 __all__ = [
     "CheckpointFunction",
+    "checkpointing",
     "compiling",
     "eagerly",
     "functorch_active",
     "in_backward",
+    "is_custom_function_node",
     "is_higher_order",
     "is_wrapped",
     "layers",
     "operator_body",
+    "owns_memory",
     "parts",
     "pytree",
     "storage_key",
     "tangents",
+    "transform_level",
     "transforms_active",
     "unwrap",
     "version_of",
@@ -71,6 +75,22 @@ def transforms_active() -> bool:
 def functorch_active() -> bool:
     """Whether a torch.func transform is open on this thread."""
     return _functorch.maybe_current_level() is not None
+
+
+def transform_level() -> int:
+    """How many torch.func transforms are open on this thread."""
+    return _functorch.maybe_current_level() or 0
+
+
+def checkpointing() -> bool:
+    """Whether a non-reentrant checkpoint is open on this thread: by its hooks for saved tensors."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__module__ == _checkpoint.__name__
+
+
+def is_custom_function_node(node: object) -> bool:
+    """Whether `node` of an autograd graph is that of a custom Function."""
+    return isinstance(node, torch.autograd.function.BackwardCFunction)
 
 
 def unwrap(t: Tensor) -> Iterator[Tensor]:
@@ -132,6 +152,10 @@ def tangents(t: Tensor) -> list[Tensor]:
 
 
 def _tangent(t: Tensor) -> list[Tensor]:
+    # The old vmap behind `torch.autograd.functional.jacobian(strategy="forward-mode")` batches
+    # tangents, and cannot be asked for theirs: it takes no second one.
+    if _functorch.is_legacy_batchedtensor(t):
+        return []
     with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
         tangent = primal_and_tangent(t).tangent
     return [] if tangent is None else [tangent]
@@ -151,7 +175,8 @@ def parts(t: Tensor) -> list[Tensor]:
         if names:
             return [getattr(t, name)() for name in names]
         flatten = getattr(t, "__tensor_flatten__", None)
-        return [getattr(t, name) for name in flatten()[0]] if flatten is not None else []
+        inside = [getattr(t, name) for name in flatten()[0]] if flatten is not None else []
+        return [x for x in inside if isinstance(x, Tensor)]  # a DTensor lists its mesh too
 
 
 _one_transform_less: Any = torch._functorch.pyfunctorch.temporarily_pop_interpreter_stack
@@ -204,6 +229,15 @@ def version_of(t: Tensor) -> int:
     """How often the memory of `t` was written to. PyTorch's notes on autograd describe it; its name
     is private."""
     return int(t._version)
+
+
+def owns_memory(t: Tensor) -> bool:
+    """Whether PyTorch allocated the memory of `t`, not NumPy or another library."""
+    try:
+        with torch._C.DisableTorchFunction():
+            return bool(t.untyped_storage().resizable())
+    except (NotImplementedError, RuntimeError):
+        return True
 
 
 def in_backward() -> bool:

@@ -30,6 +30,7 @@ from freevars.torch import _compat
 __all__ = [
     "Line",
     "Reachable",
+    "ReadSite",
     "caller",
     "captured_value",
     "describe",

@@ -5,7 +5,8 @@ Function modes see the Python API of PyTorch, but not all of it. The gaps are cl
 *stateless hooks*: wrappers around a few of PyTorch's own functions that look at the calling
 thread's stack of function modes and do nothing unless one of ours (a `CaptureMode`) is on it. They
 hold no state, so there is nothing to undo when a function fails, and threads do not see each other.
-`_selftest.py` tries each of them and says which one a new release of PyTorch has broken.
+`_selftest.py` tries each of them once, at first use. What a new release of PyTorch has broken is
+refused by name where a function needs it.
 
 Not here: what a mode does with what it sees (`discovery.py`, `substitution.py`).
 """
@@ -25,12 +26,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from freevars.errors import CaptureError
-from freevars.torch._compat import unwrap
+from freevars.torch._compat import checkpointing, compiling, transform_level, unwrap
 
 __all__ = [
+    "HOOKS",
     "CaptureMode",
     "DispatchMode",
     "active",
+    "broken",
+    "broken_message",
     "hook_compiler",
     "install_hooks",
     "keep_watching_backward",
@@ -38,16 +42,45 @@ __all__ = [
     "solver_running",
 ]
 
-_CustomFunctionBase = (
-    torch.autograd.function._SingleLevelFunction
-)  # what `Function.apply` calls last
+# The class whose `apply` is the entry in C++ for one level: that of the base class, which
+# `Function.apply` calls last; of `Function` itself from PyTorch 2.14 on.
+_OWNER: Any = torch.autograd.Function
+if isinstance(_OWNER.__dict__.get("apply"), classmethod):  # written in Python
+    _OWNER = torch.autograd.function._SingleLevelFunction
+
+# What a release of PyTorch has broken, and how it shows; filled by the self-test.
+broken: dict[str, str] = {}
+
+
+def broken_message(point: str) -> str:
+    """For whoever needs `point`."""
+    return (
+        f"expected a release of PyTorch in which freevars can see {point}, got "
+        f"{torch.__version__}: {broken[point]}. Install a supported release (docs/pytorch.md "
+        f"lists them), or leave {point} out of the function."
+    )
+
+
+# Without a hook, that something is used still shows, if later or less well.
+_USED: dict[str, Callable[["CaptureMode"], bool]] = {
+    "transforms of torch.func": lambda mode: transform_level() > mode.level,
+    "checkpointing": lambda mode: checkpointing(),  # noqa: ARG005 (one signature)
+    "compiled functions": lambda mode: compiling(),  # noqa: ARG005
+}
 
 
 class CaptureMode(TorchFunctionMode):
     """A function mode that the hooks of this file talk to."""
 
     refused: CaptureError | None = None
+    level: int = 0  # open transforms of torch.func when it was made
     solvers: int = 0  # how many solvers of a rule run now: theirs may call `.backward()`
+
+    def refuse_broken(self) -> None:
+        """Refuses what `fun` uses and a broken hook does not see."""
+        for point, used in _USED.items():
+            if point in broken and used(self):
+                self.refuse(broken_message(point))
 
     def refuse(self, message: str) -> NoReturn:
         """Raises `CaptureError`, and remembers it: Python's operators turn a `TypeError` into
@@ -184,13 +217,13 @@ class _WatchedClass:
 
 
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    """In place of `_SingleLevelFunction.apply`: no function mode sees a custom Function applied."""
+    """In place of the `apply` of custom Functions, which no function mode sees."""
     watches = active()
     for watch in watches:
         args = watch.custom_function(cls, args)
     tokens = [(watch, watch.begin(args)) for watch in watches]
     try:
-        outputs = super(_CustomFunctionBase, cls).apply(*args, **kwargs)
+        outputs = super(_OWNER, cls).apply(*args, **kwargs)
     finally:
         for watch, token in tokens:
             watch.end(token)
@@ -252,30 +285,50 @@ def _run_eagerly(raw: Callable[..., Any]) -> Callable[..., Any]:
     return hook
 
 
-_HOOKS = (
-    (_eager, "_wrap_for_grad", _seen),
-    (_eager, "_unwrap_for_grad", _seen),
-    (_vmap, "_add_batch_dim", _seen),
-    (_vmap, "_remove_batch_dim", _seen),
-    (_checkpoint, "_checkpoint_without_reentrant_generator", _recomputed),
+# Each wrapped function, by the names that it has had, and what is seen by it. Upstream:
+# torch/_functorch/eager_transforms.py, torch/_functorch/vmap.py, torch/utils/checkpoint.py.
+HOOKS: tuple[tuple[Any, tuple[str, ...], Callable[..., Any], str], ...] = (
+    (_eager, ("_wrap_for_grad",), _seen, "transforms of torch.func"),
+    (_eager, ("_unwrap_for_grad",), _seen, "transforms of torch.func"),
+    (_vmap, ("_add_batch_dim",), _seen, "transforms of torch.func"),
+    (_vmap, ("_remove_batch_dim",), _seen, "transforms of torch.func"),
+    (
+        _checkpoint,
+        (
+            "_checkpoint_without_reentrant_generator_impl",  # from 2.14 on
+            "_checkpoint_without_reentrant_generator",
+        ),
+        _recomputed,
+        "checkpointing",
+    ),
 )
+
+
+_state = {"installed": False}
 
 
 def install_hooks() -> None:
     """Installs the hooks that are not installed yet."""
-    if _CustomFunctionBase.__dict__.get("apply") is not _APPLY:
-        _CustomFunctionBase.apply = _APPLY  # type: ignore[attr-defined]
-        for module, name, hook in _HOOKS:
-            setattr(module, name, hook(getattr(module, name)))
+    if not _state["installed"]:
+        _state["installed"] = True
+        for module, names, hook, _ in HOOKS:
+            name = next((name for name in names if hasattr(module, name)), None)
+            if name is not None:
+                setattr(module, name, hook(getattr(module, name)))
     hook_compiler()
 
 
 def hook_compiler() -> None:
     """The compiler's hook waits until somebody else has imported the compiler, which is slow."""
-    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    compiler: Any = sys.modules.get("torch._dynamo.eval_frame")
+    if compiler is None:
+        return
     raw = getattr(compiler, "_callback_from_stance", None)
-    if raw is not None and not hasattr(raw, "__freevars__"):
-        compiler._callback_from_stance = _run_eagerly(raw)  # type: ignore[union-attr]
+    if raw is None:
+        broken["compiled functions"] = "torch._dynamo.eval_frame has no _callback_from_stance"
+    elif not hasattr(raw, "__freevars__"):
+        compiler._callback_from_stance = _run_eagerly(raw)
 
 
 _APPLY: Any = classmethod(_apply)
+_OWNER.apply = _APPLY  # at once: a name like `double = Double.apply` keeps what it finds

@@ -1,20 +1,44 @@
-"""Tries every private touch point of `_compat.py`, and says which one a release of PyTorch has
-broken.
+"""Tries every private touch point of `_compat.py` and `_hooks.py`, and says what a release of
+PyTorch has broken.
 
-Run by the tests, and by a user with a new release: `python -m freevars.torch._selftest`.
+`check_release` does it once, at first use, in milliseconds: it starts no compiler and no transform
+of torch.func, which take PyTorch seconds to import. `broken` tries everything at length: run by the
+tests, and by a user with a new release, `python -m freevars.torch._selftest`.
 """
 
-from collections.abc import Callable
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from freevars.errors import CaptureError
 from freevars.torch import _compat, _hooks
-from freevars.torch._convert.substitution import SubstitutionMode
 
-__all__ = ["broken"]
+__all__ = ["broken", "check_release"]
+
+_CAPTURED = torch.ones(2)
+_VMAP: Any = torch._functorch.vmap  # noqa: SLF001
+_GIVEN = torch.full((2,), 10.0)
+
+
+class _Tens(_hooks.CaptureMode):
+    """Gives tens where `_CAPTURED` is read."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*map(self.replace, args), **(kwargs or {}))
+
+    def replace(self, value: Any) -> Any:
+        return _GIVEN if value is _CAPTURED else value
+
+    def custom_function(self, cls: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        del cls
+        return tuple(map(self.replace, args))
 
 
 class _Double(torch.autograd.Function):
@@ -33,49 +57,181 @@ class _Double(torch.autograd.Function):
         return 2 * g * _CAPTURED
 
 
-_CAPTURED = torch.ones(2)
-_DOUBLE: Any = _Double.apply
+def _double(x: Tensor) -> Any:
+    return _Double.apply(x)  # type: ignore[no-untyped-call]
 
 
-def _substituted(fun: Callable[[Tensor], Any]) -> Any:
-    """`fun(ones)` with tens where it reads `_CAPTURED`."""
+def _replaced(fun: Callable[[], Any]) -> Any:
+    """`fun()` with tens where it reads `_CAPTURED`."""
     _hooks.install_hooks()
-    watch = SubstitutionMode(fun, {id(_CAPTURED): torch.full((2,), 10.0)})
-    with watch:
-        return fun(torch.ones(2))
+    with _Tens():
+        return fun()
 
 
-def _gives(number: float, fun: Callable[[Tensor], Any]) -> bool:
-    return float(_substituted(fun)[0]) == number
+def _gives(number: float, fun: Callable[[], Any]) -> bool:
+    return float(_replaced(fun)[0]) == number
 
 
-def _apply() -> bool:
-    return _gives(20.0, lambda _: _DOUBLE(_CAPTURED))
+def _called(module: Any, names: Sequence[str]) -> bool:
+    """Whether code of `module` calls the function that was wrapped there, by its name."""
+    name = next(name for name in names if hasattr(module, name))
+    functions = [f for f in vars(module).values() if type(f) is FunctionType]
+    found = (code for f in functions if f.__module__ == module.__name__ for code in _codes(f))
+    return any(name in code.co_names for code in found)
 
 
-def _backward_class() -> bool:
+def _codes(fun: FunctionType) -> Iterator[CodeType]:
+    codes = [getattr(fun, "__wrapped__", fun).__code__]
+    for code in codes:  # grows while it is walked
+        codes += [c for c in code.co_consts if type(c) is CodeType]
+        yield code
+
+
+def _all_called(point: str) -> bool:
+    return all(_called(module, names) for module, names, _, seen in _hooks.HOOKS if seen == point)
+
+
+# --- quick ones
+
+
+def _stack() -> bool:
+    found: list[int] = []
+    _replaced(lambda: found.append(len(_hooks.active())))
+    return found == [1] and not _hooks.active()
+
+
+def _storages() -> bool:
+    x = torch.ones(4)
+    return _compat.storage_key(x) == _compat.storage_key(x[1:]) != _compat.storage_key(x.clone())
+
+
+def _engine() -> bool:
+    seen: list[bool] = []
     x = torch.ones(2, requires_grad=True)
-    out = _substituted(lambda _: _DOUBLE(x))
-    return bool(torch.equal(torch.autograd.grad(out.sum(), x)[0], torch.full((2,), 20.0)))
+    y: Any = 2 * x
+    y.register_hook(lambda _: seen.append(_compat.in_backward()))
+    torch.autograd.grad(y.sum(), x)
+    return seen == [True] and not _compat.in_backward()
+
+
+def _custom_functions() -> bool:
+    x = torch.ones(2, requires_grad=True)
+    out = _replaced(lambda: _double(x))
+    ours = _compat.is_custom_function_node(out.grad_fn)
+    g = torch.autograd.grad(out.sum(), x)[0]
+    return ours and torch.equal(g, 2 * _GIVEN) and _gives(20.0, lambda: _double(_CAPTURED))
+
+
+@contextmanager
+def _a_level() -> Iterator[int]:
+    """A level of torch.func, without the imports of a whole transform."""
+    with _VMAP.vmap_increment_nesting(2, "error") as level:
+        yield level
 
 
 def _wrapping() -> bool:
+    def fun() -> Any:
+        with _a_level() as level:
+            batched = _VMAP._add_batch_dim(_CAPTURED, 0, level)  # noqa: SLF001
+            is_batched = _compat.is_wrapped(batched) and _compat.transform_level() > 0
+            return next(u for u in _compat.unwrap(batched) if not _compat.is_wrapped(u)), is_batched
+
+    plain, is_batched = _replaced(fun)
+    return is_batched and torch.equal(plain, _GIVEN) and _all_called("transforms of torch.func")
+
+
+def _checkpointing() -> bool:
+    """By its code alone: running it would import the compiler."""
+    module, names, *_ = next(hook for hook in _hooks.HOOKS if hook[3] == "checkpointing")
+    raw = inspect.unwrap(getattr(module, next(n for n in names if hasattr(module, n))))
+    takes_function = next(iter(inspect.signature(raw).parameters)) == "fn"
+    return takes_function and _all_called("checkpointing") and not _compat.checkpointing()
+
+
+def _custom_operators() -> bool:
+    kept = torch._library.custom_ops  # noqa: SLF001
+    stored = kept.CustomOpDef.__init__.__code__.co_names
+    return isinstance(kept.OPDEFS, object) and "_init_fn" in stored
+
+
+def _tangents() -> bool:
+    forward: Any = torch.autograd.forward_ad
+    return (
+        forward._current_level == -1  # noqa: SLF001
+        and not _compat.tangents(_CAPTURED)
+        and callable(torch._C._functorch.is_legacy_batchedtensor)  # noqa: SLF001
+        and callable(_compat.forward_mode)
+    )
+
+
+_ESSENTIAL: dict[str, Callable[[], bool]] = {
+    "which modes are active": _stack,
+    "which tensors share memory": _storages,
+    "whether a backward pass runs": _engine,
+    "derivatives in forward mode": _tangents,
+}
+_OPTIONAL: dict[str, Callable[[], bool]] = {
+    "custom Functions": _custom_functions,
+    "transforms of torch.func": _wrapping,
+    "checkpointing": _checkpointing,
+    "custom operators": _custom_operators,
+}
+_lock = threading.Lock()
+_state = {"checked": False}
+
+
+def check_release() -> None:
+    """Tries the touch points, once a process. Raises where one is broken that every conversion
+    needs; what the others are needed for is refused where it is used."""
+    if not _state["checked"]:
+        with _lock:
+            if not _state["checked"]:
+                _hooks.broken |= _try(_ESSENTIAL | _OPTIONAL)
+                _state["checked"] = True
+    for point in _ESSENTIAL:
+        if point in _hooks.broken:
+            raise CaptureError(_hooks.broken_message(point))
+
+
+def _try(checks: dict[str, Callable[[], bool]]) -> dict[str, str]:
+    found = {}
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        for name, check in checks.items():
+            try:
+                works, why = check(), "it gave a wrong result"
+            except Exception as error:  # noqa: BLE001 (whatever a new release raises)
+                works, why = False, f"{type(error).__name__}: {error}"
+            if not works:
+                found[name] = why
+    return found
+
+
+# --- at length
+
+
+def _transforms() -> bool:
     grad = torch.func.grad(lambda z: (z * z).sum())
     squares = torch.func.vmap(lambda z: z * z)
-    return _gives(20.0, lambda _: grad(_CAPTURED)) and _gives(100.0, lambda _: squares(_CAPTURED))
+    return _gives(20.0, lambda: grad(_CAPTURED)) and _gives(100.0, lambda: squares(_CAPTURED))
 
 
 def _recomputation() -> bool:
     x = torch.ones(2, requires_grad=True)
+    inside: list[bool] = []
 
-    def fun(_: Tensor) -> Any:
-        return checkpoint(lambda y: (y * _CAPTURED).sin(), x, use_reentrant=False)
+    def body(y: Tensor) -> Any:
+        inside.append(_compat.checkpointing())
+        return (y * _CAPTURED).sin()
 
-    (g,) = torch.autograd.grad(_substituted(fun).sum(), x)
-    return bool(torch.allclose(g, 10 * torch.tensor(10.0).cos()))
+    def fun() -> Any:
+        return checkpoint(body, x, use_reentrant=False, preserve_rng_state=False)
+
+    (g,) = torch.autograd.grad(_replaced(fun).sum(), x)
+    right = torch.allclose(g, 10 * torch.tensor(10.0).cos())
+    return right and inside[0] and not _compat.checkpointing()
 
 
-def _compiled_callee() -> bool:
+def _compiled_functions() -> bool:
     graphs: list[Any] = []
 
     def backend(graph: Any, inputs: Any) -> Any:
@@ -84,13 +240,7 @@ def _compiled_callee() -> bool:
         return graph.forward
 
     compiled = torch.compile(lambda x: x * _CAPTURED, backend=backend)
-    return _gives(10.0, compiled) and not graphs
-
-
-def _stack() -> bool:
-    found: list[int] = []
-    _substituted(lambda _: found.append(len(_hooks.active())))
-    return found == [1] and not _hooks.active()
+    return _gives(10.0, lambda: compiled(torch.ones(2))) and not graphs
 
 
 def _unwrapping() -> bool:
@@ -118,7 +268,7 @@ def _layers() -> bool:
     return found == [[("autograd", True), ("vmap", None), ("grad", True)], [("jvp", True)]]
 
 
-def _tangents() -> bool:
+def _tangents_at_every_level() -> bool:
     x = torch.ones(2)
     with torch.autograd.forward_ad.dual_level():
         dual: Any = torch.autograd.forward_ad.make_dual(x, 3 * x)  # type: ignore[no-untyped-call]
@@ -142,20 +292,6 @@ def _number(t: Tensor) -> float:
     return float(list(_compat.unwrap(t))[-1].flatten()[0])
 
 
-def _storages() -> bool:
-    x = torch.ones(4)
-    return _compat.storage_key(x) == _compat.storage_key(x[1:]) != _compat.storage_key(x.clone())
-
-
-def _engine() -> bool:
-    seen: list[bool] = []
-    x = torch.ones(2, requires_grad=True)
-    y: Any = 2 * x
-    y.register_hook(lambda _: seen.append(_compat.in_backward()))
-    y.sum().backward()
-    return seen == [True] and not _compat.in_backward()
-
-
 def _operator_body() -> bool:
     def body(x: Tensor) -> Tensor:
         return x.clone()
@@ -166,33 +302,21 @@ def _operator_body() -> bool:
     return found is body and _compat.operator_body(operator._opoverload) is body  # noqa: SLF001
 
 
-_CHECKS: dict[str, Callable[[], bool]] = {
-    "the stack of function modes": _stack,
-    "the hook in _SingleLevelFunction.apply": _apply,
-    "the class that a custom Function's node looks up": _backward_class,
-    "the hooks where torch.func wraps tensors": _wrapping,
-    "the hook in checkpoint's recomputation": _recomputation,
-    "the hook that runs compiled callees eagerly": _compiled_callee,
-    "unwrapping torch.func's tensors": _unwrapping,
-    "telling which transforms wrap a tensor": _layers,
-    "reading forward-mode tangents": _tangents,
-    "telling storages apart": _storages,
-    "knowing that the autograd engine runs": _engine,
-    "finding the function of a custom operator": _operator_body,
+_AT_LENGTH: dict[str, Callable[[], bool]] = {
+    "transforms of torch.func, run": _transforms,
+    "checkpointing, run": _recomputation,
+    "compiled functions": _compiled_functions,
+    "what a transform of torch.func wraps": _unwrapping,
+    "which transforms wrap a tensor": _layers,
+    "derivatives in forward mode, at every level": _tangents_at_every_level,
+    "the function of a custom operator": _operator_body,
 }
 
 
 def broken() -> list[str]:
     """One line for each touch point that does not work."""
-    lines = []
-    for name, check in _CHECKS.items():
-        try:
-            works, why = check(), "gave a wrong result"
-        except Exception as error:  # noqa: BLE001 (whatever a new release raises)
-            works, why = False, f"{type(error).__name__}: {error}"
-        if not works:
-            lines.append(f"{name}: {why} (PyTorch {torch.__version__})")
-    return lines
+    found = _try(_ESSENTIAL | _OPTIONAL | _AT_LENGTH)
+    return [f"{name}: {why} (PyTorch {torch.__version__})" for name, why in found.items()]
 
 
 if __name__ == "__main__":

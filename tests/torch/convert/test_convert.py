@@ -427,7 +427,7 @@ def test_metadata_is_no_capture() -> None:
             + w.dtype.itemsize
         )
 
-    assert closure_convert(fun, fresh(3))[1] == ()
+    assert not closure_convert(fun, fresh(3))[1]
 
 
 def test_hoisted_values_see_updates_and_backward() -> None:

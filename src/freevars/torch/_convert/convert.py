@@ -24,6 +24,7 @@ from freevars.torch._convert.draws import Draws, state_of
 from freevars.torch._convert.places import Search
 from freevars.torch._convert.structure import Structure, struct_of
 from freevars.torch._hooks import resolve
+from freevars.torch._selftest import check_release
 
 __all__ = [
     "Converted",
@@ -99,6 +100,7 @@ def outside_compiler(run: F, fun: Callable[..., Any], rng: Rng) -> F:
         message = f'rng: expected "allow", "error" or "replay", got {rng!r}.'
         raise ValueError(message)
     _hooks.install_hooks()
+    check_release()
     chosen: F = _compat.eagerly(run) if _compat.compiling() else run
     return chosen
 

@@ -20,7 +20,15 @@ from freevars.torch import _compat, _hooks
 from freevars.torch._compat import storage_key
 from freevars.torch._convert import operators
 from freevars.torch._convert.autograd_graph import hidden_path
-from freevars.torch._describe import Reachable, caller, describe, line_of_caller
+from freevars.torch._convert.structure import Structure
+from freevars.torch._describe import (
+    Line,
+    Reachable,
+    ReadSite,
+    caller,
+    describe,
+    line_of_caller,
+)
 from freevars.torch._hooks import CaptureMode, DispatchMode
 
 __all__ = ["DiscoveryMode"]
@@ -38,6 +46,7 @@ class DiscoveryMode(CaptureMode):
         self.constants = constants  # whether tensors without derivatives may be hoisted too
         self.hoist = hoist
         self.rng = rng
+        self.level = _compat.transform_level()
         self.drew: str | None = None  # the first random operation
         self.generators: dict[int, tuple[torch.Generator, Tensor]] = {}
         self.captured: dict[int, Tensor] = {}
@@ -70,6 +79,8 @@ class DiscoveryMode(CaptureMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if _hooks.broken:
+            self.refuse_broken()
         if func in operators.METADATA or func == operators.REQUIRES_GRAD:
             return func(*args, **kwargs)
         self._refuse(func, args, kwargs)
@@ -102,7 +113,7 @@ class DiscoveryMode(CaptureMode):
             self.refuse(operators.backward_message(self.fun))
         if _compat.is_higher_order(func):
             self.refuse(operators.higher_order_message(func, self.fun))
-        body = _compat.operator_body(func)
+        body = operators.operator_body(self, func)
         if body is not None:
             operators.refuse_reads_of_operator(self, func, body, self.hoist, self.fun)
         if func in operators.BATCH_STATISTICS:
@@ -152,18 +163,32 @@ class DiscoveryMode(CaptureMode):
             self.looking = False
 
     def drop_unheld(self) -> None:
-        """Forgets the constants that nobody else holds, once the run and its results are over. The
-        function made them where no mode sees it (`torch.frombuffer`): a later call makes its own.
-        """
+        """Forgets the constants that nobody else holds, once the run and its results are over: the
+        function made them where no mode sees it (`torch.frombuffer`), and a later call makes its
+        own. What may have been computed from captured tensors there is refused."""
         self.captured_keys.clear()
-        constants = [k for k, t in self.captured.items() if not operators.may_carry_derivative(t)]
-        refs = {key: weakref.ref(self.captured[key]) for key in constants}
-        kept = {key: None if key in refs else t for key, t in self.captured.items()}
+        refs = {key: weakref.ref(t) for key, t in self.captured.items()}
+        hoisted = {
+            key: Structure.shown(t)
+            for key, t in self.captured.items()
+            if self.hoist(t) and _compat.owns_memory(t)
+        }
         self.captured.clear()
-        for key, t in kept.items():
-            found = t if key not in refs else refs[key]()
-            if found is not None:
-                self.captured[key] = found
+        for key, ref in refs.items():
+            t = ref()
+            if t is not None:
+                self.captured[key] = t
+            elif key in hoisted:
+                self.refuse(self._unseen_message(hoisted[key], self.where[key]))
+
+    def _unseen_message(self, shown: str, line: Line | None) -> str:
+        where = "" if line is None else f" (read at {ReadSite(*line)})"
+        return (
+            "expected a function whose operations all run in its own thread, through PyTorch, got "
+            f"a tensor {shown}{where} that was made elsewhere: in a worker thread, or by a library "
+            "outside of PyTorch. What it was computed from cannot be seen. Run it in this thread, "
+            "or make that tensor outside and capture it."
+        )
 
     def made_and_alive(self) -> dict[int, Tensor]:
         """What the run made and somebody still holds, by id."""
@@ -290,7 +315,7 @@ class DiscoveryMode(CaptureMode):
             # Outside any call of the Python API: TorchScript reads the captured tensor itself,
             # while leaving a torch.func transform reads views of what was seen before.
             seen = key in self.captured_keys and id(t) not in self.captured
-        if not seen and (t.requires_grad or (self.constants and t.dim() > 0 and self.hoist(t))):
+        if not seen and (t.requires_grad or (self.constants and self.hoist(t))):
             named = self._named(t)
             message = (
                 "expected every read of a captured tensor to go through PyTorch's Python API, "

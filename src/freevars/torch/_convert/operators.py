@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from freevars.torch import _compat, _hooks
 from freevars.torch._compat import is_wrapped, overloads, parts, schema, unwrap
 from freevars.torch._compat import tangents as tangents_of
 from freevars.torch._describe import caller, describe, function_name, line_of_caller, reachable
@@ -32,6 +33,7 @@ __all__ = [
     "is_builtin",
     "is_factory",
     "may_carry_derivative",
+    "operator_body",
     "refuse_reads_of_operator",
     "refuse_running_statistics",
     "resumed",
@@ -280,8 +282,19 @@ def callables(value: Any) -> Iterator[Any]:
             yield from callables(x)
     elif isinstance(value, dict):
         yield from callables(list(value.values()))
-    elif callable(value) and not isinstance(value, Tensor | type):
+    elif _runs_python(value):
         yield value
+
+
+def _runs_python(value: Any) -> bool:
+    """Whether calling `value` runs code of Python's, which may read what it captures. PyTorch's own
+    callable objects (a reduction of torch.distributed) are asked for by their very type."""
+    kind = type(value)
+    if kind in {types.FunctionType, types.MethodType, functools.partial}:
+        return True
+    if isinstance(value, Tensor | type):
+        return False
+    return type(getattr(kind, "__call__", None)) is types.FunctionType  # noqa: B004 (its type)
 
 
 def resumed(watch: CaptureMode, value: Any) -> Any:
@@ -309,6 +322,17 @@ def higher_order_message(func: Any, fun: Any) -> str:
         f"{caller()} in {function_name(fun)!r}: what its branches read cannot be replaced. "
         "Use Python's own if, for, while."
     )
+
+
+def operator_body(watch: CaptureMode, func: Any) -> Any:
+    """The Python function of a custom operator, or None."""
+    point = "custom operators"
+    if point not in _hooks.broken:
+        return _compat.operator_body(func)
+    names = (_compat.schema(overload).name for overload in overloads(func))
+    if any(not name.startswith(("aten::", "prims::")) for name in names):
+        watch.refuse(_hooks.broken_message(point))
+    return None
 
 
 def refuse_reads_of_operator(

@@ -49,6 +49,7 @@ class SubstitutionMode(CaptureMode):
         outside: "ForeignTensors | None" = None,
     ) -> None:
         self.fun = fun
+        self.level = _compat.transform_level()
         self.outside = outside or ForeignTensors(fun)
         self.table = table
         self.known = known  # the tensors given to this call, whose memory is not `fun`'s
@@ -58,13 +59,15 @@ class SubstitutionMode(CaptureMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # The hot path: every line here is paid for at every operation of `fun`.
-        if kwargs or func not in _plain_calls:
+        if kwargs or func not in _plain_calls or _hooks.broken:
             return self._special(func, args, kwargs or {})
         get = self.table.get
         given = [get(id(a), a) if type(a) in operators.PLAIN else self.replace(a) for a in args]
         return func(*given)
 
     def _special(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if _hooks.broken:
+            self.refuse_broken()
         kind = _SPECIAL.get(func)
         if kind == "metadata":
             return func(*args, **kwargs)
@@ -89,7 +92,7 @@ class SubstitutionMode(CaptureMode):
             self.refuse(operators.backward_message(self.fun))
         if _compat.is_higher_order(func):
             self.refuse(operators.higher_order_message(func, self.fun))
-        body = _compat.operator_body(func)
+        body = operators.operator_body(self, func)
         if body is not None and body not in self.outside.operators:
             operators.refuse_reads_of_operator(self, func, body, self._matters, self.fun)
             self.outside.operators.add(body)
