@@ -19,11 +19,15 @@ Edge = tuple[Any, int]
 
 
 def check_autograd_graph(
-    outputs: Iterable[Tensor], known: Iterable[Tensor], made: Callable[[Tensor], bool], fun: Any
+    outputs: Iterable[Tensor],
+    known: Iterable[Tensor],
+    made: Callable[[Tensor], bool],
+    fun: Any,
+    replaced: Container[int] = (),
 ) -> None:
     """Refuses outputs whose tape ends in a tensor that is neither one of `known` nor `made` by
-    `fun`: a captured tensor that was read where nothing could see or replace it. With torch.func
-    there is one tape a level."""
+    `fun`: a captured tensor that was read where nothing could see or replace it. `replaced` are
+    those, by id, that other tensors stand for. With torch.func there is one tape a level."""
     levels = _compat.unwrap if _compat.functorch_active() else _only
     stops: set[Edge] = set()
     leaves: set[int] = set()
@@ -49,7 +53,8 @@ def check_autograd_graph(
         elif hasattr(node, "variable"):
             leaf = node.variable
             if id(leaf) not in leaves and not made(leaf):
-                raise CaptureError(not_hoisted(leaf, fun))
+                not_seen = id(leaf) in replaced
+                raise CaptureError((_not_replaced if not_seen else not_hoisted)(leaf, fun))
 
 
 def hidden_path(
@@ -107,6 +112,16 @@ def _walk(starts: list[Edge], stops: Container[Edge]) -> Iterator[Edge]:
 
 def _only(t: Tensor) -> tuple[Tensor]:
     return (t,)
+
+
+def _not_replaced(t: Tensor, fun: Any) -> str:
+    return (
+        "expected every read of a captured tensor to go through PyTorch's Python API, got one that "
+        f"does not, of {describe(t, fun)}: in a C++ extension, or, from PyTorch 2.14 on, in a "
+        "custom Function whose `apply` was kept under another name before freevars.torch was "
+        "imported. Pass the tensor as an argument; or import freevars.torch first, or call `apply` "
+        "on the Function itself."
+    )
 
 
 def not_hoisted(t: Tensor, fun: Any, line: Line | None = None) -> str:

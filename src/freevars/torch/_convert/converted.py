@@ -99,8 +99,12 @@ class Converted(Generic[P, R]):
         self.hoisted = self._captured if self._runs_as_it_is else tuple(map(alias, self._captured))
         self._token = uuid.uuid4().hex if token is None else token
 
+    @functools.cached_property
+    def _name(self) -> str:
+        return function_name(self._fun)
+
     def __repr__(self) -> str:
-        name, n = function_name(self._fun), len(self._keys)
+        name, n = self._name, len(self._keys)
         return f"<{name} with {n} captured values as trailing arguments>"
 
     @property
@@ -137,7 +141,7 @@ class Converted(Generic[P, R]):
         if self.replay is not None and any(g is not None for g, _ in self.replay.before):
             message = (
                 f"expected to copy a function that draws from PyTorch's own generator, got "
-                f"{function_name(self._fun)!r}, converted with rng='replay', which draws from "
+                f"{self._name!r}, converted with rng='replay', which draws from "
                 "another one, of which the copy has a copy. Draw outside and capture the result."
             )
             raise CaptureError(message)
@@ -175,7 +179,7 @@ class Converted(Generic[P, R]):
         if self._structure is None:
             leaves = pytree.tree_leaves(arguments)
         else:
-            leaves = self._structure.check(arguments, function_name(self._fun))
+            leaves = self._structure.check(arguments, self._name)
         if self._runs_as_it_is and self._is_at_rest(values, leaves):
             out = self._fun(*arguments)
             refuse_late(out)
@@ -197,12 +201,14 @@ class Converted(Generic[P, R]):
             return args, self.hoisted
         if n != count:
             message = (
-                f"{function_name(self._fun)} expected {count} arguments and {len(self._keys)} "
+                f"{self._name} expected {count} arguments and {len(self._keys)} "
                 f"hoisted values, got {len(args)} values in all."
             )
             raise StructureError(message)
         values = args[n:]
         for i, (value, (shape, dtype)) in enumerate(zip(values, self._types, strict=True)):
+            if value is self.hoisted[i]:
+                continue
             is_plain = isinstance(value, Tensor) and not value.is_nested
             if not is_plain or value.shape != shape or value.dtype is not dtype:
                 captured = describe(self._captured[i], self._fun, self.first_reads[i])
@@ -265,7 +271,7 @@ class Converted(Generic[P, R]):
             refuse_hidden(out, lambda t: id(t) in table, self._fun)
             out = pytree.tree_map_only(Tensor, mode.replace, out)
         mode.known = ()  # a graph may keep the mode, but not the arguments
-        check_autograd_graph(outputs_of(out), known, mode.has_made, self._fun)
+        check_autograd_graph(outputs_of(out), known, mode.has_made, self._fun, table)
         return out, mode
 
     def _memory(self, mode: SubstitutionMode) -> AbstractContextManager[Any]:
@@ -314,7 +320,7 @@ class Converted(Generic[P, R]):
             now = "nothing" if t is GONE else f"a {type(t).__name__}"
         also = ", which another captured tensor is bound to as well" * isinstance(t, Tensor)
         return (
-            f"expected each captured tensor where it was when {function_name(self._fun)!r} was "
+            f"expected each captured tensor where it was when {self._name!r} was "
             f"converted, got another value in the place of {was}: {now}{also}. Convert again, or "
             "leave the variable as it is."
         )

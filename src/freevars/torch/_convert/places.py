@@ -13,7 +13,7 @@ import functools
 import operator
 import sys
 import threading
-from collections import deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import CodeType, FunctionType, MethodType, ModuleType
@@ -30,6 +30,7 @@ _WIDEST = 20_000  # entries looked at in one container
 _MOST = 100_000  # objects looked at in one search
 _ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), type(...), range, slice})
 _TORCH_ATOMS = frozenset({torch.dtype, torch.device, torch.layout, torch.Size, torch.Generator})
+_PLAIN_DICTS = frozenset({dict, OrderedDict, defaultdict})  # which have no attributes to speak of
 _SKIPPED = _ATOMS | _TORCH_ATOMS | {CodeType}
 
 
@@ -144,7 +145,7 @@ class Search:
             self._link(node, part, "__self__", obj.__self__)
         elif issubclass(kind, dict):
             self._entries(node, obj)
-            if kind is not dict:
+            if kind not in _PLAIN_DICTS:
                 self._instance(node, obj, kind)
         elif issubclass(kind, list | tuple):
             base: Any = list if issubclass(kind, list) else tuple
