@@ -3,6 +3,8 @@
 import copy
 import inspect
 import pickle
+import subprocess
+import sys
 from typing import Literal, TypedDict
 
 import pytest
@@ -239,6 +241,33 @@ def test_pickled_by_name_where_the_name_leads_to_it():
         assert again is not solver
         assert again("f", 1.0) == solver("f", 1.0)
         assert again.__wrapped__ is solver.__wrapped__
+
+
+def test_by_value_where_a_pickler_takes_functions_by_value():
+    """As cloudpickle does for `__main__`, where another process finds nothing under the name."""
+    code = """
+import cloudpickle, sys
+from tests.solvers.test_decorated import Logged, pickle
+@Logged
+def solve(fun, x0): return fun, x0
+class Thing:
+    def __init__(self):
+        self.scale = 5
+        self.held = Logged(self.run)
+    def run(self, fun, x0): return self.scale, fun, x0
+    @Logged
+    @Logged
+    def solve(self, fun, x0): return self.scale, fun, x0
+again = Logged(solve.__wrapped__, "again")
+thing = Thing()
+assert pickle.loads(pickle.dumps(solve)) is solve
+sys.stdout.buffer.write(cloudpickle.dumps((solve, thing.solve, again, thing.held)))
+"""
+    sent = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
+    solve, method, again, held = pickle.loads(sent)
+    assert solve("f", 1.0)[1] == again("f", 1.0)[1] == ("f", 1.0)
+    assert method("f", 1.0)[1][1] == held("f", 1.0)[1] == (5, "f", 1.0)
+    assert again.note[0] == "again"
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, _pickled], ids=["deepcopy", "pickle"])

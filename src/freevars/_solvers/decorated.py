@@ -13,7 +13,7 @@ import copy
 import functools
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, ParamSpec, Self, TypeVar
 
 from freevars._solvers.signature import SolverCall, SolverSignature, solver_name
@@ -33,11 +33,15 @@ class DecoratedSolver(Generic[P, R]):
 
     __wrapped__: Callable[P, R]
     __name__: str
+    __qualname__: str
 
     def __init__(self, solver: Callable[P, R], /, *how: Any, **options: Any) -> None:
-        self._made_from = (solver, how, options)
+        self._made_from: Callable[[], tuple[Any, Any, Any]] = lambda: (solver, how, options)
         self._bound_to: tuple[Self, Any] | None = None
         self._use(solver)
+        # A function by which picklers decide (see `__reduce__`): by name where its name leads to
+        # it, as for the solver itself, or by value, where a pickler does that for functions.
+        self._made_from.__module__ = self.__module__
 
     def _use(self, solver: Callable[P, R]) -> None:
         self._signature = SolverSignature(solver)
@@ -102,7 +106,7 @@ class DecoratedSolver(Generic[P, R]):
             unbound, instance = self._bound_to
             copied = copy.deepcopy(instance, memo)
             return self if copied is instance else unbound._bind(copied, type(copied))  # noqa: SLF001
-        solver, how, options = self._made_from
+        solver, how, options = self._made_from()
         parts = (solver, *how, *options.values())
         copied = copy.deepcopy(parts, memo)
         if copied is parts:
@@ -114,24 +118,46 @@ class DecoratedSolver(Generic[P, R]):
     def __reduce__(self) -> Any:
         if self._bound_to is not None:
             return _bound, self._bound_to
-        if _found_under_name_of(self) is self:
-            return self.__qualname__  # like a function: by reference
-        solver, how, options = self._made_from
+        for depth, known in enumerate(_decorations(self)):
+            if known is self:
+                path = [self.__qualname__, *["__wrapped__"] * depth, "_made_from"]
+                self._made_from.__qualname__ = ".".join(path)
+                return _named, (type(self), self._made_from)
+        solver, how, options = self._made_from()
         # A decorated function's name leads to what it was decorated with, and that leads to it.
-        known, depth = _found_under_name_of(solver), 0
-        while isinstance(known, DecoratedSolver):
-            known, depth = known.__wrapped__, depth + 1
-            if known is solver:
-                return _made, (type(self), _found_under_name_of(solver), depth, how, options)
+        for depth, known in enumerate(_decorations(solver), 1):
+            if known.__wrapped__ is solver:
+                outermost = _found_under_name_of(solver)
+                return _made, (type(self), outermost, depth, how, options)
         return _made, (type(self), solver, 0, how, options)
+
+
+def _decorations(function: Any) -> Iterator[DecoratedSolver[..., Any]]:
+    """What the name of a function leads to, where that is decorated: the outermost first."""
+    known = _found_under_name_of(function)
+    while isinstance(known, DecoratedSolver):
+        yield known
+        known = known.__wrapped__
 
 
 def _found_under_name_of(function: Any) -> Any:
     """What the module of a function holds under its name: mostly itself."""
-    found: Any = sys.modules.get(getattr(function, "__module__", None) or "")
-    for name in (getattr(function, "__qualname__", None) or "<none>").split("."):
-        found = getattr(found, name, None)
+    return _found(getattr(function, "__module__", None), getattr(function, "__qualname__", None))
+
+
+def _found(module: str | None, name: str | None) -> Any:
+    found: Any = sys.modules.get(module or "")
+    for part in (name or "<none>").split("."):
+        found = getattr(found, part, None)
     return found
+
+
+def _named(cls: Any, made_from: Callable[[], Any]) -> Any:
+    known = _found(made_from.__module__, made_from.__qualname__.removesuffix("._made_from"))
+    if isinstance(known, DecoratedSolver) and known._made_from is made_from:  # noqa: SLF001
+        return known
+    solver, how, options = made_from()
+    return cls(solver, *how, **options)
 
 
 def _bound(solver: DecoratedSolver[..., Any], instance: Any) -> Any:

@@ -73,7 +73,7 @@ class ImplicitSolver(DecoratedSolver[P, R]):
 
     def _use(self, solver: Callable[P, R]) -> None:
         super()._use(solver)
-        _, (kind,), options = self._made_from
+        _, (kind,), options = self._made_from()
         self._rule = Rule(kind, solver, function_name(solver), **options)
 
     @overload
