@@ -18,7 +18,9 @@ from freevars.errors import (
 from freevars.torch._captures import captures
 from freevars.torch._closure import Closure
 from freevars.torch._convert.convert import Converted, closure_convert
+from freevars.torch._rules.derivative import LinearOperator
 from freevars.torch._rules.rules import ImplicitSolver, argmin, fixed_point, root
+from freevars.torch._rules.truncated import neumann, one_step
 
 __all__ = [
     "CaptureError",
@@ -27,6 +29,7 @@ __all__ = [
     "FreevarsError",
     "ImplicitSolver",
     "LeakError",
+    "LinearOperator",
     "NotASolutionError",
     "SingularError",
     "StructureError",
@@ -34,6 +37,8 @@ __all__ = [
     "captures",
     "closure_convert",
     "fixed_point",
+    "neumann",
+    "one_step",
     "root",
 ]
 

@@ -85,7 +85,7 @@ class Problem(DifferentiableCondition):
         return self.optimality(lambda x: self.converted(x, args, kwargs, *hoisted), x)
 
     def optimality(self, fun: Callable[[Any], Any], x: Tensor) -> Tensor:
-        """`fun`, its gradient, or the step of its iteration."""
+        """`fun`, its gradient, or x - `fun`(x): with the sign that the JAX host gives it."""
 
         def value(x: Tensor) -> Any:
             out = fun(self.unknown.unravel(x))
@@ -95,7 +95,7 @@ class Problem(DifferentiableCondition):
             ones = torch.ones(self.unknown.batch, dtype=x.dtype, device=x.device)
             return vjp(value, x, ones)
         out = self.unknown.ravel(value(x), f"the result of {function_name(self.converted)}")
-        return out - x if self.rule.kind == "fixed_point" else out
+        return x - out if self.rule.kind == "fixed_point" else out
 
     def totals(self, x: Tensor, /) -> Tensor:
         assert self.rule.conserved is not None  # noqa: S101 (for the type checker)
