@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import operator
 import os
-import pickle
 import subprocess
 import sys
 import textwrap
@@ -210,39 +208,6 @@ def test_a_closure_does_not_fit_a_solver_of_other_types() -> None:
         StructureError, match=r"args\[0\] .*expected float32\[3\], got float32\[2\]"
     ):
         jax.jit(lambda f, x: f(x))(f, X[:2])
-
-
-# Pickle.
-
-
-def test_cloudpickle_round_trip() -> None:
-    cloudpickle = pytest.importorskip("cloudpickle")
-    f = make(W)
-    g = cloudpickle.loads(cloudpickle.dumps(f))
-    np.testing.assert_array_equal(g(X), f(X))
-    np.testing.assert_array_equal(g.values[0], W)
-    assert g.in_struct == f.in_struct
-    assert jax.tree.structure(f) == jax.tree.structure(g)
-
-
-def test_pickle_where_the_function_does() -> None:
-    with pytest.raises((pickle.PicklingError, AttributeError), match="lambda"):
-        pickle.dumps(make(W))
-    f = pickle.loads(pickle.dumps(fv.Closure(operator.neg, X)))
-    np.testing.assert_array_equal(f(X), -X)
-
-
-def test_pickle_refuses_what_has_no_function() -> None:
-    with pytest.raises(
-        pickle.PicklingError, match=r"came out of a transformation.*Pickle the closure"
-    ):
-        pickle.dumps(jax.tree.map(lambda v: v, make(W)))
-
-
-def test_pickle_refuses_traced_values() -> None:
-    cloudpickle = pytest.importorskip("cloudpickle")
-    with pytest.raises(pickle.PicklingError, match="captures a traced value"):
-        jax.jit(lambda w: cloudpickle.dumps(make(w)) and w)(W)
 
 
 # Several devices, in a process of its own.

@@ -8,18 +8,18 @@ captured values are found, and what makes two programs equal.
 
 from __future__ import annotations
 
-import pickle
+import copy
 from collections.abc import Callable, Iterable
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, Self, TypeVar
 
-import jax
-from jax import tree_util
+from jax import export, tree_util
 
 from freevars._contract import by_position
-from freevars.jax import _compat
 from freevars.jax._convert.arguments import describe
 from freevars.jax._convert.convert import convert
 from freevars.jax._convert.program import Program
+from freevars.jax._convert.serialize import from_bytes, to_bytes
+from freevars.jax._convert.stored import restore, store
 from freevars.jax._report.build import report_of_program
 from freevars.report import CaptureReport
 
@@ -80,7 +80,7 @@ class Closure(Generic[P, R]):
 
     def __init__(self, fun: Callable[P, R], *example_args: Any) -> None:
         self._program, self._values = convert(fun, example_args)
-        # What made this closure, for pickling. A transformation drops it: a tree structure that
+        # What made this closure, for reports. A transformation drops it: a tree structure that
         # held a user's function would keep its arrays alive in every cache that holds the
         # structure.
         self._origin = (fun, example_args)
@@ -131,23 +131,22 @@ class Closure(Generic[P, R]):
         captures = f"captures {values or 'nothing'}{more}{fixed}"
         return f"Closure({program.name}: ({takes}) -> {gives}; {captures})"
 
+    # A copy has the program and the values, whatever the Python function would capture by now.
+
+    def __copy__(self) -> Self:
+        return self._with(self._values)
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        return self._with(copy.deepcopy(self._values, memo))
+
+    def _with(self, values: tuple[Any, ...]) -> Self:
+        made = object.__new__(type(self))
+        made._program, made._values, made._origin = self._program, values, self._origin
+        return made
+
     def __reduce__(self) -> Any:
-        if self._origin is None:
-            msg = (
-                f"this {self!r} came out of a transformation and no longer knows the Python"
-                " function"
-                " that it was made from. Pickle the closure that went in, or its `values`."
-            )
-            raise pickle.PicklingError(msg)
-        fun, example_args = self._origin
-        if any(
-            isinstance(x, _compat.Tracer) for x in jax.tree.leaves((self._values, example_args))
-        ):
-            msg = (
-                f"{self!r} captures a traced value, which exists only while a transformation runs."
-            )
-            raise pickle.PicklingError(msg)
-        return Closure, (fun, *example_args)
+        named = [(x, f"captured value {i} of {self!r}") for i, x in enumerate(self._values)]
+        return _restored, (self._program, tuple([store(x, name) for x, name in named]))
 
 
 def _flatten(closure: Closure[..., Any]) -> tuple[tuple[Any, ...], Program]:
@@ -178,4 +177,15 @@ def _unflatten(program: Program, values: Iterable[Any]) -> Closure[..., Any]:
     return closure
 
 
+def _restored(program: Program, values: Iterable[Any]) -> Closure[..., Any]:
+    return _unflatten(program, map(restore, values))
+
+
 tree_util.register_pytree_with_keys(Closure, _flatten_with_keys, _unflatten, _flatten)
+# A program that `jax.export` has compiled for closures takes those of another process.
+export.register_pytree_node_serialization(
+    Closure,
+    serialized_name="freevars.jax.Closure",
+    serialize_auxdata=to_bytes,
+    deserialize_auxdata=from_bytes,
+)

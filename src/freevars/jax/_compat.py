@@ -7,6 +7,8 @@ any idea of closure conversion.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -68,6 +70,7 @@ Jaxpr: Any = _core.Jaxpr
 # two names, in public, are one class.
 ClosedJaxpr: Any = getattr(_core, "ClosedJaxpr", Jaxpr)
 Literal: Any = _core.Literal
+Primitive: Any = _core.Primitive
 Var: Any = _core.Var
 jaxpr_as_fun: Any = _core.jaxpr_as_fun
 
@@ -86,9 +89,111 @@ def separate_constants(closed: Any) -> tuple[Any, list[Any]]:
     return _partial_eval.convert_constvars_jaxpr(closed.jaxpr), list(closed.consts)
 
 
-def close(jaxpr: Any) -> Any:
-    """A closed program without constants from an open one."""
-    return ClosedJaxpr(jaxpr, [])
+def close(jaxpr: Any, consts: Sequence[Any] = ()) -> Any:
+    """A closed program from an open one that reads constants first, and these."""
+    if not consts:
+        return ClosedJaxpr(jaxpr, [])
+    count = len(consts)
+    opened = jaxpr.replace(
+        constvars=jaxpr.invars[:count],
+        invars=jaxpr.invars[count:],
+        debug_info=jaxpr.debug_info._replace(arg_names=None),
+    )
+    return ClosedJaxpr(opened, list(consts))
+
+
+def without_derived(eqn: Eqn) -> dict[str, Any]:
+    """The parameters of an equation without what others of them say as well: beside the program of
+    a reduction JAX keeps the Python function that it was traced from."""
+    return {k: v for k, v in eqn.params.items() if (eqn.primitive.name, k) != _REDUCTION}
+
+
+def with_derived(primitive: Any, params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters with that again."""
+    if primitive.name != _REDUCTION[0]:
+        return params
+    jaxpr = params["jaxpr"]
+    return {**params, _REDUCTION[1]: lambda *args: jaxpr_as_fun(jaxpr)(*args)[0]}
+
+
+_REDUCTION = ("reduce", "computation")
+
+
+def parts_of(x: Any) -> dict[str, Any] | None:
+    """The arguments that make one of JAX's immutable objects, which remember a hash or, since 0.10,
+    equal themselves alone: one that was pickled equals no other. None for any other object."""
+    kind = type(x)
+    if kind is _core.JaxprEqnContext:
+        # It is made of the settings in force, not of arguments.
+        names = [name for name in kind.__slots__ if name not in ("__weakref__", "configs")]
+        return {name: getattr(x, name) for name in names}
+    names = _remade().get(kind, [])
+    return {name: getattr(x, name) for name in names} or None
+
+
+def remake(kind: Any, parts: dict[str, Any]) -> Any:
+    """The object of these parts."""
+    if kind is not _core.JaxprEqnContext:
+        return kind(**parts)
+    if hasattr(kind, "_create"):
+        frozen = [tuple(sorted(v.items())) if isinstance(v, dict) else v for v in parts.values()]
+        return kind._create(*frozen)  # noqa: SLF001
+    made = object.__new__(kind)
+    for name, value in parts.items():
+        setattr(made, name, value)
+    return made
+
+
+@functools.cache
+def _remade() -> dict[Any, list[str]]:
+    kinds = [_core.ShapedArray, jax.sharding.AbstractMesh, getattr(_core, "ManualAxisType", None)]
+    return {kind: list(inspect.signature(kind).parameters) for kind in kinds if kind is not None}
+
+
+def make_equation(
+    primitive: Any,
+    reads: list[Any],
+    results: list[Any],
+    params: dict[str, Any],
+    effects: frozenset[Any],
+    context: Any,
+) -> Eqn:
+    """An equation from its parts. It has no source line."""
+    return (
+        _sample()
+        .eqns[0]
+        .replace(
+            primitive=primitive,
+            invars=reads,
+            outvars=results,
+            params=params,
+            effects=effects,
+            source_info=_source_info_util.new_source_info(),
+            ctx=context,
+        )
+    )
+
+
+def make_program(
+    inputs: list[Any], eqns: list[Eqn], outputs: list[Any], effects: frozenset[Any], name: str
+) -> Any:
+    """An open program from its parts."""
+    sample = _sample()
+    info = sample.debug_info._replace(func_src_info=name, arg_names=None, result_paths=None)
+    return sample.replace(
+        invars=inputs, eqns=eqns, outvars=outputs, effects=effects, debug_info=info
+    )
+
+
+@functools.cache
+def _sample() -> Any:
+    """A program of one equation, from which others are made: the constructors are private."""
+    return jax.make_jaxpr(jax.lax.neg)(np.float32(0)).jaxpr
+
+
+def program_name(jaxpr: Any) -> str:
+    """The name of the function that a program was traced from."""
+    return str(getattr(jaxpr, "jaxpr", jaxpr).debug_info.func_name)
 
 
 def nested_programs(eqn: Eqn) -> list[Any]:
@@ -262,11 +367,18 @@ def lowered(x: Any) -> Any:
     return x if lower is None else lower()
 
 
-_NUMPY_WRAPPERS = tuple(
-    cls
-    for cls in (getattr(_literals, "TypedNdArray", None),)
-    if cls is not None and not issubclass(cls, np.ndarray)
-)
+# A NumPy array with a type of JAX; its pickled form does not come back as it was. Until 0.10 it is
+# no NumPy array itself.
+TYPED_NUMPY = tuple(cls for cls in (getattr(_literals, "TypedNdArray", None),) if cls is not None)
+_NUMPY_WRAPPERS = tuple(cls for cls in TYPED_NUMPY if not issubclass(cls, np.ndarray))
+
+
+def typed_numpy(numbers: Any, *, weak: bool) -> Any:
+    """A NumPy array with a type of JAX."""
+    (cls,) = TYPED_NUMPY
+    if _NUMPY_WRAPPERS:
+        return cls(numbers, weak)
+    return cls(numbers, _core.ShapedArray(numbers.shape, numbers.dtype, weak_type=weak))
 
 
 def was_computed(tracer: Any) -> bool | None:
@@ -480,6 +592,11 @@ def function_parts(x: Any) -> tuple[Any, ...] | None:
         return (x.__closure__[x.__code__.co_freevars.index("fn")].cell_contents,)
     return None
 
+
+RULED_FUNCTIONS: Any = (jax.custom_jvp, jax.custom_vjp)
+
+# The equations of functions with a custom rule.
+RULED = {"custom_jvp_call": "jvp", "custom_vjp_call": "vjp"}
 
 # Compared by value: two that are equal mean the same.
 VALUES: Any = (

@@ -11,9 +11,10 @@ goes stale and nothing is kept.
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Generic, NamedTuple, ParamSpec, Self, TypeVar
 
 import jax
 from jax import tree_util
@@ -28,10 +29,11 @@ from freevars.jax._convert.jaxpr_key import JaxprKey
 from freevars.jax._convert.lambda_lift import lambda_lift
 from freevars.jax._convert.program import Program
 from freevars.jax._convert.static import Static, tree_key
+from freevars.jax._convert.stored import restore, store
 from freevars.jax._describe.describe import describe_capture
 from freevars.jax._describe.tracers import identity
 
-__all__ = ["Conversion", "closure_convert", "convert", "trace"]
+__all__ = ["Conversion", "closure_convert", "convert", "share", "trace"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -90,25 +92,41 @@ def convert(fun: Callable[..., Any], example_args: Sequence[Any]) -> Conversion:
     met = values
     jaxpr, values, fixed = _keep_what_rules_hold(fun, jaxpr, values, jaxpr_key.held)
     constants = set(map(id, fixed))
+    places = tuple([(i, id(v)) for i, v in enumerate(met) if id(v) in constants]) if fixed else ()
+    program = share(jaxpr, jaxpr_key, fixed, places, inputs, outputs, _name(fun))
+    if call is not None:
+        call.keep(program, values)
+    return Conversion(program, tuple(values))
+
+
+def share(
+    jaxpr: Any,
+    jaxpr_key: JaxprKey,
+    fixed: Sequence[Any],
+    places: Hashable,
+    inputs: ArgSpec,
+    outputs: ArgSpec,
+    name: str,
+) -> Program:
+    """The program of an open jaxpr that reads fixed constants, captured values and arguments.
+
+    `places` says which values are constants, and where. Their ids live as long as the key: the
+    program holds them.
+    """
     key = (
         jaxpr_key.key,
-        # Which values are constants, and at which places. Their ids live as long as the key: the
-        # program holds them.
-        tuple([(i, id(v)) for i, v in enumerate(met) if id(v) in constants]) if fixed else (),
+        places,
         _compat.trace_context(),
         _arg_spec_key(inputs),
         _arg_spec_key(outputs),
     )
-    n = len(values)
-    value_types = tuple([v.aval for v in jaxpr.invars[len(fixed) : len(fixed) + n]])
-    program = Program.intern(
+    values = jaxpr.invars[len(fixed) : len(jaxpr.invars) - len(inputs.types)]
+    value_types = tuple([v.aval for v in values])
+    return Program.intern(
         key,
-        lambda: Program(jaxpr, fixed, value_types, inputs, outputs, _name(fun)),
+        lambda: Program(jaxpr, fixed, value_types, inputs, outputs, name),
         keep=not jaxpr_key.foreign and inputs.is_plain and outputs.is_plain,
     )
-    if call is not None:
-        call.keep(program, values)
-    return Conversion(program, tuple(values))
 
 
 def _in_order_of_use(jaxpr: Any, values: list[Any], n_args: int) -> tuple[Any, list[Any]]:
@@ -200,7 +218,7 @@ def _name(fun: Callable[..., Any]) -> str:
 class Converted(Generic[P, R]):
     """A function whose captured values are its last arguments; made by `closure_convert`.
 
-    `converted.__wrapped__` is the function itself.
+    `converted.__wrapped__` is the function itself, which a copy that was pickled does not have.
     """
 
     __wrapped__: Callable[P, R]
@@ -238,7 +256,8 @@ class Converted(Generic[P, R]):
         try:
             result: R = self._program(values, args_and_hoisted[:n])
         except StructureError as error:
-            add_name(error, self.__wrapped__, args_and_hoisted[:n])
+            if hasattr(self, "__wrapped__"):
+                add_name(error, self.__wrapped__, args_and_hoisted[:n])
             raise
         return result
 
@@ -259,12 +278,33 @@ class Converted(Generic[P, R]):
         )
         raise StructureError(msg)
 
+    def __copy__(self) -> Self:
+        return self._with(self._constants)
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        return self._with(copy.deepcopy(self._constants, memo))
+
+    def _with(self, constants: tuple[Any, ...]) -> Self:
+        """The same function over other constants."""
+        made = object.__new__(type(self))
+        vars(made).update(vars(self), _constants=constants)
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: value for name, value in vars(self).items() if name not in _NOT_SENT}
+        return {**state, "_constants": tuple(map(store, self._constants))}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        constants = tuple(map(restore, state["_constants"]))
+        vars(self).update(state, _constants=constants, __signature__=_SIGNATURE)
+
     def __repr__(self) -> str:
         inputs = ", ".join(map(describe, self._program.inputs.types))
         hoisted = ", ".join(describe(self._program.value_types[i]) for i in self._hoisted)
         return f"<converted {self.__name__}({inputs}; hoisted: {hoisted or 'none'})>"
 
 
+_NOT_SENT = {"__wrapped__", "__signature__"}  # a pickled one is its program, not the function
 _SIGNATURE = inspect.Signature(
     [inspect.Parameter("args_and_hoisted", inspect.Parameter.VAR_POSITIONAL)]
 )

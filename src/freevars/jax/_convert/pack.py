@@ -1,0 +1,230 @@
+"""A program as plain data.
+
+What JAX tells by identity, its primitives above all, goes by the module and the name under which it
+lies. A function in the program, a callback say, is left to the pickler; what no pickler takes is
+refused. Not here: captured values (`stored`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+import sys
+import types
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import tree_util
+from jax.sharding import Mesh, NamedSharding
+
+from freevars.jax import _compat
+from freevars.jax._convert.arguments import ArgSpec
+from freevars.jax._convert.jaxpr_key import JaxprKey
+from freevars.jax._convert.packed import (
+    Equation,
+    Layout,
+    Listing,
+    Nested,
+    Number,
+    Packed,
+    Reference,
+    Remade,
+    Structure,
+)
+from freevars.jax._convert.program import Program
+from freevars.jax._convert.stored import store, store_mesh
+
+__all__ = ["equations_of", "pack"]
+
+
+class _Packer:
+    def __init__(self, name: str) -> None:
+        self.listings: list[Listing] = []
+        self._name = name
+        self._known: dict[int, tuple[Any, int]] = {}
+        self._objects: dict[int, tuple[Any, Any]] = {}
+
+    def place(self, jaxpr: Any) -> int:
+        """Where in the table a program lies; each is listed once."""
+        known = self._known.get(id(jaxpr))
+        if known is None:
+            self.listings.append(self._listing(jaxpr))
+            known = self._known[id(jaxpr)] = (jaxpr, len(self.listings) - 1)
+        return known[1]
+
+    def _listing(self, jaxpr: Any) -> Listing:
+        opened, constants = jaxpr, list[Any]()
+        if isinstance(jaxpr, _compat.ClosedJaxpr):
+            opened, constants = _compat.separate_constants(jaxpr)
+        number = {v: i for i, v in enumerate(opened.invars)}
+
+        def read(atom: Any) -> Any:
+            if type(atom) is _compat.Literal:
+                return Number(self.value(atom.val, "a literal"), self.type(atom))
+            return number[atom]
+
+        equations = []
+        for eqn in opened.eqns:
+            reads, types = tuple(map(read, eqn.invars)), tuple(map(self.type, eqn.outvars))
+            context = self.value(eqn.ctx, "a context")
+            equations.append(Equation(*self._operation(eqn), reads, types, context))
+            for v in eqn.outvars:
+                number[v] = len(number)
+        return Listing(
+            _compat.program_name(opened),
+            tuple(map(store, constants)),
+            tuple(map(self.type, opened.invars)),
+            tuple(equations),
+            tuple(map(read, opened.outvars)),
+            frozenset([self.value(e, "an effect") for e in opened.effects]),
+        )
+
+    def _operation(self, eqn: Any) -> tuple[Any, Any, frozenset[Any]]:
+        where = f"the operation {eqn.primitive}"
+        own = _own_function(eqn)
+        if own is not None:
+            return own, {}, frozenset()
+        given = _compat.without_derived(eqn)
+        params = {k: self.value(v, f"{k} of {where}") for k, v in given.items()}
+        effects = frozenset([self.value(e, where) for e in eqn.effects])
+        return self.value(eqn.primitive, where), params, effects
+
+    def type(self, x: Any) -> Any:
+        """The type of a variable or literal."""
+        return self.value(x.aval, "a type")
+
+    def value(self, x: Any, where: str) -> Any:
+        """A parameter as data; `where` is what an error calls it."""
+        kind = type(x)
+        if x is None or kind in _PLAIN:
+            return x
+        if isinstance(x, (tuple, list)):
+            parts = [self.value(y, where) for y in x]
+            return kind(*parts) if hasattr(x, "_fields") else kind(parts)
+        if kind is dict:
+            return {self.value(k, where): self.value(v, where) for k, v in x.items()}
+        if isinstance(x, _compat.JAXPR_TYPES):
+            return Nested(self.place(x), isinstance(x, _compat.ClosedJaxpr))
+        known = self._objects.get(id(x))
+        if known is None:
+            known = self._objects[id(x)] = (x, self._object(x, where))
+        return known[1]
+
+    def _object(self, x: Any, where: str) -> Any:
+        parts = _compat.parts_of(x)
+        if parts is not None:
+            return Remade(type(x), {k: self.value(v, where) for k, v in parts.items()})
+        if isinstance(x, NamedSharding):
+            return Layout(self.value(x.mesh, where), x.spec)
+        packed = _pack_object(x)
+        if packed is x:
+            self.check(x, where)
+        return packed
+
+    def check(self, x: Any, where: str) -> None:
+        """Refuse what no pickler takes."""
+        errors = []
+        for name in ("pickle", "cloudpickle"):
+            try:
+                importlib.import_module(name).dumps(x)
+            except Exception as error:  # noqa: BLE001 (what pickling raises has no common class)
+                errors.append(error)
+            else:
+                return
+        msg = f"{self._name} holds {x!r} in {where}, which cannot be pickled: {errors[0]}."
+        raise pickle.PicklingError(msg)
+
+
+_PLAIN = {bool, int, float, complex, str, bytes, np.dtype}
+
+
+def _pack_object(x: Any) -> Any:
+    """One of JAX's objects that does not pickle as what it is, as data; any other as it is."""
+    if isinstance(x, (_compat.Array, _compat.Tracer, *_compat.TYPED_NUMPY)):
+        return store(x)
+    if isinstance(x, tree_util.PyTreeDef):
+        return _structure(x)
+    if isinstance(x, Mesh):
+        return x if x.empty else store_mesh(x)
+    own = type(x).__module__.partition(".")[0] in ("jax", "jaxlib")
+    return (_reference(x) if own or isinstance(x, _compat.Primitive) else None) or x
+
+
+def _structure(tree: Any) -> Structure:
+    return Structure(tree_util.tree_unflatten(tree, [0] * tree.num_leaves))
+
+
+_PLACES: dict[int, tuple[Any, Reference]] = {}
+
+
+def _reference(x: Any) -> Reference | None:
+    """Where an object of JAX's lies that equals itself alone, and so must be found and not made."""
+    kind: Any = type(x)
+    if kind.__eq__ is not object.__eq__:
+        return None
+    if id(x) not in _PLACES:
+        for module, name, value in _named_objects(kind):
+            _PLACES[id(value)] = (value, Reference(module, name))
+    found = _PLACES.get(id(x))
+    return None if found is None else found[1]
+
+
+def _named_objects(kind: type) -> list[tuple[str, str, Any]]:
+    return [
+        (name, attribute, value)
+        for name, module in list(sys.modules.items())
+        if isinstance(module, types.ModuleType)
+        for attribute, value in list(vars(module).items())
+        if type(value) is kind
+    ]
+
+
+def _own_function(eqn: Any) -> Reference | None:
+    """Which of JAX's own functions an equation with a custom rule is a call of, if it is one."""
+    if eqn.primitive.name not in _compat.RULED:
+        return None
+    key, name = _key_of(eqn), _compat.program_name(eqn.params["call_jaxpr"])
+    for kind in _compat.RULED_FUNCTIONS:
+        for module, attribute, function in _named_objects(kind):
+            if getattr(function, "__name__", "") != name or module.partition(".")[0] != "jax":
+                continue
+            if [_key_of(e) for e in equations_of(function, eqn.invars)] == [key]:
+                return Reference(module, attribute)
+    return None
+
+
+def equations_of(function: Any, args: Sequence[Any]) -> list[Any]:
+    """What a function is traced to, without dead code, as it is taken out of every program."""
+    try:
+        jaxpr = jax.make_jaxpr(function)(*[v.aval for v in args]).jaxpr
+        return list(_compat.drop_dead_code(jaxpr, [True] * len(args))[0].eqns)
+    except Exception:  # noqa: BLE001 (it takes other arguments)
+        return []
+
+
+def _key_of(eqn: Any) -> Hashable:
+    """The key of an equation alone."""
+    inputs, outputs = ([_compat.Var(v.aval) for v in vs] for vs in (eqn.invars, eqn.outvars))
+    eqn = eqn.replace(invars=inputs, outvars=outputs)
+    return JaxprKey(_compat.make_program(inputs, [eqn], outputs, eqn.effects, "")).key
+
+
+def pack(program: Program) -> Packed:
+    """The program as data."""
+    packer = _Packer(program.name)
+
+    def spec(x: ArgSpec) -> Any:
+        statics = tuple([(i, packer.value(leaf.value, "a static leaf")) for i, leaf in x.statics])
+        return _structure(x.tree), packer.value(x.types, "a type"), statics
+
+    return Packed(
+        release=jax.__version__,
+        name=program.name,
+        main=packer.place(program.jaxpr),
+        listings=tuple(packer.listings),
+        fixed=tuple(map(store, program.fixed)),
+        inputs=spec(program.inputs),
+        outputs=spec(program.outputs),
+    )

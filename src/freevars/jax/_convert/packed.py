@@ -1,0 +1,95 @@
+"""What a program is as plain data, which any pickler takes.
+
+A program becomes a table of all that are nested in it, each a list of equations over numbered
+variables. Not here: making it (`pack`), and what it becomes again (`unpack`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+__all__ = [
+    "Equation",
+    "Layout",
+    "Listing",
+    "Nested",
+    "Number",
+    "Packed",
+    "Reference",
+    "Remade",
+    "Structure",
+]
+
+
+class Reference(NamedTuple):
+    """An object that lies in a module under a name."""
+
+    module: str
+    name: str
+
+
+class Nested(NamedTuple):
+    """A nested program: its place in the table, and whether it stands there closed."""
+
+    place: int
+    closed: bool
+
+
+class Number(NamedTuple):
+    """A literal."""
+
+    value: Any
+    aval: Any
+
+
+class Structure(NamedTuple):
+    """A tree structure, as a tree of zeros: its containers know how they are pickled."""
+
+    example: Any
+
+
+class Layout(NamedTuple):
+    """A sharding over a mesh, of devices or an abstract one."""
+
+    mesh: Any
+    spec: Any
+
+
+class Remade(NamedTuple):
+    """One of JAX's objects that are made anew from their parts: they remember a hash, which another
+    process does not share, or equal themselves alone."""
+
+    kind: Any
+    parts: dict[str, Any]
+
+
+class Equation(NamedTuple):
+    primitive: Any  # or one of JAX's own functions that have a custom rule
+    params: dict[str, Any]
+    effects: frozenset[Any]
+    reads: tuple[Any, ...]
+    gives: tuple[Any, ...]  # the types
+    context: Any
+
+
+class Listing(NamedTuple):
+    """One program: variables are numbered, inputs first, then results in order."""
+
+    name: str
+    constants: tuple[Any, ...]
+    inputs: tuple[Any, ...]
+    equations: tuple[Equation, ...]
+    outputs: tuple[Any, ...]
+    effects: frozenset[Any]
+
+
+class Packed(NamedTuple):
+    """A whole program. Names of primitives and parameters are those of one release of JAX."""
+
+    release: str
+    name: str
+    listings: tuple[Listing, ...]
+    main: int
+    fixed: tuple[Any, ...]
+    inputs: Any
+    outputs: Any
