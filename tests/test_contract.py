@@ -38,6 +38,7 @@ class Host(NamedTuple):
     fv: Any
     array: Callable[[Any], Any]  # floating
     integers: Callable[[Any], Any]
+    stack: Callable[[Any], Any]
     gradient: Callable[..., Any]  # of a real function of one array
 
     @property
@@ -53,14 +54,14 @@ def _jax() -> Host:
     jax, jnp = pytest.importorskip("jax"), pytest.importorskip("jax.numpy")
     fv = importlib.import_module("freevars.jax")
     floats = lambda x: jnp.asarray(x, float)
-    return Host("jax", fv, floats, jnp.asarray, jax.grad)
+    return Host("jax", fv, floats, jnp.asarray, jnp.stack, jax.grad)
 
 
 def _torch() -> Host:
     torch = pytest.importorskip("torch")
     fv = importlib.import_module("freevars.torch")
     floats = lambda x: torch.tensor(x, dtype=torch.float32)
-    return Host("torch", fv, floats, torch.tensor, torch.func.grad)
+    return Host("torch", fv, floats, torch.tensor, torch.stack, torch.func.grad)
 
 
 HOSTS = {"jax": _jax, "torch": _torch}
@@ -213,6 +214,20 @@ MISTAKES: dict[str, tuple[type[Exception], str, Callable[[Host], Any]]] = {
         r"a solver returns \(x, aux\)",
         lambda h: h.fv.root(lambda fun, x0: x0, has_aux=True)(lambda x: (x, None), h.array([1.0])),
     ),
+    "two equations for one unknown": (
+        errors.StructureError,
+        "expected",
+        lambda h: h.gradient(
+            lambda a: h.fv.root(lambda fun, x0: x0)(lambda x: h.stack([x, a]), h.array(1.0))
+        )(h.array(2.0)),
+    ),
+    "an objective that is no number": (
+        errors.StructureError,
+        "expected",
+        lambda h: h.gradient(
+            lambda a: h.fv.argmin(lambda fun, x0: x0)(lambda x: x * a, h.array([1.0, 2.0]))[0]
+        )(h.array(2.0)),
+    ),
     "not converged": (
         errors.NotASolutionError,
         "did not converge",
@@ -327,6 +342,23 @@ def test_truncated_backward_passes(host) -> None:
         assert float(host.gradient(x)(host.array(3.0))) == expected
     with pytest.raises(ValueError, match="terms is a number of 1 or more"):
         host.fv.neumann(0)
+
+
+def test_aux_of_the_solver_and_perhaps_of_the_function(host) -> None:
+    def step(fun, x0):
+        value = fun(x0)
+        value = value[0] if isinstance(value, tuple) else value
+        return x0 - value, {"value": value}
+
+    solve, one = host.fv.root(step, has_aux=True), host.array([1.0, 2.0])
+    for wrap in (lambda value: value, lambda value: (value, "aux")):
+        x, aux = solve(lambda x, wrap=wrap: wrap(x - 3.0), one)
+        assert (x.tolist(), aux["value"].tolist()) == ([3.0, 3.0], [-2.0, -1.0])
+        total = lambda a, wrap=wrap: solve(lambda x: wrap(x - a), one)[0].sum()
+        assert host.gradient(total)(one).tolist() == [1.0, 1.0]
+    # An unknown that is a pair, and a value that is one.
+    pair = host.fv.root(lambda fun, x0: (x0, None), has_aux=True)
+    assert pair(lambda x: (x[0] - 1.0, x[1] - 2.0), (one[0], one[1]))[1] is None
 
 
 def test_methods_work_in_both(host) -> None:

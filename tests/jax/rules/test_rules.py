@@ -721,7 +721,7 @@ def test_copies_of_methods():
                 0.0
             ),
             TypeError,
-            r"the objective is a real number of shape \(\)",
+            r"an objective that is a real number of shape \(\)",
         ),
         (
             lambda: jax.grad(

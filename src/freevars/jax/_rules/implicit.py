@@ -96,14 +96,14 @@ def check_equations(
     value = value[0] if has_aux else value
     if condition is stationary:
         if jax.tree.map(lambda a: (a.shape, jnp.isrealobj(a)), value) != ((), True):
-            msg = f"{name}: the objective is a real number of shape (), got {value}."
-            raise TypeError(msg)
+            msg = f"{name}: expected an objective that is a real number of shape (), got {value}."
+            raise StructureError(msg)
     elif count(value) != count(x):
         msg = (
-            f"{name}: the function has {count(value)} components for {count(x)}"
-            " unknowns. A derivative exists where there is one equation for each unknown."
+            f"{name}: expected one equation for each unknown, or there is no derivative; the"
+            f" function has {count(value)} components for {count(x)} unknowns."
         )
-        raise TypeError(msg)
+        raise StructureError(msg)
     if condition is fixed and _shapes(value) != _shapes(x):
         msg = f"{name}: the function returns {value} for a fixed point {x}."
         raise StructureError(msg)

@@ -89,7 +89,7 @@ class Problem(DifferentiableCondition):
 
         def value(x: Tensor) -> Any:
             out = fun(self.unknown.unravel(x))
-            return out[0] if self.rule.has_aux else out
+            return out[0] if self._fun_has_aux else out
 
         if self.rule.kind == "argmin":
             ones = torch.ones(self.unknown.batch, dtype=x.dtype, device=x.device)
@@ -121,13 +121,20 @@ class Problem(DifferentiableCondition):
     def _check_result(self) -> None:
         """What `fun` returned on the example, against what the rule needs, before the solver
         runs."""
-        out, name = self.converted.out_struct, function_name(self.converted)
-        if self.rule.has_aux:
-            if not isinstance(out, tuple) or len(out) != 2:  # noqa: PLR2004
-                got = Structure.shown(out)
-                message = f"has_aux=True expected {name} to return (value, aux), got {got}."
-                raise StructureError(message)
-            out = out[0]
+        out = self.converted.out_struct
+        self._fun_has_aux = False
+        if self.rule.has_aux and isinstance(out, tuple) and len(out) == 2:  # noqa: PLR2004
+            try:
+                self._check_value(out[0])
+            except StructureError:  # a value that is a pair itself, or neither
+                pass
+            else:
+                self._fun_has_aux = True
+                return
+        self._check_value(out)
+
+    def _check_value(self, out: Any) -> None:
+        name = function_name(self.converted)
         batch = self.unknown.batch
         if self.rule.kind != "argmin":
             self.unknown.check(out, f"the result of {name}")

@@ -169,7 +169,7 @@ def argmin(solver: Callable[..., Any] | None = None, /, **options: Unpack[Option
         solver: `solver(fun, x0, ...)` takes any pytree of real or complex tensors and returns `x`
             of the structure of `x0`. It may leave PyTorch. `torch.func.vmap` runs it once for a
             whole batch where it can, else once for each element.
-        has_aux: the solver returns `(x, aux)`, and `fun` returns `(value, aux)`; aux has no
+        has_aux: the solver returns `(x, aux)`, and `fun` may return `(value, aux)`; aux has no
             derivative. Under `torch.func.vmap`, what is no tensor in it must be the same for all
             elements.
         linear_solve: a callable `solve(operator, b)` on real vectors (a complex unknown counts as
