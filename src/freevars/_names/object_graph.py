@@ -268,7 +268,10 @@ class ObjectGraph:
             yield from self.method(node, attrs["__self__"], attrs["__func__"])
         elif layers is not None:
             yield from self.layers(node, layers)
-            yield from self.attributes(node, attrs, skip=MODULE_PARTS)
+            skip: tuple[str, ...] = MODULE_PARTS
+            if self.is_outside(class_module(type(obj))):  # a second list of the parameters, say
+                skip = (*skip, *(key for key in attrs if key.startswith("_")))
+            yield from self.attributes(node, attrs, skip=skip)
         elif items is not None:
             yield from self.dictionary(node, items)
         else:

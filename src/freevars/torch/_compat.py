@@ -4,7 +4,8 @@
 Not here: what has to be wrapped to be seen at all (`_hooks.py`).
 """
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ __all__ = [
     "owns_memory",
     "parts",
     "pytree",
+    "sharded_parameters",
     "storage_key",
     "tangents",
     "transform_level",
@@ -229,6 +231,26 @@ def version_of(t: Tensor) -> int:
     """How often the memory of `t` was written to. PyTorch's notes on autograd describe it; its name
     is private."""
     return int(t._version)
+
+
+def sharded_parameters(objects: Iterable[Any]) -> dict[int, tuple[Tensor, Tensor]]:
+    """For the modules among `objects` that `fully_shard` has sharded: by the id of each gathered
+    parameter, which the forward pass reads, that one and the parameter that the user knows. Nothing
+    public leads from one to the other."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return {}
+    found = {}
+    for module in objects:
+        if isinstance(module, fsdp.FSDPModule):
+            state = module._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None)  # from 2.13 on
+            for group in [state._fsdp_param_group] if groups is None else groups:
+                for p in () if group is None else group.fsdp_params:
+                    gathered = getattr(p, "_unsharded_param", None)
+                    if gathered is not None:
+                        found[id(gathered)] = (gathered, p.sharded_param)
+    return found
 
 
 def owns_memory(t: Tensor) -> bool:

@@ -73,6 +73,7 @@ class CaptureMode(TorchFunctionMode):
     """A function mode that the hooks of this file talk to."""
 
     refused: CaptureError | None = None
+    paused: int = 0  # how many functions run now that are PyTorch's own business
     level: int = 0  # open transforms of torch.func when it was made
     solvers: int = 0  # how many solvers of a rule run now: theirs may call `.backward()`
 
@@ -159,7 +160,7 @@ def active() -> list[CaptureMode]:
     if not n:
         return []
     stack = (torch._C._get_function_stack_at(i) for i in range(n - 1, -1, -1))
-    return [mode for mode in stack if isinstance(mode, CaptureMode)]
+    return [mode for mode in stack if isinstance(mode, CaptureMode) and not mode.paused]
 
 
 @contextmanager
@@ -285,6 +286,25 @@ def _run_eagerly(raw: Callable[..., Any]) -> Callable[..., Any]:
     return hook
 
 
+def _unwatched(raw: Callable[..., Any]) -> Callable[..., Any]:
+    """For what a sharded module does to its parameters before and after a pass: it gathers them in
+    memory of its own, and its hooks on the graph scatter their gradients."""
+
+    @functools.wraps(raw)
+    def hook(*args: Any, **kwargs: Any) -> Any:
+        watches = active()
+        for watch in watches:
+            watch.paused += 1
+        try:
+            return raw(*args, **kwargs)
+        finally:
+            for watch in watches:
+                watch.paused -= 1
+
+    hook.__freevars__ = True  # type: ignore[attr-defined]
+    return hook
+
+
 # Each wrapped function, by the names that it has had, and what is seen by it. Upstream:
 # torch/_functorch/eager_transforms.py, torch/_functorch/vmap.py, torch/utils/checkpoint.py.
 HOOKS: tuple[tuple[Any, tuple[str, ...], Callable[..., Any], str], ...] = (
@@ -316,6 +336,21 @@ def install_hooks() -> None:
             if name is not None:
                 setattr(module, name, hook(getattr(module, name)))
     hook_compiler()
+    hook_sharding()
+
+
+def hook_sharding() -> None:
+    """For `fully_shard`; waits until somebody else has imported it. Upstream:
+    torch/distributed/fsdp/_fully_shard, _fsdp_param_group.py and _fsdp_state.py."""
+    package = "torch.distributed.fsdp._fully_shard"
+    groups: Any = sys.modules.get(f"{package}._fsdp_param_group")
+    states: Any = sys.modules.get(f"{package}._fsdp_state")
+    if states is None or hasattr(groups.FSDPParamGroup.pre_forward, "__freevars__"):
+        return
+    for name in ("pre_forward", "post_forward", "pre_backward", "post_backward"):
+        setattr(groups.FSDPParamGroup, name, _unwatched(getattr(groups.FSDPParamGroup, name)))
+    state = states.FSDPState
+    state._register_pre_backward_hook = _unwatched(state._register_pre_backward_hook)
 
 
 def hook_compiler() -> None:

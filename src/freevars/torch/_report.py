@@ -31,6 +31,7 @@ from freevars.torch._convert.convert import (
     policy_of,
 )
 from freevars.torch._convert.discovery import DiscoveryMode
+from freevars.torch._convert.places import Search
 from freevars.torch._describe import captured_value, line_of_caller, names_of
 from freevars.torch._hooks import resolve
 
@@ -198,6 +199,8 @@ def _run(fun: Callable[..., Any], example: tuple[Any, ...], hoist: Hoist, rng: R
     policy = policy_of(hoist)
     recorder = discover(fun, example, policy, rng, _Recorder)[0]
     recorder.drop_unheld()
+    for gathered, parameter in recorder.name_sharded(Search(fun)):
+        recorder.reads[id(parameter)] = recorder.reads[id(gathered)]
     found = []
     for t in recorder.captured.values():
         reads = recorder.reads.get(id(t), Reads())

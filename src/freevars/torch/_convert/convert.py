@@ -143,6 +143,7 @@ def _convert(
     out_struct = struct_of(out)
     del read, out  # which hold tensors
     discovery.drop_unheld()
+    gathered = [t for t, _ in discovery.name_sharded(search)]
     captured = tuple(t for t in discovery.captured.values() if policy(t))
     hoisted_ids = {id(t) for t in captured}
     # What the policy leaves out although a derivative could flow: the caller's declared constants.
@@ -155,6 +156,7 @@ def _convert(
         search,
         captured,
         declared=declared,
+        gathered=gathered,
         constants=[t for t in discovery.captured.values() if id(t) not in hoisted_ids],
         replay=draws if rng == "replay" and discovery.drew is not None else None,
         makes_leaves=discovery.makes_leaves or bool(discovery.leaves),

@@ -63,6 +63,7 @@ class Converted(Generic[P, R]):
         captured: Sequence[Tensor],
         *,
         declared: Sequence[Tensor] = (),
+        gathered: Sequence[Tensor] = (),
         constants: Sequence[Tensor] = (),
         replay: Draws | None = None,
         makes_leaves: bool = False,
@@ -78,6 +79,11 @@ class Converted(Generic[P, R]):
         self._keys = tuple(id(t) for t in captured)
         self._types = tuple((t.shape, t.dtype) for t in captured)
         self._declared = tuple(declared)
+        # What modules of `fully_shard` read in place of their parameters, which therefore stand for
+        # themselves alone; their gradients come by PyTorch's own hooks.
+        self._gathered = tuple(gathered)
+        pairs = _compat.sharded_parameters(node.obj for node in search.met.values())
+        self._sharded = frozenset(id(pairs[id(t)][1]) for t in self._gathered)
         # Only those that `fun` keeps somewhere are held: another's would live on with us.
         self._constants = tuple(t for t in constants if id(t) in search.met)
         self._reads_constants = len(constants) > 0
@@ -96,7 +102,9 @@ class Converted(Generic[P, R]):
         # Each with a place of its own in the graph, as one may be computed from another.
         self._runs_as_it_is = self._reads_parameters_only()
         alias = operators.alias
-        self.hoisted = self._captured if self._runs_as_it_is else tuple(map(alias, self._captured))
+        self.hoisted = tuple(
+            t if self._runs_as_it_is or id(t) in self._sharded else alias(t) for t in self._captured
+        )
         self._token = uuid.uuid4().hex if token is None else token
 
     @functools.cached_property
@@ -183,7 +191,12 @@ class Converted(Generic[P, R]):
         if self._runs_as_it_is and self._is_at_rest(values, leaves):
             out = self._fun(*arguments)
             refuse_late(out)
-            known = [*(x for x in leaves if isinstance(x, Tensor)), *self._declared, *values]
+            known = [
+                *(x for x in leaves if isinstance(x, Tensor)),
+                *self._declared,
+                *self._gathered,
+                *values,
+            ]
             check_autograd_graph(outputs_of(out), known, self._is_unreachable, self._fun)
             return out
         if not self._kept:
@@ -209,6 +222,8 @@ class Converted(Generic[P, R]):
         for i, (value, (shape, dtype)) in enumerate(zip(values, self._types, strict=True)):
             if value is self.hoisted[i]:
                 continue
+            if self._keys[i] in self._sharded and not _is_detached(value, self.hoisted[i]):
+                raise CaptureError(self._sharded_message(i))
             is_plain = isinstance(value, Tensor) and not value.is_nested
             if not is_plain or value.shape != shape or value.dtype is not dtype:
                 captured = describe(self._captured[i], self._fun, self.first_reads[i])
@@ -217,6 +232,15 @@ class Converted(Generic[P, R]):
                 )
                 raise StructureError(message)
         return args[:n], values
+
+    def _sharded_message(self, i: int) -> str:
+        named = describe(self._captured[i], self._fun, self.first_reads[i])
+        return (
+            f"expected the parameters of a sharded module (fully_shard) as hoisted values, got "
+            f"another tensor for {named}: the module gathers its own. Give hoisted value {i} as it "
+            "came from the conversion (or detached), and take derivatives by .backward(), into "
+            ".grad."
+        )
 
     def _reads_parameters_only(self) -> bool:
         """Whether `fun` is a module that reads its own parameters, and nothing else that it could
@@ -259,7 +283,12 @@ class Converted(Generic[P, R]):
                 Tensor, lambda t: operators.alias(t) if id(t) in table else t, arguments
             )
             leaves = pytree.tree_leaves(arguments)
-        read = [*(x for x in leaves if isinstance(x, Tensor)), *self._declared, *table.values()]
+        read = [
+            *(x for x in leaves if isinstance(x, Tensor)),
+            *self._declared,
+            *self._gathered,
+            *table.values(),
+        ]
         known = [resolve(t) for t in read]  # within another converted call, what that gives
         mode = self._mode(table, known)
         replaying = nullcontext() if self.replay is None else self.replay.replayed()
@@ -324,6 +353,14 @@ class Converted(Generic[P, R]):
             f"converted, got another value in the place of {was}: {now}{also}. Convert again, or "
             "leave the variable as it is."
         )
+
+
+def _is_detached(t: Any, of: Tensor) -> bool:
+    """Whether `t` is what `of.detach()` gives."""
+    if not isinstance(t, Tensor) or t.requires_grad:
+        return False
+    mine, its = ({_compat.storage_key(p) for p in _compat.parts(u)} for u in (t, of))
+    return mine == its
 
 
 def as_leaf(t: Any) -> Any:

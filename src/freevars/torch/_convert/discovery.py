@@ -20,6 +20,7 @@ from freevars.torch import _compat, _hooks
 from freevars.torch._compat import storage_key
 from freevars.torch._convert import operators
 from freevars.torch._convert.autograd_graph import hidden_path
+from freevars.torch._convert.places import Search
 from freevars.torch._convert.structure import Structure
 from freevars.torch._describe import (
     Line,
@@ -81,7 +82,7 @@ class DiscoveryMode(CaptureMode):
         kwargs = kwargs or {}
         if _hooks.broken:
             self.refuse_broken()
-        if func in operators.METADATA or func == operators.REQUIRES_GRAD:
+        if self.paused or func in operators.METADATA or func == operators.REQUIRES_GRAD:
             return func(*args, **kwargs)
         self._refuse(func, args, kwargs)
         given = list(operators.tensors((args, kwargs)))
@@ -189,6 +190,18 @@ class DiscoveryMode(CaptureMode):
             "outside of PyTorch. What it was computed from cannot be seen. Run it in this thread, "
             "or make that tensor outside and capture it."
         )
+
+    def name_sharded(self, search: Search) -> list[tuple[Tensor, Tensor]]:
+        """Takes the parameters that a user knows for the gathered ones that a sharded module reads;
+        returns both, the latter first."""
+        pairs = _compat.sharded_parameters(node.obj for node in search.met.values())
+        found = [pairs[key] for key in self.captured if key in pairs]
+        for gathered, parameter in found:
+            self.where[id(parameter)] = self.where.get(id(gathered))
+        own = {id(gathered): parameter for gathered, parameter in found}
+        kept = [own.get(key, t) for key, t in self.captured.items()]
+        self.captured = {id(t): t for t in kept}
+        return found
 
     def made_and_alive(self) -> dict[int, Tensor]:
         """What the run made and somebody still holds, by id."""
@@ -358,7 +371,8 @@ class DispatchDiscovery(DispatchMode):  # type: ignore[no-untyped-call]
         self.discovery = discovery
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.discovery.looking or not _compat.is_operator(func):
+        discovery = self.discovery
+        if discovery.looking or discovery.paused or not _compat.is_operator(func):
             return func(*args, **(kwargs or {}))
         with _compat.unseen():
             return self.discovery.on_dispatch(func, args, kwargs or {})

@@ -69,7 +69,7 @@ class SubstitutionMode(CaptureMode):
         if _hooks.broken:
             self.refuse_broken()
         kind = _SPECIAL.get(func)
-        if kind == "metadata":
+        if kind == "metadata" or self.paused:
             return func(*args, **kwargs)
         self._refuse(kind, func, args, kwargs)
         if kind is None and operators.is_builtin(func) and not operators.writes_first(func):
@@ -203,7 +203,7 @@ class CarefulSubstitutionMode(SubstitutionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in operators.METADATA:
+        if func not in operators.METADATA and not self.paused:
             self.check(self.replace((args, kwargs)))
         out = super().__torch_function__(func, types, args, kwargs)
         self.note(out)

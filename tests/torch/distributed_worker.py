@@ -1,0 +1,190 @@
+"""What each of two processes checks; started by `test_distributed.py` with torchrun, on CPU (gloo).
+
+Every check compares with one process that has all data and all parameters.
+"""
+
+import copy
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as collectives
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import freevars.torch as fv
+
+F64 = torch.float64
+
+
+@fv.argmin
+def descend(fun: Any, x0: Tensor) -> Tensor:
+    x = x0.clone().requires_grad_()
+    for _ in range(100):
+        (g,) = torch.autograd.grad(fun(x), x)
+        x = (x - 0.4 * g).detach().requires_grad_()
+    return x.detach()
+
+
+def whole(t: Any) -> Tensor:
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def same(got: Iterable[Any], expected: Iterable[Any]) -> None:
+    for a, b in zip(got, expected, strict=True):
+        assert a is not None, "no gradient"
+        assert torch.allclose(whole(a).detach(), whole(b).detach(), atol=1e-8), (a, b)
+
+
+class Setting:
+    """One network in each process, all data, and the share of this process."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).to(F64)
+        self.plain = copy.deepcopy(self.net)
+        self.data = torch.randn(16, 4, dtype=F64)
+        n = 16 // dist.get_world_size()
+        self.mine = self.data[dist.get_rank() * n :][:n]
+        self.mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+
+    def gradients(self, loss: Callable[[nn.Module, Tensor], Tensor]) -> Sequence[Tensor]:
+        return torch.autograd.grad(loss(self.plain, self.data), list(self.plain.parameters()))
+
+    def mean_of_processes(self, loss: Callable[[nn.Module, Tensor], Tensor]) -> list[Tensor]:
+        found = []
+        for g in torch.autograd.grad(loss(self.plain, self.mine), list(self.plain.parameters())):
+            total = g.clone()
+            dist.all_reduce(total)
+            found.append(total / dist.get_world_size())
+        return found
+
+
+def loss(net: nn.Module, x: Tensor) -> Tensor:
+    return (net(x) ** 2).mean()
+
+
+def minimum(net: nn.Module, x: Tensor) -> Tensor:
+    """Of (y - m)^2 + 0.1 y^2, where m is the mean output; squared."""
+    m = descend(lambda y: ((y - net(x).mean()) ** 2 + 0.1 * y**2).sum(), torch.zeros(1, dtype=F64))
+    return (m**2).sum()
+
+
+def minimum_by_hand(net: nn.Module, x: Tensor) -> Tensor:
+    return (net(x).mean() / 1.1) ** 2
+
+
+def both_passes(s: Setting, net: nn.Module) -> None:
+    """Gradients of a converted function and of a rule arrive in .grad, as without freevars."""
+    parameters = list(s.net.parameters())
+    converted, hoisted = fv.closure_convert(lambda x: loss(net, x), s.mine)
+    assert len(hoisted) == 4
+    for _ in range(2):
+        s.net.zero_grad()
+        converted(s.mine, *hoisted).backward()
+        same([p.grad for p in parameters], s.gradients(loss))
+    s.net.zero_grad()
+    minimum(net, s.mine).backward()
+    same([p.grad for p in parameters], s.mean_of_processes(minimum_by_hand))
+    s.net.zero_grad()
+    loss(net, s.mine).backward()  # a step without freevars afterwards
+    same([p.grad for p in parameters], s.gradients(loss))
+
+
+def check_data_parallel(s: Setting) -> None:
+    net = DistributedDataParallel(s.net)
+    both_passes(s, net)
+    names = [v.name for v in fv.captures(lambda x: net(x), s.mine).values]
+    assert names == [f"net.module[{i}].{kind}" for i in (0, 2) for kind in ("weight", "bias")], (
+        names
+    )
+
+
+def check_fully_sharded(s: Setting) -> None:
+    net = s.net
+    for layer in (net[0], net[2], net):
+        fully_shard(layer, mesh=s.mesh)
+    both_passes(s, net)
+    converted, hoisted = fv.closure_convert(lambda x: loss(net, x), s.mine)
+    assert all(h is p for h, p in zip(hoisted, net.parameters(), strict=True))
+    names = [v.name for v in fv.captures(lambda x: net(x), s.mine).values]
+    assert names == [f"net[{i}].{kind}" for i in (0, 2) for kind in ("weight", "bias")], names
+    try:
+        converted(s.mine, *(2 * h for h in hoisted))
+    except fv.CaptureError as error:
+        assert "parameters of a sharded module" in str(error)  # noqa: PT017 (no pytest here)
+    else:
+        message = "other values than its own were taken"
+        raise AssertionError(message)
+    closure = fv.Closure(lambda x: loss(net, x), s.mine)
+    same([closure(s.mine)], [loss(s.plain, s.mine)])
+
+
+def check_collectives(s: Setting) -> None:
+    def mean(x: Tensor) -> Tensor:
+        return collectives.all_reduce(s.plain(x).mean()) / dist.get_world_size()
+
+    converted, hoisted = fv.closure_convert(mean, s.mine)
+    total = []
+    for g in torch.autograd.grad(converted(s.mine, *hoisted), hoisted):
+        total.append(g.clone())
+        dist.all_reduce(total[-1])
+    same([t / dist.get_world_size() for t in total], s.gradients(lambda net, x: net(x).mean()))
+
+    def fun(y: Tensor) -> Tensor:
+        return ((y - mean(s.mine)) ** 2 + 0.1 * y**2).sum()
+
+    y = descend(fun, torch.zeros(1, dtype=F64))
+    total = []
+    for g in torch.autograd.grad((y**2).sum(), list(s.plain.parameters())):
+        total.append(g.clone())
+        dist.all_reduce(total[-1])
+    same([t / dist.get_world_size() for t in total], s.gradients(minimum_by_hand))
+
+
+def check_captured_dtensor(s: Setting) -> None:
+    w, x = torch.rand(8, dtype=F64) + 1, torch.randn(8, dtype=F64)
+    shared = distribute_tensor(w, s.mesh, [Shard(0)]).requires_grad_()
+    x_shared = distribute_tensor(x, s.mesh, [Shard(0)])
+    converted, hoisted = fv.closure_convert(lambda x: (shared * x**2).sum(), x_shared)
+    (g,) = torch.autograd.grad(converted(x_shared, *hoisted), hoisted)
+    assert isinstance(g, DTensor)
+    same([g], [x**2])
+    twice = (2 * shared).detach().requires_grad_()
+    same([converted(x_shared, twice)], [(2 * w * x**2).sum()])
+    y = descend(
+        lambda y: ((y - (shared * x_shared).sum().full_tensor()) ** 2 + 0.1 * y**2).sum(),
+        torch.zeros(1, dtype=F64),
+    )
+    same(torch.autograd.grad(y.sum(), shared), [x / 1.1])
+
+
+CHECKS = (check_data_parallel, check_fully_sharded, check_collectives, check_captured_dtensor)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    failed = 0
+    for check in CHECKS:
+        try:
+            check(Setting())
+            sys.stdout.write(f"passed {check.__name__}\n")
+        except Exception:  # noqa: BLE001 (each is told, and the other process must not wait)
+            failed += 1
+            sys.stdout.write(f"failed {check.__name__} in process {os.environ['RANK']}\n")
+            traceback.print_exc()
+            break  # the processes are out of step now
+    dist.destroy_process_group()
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
