@@ -270,7 +270,8 @@ class ObjectGraph:
             yield from self.layers(node, layers)
             skip: tuple[str, ...] = MODULE_PARTS
             if self.is_outside(class_module(type(obj))):  # a second list of the parameters, say
-                skip = (*skip, *(key for key in attrs if key.startswith("_")))
+                private = (key for key in attrs if key.startswith("_") and "hooks" not in key)
+                skip = (*skip, *private)
             yield from self.attributes(node, attrs, skip=skip)
         elif items is not None:
             yield from self.dictionary(node, items)
