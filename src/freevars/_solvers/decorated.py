@@ -45,9 +45,12 @@ class DecoratedSolver(Generic[P, R]):
 
     def _use(self, solver: Callable[P, R]) -> None:
         self._signature = SolverSignature(solver)
-        self._solver = solver
         functools.update_wrapper(self, solver, updated=())
         self.__name__ = solver_name(solver)
+
+    @property
+    def _solver(self) -> Callable[P, R]:
+        return self.__wrapped__
 
     def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the solver as before."""

@@ -673,6 +673,36 @@ def test_a_method_is_compiled_once_for_all_objects():
     assert [e for e in events if "backend_compile" in e] == []
 
 
+def test_the_method_of_a_pytree():
+    class Layer(equinox.Module):
+        weight: jax.Array
+        damping: jax.Array
+
+        @fv.fixed_point
+        def solve(self, fun, z):
+            return lax.fori_loop(0, 60, lambda _, z: z + self.damping * (fun(z) - z), z)
+
+    def solve(layer):  # z = weight z + 1
+        return layer.solve(lambda z: layer.weight * z + 1.0, 0.0)
+
+    half = Layer(jnp.array(0.5), jnp.array(0.9))
+    for gradient in (jax.grad(solve)(half), jax.jit(jax.grad(solve))(half)):
+        close([gradient.weight, gradient.damping], [4.0, 0.0])
+    both = jax.tree.map(lambda a: jnp.stack([a, a / 2]), half)
+    close(jax.vmap(jax.grad(solve))(both).weight, [4.0, 1 / 0.75**2])
+
+
+def test_the_objects_of_methods_are_not_kept():
+    def solved(k):
+        thing = Newton(9, jnp.full(100, float(k)).mean())
+        close(jax.grad(lambda a: thing.solve(lambda x: x**2 - a, 1.5))(A), D1)
+        return weakref.ref(thing)
+
+    kept = [solved(k) for k in range(1, 4)]
+    gc.collect()
+    assert [ref() for ref in kept] == [None] * 3
+
+
 def test_copies_of_methods():
     thing = Newton(9)
     again = copy.deepcopy(thing)
