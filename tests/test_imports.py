@@ -15,6 +15,7 @@ STOREYS = {
     "": ("errors", "_difference", "_names", "_contract", "report", "_solvers"),
     "jax": (
         "_compat",
+        "_selftest",
         "_describe",
         "_convert",
         "_report",

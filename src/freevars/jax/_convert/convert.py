@@ -32,6 +32,7 @@ from freevars.jax._convert.static import Static, tree_key
 from freevars.jax._convert.stored import restore, store
 from freevars.jax._describe.describe import describe_capture
 from freevars.jax._describe.tracers import identity
+from freevars.jax._selftest import check_release
 
 __all__ = ["Conversion", "closure_convert", "convert", "share", "trace"]
 
@@ -59,6 +60,7 @@ class Traced(NamedTuple):
 def trace(fun: Callable[..., Any], example_args: Sequence[Any]) -> Traced:
     """Trace `fun` on the types of the example arguments."""
     check_callable(fun)
+    check_release()
     arrays, tree, others = partition(tuple(example_args))
     types = tuple([_compat.example_type(x) for x in arrays])
     result: list[Any] = []
