@@ -205,6 +205,17 @@ def test_a_method_is_bound_like_a_function():
         Thing.solve()
 
 
+def test_a_function_from_elsewhere_takes_an_object_where_it_says_so():
+    class Holder:
+        solve = Logged(plain.__wrapped__)
+        static = staticmethod(Logged(plain.__wrapped__))
+        method = Logged(lambda self, fun, x0: (self, fun, x0))
+
+    holder = Holder()
+    assert holder.solve("f", 1.0)[1] == holder.static("f", 1.0)[1] == ("f", 1.0, 1)
+    assert holder.method("f", 1.0)[1] == (holder, "f", 1.0)
+
+
 def test_methods_are_equal_as_python_s_are():
     one, other = Thing(1), Thing(1)
     assert one.solve == one.solve

@@ -1,10 +1,11 @@
 """A function with something attached to it that is a function still: called, bound, copied and
 pickled as the one it was made from.
 
-In a class body it is bound like a function: `thing.solve(fun, x0)` calls it with `thing` first. The
-object is then part of the solver: it decides how x is found and not what x is, so that no
-derivative flows into what it holds, except where `fun` captures it. A copy of an object has a
-method of its own, and so has one that was pickled. Not here: what is attached.
+A solver that is defined in a class body, or whose first parameter is called self or cls, is bound
+like a function: `thing.solve(fun, x0)` calls it with `thing` first. The object is then part of the
+solver: it decides how x is found and not what x is, so that no derivative flows into what it holds,
+except where `fun` captures it. A copy of an object has a method of its own, and so has one that was
+pickled. Not here: what is attached.
 """
 
 from __future__ import annotations
@@ -69,8 +70,11 @@ class DecoratedSolver(Generic[P, R]):
     # --- a method
 
     def __get__(self, instance: Any, owner: Any = None, /) -> Any:
-        # As the solver does it itself: an object that is called, say, is not bound.
+        # As the solver does it itself: an object that is called, say, is not bound. Nor is a
+        # function from elsewhere that takes no object: in a class it stays what it is.
         if instance is None or not hasattr(type(self._solver), "__get__"):
+            return self
+        if not (self._signature.is_method or _is_defined_in_a_class(self._solver)):
             return self
         return self._bind(instance, owner)
 
@@ -161,6 +165,11 @@ def _named(cls: Any, made_from: Callable[[], Any]) -> Any:
         return known
     solver, how, options = made_from()
     return cls(solver, *how, **options)
+
+
+def _is_defined_in_a_class(function: Any) -> bool:
+    within, _, _ = getattr(function, "__qualname__", "").rpartition(".")
+    return within != "" and not within.endswith("<locals>")
 
 
 def _bound(solver: DecoratedSolver[..., Any], instance: Any) -> Any:
