@@ -153,6 +153,9 @@ class BatchedCondition(DifferentiableCondition):
     def _together(self, values: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
         """All at once, or None: a solver may branch on its data, or leave PyTorch."""
         try:
+            found = self.of.run_many(self.size, self.dims, *values)
+            if found is not None:
+                return found
             return torch.func.vmap(self.of.run, self.dims)(*values)
         except Exception:  # noqa: BLE001 (whatever it is: one after the other, it is raised again)
             return None

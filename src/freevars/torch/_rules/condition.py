@@ -17,7 +17,7 @@ from torch import Tensor
 
 from freevars._solvers.failures import Context
 from freevars._solvers.verdict import Limits
-from freevars.errors import FreevarsError, NotASolutionError
+from freevars.errors import FreevarsError, NotASolutionError, StructureError
 from freevars.torch._rules import diagnostics
 from freevars.torch._rules.conserved import completion
 from freevars.torch._rules.derivative import Derivative
@@ -98,6 +98,13 @@ class Condition:
         """A root and whatever tensors come with it, by the user's solver, from plain tensors."""
         raise NotImplementedError
 
+    def run_many(
+        self, size: int, dims: Sequence[int | None], *values: Tensor
+    ) -> tuple[Tensor, ...] | None:
+        """`run` for `size` conditions at once, by a solver that takes a batch itself."""
+        del size, dims, values
+        return None
+
     def structure(self) -> Any:
         """The unknown as the user's function takes it, for the user's own `linear_solve`."""
         raise NotImplementedError
@@ -143,7 +150,9 @@ class Condition:
         with torch.enable_grad():
             f = self.equations(at, *values)
             totals = self.totals(at)
-        return completion(at, f, totals, self._unit(at.detach(), values[0]), self.rule.name)
+        return completion(
+            at, f, totals, diagnostics.units(self._size(x, values[0])), self.rule.name
+        )
 
     # --- its linear systems
 
@@ -194,6 +203,8 @@ class Condition:
             return self._known[1]
         leaf, f = self._evaluated(at, values)
         system = self._system(leaf, f, values[0])
+        if self.rule.check and len(f) > 1:
+            self._check_independent(leaf, f)
         figures = system.figures() if self.rule.check else diagnostics.Figures.unmeasured(at.x)
         least_squares = self.rule.on_failure == "least_squares"
         good = figures.good(self._limits(), least_squares=least_squares)
@@ -202,6 +213,25 @@ class Condition:
         judged = _Judged(system, figures, good, bool(good.all()))
         self._known = (key, judged)
         return judged
+
+    def _check_independent(self, leaf: Tensor, f: Tensor) -> None:
+        """Refuses problems of a batch that depend on each other: the equations of every second one
+        may not move with the unknowns of the others."""
+        if not f.requires_grad:
+            return
+        others = torch.ones_like(f)
+        others[::2] = 0
+        for u, own in ((others, slice(1, None, 2)), (1 - others, slice(0, None, 2))):
+            (product,) = torch.autograd.grad(f, leaf, u, retain_graph=True, materialize_grads=True)
+            product = product.clone()
+            product[own] = 0
+            if bool((product != 0).any()):
+                message = (
+                    f"{self.rule.name}: expected independent problems along the batch_dims axes, "
+                    "got equations of one that depend on the unknown of another (a mean over the "
+                    "batch, train-mode batch statistics). Leave batch_dims out: it is one problem."
+                )
+                raise StructureError(message)
 
     def _evaluated(self, at: Solution, values: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """F at a leaf: what was recorded, or evaluated again and compared with it."""
@@ -243,15 +273,17 @@ class Condition:
         x = leaf.detach()
         return system_of(
             Derivative(leaf, f, symmetric=symmetric),
-            self._unit(x, x0),
-            lambda: diagnostics.units(self.unknown.leafwise(x), self.unknown.leafwise(x - x0)),
+            self._size(x, x0),
+            lambda: diagnostics.units(
+                torch.maximum(self.unknown.leafwise(x), self.unknown.leafwise(x - x0))
+            ),
             self.structure,
             own=self.rule.linear_solve,
             least_squares=self.rule.on_failure == "least_squares",
         )
 
-    def _unit(self, x: Tensor, x0: Tensor) -> Tensor:
-        return diagnostics.units(self.magnitude(x), self.magnitude(x - x0))
+    def _size(self, x: Tensor, x0: Tensor) -> Tensor:
+        return torch.maximum(self.magnitude(x), self.magnitude(x - x0))
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

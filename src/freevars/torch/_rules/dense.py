@@ -8,7 +8,7 @@ units of a problem. Not here: which systems are written out (`linear.py`).
 import torch
 from torch import Tensor
 
-from freevars.torch._rules.diagnostics import Figures, limits_of
+from freevars.torch._rules.diagnostics import Figures, limits_of, units
 
 __all__ = ["Dense"]
 
@@ -16,15 +16,24 @@ __all__ = ["Dense"]
 class Dense:
     """A system by its matrix, Float[Tensor, "problems n n"]."""
 
-    def __init__(self, matrix: Tensor, f: Tensor, unit: Tensor, *, least_squares: bool) -> None:
+    def __init__(self, matrix: Tensor, f: Tensor, size: Tensor, *, least_squares: bool) -> None:
+        """`size`: of each component of the unknown, as far as the solver saw it."""
         self._dtype = f.dtype
         dtype = torch.promote_types(f.dtype, torch.float32)  # no factorisation in half precision
         matrix, self._f = matrix.to(dtype), f.to(dtype)
-        self._columns = _power_of_two(unit.to(dtype))
+        self._size = size.to(dtype)
+        self._columns = _power_of_two(_positive(self._size))
         scaled = matrix * self._columns[:, None, :]
         largest = scaled.abs().amax(2)
         self._rows = _power_of_two(torch.where(largest > 0, largest, 1))
-        self._scaled = scaled / self._rows[:, :, None]
+        scaled = scaled / self._rows[:, :, None]
+        # A component that happens to be small is no sign of a singular system.
+        largest_size = self._size.amax(1, keepdim=True) if f.shape[1] else self._size
+        small = self._size < torch.finfo(dtype).eps ** 0.25 * largest_size
+        column = scaled.abs().amax(1)
+        up = _power_of_two(torch.where(small & (column > 0), column, 0.5))
+        self._columns = self._columns / up
+        self._scaled = scaled / up[:, None, :]
         self._regular = largest.amin(1) > 0
         self._factors = torch.linalg.lu_factor_ex(self._scaled)[:2]
         self._rcond = self._reciprocal_condition()
@@ -54,10 +63,20 @@ class Dense:
         finite = torch.isfinite(self._f).all(1) & torch.isfinite(self._scaled).all(2).all(1)
         step = (self.solve(self._f, transposed=False) / self._columns).abs()
         entries = self._scaled.abs()
-        change = (entries * step[:, None, :]).amax(2) / entries.sum(2)
+        change = (entries * step[:, None, :]).amax(2) / self._sums(entries)
         change = torch.where(change.isnan() & (self._f == 0), 0, change)
         worst = change.amax(1) if change.shape[1] else torch.zeros_like(self._rcond)
         return Figures(finite, worst, self._rcond, torch.zeros_like(worst), self._conserved)
+
+    def _sums(self, entries: Tensor) -> Tensor:
+        """What each equation adds up: its terms as they are, or, where they are all of components
+        that may as well be zero, as rounding leaves them next to the largest one."""
+        size, unit = self._size, units(self._size)
+        sums, large, floor = (
+            (entries @ (t / self._columns)[:, :, None])[..., 0]
+            for t in (size, torch.where(size < unit, 0, size), unit)
+        )
+        return torch.where(large > 0, sums, floor)
 
     def _apply_inverse(self, b: Tensor, *, transposed: bool) -> Tensor:
         many = b.reshape(-1, *b.shape[-2:]).permute(1, 2, 0)  # problems n right-hand-sides
@@ -101,6 +120,16 @@ class Dense:
                 inverse = self._columns[k, :, None] * inverse / self._rows[k]
                 right, _ = torch.linalg.qr(null)
                 self._inverse[k] = inverse - right @ (right.T @ inverse)
+
+
+def _positive(size: Tensor) -> Tensor:
+    """The sizes of components, those that are zero as next to nothing."""
+    size = torch.where(torch.isfinite(size), size, 1)
+    least = torch.where(size > 0, size, torch.inf)
+    if size.shape[1]:
+        least = least.amin(1, keepdim=True)
+    least = torch.where(torch.isfinite(least), least * torch.finfo(size.dtype).eps, 1)
+    return torch.where(size > 0, size, least)
 
 
 def _power_of_two(x: Tensor) -> Tensor:

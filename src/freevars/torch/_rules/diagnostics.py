@@ -71,11 +71,10 @@ class Figures(NamedTuple):
         return failure(figures, limits, context)
 
 
-def units(magnitude: Tensor, moved: Tensor) -> Tensor:
-    """D of each component: how large it is or how far the solver moved it, and at least what
-    rounding leaves of a component next to the largest one."""
-    eps = float(torch.finfo(magnitude.dtype).eps)
-    d = torch.maximum(magnitude, moved)
+def units(size: Tensor) -> Tensor:
+    """The unit d of each component, from how large it is or how far the solver moved it: at least
+    what rounding leaves of a component next to the largest one."""
+    d = size
     if d.shape[1]:
-        d = torch.maximum(d, eps**0.5 * magnitude.amax(1, keepdim=True))
+        d = torch.maximum(d, float(torch.finfo(d.dtype).eps) ** 0.5 * d.amax(1, keepdim=True))
     return torch.where((d > 0) & torch.isfinite(d), d, 1)

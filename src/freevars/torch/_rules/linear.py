@@ -161,7 +161,7 @@ class Iterative:
 
 def system_of(
     derivative: Derivative,
-    unit: Tensor,
+    size: Tensor,
     leafwise: Callable[[], Tensor],
     structure: object,
     *,
@@ -172,7 +172,7 @@ def system_of(
     f = derivative.f.detach()
 
     def dense() -> Dense:
-        return Dense(derivative.matrix(), f, unit, least_squares=least_squares)
+        return Dense(derivative.matrix(), f, size, least_squares=least_squares)
 
     if own is None and f.shape[1] <= DENSE_LIMIT:
         return dense()

@@ -170,6 +170,44 @@ class Problem(DifferentiableCondition):
             tensors = self._take_apart(aux)
         return self.unknown.ravel(out, f"the result of {self.rule.name}"), *tensors
 
+    def run_many(
+        self, size: int, dims: Sequence[int | None], *values: Tensor
+    ) -> tuple[Tensor, ...] | None:
+        """Runs a solver that takes a batch once for `size` calls, whose values have one more axis
+        where `dims` says: as a longer batch. None where more than what `fun` captures differs."""
+        own = 1 + len(self._where)
+        if not self.rule.batch_dims or self.rule.has_aux or any(d is not None for d in dims[1:own]):
+            return None
+        args, kwargs, options = self._arguments(values)
+        hoisted = self._hoisted(values)
+
+        def split(x: Any) -> Any:
+            return pytree.tree_map_only(Tensor, lambda t: t.unflatten(0, (size, -1)), x)
+
+        def join(x: Any) -> Any:
+            return pytree.tree_map_only(Tensor, lambda t: t.flatten(0, 1), x)
+
+        @functools.wraps(self.converted)
+        def fun(x: Any, *args: Any, **kwargs: Any) -> Any:
+            def one(x: Any, *hoisted: Tensor) -> Any:
+                return self.converted(x, args, kwargs, *hoisted)
+
+            return join(torch.func.vmap(one, (0, *dims[own:]))(split(x), *hoisted))
+
+        if dims[0] is None:
+            start = self._repeated(values[0], size)
+        else:
+            start = torch.func.vmap(self.unknown.unravel, dims[0])(values[0])
+        call = SolverCall(fun, join(start), args, kwargs, options)
+        with preserve_grad(self._callers):
+            out = self.signature.call(self.rule.solver, call)
+        ravel = functools.partial(self.unknown.ravel, name=f"the result of {self.rule.name}")
+        return (torch.func.vmap(ravel)(split(out)),)
+
+    def _repeated(self, x0: Tensor, size: int) -> Any:
+        x = self.unknown.unravel(x0)
+        return pytree.tree_map_only(Tensor, lambda t: t.expand(size, *t.shape), x)
+
     def _take_apart(self, aux: Any) -> list[Tensor]:
         """The tensors of aux, as copies that nobody else writes to. What is no tensor is told
         beside, once for a whole batch."""

@@ -1,0 +1,272 @@
+"""The linear systems of the rules and what is said about them: batches, totals, units, options."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from freevars.torch import (
+    NotASolutionError,
+    SingularError,
+    StructureError,
+    argmin,
+    fixed_point,
+    root,
+)
+from tests.torch.explicit import fresh
+
+f = torch.func
+F64 = torch.float64
+
+
+def returning(x: Tensor) -> Any:
+    """A solver that has found `x`."""
+    return lambda fun, x0: x
+
+
+def equations(x: Tensor, a: Tensor) -> Tensor:
+    return torch.stack(
+        [x[..., 0] ** 2 + x[..., 1] - a[..., 0], x[..., 1] ** 3 - x[..., 0] + a[..., 1]], -1
+    )
+
+
+def newton_of_a_batch(fun: Any, x0: Tensor) -> Tensor:
+    x = x0
+    while True:
+        x = x.detach().requires_grad_()
+        r = fun(x)
+        rows = [torch.autograd.grad(r[..., i].sum(), x, retain_graph=True)[0] for i in range(2)]
+        step = torch.linalg.solve(torch.stack(rows, -2), r)
+        x = (x - step).detach()
+        if float(step.detach().abs().max()) < 1e-14:  # it looks at its data
+            return x
+
+
+def newton_of_one(fun: Any, x0: Tensor) -> Tensor:
+    for _ in range(12):
+        x0 = x0 - torch.linalg.solve(f.jacrev(fun)(x0), fun(x0))
+    return x0
+
+
+# --- batches
+
+
+def test_a_batch_is_one_solve_with_small_blocks() -> None:
+    a = (torch.rand(3, 4, 2, dtype=F64) + 0.5).requires_grad_()
+    runs = 0
+
+    def fun(x: Tensor) -> Tensor:
+        nonlocal runs
+        runs += 1
+        return equations(x, a)
+
+    x = root(newton_of_a_batch, batch_dims=2)(fun, torch.ones(3, 4, 2, dtype=F64))
+    one = lambda a: root(newton_of_one)(lambda x: equations(x, a), torch.ones(2, dtype=F64))
+    weights = torch.rand(3, 4, 2, dtype=F64)
+    (g,) = torch.autograd.grad((x * weights).sum(), a, create_graph=True)
+    (gg,) = torch.autograd.grad(g.square().sum(), a)
+    each = torch.stack([one(row) for row in a.reshape(12, 2)]).reshape(3, 4, 2)
+    (h,) = torch.autograd.grad((each * weights).sum(), a, create_graph=True)
+    (hh,) = torch.autograd.grad(h.square().sum(), a)
+    torch.testing.assert_close([x, g, gg], [each, h, hh])
+    assert runs < 40
+
+
+@pytest.mark.parametrize("solver", [newton_of_one, newton_of_a_batch])
+def test_vmap_runs_a_solver_once_where_it_can(solver: Any) -> None:
+    runs = 0
+
+    def counted(fun: Any, x0: Tensor) -> Tensor:
+        nonlocal runs
+        runs += 1
+        return solver(fun, x0)  # type: ignore[no-any-return]
+
+    batched = solver is newton_of_a_batch
+    rule = root(counted, batch_dims=1) if batched else root(counted)
+
+    def solve(a: Tensor) -> Tensor:
+        if batched:
+            x = rule(lambda x: equations(x, a[None]), torch.ones(1, 2, dtype=F64))
+            return x[0]  # type: ignore[no-any-return]
+        return rule(lambda x: equations(x, a), torch.ones(2, dtype=F64))  # type: ignore[no-any-return]
+
+    a = (torch.rand(5, 2, dtype=F64) + 0.5).requires_grad_()
+    x = f.vmap(solve)(a)
+    assert runs == 1
+    one = lambda a: root(newton_of_one)(lambda x: equations(x, a), torch.ones(2, dtype=F64))
+    each = torch.stack([one(row) for row in a])
+    got, want = (torch.autograd.grad(y.square().sum(), a)[0] for y in (x, each))
+    torch.testing.assert_close([x, got], [each, want])
+    torch.testing.assert_close(
+        f.vmap(f.jacrev(solve))(a.detach()), f.vmap(f.jacfwd(solve))(a.detach())
+    )
+
+
+def test_a_member_that_was_not_found_matters_where_it_has_a_share() -> None:
+    a = torch.tensor([1.0, 4.0, 9.0], dtype=F64, requires_grad=True)
+    found = torch.tensor([[1.0], [2.0], [7.0]], dtype=F64)
+    x = root(returning(found), batch_dims=1)(
+        lambda x: x**2 - a[:, None], torch.ones(3, 1, dtype=F64)
+    )
+    (g,) = torch.autograd.grad(x[:2].sum(), a, retain_graph=True)
+    torch.testing.assert_close(g, torch.tensor([0.5, 0.25, 0.0], dtype=F64))
+    with pytest.raises(NotASolutionError, match=r"problem 2 of 3.*did not converge"):
+        torch.autograd.grad(x.sum(), a)
+    x = root(returning(found), batch_dims=1, on_failure="nan")(
+        lambda x: x**2 - a[:, None], torch.ones(3, 1, dtype=F64)
+    )
+    (g,) = torch.autograd.grad(x.sum(), a)
+    assert g[:2].tolist() == pytest.approx([0.5, 0.25])
+    assert g[2].isnan()
+
+
+def test_problems_that_are_not_independent_are_refused() -> None:
+    a = fresh(3)
+    x = root(returning(a.detach()[:, None]), batch_dims=1)(
+        lambda x: x - x.mean() - a[:, None] + a.mean(), torch.ones(3, 1, dtype=F64)
+    )
+    with pytest.raises(StructureError, match="independent"):
+        torch.autograd.grad(x.sum(), a)
+
+
+def test_wrong_batches() -> None:
+    with pytest.raises(StructureError, match="begin with the same 2 axes"):
+        root(returning(torch.ones(3)), batch_dims=2)(lambda x: x, torch.ones(3))
+    with pytest.raises(StructureError, match=r"real tensor of shape \[3\]"):
+        argmin(returning(torch.ones(3)), batch_dims=1)(lambda x: x.sum(), torch.ones(3, 2))
+    with pytest.raises(ValueError, match="batch_dims"):
+        root(newton_of_one, batch_dims=-1)
+
+
+# --- units
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_units_change_nothing(dtype: torch.dtype) -> None:
+    e = 4 if dtype is torch.float32 else 12
+    m = torch.tensor([[3.0, 1.0], [1.0, 2.0]], dtype=dtype)
+    exact = torch.linalg.solve(m, torch.tensor([1.0, -2.0], dtype=dtype))
+    for rows, columns in ((1.0, 1.0), (10.0**e, 1.0), (1.0, 10.0**-e)):
+        r = torch.tensor([rows, 1 / rows], dtype=dtype)
+        c = torch.tensor([columns, 1 / columns], dtype=dtype)
+        t = torch.tensor(1.0, dtype=dtype, requires_grad=True)
+        right = torch.tensor([1.0, -2.0], dtype=dtype)
+        fun = lambda x, t=t, r=r, c=c: r * (m @ (c * x) - t * right)
+        x = root(returning(exact / c))(fun, torch.zeros(2, dtype=dtype))
+        (g,) = torch.autograd.grad((c * x).sum(), t)
+        torch.testing.assert_close(g, exact.sum())
+        for off in ((1.3, 1.0), (1.0, 1.3)):
+            moved = exact / c * torch.tensor(off, dtype=dtype)
+            x = root(returning(moved))(fun, torch.zeros(2, dtype=dtype))
+            with pytest.raises(NotASolutionError, match="did not converge"):
+                torch.autograd.grad((c * x).sum(), t)
+
+
+def test_a_solver_that_stops_early_is_caught_however_small_x_is() -> None:
+    a = torch.tensor(1e-4, requires_grad=True)
+    x = root(lambda fun, x0: x0.clone())(lambda x: x**2 - a, torch.tensor(0.02))
+    with pytest.raises(NotASolutionError, match="starting point"):
+        torch.autograd.grad(x, a)
+
+
+@pytest.mark.parametrize("kind", ["root", "argmin", "fixed_point"])
+def test_beyond_the_dense_limit(kind: str) -> None:
+    """A stiff system where an iteration stalls, and one where it does not; zeros in the cotangent,
+    objectives of any size, and a solver that stopped early."""
+    n = 600
+    k = torch.arange(n)
+    t = torch.tensor(1.0, dtype=F64, requires_grad=True)
+    second = 2 * torch.eye(n, dtype=F64)
+    second[k[1:], k[:-1]] = second[k[:-1], k[1:]] = -1
+    matrix = 0.1 * second if kind == "fixed_point" else second * 1e6
+    right = torch.ones(n, dtype=F64)
+    system = torch.eye(n, dtype=F64) + matrix if kind == "fixed_point" else matrix
+    exact = torch.linalg.solve(system, right)
+    programs: dict[str, Any] = {
+        "root": (root, lambda x: matrix @ x - t * right),
+        "argmin": (argmin, lambda x: 1e-9 * (x @ (matrix @ x) / 2 - t * (right @ x))),
+        "fixed_point": (fixed_point, lambda x: t * right - matrix @ x),
+    }
+    decorator, fun = programs[kind]
+    x = decorator(returning(exact))(fun, torch.zeros(n, dtype=F64))
+    (g,) = torch.autograd.grad(x[n // 2], t)
+    torch.testing.assert_close(g, exact[n // 2], rtol=1e-6, atol=0.0)
+    x = decorator(returning(exact * 1.2))(fun, torch.zeros(n, dtype=F64))
+    with pytest.raises(NotASolutionError, match="did not converge"):
+        torch.autograd.grad(x.sum(), t)
+
+
+# --- options
+
+
+def test_conserved_totals() -> None:
+    """A <=> B: the equations keep A + B, and repeat each other."""
+    k = torch.tensor(3.0, dtype=F64, requires_grad=True)
+    start = torch.tensor([1.5, 0.5], dtype=F64, requires_grad=True)
+
+    def rates(x: Tensor) -> Tensor:
+        flow = k * x[0] - x[1]
+        return torch.stack([-flow, flow])
+
+    def solver(fun: Any, x0: Tensor) -> Tensor:
+        for _ in range(300):
+            x0 = x0 + 0.2 * fun(x0)
+        return x0
+
+    def exact(k: Tensor, start: Tensor) -> Tensor:
+        return torch.stack([start.sum() / (1 + k), start.sum() * k / (1 + k)])
+
+    for options in ({}, {"on_failure": "least_squares"}):
+        x = root(solver, **options)(rates, start)
+        with pytest.raises(SingularError, match="conserved="):
+            torch.autograd.grad(x[0], k)
+    solve = root(solver, conserved=lambda x: x.sum())
+    x, y = solve(rates, start), exact(k, start)
+    torch.testing.assert_close(x, y)
+    weights = torch.tensor([1.0, 3.0], dtype=F64)
+    got, want = (torch.autograd.grad(z @ weights, (k, start), create_graph=True) for z in (x, y))
+    torch.testing.assert_close(got, want)
+    second = [torch.autograd.grad(g[0] + g[1].sum(), (k, start)) for g in (got, want)]
+    torch.testing.assert_close(*second)
+    with pytest.raises(NotASolutionError, match="conserved="):
+        root(solver, conserved=lambda x: x.sum())(lambda x: start.detach() * k - x, start)
+
+
+def test_polish_and_tol() -> None:
+    a = torch.tensor(2.0, dtype=F64, requires_grad=True)
+    rough = returning(torch.tensor(1.4, dtype=F64))
+    for options, error in (({}, True), ({"tol": 0.1}, False), ({"polish": True}, False)):
+        x = root(rough, **options)(lambda x: x**2 - a, torch.tensor(1.0, dtype=F64))
+        if error:
+            with pytest.raises(NotASolutionError, match="did not converge"):
+                torch.autograd.grad(x, a)
+        else:
+            (g,) = torch.autograd.grad(x, a)
+            torch.testing.assert_close(g, 0.5 / x.detach())
+    assert abs(float(x.detach()) - 2**0.5) < 1e-4  # polished
+    with pytest.raises(ValueError, match="tol"):
+        root(rough, tol=-1.0)
+
+
+def test_the_operator_of_a_linear_solve() -> None:
+    m = torch.tensor([[3.0, 1.0, 0.0], [0.5, 2.0, 1.0], [0.0, 1.0, 4.0]], dtype=F64)
+    a, seen = fresh(3), []
+
+    def own(operator: Any, b: Tensor) -> Tensor:
+        seen.append(operator)
+        whole = operator.as_matrix()
+        torch.testing.assert_close(operator.matvec(b), whole @ b)
+        torch.testing.assert_close(operator(b), whole @ b)
+        torch.testing.assert_close(operator.rmatvec(b), whole.T @ b)
+        torch.testing.assert_close(operator.diagonal(), whole.diagonal())
+        return torch.linalg.solve(whole, b)
+
+    exact = torch.linalg.solve(m, a.detach())
+    x = root(returning(exact), linear_solve=own)(lambda x: m @ x - a, torch.zeros(3, dtype=F64))
+    (g,) = torch.autograd.grad(x[0], a)
+    torch.testing.assert_close(g, torch.linalg.inv(m)[0])
+    assert not seen[0].symmetric
+    assert seen[0].structure().shape == (3,)
+    with pytest.raises(TypeError, match="linear_solve"):
+        root(newton_of_one, linear_solve=3)
