@@ -1,0 +1,165 @@
+"""A dense system in the units of its unknowns: its factors, and the figures of the verdict.
+
+The mathematics, and what each figure may be, stands in `freevars._solvers.verdict`. Rows and
+columns are scaled by powers of two, which round nothing, before the matrix is factorised: partial
+pivoting compares the entries of a column, which have to be of one unit for that. Everything here is
+on vectors and constant. Not here: systems that are not written out.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from freevars._solvers.verdict import Figures, Limits
+
+__all__ = ["Scaled", "factorise", "measure", "sizes"]
+
+Vector: TypeAlias = Any  # Float[Array, "n"]
+Solve: TypeAlias = Callable[[Any], Any]  # of Float[Array, "n k"]
+
+# Up to this size the inverse is written out: all else is then a product. The right-hand sides of
+# the check are about as many.
+_INVERSE = 16
+_PROBES = 4
+
+
+class Scaled(NamedTuple):
+    """S = R A D of a matrix A."""
+
+    matrix: Any  # A
+    rows: Vector  # R
+    columns: Vector  # D
+    scaled: Any  # S
+    solve: Solve  # by S
+    transposed: Solve
+
+    def of(self, b: Vector) -> Vector:
+        """A^-1 b."""
+        return self.columns * self.solve((self.rows * b)[:, None])[:, 0]
+
+    def transpose_of(self, b: Vector) -> Vector:
+        """A^-T b."""
+        return self.rows * self.transposed((self.columns * b)[:, None])[:, 0]
+
+
+def sizes(x: Vector, x0: Vector, limits: Limits) -> tuple[Vector, Vector]:
+    """What the solver worked with, and the size of each component: `far` and d."""
+    far = jnp.maximum(jnp.abs(x), jnp.abs(x - x0))
+    d = jnp.maximum(far, (limits.column * jnp.max(jnp.abs(x), initial=0)).astype(x.dtype))
+    return far, jnp.where(d > 0, d, 1)
+
+
+def factorise(matrix: Any, x: Vector, d: Vector, limits: Limits) -> Scaled:
+    """The factors of a matrix for an unknown x of the sizes d."""
+    columns = _power_of_two(d)
+    scaled = matrix * columns
+    rows = 1 / _power_of_two(jnp.max(jnp.abs(scaled), axis=1))
+    scaled = scaled * rows[:, None]
+    if len(x) == 1:
+        return Scaled(matrix, rows, columns, scaled, *[lambda b: b / scaled] * 2)
+    # A component that happens to be zero is no sign of a singular system.
+    up = limits.column**0.5 * jnp.max(jnp.abs(x)) / d
+    up = jnp.minimum(1 / jnp.maximum(jnp.max(jnp.abs(scaled), axis=0), limits.rcond), up)
+    up = _power_of_two(jnp.maximum(up, 1).astype(x.dtype))
+    scaled, columns = scaled * up, columns * up
+    again = 1 / _power_of_two(jnp.max(jnp.abs(scaled), axis=1))
+    scaled, rows = scaled * again[:, None], rows * again
+    lu = jax.scipy.linalg.lu_factor(scaled)
+    if len(x) <= _INVERSE:
+        inverse = jax.scipy.linalg.lu_solve(lu, jnp.eye(len(x), dtype=x.dtype))
+        return Scaled(matrix, rows, columns, scaled, lambda b: inverse @ b, lambda b: inverse.T @ b)
+    return Scaled(
+        matrix,
+        rows,
+        columns,
+        scaled,
+        lambda b: jax.scipy.linalg.lu_solve(lu, b),
+        lambda b: jax.scipy.linalg.lu_solve(lu, b, trans=1),
+    )
+
+
+def _power_of_two(a: Any) -> Any:
+    """The one below each positive number; 1 for what is no such number."""
+    kind, mask = (
+        (jnp.uint64, 0x7FF0000000000000) if a.dtype == jnp.float64 else (jnp.uint32, 0x7F800000)
+    )
+    bits = jax.lax.bitcast_convert_type(a, kind) & jnp.asarray(mask, kind)
+    power = jax.lax.bitcast_convert_type(bits, a.dtype)
+    return jnp.where((power > 0) & jnp.isfinite(power), power, 1)
+
+
+def measure(
+    system: Scaled,
+    limits: Limits,
+    x: Vector,
+    sizes: tuple[Vector, Vector],
+    f: Vector,
+    again: Callable[[Vector], Vector],
+) -> tuple[Figures, Vector]:
+    """The figures of a system at x, where F is f, and the Newton step; `again` is F."""
+    far, d = sizes
+    if len(x) == 1:
+        step = f / system.matrix[0]
+        rounding = far
+        rcond = jnp.where(jnp.isfinite(step[0]) & (system.matrix[0, 0] != 0), 1, 0).astype(x.dtype)
+    else:
+        step, rounding, rcond = _by_probes(system, far, f)
+    unit = jnp.maximum(jnp.minimum(limits.column * rounding, d), limits.rounding * rounding)
+    unit = jnp.maximum(jnp.abs(x), unit.astype(x.dtype))
+    size = _largest(step, unit)
+
+    def second(step: Vector) -> Any:
+        following = jnp.abs(system.of(again(x - step)))
+        noise = (4 * limits.column**2 * rounding).astype(x.dtype)
+        return _largest(jnp.maximum(following - noise, 0), unit) / size
+
+    needed = (size > limits.certain) & (size <= limits.step)
+    if limits.certain < limits.step:
+        # Where both branches are computed, under `vmap`, no step leaves the domain of F unasked.
+        safe = jnp.where(needed, step, 0)
+        found = jax.lax.cond(needed, second, lambda _: jnp.zeros_like(size), safe)
+    else:
+        found = jnp.zeros_like(size)
+    finite = jnp.all(jnp.isfinite(x)) & jnp.all(jnp.isfinite(f))
+    finite &= jnp.all(jnp.isfinite(system.matrix))
+    zero = jnp.zeros_like(size)
+    return Figures(finite, size, found, rcond, zero, zero, zero), step
+
+
+def _by_probes(system: Scaled, far: Vector, f: Vector) -> tuple[Vector, Vector, Any]:
+    """The Newton step, r, and the reciprocal condition number of S."""
+    probes = jnp.asarray(_signs(len(f)), f.dtype)
+    weights = system.rows * (jnp.abs(system.matrix) @ far)
+    sides = [(system.rows * f)[:, None], probes, weights[:, None] * probes]
+    found = system.solve(jnp.concatenate(sides, axis=1))
+    step = system.columns * found[:, 0]
+    rounding = system.columns * jnp.max(jnp.abs(found[:, 1 + _PROBES :]), axis=1)
+    # One more step of inverse iteration: then the smallest singular value is all but alone in it.
+    inverse = found[:, 1 : 1 + _PROBES]
+    inverse = inverse / jnp.max(jnp.abs(inverse), axis=0)
+    inverse = inverse / jnp.linalg.norm(inverse, axis=0)
+    inverse = system.transposed(inverse)
+    largest = jnp.max(jnp.abs(inverse))
+    inverse_norm = largest * jnp.max(jnp.linalg.norm(inverse / largest, axis=0))
+    absolute = jnp.abs(system.scaled)
+    norm = jnp.sqrt(jnp.max(jnp.sum(absolute, axis=0)) * jnp.max(jnp.sum(absolute, axis=1)))
+    rcond = 1 / (inverse_norm * jnp.minimum(norm, jnp.linalg.norm(system.scaled)))
+    return step, rounding, jnp.where(jnp.isfinite(rcond), rcond, 0)
+
+
+def _largest(v: Vector, unit: Vector) -> Any:
+    """The largest component in its unit; one that is not zero in no unit is infinite."""
+    return jnp.max(jnp.where(v == 0, 0, jnp.abs(v) / unit), initial=0)
+
+
+@functools.cache
+def _signs(n: int) -> Any:
+    """Fixed vectors of signs without a pattern."""
+    k = np.arange(1, n + 1)[:, None] * (1 + 0.37 * np.arange(_PROBES))
+    return np.where(np.sin(k**2 + np.arange(_PROBES)) >= 0, 1.0, -1.0)
