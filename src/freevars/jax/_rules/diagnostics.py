@@ -1,150 +1,248 @@
-"""Whether a computed derivative can be trusted, and the error that says why not.
+"""What is measured of a solution before its derivative is believed.
 
-A rule built on the implicit function theorem gives a number for any x, solution or not. What tells
-the two apart are a few numbers that come with the derivative; each depends on values alone, not on
-directions, so that it costs no derivative itself. Not here: how they are computed (`linear`,
-`rules`).
+What the figures mean, and what they may be, stands in `freevars._solvers.verdict`; where the system
+is written out they come from its factors (`scaled`). Where it is only applied, a solve is what a
+derivative costs, and a rough one has to do for all of them: its right-hand side is the optimality
+F, in units of the equations, with a bit of every direction added. What it gives is a Newton step of
+the right size, and an estimate of the inverse; on a singular system it stands still or runs away.
+Each figure depends on values alone, not on directions, so that it costs no derivative itself. Not
+here: what is done about a failure.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, TypeAlias
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
-from freevars.errors import FreevarsError, NotASolutionError, SingularError
-from freevars.jax._rules.coordinates import probe
-from freevars.jax._rules.krylov import combine
-from freevars.jax._rules.linear import LinearSystem
+from freevars._solvers.verdict import Figures, Limits, accepted
+from freevars.jax._rules import scaled
+from freevars.jax._rules.coordinates import Coordinates, Space, probe
+from freevars.jax._rules.krylov import combine, divide
+from freevars.jax._rules.linear import DENSE_FALLBACK, LinearSystem
+from freevars.jax._rules.operator import LinearOperator
 
-__all__ = ["Diagnostics", "OnFailure", "failure", "least_rcond", "measure", "tolerance"]
+__all__ = ["Diagnostics", "Unknown", "kept", "limits_of", "measure", "newton"]
 
-OnFailure: TypeAlias = Literal["raise", "nan", "least_squares"]
+Tree: TypeAlias = Any  # a pytree of real arrays
 
-
-def tolerance(dtype: Any) -> float:
-    """The relative error up to which a computed derivative counts as one: the fourth root of the
-    spacing of the dtype, 1.2e-4 for float64 and 1.9e-2 for float32."""
-    return float(_eps(dtype) ** 0.25)
-
-
-def least_rcond(n: int, dtype: Any) -> float:
-    """The reciprocal condition number of n equations below which rounding decides the solution."""
-    return 10 * n * _eps(dtype)
-
-
-def _eps(dtype: Any) -> float:
-    return float(jnp.finfo(dtype).eps)
+_SHARE = 0.3  # of every direction in the right-hand side of the rough solve, beside F
 
 
 class Diagnostics(NamedTuple):
-    """What tells whether a derivative can be trusted: scalars, each as good as can be where it was
-    not measured."""
+    """The verdict on one solution."""
 
-    good: Any  # bool: nothing below is wrong
-    tol: Any  # what is accepted of `error`
-    finite: Any  # bool: x, its optimality and the matrix are finite
-    error: Any  # the norm of a Newton step relative to the norm of x, absolute below 1
-    rcond: Any  # an estimate of the reciprocal condition number
-    residual: Any  # of the linear solver for a random right-hand side, relative
-    asymmetry: Any  # |u.Av - v.Au| relative to |u||Av| + |v||Au|
+    good: Any  # bool
+    figures: Figures
+    step: Tree  # the Newton step, to be subtracted from x
+
+    def unless(self, finite: Any) -> Diagnostics:
+        """The same, refused unless x was finite before something took its place."""
+        figures = self.figures._replace(finite=self.figures.finite & finite)
+        return self._replace(good=self.good & finite, figures=figures)
+
+
+class Unknown(NamedTuple):
+    """A solution in real coordinates, and its sizes; constant."""
+
+    v: Tree
+    far: Tree  # what the solver worked with: max(|x|, |x - x0|)
+    d: Tree  # the size of each component
+    limits: Limits
 
     @staticmethod
-    def of(
-        n: int, *, finite: Any, error: Any, tol: float, rcond: Any, residual: Any, asymmetry: Any
-    ) -> Diagnostics:
-        """Judge each by the spacing of its own dtype; a NaN is never good."""
-        good = finite & (error <= tol) & (rcond > least_rcond(n, rcond.dtype))
-        good &= residual <= tolerance(residual.dtype)
-        good &= asymmetry <= tolerance(asymmetry.dtype)
-        return Diagnostics(
-            good, jnp.asarray(tol, error.dtype), finite, error, rcond, residual, asymmetry
-        )
+    def of(v: Tree, v0: Tree, space: Space, limits: Limits) -> Unknown:
+        """At x, found from x0."""
+        v, v0 = jax.lax.stop_gradient((v, v0))
+        far = jax.tree.map(lambda x, x0: jnp.maximum(jnp.abs(x), jnp.abs(x - x0)), v, v0)
+        if not jax.tree.leaves(v):
+            return Unknown(v, far, far, limits)
+        least = limits.column * space.max(v)
+        d = jax.tree.map(lambda leaf: jnp.maximum(leaf, least.astype(leaf.dtype)), far)
+        d = jax.tree.map(lambda leaf: jnp.where(leaf > 0, leaf, 1), d)
+        return Unknown(v, far, d, limits)
 
 
-def measure(system: LinearSystem, eps: float, v: Any, f: Any) -> Diagnostics:
-    """What the system of a derivative tells of it, at x with the optimality f, both in real
-    coordinates; `eps` is the spacing of the dtype of x."""
-    v, f = jax.lax.stop_gradient((v, f))
-    operator, space = system.operator, system.space
-    dtype = jax.tree.leaves(v)[0].dtype if operator.size else jnp.zeros(()).dtype
-    zero, one = jnp.zeros((), dtype), jnp.ones((), dtype)
-    size, rcond, residual, asymmetry, step = zero, one, zero, zero, zero
-    if operator.size and system.exact:
-        # For a random w, |A^-1 w| / |w| is within a factor of about sqrt(n) of |A^-1|.
-        w = probe(v, 0)
-        fixed = jax.lax.stop_gradient
-        if system.matrix is not None:
-            solution, newton = system.apply_inverse([w, f])
-            size = jnp.linalg.norm(system.matrix)
-            step = space.norm(newton)
+def limits_of(coordinates: Coordinates, tol: float | None) -> Limits:
+    """The limits for an unknown of these coordinates."""
+    return Limits.of(coordinates.eps, float(jnp.finfo(coordinates.dtype).eps), tol=tol)
+
+
+def measure(
+    system: LinearSystem, unknown: Unknown, f: Tree, again: Callable[[Tree], Tree]
+) -> Diagnostics:
+    """The verdict on x, where F is f and the system is dF/dx; `again` is F."""
+    f = jax.lax.stop_gradient(f)
+    if not system.operator.size:
+        nothing = jnp.zeros(())
+        return Diagnostics(jnp.asarray(True), _unmeasured(nothing), f)
+    if system.scaled is None:
+        figures, step = _applied(system, unknown, f, again)
+    else:
+        figures, step = _written_out(system, unknown, f, again)
+    if system.least_squares:
+        figures = figures._replace(conserved=_conserved(system))
+    good = accepted(figures, unknown.limits, least_squares=system.least_squares)
+    return jax.lax.stop_gradient(Diagnostics(good, figures, step))
+
+
+def newton(
+    system: LinearSystem, unknown: Unknown, f: Tree, again: Callable[[Tree], Tree]
+) -> tuple[Tree, Any]:
+    """After a Newton step, x, unless a second one would be no shorter; and whether it is."""
+    v, space = unknown.v, system.space
+    if not system.operator.size:
+        return v, jnp.asarray(True)
+    (step,) = system.apply_inverse([f])
+    moved = combine(-1, step, v)
+    (following,) = system.apply_inverse([again(moved)])
+    shorter = _largest(space, following, unknown.d) < _largest(space, step, unknown.d)
+    return jax.tree.map(lambda a, b: jnp.where(shorter, a, b), moved, v), shorter
+
+
+def _unmeasured(zero: Any) -> Figures:
+    return Figures(jnp.asarray(True), zero, zero, zero + 1, zero, zero, zero)
+
+
+def _written_out(
+    system: LinearSystem, unknown: Unknown, f: Tree, again: Callable[[Tree], Tree]
+) -> tuple[Figures, Tree]:
+    operator = system.operator
+    v, far, d = map(operator.ravel, unknown[:3])
+
+    def by_vector(v: Any) -> Any:
+        return operator.ravel(again(operator.unravel(v)))
+
+    assert system.scaled is not None  # noqa: S101 (asked before)
+    figures, step = scaled.measure(
+        system.scaled,
+        unknown.limits,
+        v,
+        (far, d),
+        operator.ravel(f),
+        by_vector,
+        least_squares=system.least_squares,
+    )
+    return figures, operator.unravel(step)
+
+
+def _applied(
+    system: LinearSystem, unknown: Unknown, f: Tree, again: Callable[[Tree], Tree]
+) -> tuple[Figures, Tree]:
+    operator, space, limits = system.operator, system.space, unknown.limits
+    v, d = unknown.v, unknown.d
+    unit = jax.tree.map(lambda x, d: jnp.maximum(jnp.abs(x), limits.column * d), v, d)
+    unit = _at_least(unit, limits.column * space.max(unknown.far))
+    largest = space.max(v) + space.max(f)
+    figures = _unmeasured(jnp.zeros_like(largest))._replace(finite=jnp.isfinite(largest))
+    if not system.exact:
+        (step,) = system.apply_inverse([f])
+        return figures._replace(step=_largest(space, step, unit)), step
+
+    def apply(v: Tree) -> Tree:
+        return jax.lax.stop_gradient(operator.matvec(v))
+
+    probes = [_times(d, probe(v, seed)) for seed in (0, 1)]
+    images = [*map(apply, probes)]
+    # The size of each equation, per unit of the unknowns.
+    rows = jax.tree.map(lambda a, b: jnp.maximum(jnp.abs(a), jnp.abs(b)), *images)
+    rows = _at_least(rows, limits.rcond * space.max(rows))
+    rows = jax.tree.map(lambda leaf: jnp.where(leaf > 0, leaf, 1), rows)
+    if system.rests_on_symmetry:
+        figures = figures._replace(asymmetry=_asymmetry(space, probes, images))
+    if system.least_squares:
+        (step,) = system.apply_inverse([f])
+        return figures._replace(step=_largest(space, step, unit)), step
+
+    def solve(b: Tree) -> tuple[Tree, Any]:
+        """A^-1 b, about, and the residual of that."""
+        size = space.max(b)
+        b = jax.tree.map(lambda leaf: leaf / jnp.where(size > 0, size, 1), b)
+        if system.roughly is None:
+            (x,) = system.apply_inverse([b])
         else:
-            u = probe(v, 1)
-            image, other = fixed(operator.matvec(w)), fixed(operator.matvec(u))
-            size = space.norm(image) / space.norm(w)
-            (solution,) = [w] if system.least_squares else system.apply_inverse([w])
-            # Only estimated: a solve of its own would cost as much as the derivative.
-            step = space.norm(f) * space.norm(solution) / space.norm(w)
-            if system.least_squares:
-                step = space.norm(f) / size
-            if system.rests_on_symmetry:
-                scale = space.norm(w) * space.norm(other) + space.norm(u) * space.norm(image)
-                difference = jnp.abs(space.dot(u, image) - space.dot(w, other))
-                # Of a system that is 0, which is symmetric, the quotient is 0 / 1.
-                asymmetry = difference / jnp.where(scale > 0, scale, 1)
-        if not system.least_squares:
-            rcond = space.norm(w) / (space.norm(solution) * size)
-            rcond = jnp.where(jnp.isfinite(rcond), rcond, 0.0)
-            left = combine(-1, w, fixed(operator.matvec(solution)))
-            residual = space.norm(left) / space.norm(w)
-            residual = jnp.where(jnp.isfinite(residual), residual, jnp.inf)
-    elif operator.size:
-        step = space.norm(system.apply_inverse([f])[0])
-    error = step / jnp.maximum(space.norm(v), 1.0) if operator.size else zero
-    largest = space.max(v) + space.max(f) if operator.size else zero
-    found = Diagnostics.of(
-        operator.size,
-        finite=jnp.isfinite(largest) & jnp.isfinite(size),
-        error=error,
-        tol=eps**0.25,
-        rcond=rcond,
-        residual=residual,
-        asymmetry=asymmetry,
+            # A random right-hand side has 1/sqrt(n) of each direction, a singular one too.
+            tol = 0.05 * _SHARE / space.size(v) ** 0.5
+            x = system.roughly(b, min(tol, limits.residual / 2))
+        left = combine(-1, b, apply(x))
+        residual = divide(space.norm(left), space.norm(b))
+        return jax.tree.map(lambda leaf: leaf * size, x), residual
+
+    relative = jax.tree.map(jnp.divide, f, rows)
+    norm = space.norm(_over(relative, space.max(relative))) * space.max(relative)
+    every = probe(v, 2)
+    share = _SHARE / space.norm(every)
+    mixed = jax.tree.map(lambda a, w: divide(a, norm) + share * w, relative, every)
+    found, residual = solve(_times(rows, mixed))
+    step = jax.tree.map(lambda leaf: norm * leaf, found)
+    inverse = jax.tree.map(jnp.divide, found, d)
+    growth = space.norm(_over(inverse, space.max(inverse))) * space.max(inverse)
+    rcond = space.norm(mixed) / growth
+    size = _largest(space, step, unit)
+
+    def second(step: Tree) -> Any:
+        f = jax.lax.stop_gradient(again(combine(-1, step, v)))
+        return divide(_largest(space, solve(f)[0], unit), size)
+
+    figures = figures._replace(
+        step=size,
+        second=scaled.second_step(second, step, size, limits),
+        rcond=jnp.where(jnp.isfinite(rcond), rcond, 0),
+        residual=jnp.where(jnp.isfinite(residual), residual, jnp.inf),
     )
-    return Diagnostics(*map(jax.lax.stop_gradient, found))
+    return figures, step
 
 
-def failure(diagnostics: Diagnostics, n: int, name: str) -> FreevarsError:
-    """The error for diagnostics that is not good."""
-    tol = tolerance(diagnostics.residual.dtype)
-    error, rcond, residual, asymmetry = map(float, diagnostics[3:])
-    if not diagnostics.finite:
-        return NotASolutionError(
-            f"{name}: the solver returned a value that is not finite, or its optimality or the"
-            " derivative of that is not finite there."
-        )
-    if not rcond > least_rcond(n, diagnostics.rcond.dtype):
-        return SingularError(
-            f"{name}: the system of the derivative is singular (reciprocal condition number about"
-            f" {rcond:.1e}), so the solution is not a differentiable function of the captured"
-            ' values there. on_failure="least_squares" takes the shortest solution.'
-        )
-    if not asymmetry <= tol:
-        return SingularError(
-            f"{name}: the second derivative of the objective is not symmetric (by {asymmetry:.1e},"
-            " relative): a custom rule in it is not a gradient. Mend that rule, or give"
-            " linear_solve=lineax.GMRES(...), which does not rest on symmetry."
-        )
-    if not residual <= tol:
-        return SingularError(
-            f"{name}: the linear solver leaves a residual of {residual:.1e}, relative; up to"
-            f" {tol:.1e} is accepted. The system is singular, or linear_solve needs more steps, or"
-            " a system of another kind (a symmetric positive definite one, say)."
-        )
-    return NotASolutionError(
-        f"{name}: the solver did not converge: a Newton step from its result would still move it by"
-        f" {error:.1e}, relative to its norm (absolute below norm 1); up to"
-        f" {float(diagnostics.tol):.1e} is accepted."
-        " Let it run longer, or declare the result good with check=False."
-    )
+def _asymmetry(space: Space, probes: list[Tree], images: list[Tree]) -> Any:
+    u, w = (_over(p, jnp.maximum(*map(space.max, probes))) for p in probes)
+    au, aw = (_over(a, jnp.maximum(*map(space.max, images))) for a in images)
+    scale = space.norm(u) * space.norm(aw) + space.norm(w) * space.norm(au)
+    # Of a system that is 0, which is symmetric, the quotient is 0.
+    return divide(jnp.abs(space.dot(u, aw) - space.dot(w, au)), scale)
+
+
+def _conserved(system: LinearSystem) -> Any:
+    """How far a vector p with A p = 0 is from A^T p = 0; 0 where there is no such p."""
+    operator, space = system.operator, system.space
+    w = probe(operator.example, 3)
+    zero = jnp.zeros_like(space.max(w))
+    if operator.symmetric:
+        return zero
+    fixed = jax.lax.stop_gradient
+    (back,) = system.apply_inverse([fixed(operator.matvec(w))])
+    p = combine(-1, back, w)
+    image, other = fixed(operator.rmatvec(p)), fixed(operator.rmatvec(w))
+    ratio = divide(space.norm(image) * space.norm(w), space.norm(other) * space.norm(p))
+    return jnp.where(space.norm(p) > 1e-3 * space.norm(w), ratio, zero)
+
+
+def kept(operator: LinearOperator, space: Space) -> Any:
+    """The same of a system that is known to be singular, by its matrix while that fits; else NaN,
+    which is not known."""
+    if operator.symmetric:
+        return jnp.zeros(())
+    if operator.size > DENSE_FALLBACK or not space.is_local:
+        return jnp.asarray(jnp.nan)
+    matrix = operator.as_matrix()
+    matrix = matrix / jnp.maximum(jnp.max(jnp.abs(matrix)), jnp.finfo(matrix.dtype).tiny)
+    p = jnp.linalg.svd(matrix)[2][-1]
+    image, size = matrix.T @ p, jnp.abs(matrix.T) @ jnp.abs(p)
+    return jnp.max(jnp.where(size > 0, jnp.abs(image) / jnp.where(size > 0, size, 1), 0))
+
+
+def _largest(space: Space, v: Tree, unit: Tree) -> Any:
+    return space.max(jax.tree.map(lambda a, u: jnp.where(a == 0, 0, a / u), v, unit))
+
+
+def _at_least(v: Tree, least: Any) -> Tree:
+    return jax.tree.map(lambda leaf: jnp.maximum(leaf, least.astype(leaf.dtype)), v)
+
+
+def _times(a: Tree, b: Tree) -> Tree:
+    return jax.tree.map(jnp.multiply, a, b)
+
+
+def _over(v: Tree, scalar: Any) -> Tree:
+    return jax.tree.map(lambda leaf: divide(leaf, scalar), v)

@@ -32,6 +32,7 @@ from freevars.errors import StructureError
 from freevars.jax import _compat
 from freevars.jax._rules.coordinates import Coordinates, Space
 from freevars.jax._rules.operator import LinearOperator
+from freevars.jax._rules.totals import Totals, completed
 from freevars.jax._solver.problem import Problem, count
 
 __all__ = [
@@ -122,23 +123,37 @@ class Linearised(NamedTuple):
     f: Tree  # F there
     by_x: LinearOperator  # dF/dx
     by_moved: Callable[[list[Any]], Tree]  # dF/dt, of directions of the moving leaves
+    at: Callable[[Tree], Tree]  # F
 
 
 def linearise(
     condition: Condition,
-    rebuild: Callable[[list[Any]], Problem],
+    rebuild: Callable[[list[Any]], tuple[Problem, Any]],
     leaves: list[Any],
     x: Any,
     moving: tuple[int, ...],
     *,
     has_aux: bool,
+    totals: Totals | None = None,
 ) -> Linearised:
-    """The condition at x, to first order in x and in the moving ones of the problem's leaves."""
+    """The condition at x, to first order in x and in the moving ones of the leaves, which are of
+    the problem and, where the solver keeps `totals` of it, of x0."""
     coordinates = Coordinates(x)
     v = coordinates.to_real(x)
 
-    def at(v: Tree, leaves: list[Any]) -> Tree:
-        return optimality(condition, rebuild(leaves), coordinates, v, has_aux=has_aux)
+    def plain(v: Tree, leaves: list[Any]) -> Tree:
+        problem, _ = rebuild(leaves)
+        return optimality(condition, problem, coordinates, v, has_aux=has_aux)
+
+    def start(leaves: list[Any]) -> Tree:
+        return coordinates.to_real(rebuild(leaves)[1])
+
+    at = plain
+    if totals is not None:
+        complete = completed(lambda v: plain(v, leaves), totals, coordinates, v, start(leaves))
+
+        def at(v: Tree, leaves: list[Any]) -> Tree:
+            return complete(plain(v, leaves), v, start(leaves))
 
     f, by_x, by_moved = _push(at, v, leaves, moving)
     space = Space.of(by_x, v, f)
@@ -147,9 +162,17 @@ def linearise(
         return space.agree(jax.tree.map(_compat.like_type, tree, v))
 
     operator = LinearOperator(
-        lambda d: alike(by_x(space.agree(d))), v, symmetric=condition is stationary
+        lambda d: alike(by_x(space.agree(d))), v, symmetric=condition is stationary and not totals
     )
-    return Linearised(coordinates, space, v, alike(f), operator, lambda dots: alike(by_moved(dots)))
+    return Linearised(
+        coordinates,
+        space,
+        v,
+        alike(f),
+        operator,
+        lambda dots: alike(by_moved(dots)),
+        lambda v: alike(at(v, leaves)),
+    )
 
 
 def _push(

@@ -18,15 +18,24 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from freevars._solvers.verdict import Limits
 from freevars.jax import _compat
-from freevars.jax._rules import krylov
+from freevars.jax._rules import krylov, scaled
 from freevars.jax._rules.coordinates import Space
 from freevars.jax._rules.krylov import Solution, System
 from freevars.jax._rules.operator import LinearOperator, lineax_module
 from freevars.jax._rules.truncated import Truncated
 from freevars.jax._solver.unknown import like
 
-__all__ = ["DENSE_LIMIT", "LinearSolve", "LinearSystem", "Method"]
+__all__ = [
+    "DENSE_FALLBACK",
+    "DENSE_LIMIT",
+    "LinearSolve",
+    "LinearSystem",
+    "Method",
+    "guarded",
+    "nothing_if",
+]
 
 Tree: TypeAlias = Any  # a pytree of real arrays of one dtype
 Solve: TypeAlias = Callable[[Tree], Tree]  # b -> x
@@ -47,12 +56,17 @@ class LinearSystem(NamedTuple):
 
     operator: LinearOperator
     space: Space
-    solve: Solve  # linear in b, differentiable, its transpose too
+    # (b, good) -> x, linear in b, differentiable, its transpose too. Unless `good` (True, or an
+    # array) it is NaN where b is not zero: what is refused adds nothing where nothing is asked.
+    solve: Callable[..., Tree]
     apply_inverse: Callable[[list[Tree]], list[Tree]]  # of several b at once, without derivatives
     matrix: Any = None  # Float[n, n] where it is written out, a constant
     least_squares: bool = False  # a solution is the shortest one, and may leave a residual
     rests_on_symmetry: bool = False  # the method takes the matrix for symmetric
     exact: bool = True  # not a truncated series, whose residual means nothing
+    scaled: scaled.Scaled | None = None  # the factors, where it is written out
+    # (b, tol) -> x with |A x - b| <= tol |b|, a constant, where it is not written out
+    roughly: Callable[[Tree, float], Tree] | None = None
 
 
 class Method(NamedTuple):
@@ -111,41 +125,74 @@ class Method(NamedTuple):
         space: Space,
         eps: float,
         captured: tuple[Solve, Solve] | None = None,
+        sizes: tuple[Any, Any, Limits] | None = None,
     ) -> LinearSystem:
         """The system of an operator. `captured` solves it and its transpose if the functions of
-        `calls_users_functions` capture traced values, which are made explicit there."""
+        `calls_users_functions` capture traced values, which are made explicit there. `sizes` are x,
+        the sizes of its components, and the limits: what a matrix is scaled by."""
         if operator.size == 0:
-            return LinearSystem(operator, space, lambda b: b, lambda bs: bs)
+            return LinearSystem(operator, space, lambda b, _=True: b, lambda bs: bs)
         local = space.is_local and not _is_sharded(operator)
         if isinstance(self.linear_solve, Truncated):
             solve = captured[0] if captured else lambda b: self.linear_solve(operator, b)
-            return LinearSystem(operator, space, solve, lambda bs: [*map(solve, bs)], exact=False)
+            return LinearSystem(
+                operator,
+                space,
+                lambda b, good=True: _pass_if(good, space, solve(_pass_if(good, space, b))),
+                lambda bs: [*map(solve, bs)],
+                exact=False,
+            )
         if captured:
             return self._iterative(operator, space, *captured, captured[0])
         direct = self._direct(operator.size, symmetric=operator.symmetric)
         if direct and local:
             if operator.size == 1 and not self.least_squares:
-                return _division(operator, space)
-            return _dense(operator, space, direct)._replace(least_squares=self.least_squares)
-        raw, _ = self._replace(check=False).methods(operator, space, eps)
-        return self._iterative(operator, space, *self.methods(operator, space, eps), raw)
+                return _division(operator, space, _vectors(operator, sizes))
+            factorise = None if direct == "scaled" else direct
+            system = _dense(operator, space, factorise, _vectors(operator, sizes))
+            return system._replace(least_squares=self.least_squares)
+        raw, _ = self._replace(check=False).methods(operator, space, eps, sizes)
+        system = self._iterative(operator, space, *self.methods(operator, space, eps, sizes), raw)
+        if self.linear_solve is not None:
+            return system
 
-    def methods(self, operator: LinearOperator, space: Space, eps: float) -> tuple[Solve, Solve]:
+        def roughly(b: Tree, tol: float) -> Tree:
+            unchecked = self._replace(check=False)
+            return unchecked._by_default(operator, space, eps, b, tol=tol, sizes=sizes)  # noqa: SLF001
+
+        return system._replace(roughly=roughly)
+
+    def prepare_matrix(
+        self, operator: LinearOperator, space: Space, matrix: Any, sizes: Any
+    ) -> LinearSystem:
+        """The system of an operator whose matrix is known."""
+        direct = self._direct(0, symmetric=operator.symmetric)
+        factorise = None if direct == "scaled" else direct
+        system = _dense(operator, space, factorise, _vectors(operator, sizes), matrix)
+        return system._replace(least_squares=self.least_squares)
+
+    def methods(
+        self, operator: LinearOperator, space: Space, eps: float, sizes: Any = None
+    ) -> tuple[Solve, Solve]:
         """Solvers of a system that is not written out, and of its transpose."""
 
         def solve(b: Tree) -> Tree:
-            return self._solve(operator, space, eps, b)
+            return self._solve(operator, space, eps, b, sizes)
 
         def transposed(b: Tree) -> Tree:
             if self.linear_solve is not None and not _is_lineax(self.linear_solve):
-                return _transposed_solve(solve, lambda b: self._solve(operator.T, space, eps, b), b)
-            return self._solve(operator.T, space, eps, b)
+                return _transposed_solve(
+                    solve, lambda b: self._solve(operator.T, space, eps, b, None), b
+                )
+            return self._solve(operator.T, space, eps, b, None)
 
         return solve, transposed
 
-    def _solve(self, operator: LinearOperator, space: Space, eps: float, b: Tree) -> Tree:
+    def _solve(
+        self, operator: LinearOperator, space: Space, eps: float, b: Tree, sizes: Any
+    ) -> Tree:
         if self.linear_solve is None:
-            return self._by_default(operator, space, eps, b)
+            return self._by_default(operator, space, eps, b, sizes=sizes)
         if _is_lineax(self.linear_solve):
             x = _by_lineax(self.linear_solve, operator, space, b)
         else:
@@ -155,10 +202,13 @@ class Method(NamedTuple):
     def _iterative(
         self, operator: LinearOperator, space: Space, solve: Solve, transposed: Solve, raw: Solve
     ) -> LinearSystem:
-        def linear(b: Tree) -> Tree:
+        def linear(b: Tree, good: Any = True) -> Tree:  # noqa: FBT002
             # Not told to be symmetric: then what solves the transpose is checked in that.
             return jax.lax.custom_linear_solve(
-                operator.matvec, b, lambda _, b: solve(b), lambda _, b: transposed(b)
+                operator.matvec,
+                b,
+                lambda _, b: guarded(space, good, solve(b), b),
+                lambda _, b: guarded(space, good, transposed(b), b),
             )
 
         def inverse(b: Tree) -> Tree:
@@ -180,13 +230,13 @@ class Method(NamedTuple):
 
     # Direct methods.
 
-    def _direct(self, n: int, *, symmetric: bool) -> Callable[[Any], tuple[Solve, Solve]] | None:
+    def _direct(self, n: int, *, symmetric: bool) -> Any:
         """How a matrix is factorised, or None where it is not written out."""
         solver = self.linear_solve
         if solver is None:
             if n > self.dense_limit or self.preconditioner is not None:
                 return None
-            return _pseudoinverse if self.least_squares else _lu
+            return _pseudoinverse if self.least_squares else "scaled"
         if not _is_lineax(solver):
             return None
         lx = lineax_module()
@@ -196,7 +246,16 @@ class Method(NamedTuple):
 
     # The default for a system that is only applied.
 
-    def _by_default(self, operator: LinearOperator, space: Space, eps: float, b: Tree) -> Tree:
+    def _by_default(
+        self,
+        operator: LinearOperator,
+        space: Space,
+        eps: float,
+        b: Tree,
+        *,
+        tol: float | None = None,
+        sizes: Any = None,
+    ) -> Tree:
         n = space.size(b)
         fits = n <= max(DENSE_FALLBACK, self.dense_limit) and space.is_local
         fits = fits and not _is_sharded(operator)
@@ -220,7 +279,8 @@ class Method(NamedTuple):
             name = "preconditioner: the result"
             precondition = lambda v: _times(scale, like(about_inverse(v), v, name))  # noqa: E731
         steps = 4 * n + 100 if fits else min(10 * n + 100, 20_000)
-        system = System(matvec, b, space.dot, eps**0.75, eps, size, steps, precondition)
+        tol = eps**0.75 if tol is None else tol
+        system = System(matvec, b, space.dot, tol, eps, size, steps, precondition)
         if self.least_squares:
             found = krylov.least_squares(system._replace(max_steps=2 * steps), rmatvec)
             acceptable = found.solved
@@ -228,7 +288,7 @@ class Method(NamedTuple):
             symmetric = operator.symmetric
             found = (krylov.conjugate_gradients if symmetric else krylov.bicgstab)(system)
             if fits:
-                found = _unless_solved(found, lambda: _by_matrix(system, operator, scale))
+                found = _unless_solved(found, lambda: _by_matrix(system, operator, scale, sizes))
             else:
                 found = _unless_solved(found, lambda: krylov.least_squares(system, rmatvec))
             acceptable = found.rr <= eps**0.5 * bb
@@ -253,12 +313,23 @@ def _unless_solved(first: Solution, then: Callable[[], Solution]) -> Solution:
     return jax.lax.while_loop(lambda s: ~s[0].solved & s[1], turn, begin)[0]
 
 
-def _by_matrix(system: System, operator: LinearOperator, scale: Any) -> Solution:
-    matrix = operator.as_matrix() / scale
-    x = operator.unravel(jnp.linalg.solve(matrix, operator.ravel(system.b)))
+def _by_matrix(system: System, operator: LinearOperator, scale: Any, sizes: Any) -> Solution:
+    matrix = jax.lax.stop_gradient(operator.as_matrix()) / scale
+    factors = scaled.factorise(matrix, *_vectors(operator, sizes))
+    x = operator.unravel(factors.of(operator.ravel(system.b)))
     r = krylov.combine(-1, system.matvec(x), system.b)
     rr = system.dot(r, r)
     return Solution(x, rr, jnp.isfinite(rr), jnp.zeros((), int))
+
+
+def _vectors(operator: LinearOperator, sizes: Any) -> tuple[Any, Any, Limits]:
+    """x, the sizes of its components and the limits, for a matrix; all alike where not known."""
+    if sizes is None:
+        dtype = jax.tree.leaves(operator.structure)[0].dtype
+        ones = jnp.ones(operator.size, dtype)
+        return ones, ones, Limits.of(float(jnp.finfo(dtype).eps))
+    x, d, limits = sizes
+    return operator.ravel(x), operator.ravel(d), limits
 
 
 def _transposed_solve(solve: Solve, again: Solve, b: Tree) -> Tree:
@@ -276,31 +347,56 @@ def _transposed_solve(solve: Solve, again: Solve, b: Tree) -> Tree:
     return transpose(b)[0]
 
 
-def _division(operator: LinearOperator, space: Space) -> LinearSystem:
+def _division(operator: LinearOperator, space: Space, sizes: Any) -> LinearSystem:
     slope = operator.matvec(jax.tree.map(jnp.ones_like, operator.example))
 
-    def solve(b: Tree) -> Tree:
-        return jax.tree.map(jnp.divide, b, slope)
+    def product(v: Tree) -> Tree:
+        return jax.tree.map(jnp.multiply, slope, v)
 
-    constant = jax.lax.stop_gradient(operator.ravel(slope))[:, None]
-    return LinearSystem(operator, space, solve, lambda bs: [*map(solve, bs)], constant)
+    def solve(b: Tree, good: Any = True) -> Tree:  # noqa: FBT002
+        if good is True:
+            return jax.tree.map(jnp.divide, b, slope)
+
+        def quotient(_: Any, b: Tree) -> Tree:
+            return guarded(space, good, jax.tree.map(jnp.divide, b, constant), b)
+
+        constant = jax.lax.stop_gradient(slope)
+        return jax.lax.custom_linear_solve(product, b, quotient, quotient)
+
+    matrix = jax.lax.stop_gradient(operator.ravel(slope))[:, None]
+    return LinearSystem(
+        operator,
+        space,
+        solve,
+        lambda bs: [*map(solve, bs)],
+        matrix,
+        scaled=scaled.factorise(matrix, *sizes),
+    )
 
 
 def _dense(
-    operator: LinearOperator, space: Space, factorise: Callable[[Any], tuple[Solve, Solve]]
+    operator: LinearOperator,
+    space: Space,
+    factorise: Callable[[Any], tuple[Solve, Solve]] | None,
+    sizes: Any,
+    matrix: Any = None,
 ) -> LinearSystem:
-    """Write the matrix out and factorise it once."""
-    matrix = operator.as_matrix()
+    """Write the matrix out and factorise it once; None: in the units of the unknowns."""
+    matrix = operator.as_matrix() if matrix is None else matrix
     constant = jax.lax.stop_gradient(matrix)
-    solve, transpose_solve = factorise(constant)
+    if factorise is None:
+        factors = scaled.factorise(constant, *sizes)
+    else:
+        factors = scaled.wrap(constant, sizes[1], *factorise(constant))
+    solve, transpose_solve = factors.of, factors.transpose_of
 
-    def linear(b: Tree) -> Tree:
+    def linear(b: Tree, good: Any = True) -> Tree:  # noqa: FBT002
         return operator.unravel(
             jax.lax.custom_linear_solve(
                 lambda v: matrix @ v,
                 operator.ravel(b),
-                lambda _, b: solve(b),
-                lambda _, b: transpose_solve(b),
+                lambda _, b: guarded(space, good, solve(b), b),
+                lambda _, b: guarded(space, good, transpose_solve(b), b),
             )
         )
 
@@ -309,16 +405,40 @@ def _dense(
         columns = jnp.stack([*map(operator.ravel, bs)], axis=1)
         return [*map(operator.unravel, jax.vmap(solve, in_axes=1)(columns))]
 
-    return LinearSystem(operator, space, linear, apply_inverse, constant)
+    return LinearSystem(operator, space, linear, apply_inverse, constant, scaled=factors)
 
 
-def _lu(matrix: Any) -> tuple[Solve, Solve]:
-    # Not lineax's, which inside shard_map takes two vectors of one type for different.
-    lu = jax.scipy.linalg.lu_factor(matrix)
-    return (
-        lambda b: jax.scipy.linalg.lu_solve(lu, b),
-        lambda b: jax.scipy.linalg.lu_solve(lu, b, trans=1),
+def guarded(space: Space, good: Any, x: Tree, b: Tree) -> Tree:
+    """What solves a good system: x; else NaN, but 0 for a b of zeros."""
+    if good is True:
+        return x
+    nothing = jax.tree.map(jnp.zeros_like, x)
+    return krylov.choose(space.max(b) == 0, nothing, _where(good, x))
+
+
+def _pass_if(good: Any, space: Space, b: Tree) -> Tree:
+    """b, or NaN unless good; linear, and so for its transpose."""
+    if good is True:
+        return b
+
+    def same(_: Any, b: Tree) -> Tree:
+        return guarded(space, good, b, b)
+
+    return jax.lax.custom_linear_solve(lambda v: v, b, same, same)
+
+
+def nothing_if(good: Any, space: Space, like: Tree, dots: list[Any]) -> Tree:
+    """Zeros, for directions in which nothing changes if that is `good`; else NaN, unless these
+    directions are zero. Linear in them, and so for its transpose."""
+    total = sum(jnp.sum(jnp.real(dot)).astype(jax.tree.leaves(like)[0].dtype) for dot in dots)
+    spread = jax.tree.map(
+        lambda leaf: _compat.like_type(jnp.broadcast_to(total, leaf.shape), leaf), like
     )
+
+    def nothing(_: Any, b: Tree) -> Tree:
+        return guarded(space, good, jax.tree.map(jnp.zeros_like, b), b)
+
+    return jax.lax.custom_linear_solve(lambda v: v, spread, nothing, nothing)
 
 
 def _pseudoinverse(matrix: Any) -> tuple[Solve, Solve]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import types
+import warnings
 from collections.abc import Callable
 from typing import (
     Any,
@@ -32,16 +33,21 @@ import numpy as np
 from jax import tree_util
 
 from freevars._solvers.decorated import DecoratedSolver
+from freevars._solvers.failures import Context, failure
 from freevars._solvers.options import check_options
 from freevars._solvers.signature import SolverCall
-from freevars.errors import SingularError, StructureError
+from freevars._solvers.verdict import Figures, Limits, OnFailure
+from freevars.errors import FreevarsError, SingularError, StructureError
 from freevars.jax import _compat
 from freevars.jax._closure import Closure
 from freevars.jax._convert.static import as_static, from_static
 from freevars.jax._host.on_host import HostSolver
-from freevars.jax._rules import diagnostics, implicit, linear
-from freevars.jax._rules.coordinates import Coordinates
-from freevars.jax._rules.diagnostics import Diagnostics, OnFailure, failure
+from freevars.jax._rules import diagnostics, implicit, linear, reverse
+from freevars.jax._rules.coordinates import Coordinates, Space
+from freevars.jax._rules.diagnostics import Diagnostics
+from freevars.jax._rules.explain import Diagnosis, explain, known_figures
+from freevars.jax._rules.operator import LinearOperator
+from freevars.jax._rules.totals import Totals
 from freevars.jax._solver.problem import Problem, count
 from freevars.jax._solver.unknown import as_unknown, is_array, like
 
@@ -69,6 +75,9 @@ class Options(TypedDict, total=False):
     dense_limit: int  # 512
     on_failure: OnFailure  # "raise"
     check: bool  # True
+    tol: float | None  # None
+    polish: bool  # False
+    conserved: Totals | None  # None
     jit: bool  # True
 
 
@@ -91,6 +100,18 @@ class ImplicitSolver(DecoratedSolver[P, R]):
             self._check,
         )
         self._method.validate()
+        self._tol = options.get("tol")
+        if self._tol is not None and not 0 < self._tol < 1:
+            msg = f"tol: expected a relative size between 0 and 1, or None, got {self._tol!r}."
+            raise ValueError(msg)
+        self._polish = options.get("polish", False)
+        self._conserved = options.get("conserved")
+        if not (self._conserved is None or callable(self._conserved)):
+            msg = (
+                "conserved: expected a function of x that returns the totals which the solver"
+                f" keeps, got {self._conserved!r}."
+            )
+            raise TypeError(msg)
         self._jit = options.get("jit", True) and not isinstance(solver, HostSolver)
         super().__init__(solver, kind, **options)
         self._run = jax.jit(self._run_solver) if self._jit else self._run_solver
@@ -98,6 +119,12 @@ class ImplicitSolver(DecoratedSolver[P, R]):
         self._tangent = jax.jit(self._tangent_map, static_argnums=(0, 1))
         self._implicit = jax.custom_jvp(self._forward)
         self._implicit.defjvp(self._rule, symbolic_zeros=True)
+        self._in_reverse = jax.custom_vjp(self._forward_in_reverse, nondiff_argnums=(0,))
+        self._in_reverse.defvjp(self._save_for_reverse, self._pull_back, symbolic_zeros=True)
+        self._by_rows = jax.jit(self._solve_by_rows, static_argnums=(0, 1))
+        self._verdict = jax.jit(self._verdict_map, static_argnums=0)
+        self._kept = jax.jit(self._kept_map, static_argnums=0)
+        self._newton_step = jax.jit(self._polished, static_argnums=0)
 
     @overload
     def __get__(self, instance: None, owner: Any = None, /) -> Self: ...
@@ -110,7 +137,11 @@ class ImplicitSolver(DecoratedSolver[P, R]):
 
     def _solve(self, call: SolverCall) -> Any:
         problem, x0, options = self._convert(call)
-        return self._implicit(problem, x0, options, self._captured(problem, x0, options))
+        captured = self._captured(problem, x0, options)
+        pullback = None if _compat.nothing_traced() else self._only_in_reverse(problem, x0)
+        if pullback is not None:
+            return self._in_reverse(pullback, problem, x0, options, (captured[0], None))
+        return self._implicit(problem, x0, options, captured)
 
     def as_function(
         self, /, *args: P.args, **kwargs: P.kwargs
@@ -181,7 +212,7 @@ class ImplicitSolver(DecoratedSolver[P, R]):
         what solves its transpose, as closures."""
         if not self._method.calls_users_functions or not count(x0) or _compat.nothing_traced():
             return None
-        leaves, tree = jax.tree.flatten(problem)
+        leaves, tree = jax.tree.flatten(self._read(problem, x0))
 
         def solve(leaves: list[Any], x: Any, b: Any, *, which: int) -> Any:
             found = self._linearise(tree, leaves, x, ())
@@ -194,33 +225,93 @@ class ImplicitSolver(DecoratedSolver[P, R]):
         return tuple(Closure(solver, leaves, x0, b) for solver in solvers)
 
     def _forward(self, problem: Problem, x0: Any, options: dict[str, Any], captured: Any) -> Any:
-        own, _ = captured
+        own, linear_captures = captured
         # The method of many objects shares this rule and what is compiled for it.
         if own is None:
-            return self._run(problem, x0, options)
-        if isinstance(own, Closure):
-            return self._run_converted(own, problem, x0, options)
-        return own(problem, x0, options)
+            out = self._run(problem, x0, options)
+        elif isinstance(own, Closure):
+            out = self._run_converted(own, problem, x0, options)
+        else:
+            out = own(problem, x0, options)
+        if not self._polish:
+            return out
+        leaves, tree = jax.tree.flatten(self._read(problem, x0))
+        if self._has_aux:
+            x, aux = out
+            return self._newton_step(tree, leaves, x, x0, linear_captures), aux
+        return self._newton_step(tree, leaves, out, x0, linear_captures)
+
+    def _polished(self, tree: Any, leaves: list[Any], x: Any, x0: Any, captured: Any) -> Any:
+        """The solution after one more step, of Newton's method.
+
+        Unless a second one would be no shorter (Deuflhard's monotonicity test): then x is so far
+        from a solution that a step tells nothing, or so near that rounding is all that is left.
+        """
+        point, unknown, system = self._system(tree, leaves, x, x0, (), captured)
+        moved, _ = diagnostics.newton(system, unknown, point.f, point.at)
+        return point.coordinates.from_real(moved)
+
+    def diagnose(self, /, *args: Any, **kwargs: Any) -> Diagnosis:
+        """Solve, and give what is measured of the solution before a derivative is believed.
+
+        It takes what the solver takes, with known values.
+        """
+        problem, x0, options = self._convert(self._signature.take_apart(args, kwargs))
+        captured = self._captured(problem, x0, options)
+        out = self._implicit(problem, x0, options, captured)
+        x = out[0] if self._has_aux else out
+        leaves, tree = jax.tree.flatten(self._read(problem, x0))
+        found, step = self._verdict(tree, leaves, x, x0, captured[1])
+        if isinstance(found.good, _compat.Tracer):
+            msg = (
+                f"{self.__name__}.diagnose: it gives numbers of Python, which are not known inside"
+                ' jit, vmap or grad. on_failure="warn" tells of failures there.'
+            )
+            raise TypeError(msg)
+        limits = diagnostics.limits_of(Coordinates(x), self._tol)
+        error = None if found.good else self._error(found, limits, x, x0, options, (tree, leaves))
+        return Diagnosis(bool(found.good), error, known_figures(found.figures), limits, x, step)
+
+    def _kept_map(self, tree: Any, leaves: list[Any], x: Any) -> Any:
+        """Of a singular system: whether it is so because it keeps totals."""
+        point = self._linearise(tree, leaves, x, ())
+        return diagnostics.kept(point.by_x, point.space)
+
+    def _verdict_map(self, tree: Any, leaves: list[Any], x: Any, x0: Any, captured: Any) -> Any:
+        """The verdict on x, and the Newton step."""
+        point, unknown, system = self._system(tree, leaves, x, x0, (), captured)
+        found = diagnostics.measure(system, unknown, point.f, point.at)
+        return found, point.coordinates.from_real(found.step)
 
     # The rule.
 
     def _rule(self, primals: Any, tangents: Any) -> Any:
         out = self._implicit(*primals)  # the rule again, for higher orders
         x, aux = out if self._has_aux else (out, None)
-        leaves, tree = jax.tree.flatten(primals[0])
-        dots = jax.tree.leaves(tangents[0], is_leaf=_compat.is_symbolic_zero)
+        problem, x0, options, (_, captured) = primals
+        leaves, tree = jax.tree.flatten(self._read(problem, x0))
+        read = (tangents[0], tangents[1] if self._conserved else ())
+        dots = jax.tree.leaves(read, is_leaf=_compat.is_symbolic_zero)
         moving = tuple(i for i, dot in enumerate(dots) if not _compat.is_symbolic_zero(dot))
-        if moving:
-            _, captured = primals[3]
+        others = jax.tree.leaves(
+            tangents[2 if self._conserved else 1 :], is_leaf=_compat.is_symbolic_zero
+        )
+        others = [dot for dot in others if not _compat.is_symbolic_zero(dot)] * self._check
+        if moving or others:
             directions = [dots[i] for i in moving]
-            dx, found = self._tangent(tree, moving, leaves, x, directions, captured)
+            dx, found = self._tangent(tree, moving, leaves, x, x0, directions, others, captured)
             if self._check and self._on_failure != "nan":
-                self._raise_failure(found, dx)
+                at = (x, x0, options, (tree, leaves))
+                self._tell_failure(found, at, dx, by_options=not moving)
         else:
             dx = jax.tree.map(_compat.symbolic_zero, x)
         if not self._has_aux:
             return x, dx
         return out, (dx, jax.tree.map(_compat.symbolic_zero, aux))
+
+    def _read(self, problem: Problem, x0: Any) -> tuple[Problem, Any]:
+        """What the solution depends on."""
+        return problem, x0 if self._conserved else ()
 
     def _tangent_map(
         self,
@@ -228,48 +319,184 @@ class ImplicitSolver(DecoratedSolver[P, R]):
         moving: tuple[int, ...],
         leaves: list[Any],
         x: Any,
+        x0: Any,
         dots: list[Any],
+        others: list[Any],
         captured: Any,
     ) -> Any:
         """The direction x' for the direction `dots` of the moving leaves, which is linear in
-        `dots`, and what tells whether to trust it."""
-        first_order = self._linearise(tree, leaves, x, moving)
-        coordinates, space, v, f, operator, by_moved = first_order
+        `dots`, and what tells whether to trust it. `others` are directions of what the solution
+        does not depend on, if it is one."""
+        finite = True
+        if self._check:
+            # A member of a batch that is not asked for contributes 0, and not 0 times infinity.
+            for leaf in jax.tree.leaves(x):
+                finite &= jnp.all(jnp.isfinite(leaf))
+            x = jax.tree.map(lambda x, x0: jnp.where(finite, x, x0), x, x0)
+        point, unknown, system = self._system(tree, leaves, x, x0, moving, captured)
+        found, good = None, True
+        if self._check:
+            found = diagnostics.measure(system, unknown, point.f, point.at).unless(finite)
+            good = found.good
+        dv = jax.tree.map(jnp.zeros_like, point.v)
+        if moving:
+            minus = point.space.agree(system.solve(point.by_moved(dots), good))
+            dv = jax.tree.map(jnp.negative, minus)
+        if good is not True:
+            none = linear.nothing_if(good, point.space, point.v, [*dots, *others])
+            dv = jax.tree.map(jnp.add, dv, none)
+        return point.coordinates.from_real(dv), found
+
+    def _system(
+        self,
+        tree: Any,
+        leaves: list[Any],
+        x: Any,
+        x0: Any,
+        moving: tuple[int, ...] = (),
+        captured: Any = None,
+    ) -> tuple[implicit.Linearised, diagnostics.Unknown, linear.LinearSystem]:
+        """The condition at x to first order, x with its sizes, and the system dF/dx."""
+        point = self._linearise(tree, leaves, x, moving)
+        limits = diagnostics.limits_of(point.coordinates, self._tol)
+        v0 = point.coordinates.to_real(x0)
+        unknown = diagnostics.Unknown.of(point.v, v0, point.space, limits)
         bound = None
         if captured is not None:
             fixed = jax.lax.stop_gradient((leaves, x))
             forward, transposed = (functools.partial(closure, *fixed) for closure in captured)
             bound = (forward, transposed)
-        system = self._method.prepare(operator, space, coordinates.eps, bound)
-        minus = space.agree(system.solve(by_moved(dots)))
-        dv = jax.tree.map(jnp.negative, minus)
-        if not self._check:
-            return coordinates.from_real(dv), None
-        found = diagnostics.measure(system, coordinates.eps, v, f)
-        good = found.good
-        dv = jax.tree.map(lambda leaf: leaf * jnp.where(good, 1, jnp.nan).astype(leaf.dtype), dv)
-        return coordinates.from_real(dv), found
+        sizes = unknown.v, unknown.d, limits
+        eps = point.coordinates.eps
+        return point, unknown, self._method.prepare(point.by_x, point.space, eps, bound, sizes)
+
+    # The rule for reverse mode alone.
+
+    def _only_in_reverse(self, problem: Problem, x0: Any) -> reverse.Pullback | None:
+        """How the condition is pulled back, if that is the only way to a derivative."""
+        if not _compat.has_custom_vjp(problem.fun._program.jaxpr):  # noqa: SLF001 (own package)
+            return None
+        if self._polish or self._conserved:
+            return None
+        types, tree = jax.tree.flatten(
+            jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), x0)
+        )
+        has_aux = self._fun_has_aux(problem, count(x0))
+        implicit.check_equations(self._condition, problem, x0, has_aux=has_aux, name=self.__name__)
+        leaves, structure = jax.tree.flatten(problem)
+        pullback = reverse.Pullback(self._condition, structure, (tree, tuple(types)), has_aux)
+        return pullback.needed(pullback.coordinates.to_real(x0), leaves)
+
+    def _forward_in_reverse(self, _: reverse.Pullback, *primals: Any) -> Any:
+        return self._forward(*primals)
+
+    def _save_for_reverse(self, pullback: reverse.Pullback, *told: Any) -> Any:
+        primals = reverse.values(told)
+        out = self._in_reverse(pullback, *primals)
+        places = reverse.moving(told[0]), reverse.moving(told[1:])
+        # The structure of a dict is known where its values are not.
+        return out, (primals, out, [dict.fromkeys(some, ()) for some in places])
+
+    def _pull_back(self, pullback: reverse.Pullback, saved: Any, cotangent: Any) -> Any:
+        (problem, x0, *rest), out, (places, others) = saved
+        x, g = (out[0], cotangent[0]) if self._has_aux else (out, cotangent)
+        coordinates = pullback.coordinates
+        v, v0 = coordinates.to_real(x), coordinates.to_real(x0)
+        (g,) = jax.linear_transpose(coordinates.from_real, v)(reverse.full(g))
+        leaves, structure = jax.tree.flatten(problem)
+        u, found = reverse.adjoint(pullback, self._solve_linear, v, leaves, v0, g, tuple(places))
+        cotangents: list[Any] = [None] * len(leaves)
+        for i, ct in zip(places, found, strict=True):
+            cotangents[i] = ct
+        # Nothing, if x is a solution; what else it depends on is not known.
+        nothing = sum(0 * jnp.sum(leaf) for leaf in jax.tree.leaves(u))
+        flat, tree = jax.tree.flatten((x0, *rest))
+        none = [
+            jnp.broadcast_to(nothing, leaf.shape).astype(leaf.dtype) if i in others else None
+            for i, leaf in enumerate(flat)
+        ]
+        return jax.tree.unflatten(structure, cotangents), *tree.unflatten(none)
+
+    def _solve_linear(
+        self,
+        pullback: reverse.Pullback,
+        transposed: bool,  # noqa: FBT001
+        v: Any,
+        leaves: list[Any],
+        v0: Any,
+        b: Any,
+    ) -> Any:
+        u, found = self._by_rows(pullback, transposed, v, leaves, v0, b)
+        if self._check and self._on_failure != "nan":
+            x, x0 = map(pullback.coordinates.from_real, (v, v0))
+            self._tell_failure(found, (x, x0, {}, None), u, by_options=False)
+        return u
+
+    def _solve_by_rows(
+        self,
+        pullback: reverse.Pullback,
+        transposed: bool,  # noqa: FBT001
+        v: Any,
+        leaves: list[Any],
+        v0: Any,
+        b: Any,
+    ) -> Any:
+        """The solution of the system or its transpose, by the matrix, and the verdict on v."""
+        space = Space()
+        limits = diagnostics.limits_of(pullback.coordinates, self._tol)
+        unknown = diagnostics.Unknown.of(v, v0, space, limits)
+        at = functools.partial(pullback.at, leaves=leaves)
+        operator = LinearOperator(
+            functools.partial(pullback.by_x, v, leaves, transposed=False),
+            v,
+            rmatvec=functools.partial(pullback.by_x, v, leaves, transposed=True),
+            symmetric=self._condition is implicit.stationary,
+        )
+        sizes = unknown.v, unknown.d, limits
+        rows = pullback.rows(v, leaves)
+        system = self._method.prepare_matrix(operator, space, rows, sizes)
+        found, good = None, True
+        if self._check:
+            found = diagnostics.measure(system, unknown, at(v), at)
+            good = found.good
+        assert system.scaled is not None  # noqa: S101 (a matrix is given)
+        apply = system.scaled.transpose_of if transposed else system.scaled.of
+        return linear.guarded(space, good, operator.unravel(apply(operator.ravel(b))), b), found
 
     def _linearise(
         self, tree: Any, leaves: list[Any], x: Any, moving: tuple[int, ...]
     ) -> implicit.Linearised:
-        problem = jax.tree.unflatten(tree, leaves)
+        problem, _ = jax.tree.unflatten(tree, leaves)
         has_aux = self._fun_has_aux(problem, count(x))
         implicit.check_equations(self._condition, problem, x, has_aux=has_aux, name=self.__name__)
         rebuild = functools.partial(jax.tree.unflatten, tree)
-        return implicit.linearise(self._condition, rebuild, leaves, x, moving, has_aux=has_aux)
+        return implicit.linearise(
+            self._condition,
+            rebuild,
+            leaves,
+            x,
+            moving,
+            has_aux=has_aux,
+            totals=self._conserved,
+        )
 
     def _fun_has_aux(self, problem: Problem, n: int) -> bool:
         """With aux, `fun` may have one too: its value is then what is of the right size."""
         wanted = 1 if self._condition is implicit.stationary else n
         return self._has_aux and problem.has_aux(wanted)
 
-    def _raise_failure(self, found: Diagnostics, dx: Any) -> None:
-        """Raise what can be raised now: inside a compiled program NaN tells."""
+    def _tell_failure(
+        self, found: Diagnostics, at: tuple[Any, Any, Any, Any], dx: Any, *, by_options: bool
+    ) -> None:
+        """Tell what can be told now: inside a compiled program NaN tells."""
+        limits = diagnostics.limits_of(Coordinates(at[0]), self._tol)
+        if self._on_failure == "warn":
+            jax.debug.callback(functools.partial(self._warn, limits), found.good, found.figures)
+            return
         if isinstance(found.good, _compat.Tracer):
             return
         if not found.good:
-            raise failure(found, count(dx), self.__name__)
+            raise self._error(found, limits, *at, by_options=by_options)
         leaves = jax.tree.leaves(dx)
         known = not any(isinstance(dot, _compat.Tracer) for dot in leaves)
         if known and not all(np.all(np.isfinite(dot)) for dot in leaves):
@@ -279,6 +506,48 @@ class ImplicitSolver(DecoratedSolver[P, R]):
                 " another linear_solve, or more steps."
             )
             raise SingularError(msg)
+
+    def _error(
+        self,
+        found: Diagnostics,
+        limits: Limits,
+        x: Any,
+        x0: Any,
+        options: Any,
+        problem: Any,
+        *,
+        by_options: bool = False,
+    ) -> FreevarsError:
+        """The error for a verdict on known values."""
+        x, x0, problem = jax.tree.map(_compat.lowered, (x, x0, problem))
+        regular = bool(found.figures.rcond > limits.rcond)
+        if problem is not None and not regular and self._on_failure != "least_squares":
+            kept = self._kept(*problem, x)
+            found = found._replace(figures=found.figures._replace(conserved=kept))
+        return explain(
+            found,
+            limits,
+            name=self.__name__,
+            kind=_KINDS[self._condition],
+            least_squares=self._on_failure == "least_squares",
+            x=x,
+            x0=x0,
+            options=options,
+            by_options=by_options,
+        )
+
+    def _warn(self, limits: Limits, good: Any, figures: Figures) -> None:
+        """Called with known values, from inside a program too."""
+        if not good:
+            context = Context(self.__name__, _KINDS[self._condition])
+            warnings.warn(str(failure(known_figures(figures), limits, context)), stacklevel=2)
+
+
+_KINDS: dict[implicit.Condition, Kind] = {
+    implicit.zero: "root",
+    implicit.stationary: "argmin",
+    implicit.fixed: "fixed_point",
+}
 
 
 def _call(own: Callable[..., Any], problem: Problem, x0: Any, options: dict[str, Any]) -> Any:

@@ -18,7 +18,7 @@ import numpy as np
 
 from freevars._solvers.verdict import Figures, Limits
 
-__all__ = ["Scaled", "factorise", "measure", "sizes"]
+__all__ = ["Scaled", "factorise", "measure", "second_step", "wrap"]
 
 Vector: TypeAlias = Any  # Float[Array, "n"]
 Solve: TypeAlias = Callable[[Any], Any]  # of Float[Array, "n k"]
@@ -48,17 +48,10 @@ class Scaled(NamedTuple):
         return self.rows * self.transposed((self.columns * b)[:, None])[:, 0]
 
 
-def sizes(x: Vector, x0: Vector, limits: Limits) -> tuple[Vector, Vector]:
-    """What the solver worked with, and the size of each component: `far` and d."""
-    far = jnp.maximum(jnp.abs(x), jnp.abs(x - x0))
-    d = jnp.maximum(far, (limits.column * jnp.max(jnp.abs(x), initial=0)).astype(x.dtype))
-    return far, jnp.where(d > 0, d, 1)
-
-
 def factorise(matrix: Any, x: Vector, d: Vector, limits: Limits) -> Scaled:
     """The factors of a matrix for an unknown x of the sizes d."""
     columns = _power_of_two(d)
-    scaled = matrix * columns
+    scaled = matrix * columns[None]
     rows = 1 / _power_of_two(jnp.max(jnp.abs(scaled), axis=1))
     scaled = scaled * rows[:, None]
     if len(x) == 1:
@@ -67,7 +60,7 @@ def factorise(matrix: Any, x: Vector, d: Vector, limits: Limits) -> Scaled:
     up = limits.column**0.5 * jnp.max(jnp.abs(x)) / d
     up = jnp.minimum(1 / jnp.maximum(jnp.max(jnp.abs(scaled), axis=0), limits.rcond), up)
     up = _power_of_two(jnp.maximum(up, 1).astype(x.dtype))
-    scaled, columns = scaled * up, columns * up
+    scaled, columns = scaled * up[None], columns * up
     again = 1 / _power_of_two(jnp.max(jnp.abs(scaled), axis=1))
     scaled, rows = scaled * again[:, None], rows * again
     lu = jax.scipy.linalg.lu_factor(scaled)
@@ -81,6 +74,27 @@ def factorise(matrix: Any, x: Vector, d: Vector, limits: Limits) -> Scaled:
         scaled,
         lambda b: jax.scipy.linalg.lu_solve(lu, b),
         lambda b: jax.scipy.linalg.lu_solve(lu, b, trans=1),
+    )
+
+
+def wrap(
+    matrix: Any,
+    d: Vector,
+    solve: Callable[[Vector], Vector],
+    transposed: Callable[[Vector], Vector],
+) -> Scaled:
+    """The same for a matrix that somebody else has factorised: A^-1 b, and A^-T b."""
+    columns = _power_of_two(d)
+    scaled = matrix * columns[None]
+    rows = 1 / _power_of_two(jnp.max(jnp.abs(scaled), axis=1))
+    each, each_transposed = (jax.vmap(s, in_axes=1, out_axes=1) for s in (solve, transposed))
+    return Scaled(
+        matrix,
+        rows,
+        columns,
+        scaled * rows[:, None],
+        lambda b: each(b / rows[:, None]) / columns[:, None],
+        lambda b: each_transposed(b / columns[:, None]) / rows[:, None],
     )
 
 
@@ -101,10 +115,12 @@ def measure(
     sizes: tuple[Vector, Vector],
     f: Vector,
     again: Callable[[Vector], Vector],
+    *,
+    least_squares: bool = False,
 ) -> tuple[Figures, Vector]:
     """The figures of a system at x, where F is f, and the Newton step; `again` is F."""
     far, d = sizes
-    if len(x) == 1:
+    if len(x) == 1 and not least_squares:
         step = f / system.matrix[0]
         rounding = far
         rcond = jnp.where(jnp.isfinite(step[0]) & (system.matrix[0, 0] != 0), 1, 0).astype(x.dtype)
@@ -113,23 +129,39 @@ def measure(
     unit = jnp.maximum(jnp.minimum(limits.column * rounding, d), limits.rounding * rounding)
     unit = jnp.maximum(jnp.abs(x), unit.astype(x.dtype))
     size = _largest(step, unit)
+    if least_squares:
+        # What no step removes is no rounding either: x is not a solution.
+        left = system.rows * (f - system.matrix @ step)
+        size = jnp.maximum(size, jnp.max(jnp.abs(left), initial=0))
 
     def second(step: Vector) -> Any:
         following = jnp.abs(system.of(again(x - step)))
         noise = (4 * limits.column**2 * rounding).astype(x.dtype)
         return _largest(jnp.maximum(following - noise, 0), unit) / size
 
-    needed = (size > limits.certain) & (size <= limits.step)
-    if limits.certain < limits.step:
-        # Where both branches are computed, under `vmap`, no step leaves the domain of F unasked.
-        safe = jnp.where(needed, step, 0)
-        found = jax.lax.cond(needed, second, lambda _: jnp.zeros_like(size), safe)
-    else:
-        found = jnp.zeros_like(size)
+    found = second_step(second, step, size, limits)
     finite = jnp.all(jnp.isfinite(x)) & jnp.all(jnp.isfinite(f))
     finite &= jnp.all(jnp.isfinite(system.matrix))
     zero = jnp.zeros_like(size)
     return Figures(finite, size, found, rcond, zero, zero, zero), step
+
+
+def second_step(second: Callable[[Any], Any], step: Any, size: Any, limits: Limits) -> Any:
+    """`second(step)` where the first step of that size calls for it, else 0.
+
+    A loop of no or one turn, not a `cond`: under `vmap` that would compute it for every member.
+    """
+    if not limits.certain < limits.step:
+        return jnp.zeros_like(size)
+    needed = (size > limits.certain) & (size <= limits.step)
+    # Members of a batch that do not need it take no step: F may not be defined there.
+    safe = jax.tree.map(lambda leaf: jnp.where(needed, leaf, 0), step)
+
+    def turn(_: Any) -> tuple[Any, Any]:
+        return jnp.asarray(False), second(safe).astype(size.dtype)
+
+    begin = (needed, jnp.zeros_like(size))
+    return jax.lax.while_loop(lambda state: state[0], turn, begin)[1]
 
 
 def _by_probes(system: Scaled, far: Vector, f: Vector) -> tuple[Vector, Vector, Any]:
@@ -142,8 +174,8 @@ def _by_probes(system: Scaled, far: Vector, f: Vector) -> tuple[Vector, Vector, 
     rounding = system.columns * jnp.max(jnp.abs(found[:, 1 + _PROBES :]), axis=1)
     # One more step of inverse iteration: then the smallest singular value is all but alone in it.
     inverse = found[:, 1 : 1 + _PROBES]
-    inverse = inverse / jnp.max(jnp.abs(inverse), axis=0)
-    inverse = inverse / jnp.linalg.norm(inverse, axis=0)
+    inverse = inverse / jnp.max(jnp.abs(inverse), axis=0, keepdims=True)
+    inverse = inverse / jnp.linalg.norm(inverse, axis=0, keepdims=True)
     inverse = system.transposed(inverse)
     largest = jnp.max(jnp.abs(inverse))
     inverse_norm = largest * jnp.max(jnp.linalg.norm(inverse / largest, axis=0))

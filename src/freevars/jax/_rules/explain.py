@@ -1,0 +1,116 @@
+"""The error for a solution that is refused, where all values are known.
+
+Here nothing is in a hurry: what a figure leaves open is looked at once more. Not here: the figures
+(`diagnostics`), and the texts, which both hosts share (`freevars._solvers.failures`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import tree_util
+
+from freevars._solvers.failures import Context, failure, option_matters
+from freevars._solvers.verdict import Figures, Kind, Limits
+from freevars.errors import FreevarsError
+from freevars.jax._convert.static import from_static
+
+if TYPE_CHECKING:
+    from freevars.jax._rules.diagnostics import Diagnostics
+
+__all__ = ["Diagnosis", "explain", "known_figures"]
+
+_SHOWN = 3  # components on a bound that are listed
+
+
+class Diagnosis(NamedTuple):
+    """What is measured of a solution; made by the method `diagnose` of a decorated solver."""
+
+    accepted: bool  # whether derivatives are given
+    error: FreevarsError | None  # what is raised if not
+    figures: Figures
+    limits: Limits  # what the figures may be
+    x: Any  # the solution
+    newton_step: Any  # like x, to be subtracted from it
+
+
+def explain(
+    found: Diagnostics,
+    limits: Limits,
+    *,
+    name: str,
+    kind: Kind,
+    least_squares: bool,
+    x: Any,
+    x0: Any,
+    options: Any,
+    by_options: bool,
+) -> FreevarsError:
+    """The error for a verdict on x, which a solver with these options found from x0.
+
+    `by_options`: the derivative is by nothing that the function reads.
+    """
+    figures = known_figures(found.figures)
+    converged = figures.finite and figures.step <= limits.step
+    regular = least_squares or figures.rcond > limits.rcond
+    if by_options and figures.finite and regular and not converged and not _same(x, x0):
+        return option_matters(name, kind, figures.step, limits.step)
+    context = Context(
+        name,
+        kind,
+        least_squares,
+        () if converged else _on_a_bound(x, x0, found.step, limits, options, kind),
+        at_start=_same(x, x0),
+    )
+    return failure(figures, limits, context)
+
+
+def known_figures(figures: Figures) -> Figures:
+    """The same as numbers of Python."""
+    return Figures(bool(figures.finite), *map(float, figures[1:]))
+
+
+def _same(x: Any, x0: Any) -> bool:
+    return all(map(np.array_equal, jax.tree.leaves(x), jax.tree.leaves(x0)))
+
+
+def _on_a_bound(x: Any, x0: Any, step: Any, limits: Limits, options: Any, kind: Kind) -> list[str]:
+    """The components that should move and have a value that nobody finds by iterating.
+
+    A solver that stops early leaves numbers of many digits; one that a bound stops leaves the
+    bound: one among its options or, of a minimum, a round number.
+    """
+    if _same(x, x0):
+        return []
+    given = [
+        float(number)
+        for leaf in jax.tree.leaves(from_static(options))
+        if isinstance(leaf, (int, float, np.ndarray, np.generic, jax.Array))
+        for number in np.ravel(np.asarray(leaf))
+        if np.isrealobj(number) and np.isreal(number)
+    ]
+    found = []
+    steps = [np.asarray(leaf) for leaf in jax.tree.leaves(step)]
+    leaves = tree_util.tree_leaves_with_path(x)
+    if len(steps) != len(leaves):  # complex unknowns, which have no order and no bounds
+        return []
+    for (path, leaf), change in zip(leaves, steps, strict=True):
+        values = np.asarray(leaf)
+        for index in np.ndindex(values.shape):
+            value = values[index]
+            moves = abs(change[index]) > limits.step * abs(value)
+            bound = any(value == value.dtype.type(g) for g in given)
+            if moves and (bound or (kind == "argmin" and _is_round(value))):
+                where = f"[{', '.join(map(str, index))}]" if index else ""
+                found.append(f"x{tree_util.keystr(path)}{where} = {value}")
+    if len(found) > _SHOWN:
+        return [*found[:_SHOWN], f"{len(found) - _SHOWN} more"]
+    return found
+
+
+def _is_round(value: Any) -> bool:
+    digits = f"{float(value):.3g}"
+    return bool(jnp.isfinite(value)) and bool(value.dtype.type(digits) == value)
