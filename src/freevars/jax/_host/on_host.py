@@ -41,6 +41,7 @@ from freevars.jax._host.oracle import (
     query_compiled,
     real,
 )
+from freevars.jax._host.resolution import Resolution
 from freevars.jax._host.solver_thread import GivenUpError, Solve
 from freevars.jax._host.staged import call_staged
 from freevars.jax._solver.problem import Problem
@@ -151,8 +152,16 @@ class HostSolver(DecoratedSolver[P, R]):
     ) -> tuple[Any, list[Any]]:
         """Run the solver, in whatever thread this is."""
         form = None if self._flat else PytreeForm(oracle.layout)
-        v0 = np.array(v0, np.float64)  # a copy: many solvers change it in place
-        fun = HostFunction(query, v0.shape, equations=oracle.equations, pytrees=form)
+        start = np.array(v0, np.float64)
+        v0 = start.copy()  # many solvers change it in place
+        resolution = Resolution([dtype for _, dtype in oracle.layout.leaves])
+        fun = HostFunction(
+            query,
+            v0.shape,
+            equations=oracle.equations,
+            pytrees=form,
+            told=resolution.asked,
+        )
         x0 = form.to_tree(v0) if form else v0
         try:
             out = self._signature.call(self._solver, SolverCall(fun, x0, (), {}, options))
@@ -167,6 +176,7 @@ class HostSolver(DecoratedSolver[P, R]):
                 f" {v0.shape}, like its starting point."
             )
             raise TypeError(msg)
+        resolution.check(v, start, query, self.__name__, equations=oracle.equations)
         return v, self._aux_leaves(aux, v0.shape[:1] if self._vmap == "whole" else ())
 
     def _aux_leaves(self, aux: Any, lead: tuple[int, ...]) -> list[Any]:

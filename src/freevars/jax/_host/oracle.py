@@ -122,8 +122,14 @@ class HostFunction:
         *,
         equations: bool,
         pytrees: PytreeForm | None = None,
+        told: Callable[[str, Any], None] | None = None,
     ) -> None:
-        self._query = query
+        def asked(kind: str, v: Any, *d: Any) -> tuple[Any, ...]:
+            if told is not None:
+                told(kind, v)
+            return query(kind, v, *d)
+
+        self._query = asked
         self._shape = shape
         self._equations = equations
         self._to_vector = pytrees.to_vector if pytrees else real

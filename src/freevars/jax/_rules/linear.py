@@ -430,6 +430,8 @@ def _pass_if(good: Any, space: Space, b: Tree) -> Tree:
 def nothing_if(good: Any, space: Space, like: Tree, dots: list[Any]) -> Tree:
     """Zeros, for directions in which nothing changes if that is `good`; else NaN, unless these
     directions are zero. Linear in them, and so for its transpose."""
+    if not jax.tree.leaves(like):
+        return like
     total = sum(jnp.sum(jnp.real(dot)).astype(jax.tree.leaves(like)[0].dtype) for dot in dots)
     spread = jax.tree.map(
         lambda leaf: _compat.like_type(jnp.broadcast_to(total, leaf.shape), leaf), like

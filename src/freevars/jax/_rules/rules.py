@@ -581,8 +581,8 @@ def root(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]
     before. Derivatives, forward and reverse and of any order, flow into every value that `fun`
     captures and into the extra arguments that the solver passes on to `fun`: what its signature
     collects in `*args` and `**kwargs`, or a tuple named `args`. Everything else in its signature is
-    an option of its own; options and `x0` get derivative zero, because the solution does not depend
-    on them.
+    an option of its own; options and `x0` get derivative zero, because a solution does not depend
+    on them; that it is one is checked then too.
 
     Args:
       solver: `solver(fun, x0, ...)` in JAX, pure. `x0` is a pytree of floating or complex arrays,
@@ -601,15 +601,22 @@ def root(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]
         v that is about A^-1 v, symmetric and definite for `argmin`. With it nothing is factorised.
       dense_limit: see linear_solve. 0 never factorises a system of more than one unknown at once.
       on_failure: what happens where the derivative cannot be trusted. That is: the solver did not
-        converge (a Newton step from its result would move it by more than the fourth root of the
-        dtype's spacing, 1.2e-4 for float64 and 1.9e-2 for float32, relative to the norm of x,
-        absolute below norm 1; an iterative linear solver only estimates the step), something is not
-        finite, the system is singular (reciprocal condition number below 10 n eps), or it was not
-        solved (residual above the same tolerance, relative). "raise": an error where values are
-        known; NaN inside `jit` and `vmap`, and in a backward pass where an iterative linear solver
-        stopped short. "nan": NaN always. "least_squares": the shortest solution of a singular
-        system, else as "raise".
-      check: False leaves all of that out. It costs two more right-hand sides.
+        converge (a Newton step from its result would move a component by more than 1% of its size,
+        1.9% in float32; or by more than the fourth root of the dtype's spacing, at most 0.1%, while
+        a second step with the same matrix is no smaller than 2% of the first), something is not
+        finite, the system is singular (reciprocal condition number below 10 eps, in units of the
+        unknowns and of the equations), or it was not solved (residual above the fourth root of the
+        spacing, relative). "raise": an error where values are known; NaN inside `jit` and `vmap`,
+        and in a backward pass where an iterative linear solver stopped short. "warn": NaN always,
+        and a warning that says why, from inside `jit` too. "nan": NaN always. "least_squares": the
+        shortest solution of a singular system, else as "raise".
+      check: False leaves all of that out.
+      tol: the largest Newton step, relative to each component, that counts as converged, whatever a
+        second one is. None: see `on_failure`.
+      polish: True adds a Newton step to x before it is returned or differentiated.
+      conserved: `conserved(x)`, an array or pytree of totals of x that the solver keeps as they are
+        in x0. They complete equations that repeat each other, and derivatives flow into x0. It
+        captures nothing that is differentiated by.
       jit: False runs the solver as it is, for one that cannot be traced; it then needs known
         values.
 

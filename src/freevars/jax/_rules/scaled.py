@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from freevars._solvers.verdict import Figures, Limits
+from freevars.jax import _compat
 
 __all__ = ["Scaled", "factorise", "measure", "second_step", "wrap"]
 
@@ -157,8 +158,9 @@ def second_step(second: Callable[[Any], Any], step: Any, size: Any, limits: Limi
     # Members of a batch that do not need it take no step: F may not be defined there.
     safe = jax.tree.map(lambda leaf: jnp.where(needed, leaf, 0), step)
 
-    def turn(_: Any) -> tuple[Any, Any]:
-        return jnp.asarray(False), second(safe).astype(size.dtype)
+    def turn(state: tuple[Any, Any]) -> tuple[Any, Any]:
+        found = _compat.like_type(second(safe).astype(size.dtype), size)
+        return state[0] & False, found
 
     begin = (needed, jnp.zeros_like(size))
     return jax.lax.while_loop(lambda state: state[0], turn, begin)[1]
