@@ -147,7 +147,7 @@ class Method(NamedTuple):
         direct = self._direct(operator.size, symmetric=operator.symmetric)
         if direct and local:
             if operator.size == 1 and not self.least_squares:
-                return _division(operator, space, _vectors(operator, sizes))
+                return _division(operator, space, _vectors(operator, sizes) if self.check else None)
             factorise = None if direct == "scaled" else direct
             system = _dense(operator, space, factorise, _vectors(operator, sizes))
             return system._replace(least_squares=self.least_squares)
@@ -370,7 +370,7 @@ def _division(operator: LinearOperator, space: Space, sizes: Any) -> LinearSyste
         solve,
         lambda bs: [*map(solve, bs)],
         matrix,
-        scaled=scaled.factorise(matrix, *sizes),
+        scaled=None if sizes is None else scaled.factorise(matrix, *sizes),
     )
 
 

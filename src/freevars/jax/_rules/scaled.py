@@ -106,7 +106,7 @@ def _power_of_two(a: Any) -> Any:
     )
     bits = jax.lax.bitcast_convert_type(a, kind) & jnp.asarray(mask, kind)
     power = jax.lax.bitcast_convert_type(bits, a.dtype)
-    return jnp.where((power > 0) & jnp.isfinite(power), power, 1)
+    return jnp.where((power > 0) & (power < jnp.inf), power, 1)
 
 
 def measure(
