@@ -39,6 +39,7 @@ class Scaled(NamedTuple):
     scaled: Any  # S
     solve: Solve  # by S
     transposed: Solve
+    own: bool = True  # by this module: then it solves what is regular
 
     def of(self, b: Vector) -> Vector:
         """A^-1 b."""
@@ -96,6 +97,7 @@ def wrap(
         scaled * rows[:, None],
         lambda b: each(b / rows[:, None]) / columns[:, None],
         lambda b: each_transposed(b / columns[:, None]) / rows[:, None],
+        own=False,
     )
 
 
@@ -144,7 +146,13 @@ def measure(
     finite = jnp.all(jnp.isfinite(x)) & jnp.all(jnp.isfinite(f))
     finite &= jnp.all(jnp.isfinite(system.matrix))
     zero = jnp.zeros_like(size)
-    return Figures(finite, size, found, rcond, zero, zero, zero), step
+    left = zero
+    if not (system.own or least_squares):
+        # Somebody else's factors may be of a system of another kind.
+        sides = jnp.asarray(_signs(len(f)), f.dtype)
+        left = jnp.linalg.norm(system.scaled @ system.solve(sides) - sides) / jnp.linalg.norm(sides)
+        left = jnp.where(jnp.isnan(left), jnp.inf, left)
+    return Figures(finite, size, found, rcond, left, zero, zero), step
 
 
 def second_step(second: Callable[[Any], Any], step: Any, size: Any, limits: Limits) -> Any:
