@@ -57,7 +57,7 @@ def factorise(matrix: Any, x: Vector, d: Vector, limits: Limits) -> Scaled:
     rows = 1 / _power_of_two(jnp.max(jnp.abs(scaled), axis=1))
     scaled = scaled * rows[:, None]
     if len(x) == 1:
-        return Scaled(matrix, rows, columns, scaled, *[lambda b: b / scaled] * 2)
+        return Scaled(matrix, rows, columns, scaled, lambda b: b / scaled, lambda b: b / scaled)
     # A component that happens to be zero is no sign of a singular system.
     up = limits.column**0.5 * jnp.max(jnp.abs(x)) / d
     up = jnp.minimum(1 / jnp.maximum(jnp.max(jnp.abs(scaled), axis=0), limits.rcond), up)
