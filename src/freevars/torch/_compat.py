@@ -35,7 +35,6 @@ __all__ = [
     "transform_level",
     "transforms_active",
     "unwrap",
-    "version_of",
 ]
 
 # The pytree module that torch.func itself uses. Its name is private; its functions are the
@@ -225,12 +224,6 @@ def storage_key(t: Tensor) -> int:
     except (NotImplementedError, RuntimeError):  # sparse and other tensors without one storage
         inside = parts(t)
         return storage_key(inside[0]) if inside else id(t)
-
-
-def version_of(t: Tensor) -> int:
-    """How often the memory of `t` was written to. PyTorch's notes on autograd describe it; its name
-    is private."""
-    return int(t._version)
 
 
 def sharded_parameters(objects: Iterable[Any]) -> dict[int, tuple[Tensor, Tensor]]:

@@ -42,6 +42,7 @@ __all__ = [
 
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 _GENERATED = ("<frozen", "<eval_with_key>")  # by Python and by torch.fx
+_NOT_OF_USER = (*_LIBRARIES, *_GENERATED)
 
 # Methods that PyTorch calls, of modules and of custom Functions.
 _IMPLICIT = frozenset({"forward", "backward", "setup_context", "vjp", "jvp", "vmap"})
@@ -146,7 +147,7 @@ def line_of_caller() -> Line | None:
     step: types.FrameType | None = sys._getframe(1)  # noqa: SLF001 (no public way is as cheap)
     while step is not None:
         file = step.f_code.co_filename
-        if not file.startswith((*_LIBRARIES, *_GENERATED)):
+        if not file.startswith(_NOT_OF_USER):
             return file, step.f_lineno
         step = step.f_back
     return None

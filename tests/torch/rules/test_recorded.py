@@ -237,3 +237,23 @@ def test_a_second_derivative_where_one_captured_tensor_is_computed_from_another(
     torch.testing.assert_close(
         gg, f.grad(lambda a: f.grad(lambda a: exact(a).sum())(a).square().sum())(a.detach())
     )
+
+
+def test_transforms_of_torch_func_inside_beside_constants() -> None:
+    """What keeps constants as they are must not be in the way of a transform."""
+    w = torch.tensor([0.3, 0.5], dtype=torch.float64, requires_grad=True)
+    c = torch.tensor([1.0, 2.0], dtype=torch.float64)
+
+    @root
+    def newton(fun: Any, x0: Tensor) -> Tensor:
+        for _ in range(3):
+            x0 = x0 - torch.linalg.solve(torch.func.jacrev(fun)(x0), fun(x0))
+        return x0
+
+    def slope(x: Tensor) -> Any:
+        return torch.func.grad(lambda y: (w * y**2 + (y - c) ** 2 / 2).sum())(x)
+
+    x = newton(slope, torch.zeros(2, dtype=torch.float64))
+    (g,) = torch.autograd.grad(x.sum(), w)
+    assert torch.allclose(x, c / (2 * w + 1))
+    assert torch.allclose(g, -2 * c / (2 * w + 1) ** 2)

@@ -85,7 +85,7 @@ class DiscoveryMode(CaptureMode):
         if self.paused or func in operators.METADATA or func == operators.REQUIRES_GRAD:
             return func(*args, **kwargs)
         self._refuse(func, args, kwargs)
-        given = list(operators.tensors((args, kwargs)))
+        given = operators.given_tensors(args, kwargs)
         for t in given:
             self.read(t)
         self._refuse_change(func, args, kwargs)
@@ -298,17 +298,19 @@ class DiscoveryMode(CaptureMode):
     # --- what the dispatch mode tells
 
     def on_dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
-        given = list(operators.tensors((args, kwargs)))
+        given = operators.given_tensors(args, kwargs)
         keys = [storage_key(t) for t in given]
+        what = operators.traits(func)
         if func is torch.ops.aten.lift_fresh.default:
             self.made_keys.update(keys)  # memory of a literal, `torch.tensor([1.0])`
-        for t in operators.written(func, args, kwargs):
-            own = storage_key(t) in self.made_keys
-            if torch.Tag.inplace_view in func.tags:  # metadata: an alias is its own
-                own = id(t) not in self.captured and id(t) not in self.arguments
-            if not own:
-                self.refuse(self._write_message(func, t))
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if what.writes or what.normalises:
+            for t in operators.written(func, args, kwargs):
+                own = storage_key(t) in self.made_keys
+                if what.changes_view:  # an alias is its own
+                    own = id(t) not in self.captured and id(t) not in self.arguments
+                if not own:
+                    self.refuse(self._write_message(func, t))
+        if what.draws:
             self._draw(func, args, kwargs)
         if not _compat.in_backward():
             for t, key in zip(given, keys, strict=True):

@@ -5,7 +5,7 @@ write, which must not be called inside `fun` at all. Tables and small questions;
 import functools
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ __all__ = [
     "callables",
     "change_message",
     "changes_requires_grad",
+    "given_tensors",
     "higher_order_message",
     "inner",
     "is_builtin",
@@ -38,6 +39,7 @@ __all__ = [
     "refuse_running_statistics",
     "resumed",
     "tensors",
+    "traits",
     "writes_first",
     "writes_metadata",
     "written",
@@ -148,24 +150,39 @@ def writes_first(func: Func) -> bool:
     return name == "__set__" or _writes(name) or func in CHANGES
 
 
+class Traits(NamedTuple):
+    """What an operator does, by its schema and tags; asked once for each operator."""
+
+    writes: tuple[tuple[int, str], ...]  # position and name of the arguments that it writes to
+    normalises: bool  # a batch norm, which writes to running statistics and declares no mutation
+    changes_view: bool  # it writes metadata, not memory
+    draws: bool
+
+
 @functools.lru_cache(maxsize=8192)
-def _written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
-    """Position and name of the arguments that an operator writes to."""
+def traits(func: Any) -> Traits:
     found = []
     for i, argument in enumerate(schema(func).arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             found.append((i, argument.name))
-    return tuple(found)
+    name = schema(func).name
+    return Traits(
+        tuple(found),
+        "batch_norm" in name and "backward" not in name,
+        torch.Tag.inplace_view in func.tags,
+        torch.Tag.nondeterministic_seeded in func.tags,
+    )
 
 
 def written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
     """The tensors that an operator is about to write to."""
-    for i, name in _written_arguments(func):
+    what = traits(func)
+    for i, name in what.writes:
         yield from tensors(args[i] if i < len(args) else kwargs.get(name))
-    if "batch_norm" in schema(func).name and "backward" not in schema(func).name:
+    if what.normalises:
         names = [argument.name for argument in schema(func).arguments]
         given = dict(zip(names, args, strict=False)) | kwargs
-        if given.get("training", given.get("train")):  # updates these, and declares no mutation
+        if given.get("training", given.get("train")):
             yield from tensors((given.get("running_mean"), given.get("running_var")))
 
 
@@ -227,6 +244,19 @@ def tensors(value: Any) -> Iterator[Tensor]:
             yield from tensors(x)
     elif isinstance(value, slice):
         yield from tensors((value.start, value.stop, value.step))
+
+
+def given_tensors(args: Any, kwargs: Any) -> list[Tensor]:
+    """The same for the arguments of one call, which mostly hold tensors and plain values."""
+    found: list[Tensor] = []
+    for x in args:
+        if isinstance(x, Tensor):
+            found.append(x)
+        elif type(x) not in PLAIN:
+            found.extend(tensors(x))
+    if kwargs:
+        found.extend(tensors(kwargs))
+    return found
 
 
 def inner(t: Tensor) -> list[Tensor]:

@@ -42,7 +42,7 @@ def solve_and_attach(
     leaf = x.clone().requires_grad_()
     converted = problem.converted
     replaying = nullcontext() if converted.replay is None else converted.replay.replayed()
-    with constants_as_they_are(converted.constants), replaying:
+    with constants_as_they_are(fun, converted.constants), replaying:
         f = problem.optimality(fun, leaf)
     f = problem.completed(f, leaf, values[0], columns)
     problem.recorded = (leaf, f)

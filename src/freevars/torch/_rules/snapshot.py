@@ -1,19 +1,21 @@
 """Constants as they were when F was recorded.
 
 A loop over solves that fills one buffer anew each time is a common program, and the graph of F
-saves that buffer by reference. Inside `constants_as_they_are`, what the graph saves of a small
-constant is a copy. Everything else is saved as PyTorch does: if it has been changed in place when
-it is needed, that is an error.
+saves that buffer by reference. Inside `constants_as_they_are`, the function reads a copy of each
+small constant. Everything else is saved as PyTorch does: if it has been changed in place when it is
+needed, that is an error. (Hooks on what a graph saves would copy less; inside of them, no transform
+of torch.func runs.)
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from freevars.torch._compat import storage_key, version_of
+from freevars.torch._convert.operators import may_carry_derivative
+from freevars.torch._convert.substitution import SubstitutionMode
+from freevars.torch._hooks import resolve
 
 __all__ = ["constants_as_they_are"]
 
@@ -21,25 +23,14 @@ __all__ = ["constants_as_they_are"]
 _SMALL = 2**16
 
 
-def constants_as_they_are(constants: Iterable[Tensor]) -> AbstractContextManager[Any]:
-    small = {storage_key(t) for t in constants if not t.requires_grad and t.numel() <= _SMALL}
-    if not small:
-        return nullcontext()
+def constants_as_they_are(
+    fun: Callable[..., Any], constants: Iterable[Tensor]
+) -> AbstractContextManager[Any]:
+    """`fun`, run inside, reads copies of those of `constants` that are small."""
+    copies = {id(t): t.detach().clone() for t in constants if _is_small(t)}
+    return SubstitutionMode(fun, copies).reraising_refusals() if copies else nullcontext()
 
-    def pack(t: Tensor) -> tuple[Tensor, int]:
-        if not t.requires_grad and t.numel() <= _SMALL and storage_key(t) in small:
-            t = t.detach().clone()
-        return t, version_of(t)
 
-    def unpack(saved: tuple[Tensor, int]) -> Tensor:
-        t, version = saved
-        if version_of(t) != version:  # PyTorch leaves this check to whoever packs
-            message = (
-                "one of the variables needed for gradient computation has been modified by an "
-                f"inplace operation: [{t.type()} {list(t.shape)}] is at version {version_of(t)}; "
-                f"expected version {version} instead."
-            )
-            raise RuntimeError(message)
-        return t
-
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+def _is_small(t: Tensor) -> bool:
+    # Within another conversion, what that gives may carry a derivative.
+    return t.numel() <= _SMALL and resolve(t) is t and not may_carry_derivative(t)
