@@ -304,9 +304,8 @@ def test_wrong_returns_are_refused():
     equations = fv.root(fv.on_host(lambda fun, x0: fun.grad(x0)))
     with pytest.raises(TypeError, match="system of equations"):
         equations(lambda x: x**2, jnp.ones(2))
-    decorate = fv.on_host(vmap="sideways")
     with pytest.raises(ValueError, match='"sequential", "threads" or "whole"'):
-        decorate(lbfgs)
+        fv.on_host(vmap="sideways")
 
 
 def test_a_solve_inside_a_solve():
