@@ -289,7 +289,8 @@ class Converted(Generic[P, R]):
             *self._gathered,
             *table.values(),
         ]
-        known = [resolve(t) for t in read]  # within another converted call, what that gives
+        # Within another converted call, what that gives.
+        known = [resolve(t) for t in read] if _hooks.active() else read
         mode = self._mode(table, known)
         replaying = nullcontext() if self.replay is None else self.replay.replayed()
         with self._memory(mode), mode.reraising_refusals(), replaying:
