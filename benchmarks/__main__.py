@@ -18,6 +18,7 @@ from benchmarks import (
     memory,
     rules,
     solver,
+    torch_rules,
 )
 
 TABLES = {
@@ -30,6 +31,7 @@ TABLES = {
     "host": host,
     "memory": memory,
     "imports": imports,
+    "torch_rules": torch_rules,
 }
 
 

@@ -5,7 +5,8 @@ Its values are x0, then the tensors among the arguments of the call, then the ho
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from freevars._solvers.signature import SolverCall, SolverSignature
 from freevars.errors import StructureError
+from freevars.torch import _compat
 from freevars.torch._compat import pytree
 from freevars.torch._convert.convert import Converted
 from freevars.torch._convert.structure import Structure, same
@@ -49,6 +51,7 @@ class Problem(DifferentiableCondition):
         call: SolverCall,
     ) -> None:
         super().__init__()
+        self._user: Callable[..., Any] | None = None
         fun_arguments, options = (call.args, call.kwargs), call.options
         self.rule = rule
         self.converted = converted
@@ -64,6 +67,16 @@ class Problem(DifferentiableCondition):
         if rule.conserved is None:
             self.constants |= {0}
         self._check_result()
+
+    @contextmanager
+    def running_as_it_is(self, fun: Callable[..., Any]) -> Iterator[None]:
+        """Inside, a solver that asks for values only gets them from `fun` itself, the user's
+        function: nothing has to be replaced where the result carries no history."""
+        self._user = fun
+        try:
+            yield
+        finally:
+            self._user = None
 
     # --- the function
 
@@ -153,7 +166,13 @@ class Problem(DifferentiableCondition):
 
         @functools.wraps(self.converted)
         def fun(x: Any, *args: Any, **kwargs: Any) -> Any:
-            return self.converted(x, args, kwargs, *hoisted)
+            user = self._user
+            if user is None or _compat.transforms_active() or _wants_history((x, args, kwargs)):
+                return self.converted(x, args, kwargs, *hoisted)
+            replay = self.converted.replay
+            with nullcontext() if replay is None else replay.replayed():
+                out = user(x, *args, **kwargs)
+            return pytree.tree_map_only(Tensor, Tensor.detach, out)
 
         call = SolverCall(fun, self.unknown.unravel(values[0]), args, kwargs, options)
         with preserve_grad(self._callers):
@@ -230,3 +249,7 @@ class Problem(DifferentiableCondition):
         rest, spec = self._aux
         left = iter(tensors)
         return pytree.tree_unflatten([next(left) if x is _A_TENSOR else x for x in rest], spec)
+
+
+def _wants_history(given: Any) -> bool:
+    return any(isinstance(t, Tensor) and t.requires_grad for t in pytree.tree_leaves(given))

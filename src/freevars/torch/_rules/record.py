@@ -11,13 +11,13 @@ With `create_graph=True` the values get the cotangents in place of the graph, by
 evaluation (`implicit.py`): there x depends on the values, while the recorded leaf does not.
 """
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from freevars._solvers.signature import SolverCall
 from freevars.torch import _compat, _hooks
 from freevars.torch._rules.condition import Condition, Solution
 from freevars.torch._rules.implicit import pull_back
@@ -28,12 +28,16 @@ __all__ = ["solve_and_attach"]
 
 
 def solve_and_attach(
-    problem: Problem, fun: Callable[[Any], Any], values: tuple[Tensor, ...]
+    problem: Problem, call: SolverCall, values: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
-    """The root, differentiable in whatever `fun` reads, and what comes with it; `fun` is the user's
-    function of the unknown, as it is."""
+    """The root, differentiable in whatever the user's function reads, and what comes with it."""
     plain = tuple(v.detach() for v in values)
-    with _hooks.solver_running(), torch.inference_mode(mode=False), torch.enable_grad():
+    with (
+        _hooks.solver_running(),
+        torch.inference_mode(mode=False),
+        torch.enable_grad(),
+        problem.running_as_it_is(call.fun),
+    ):
         x, columns, others = problem.find(*plain)
     x = x.detach()
     moving = (v for i, v in enumerate(values) if i not in problem.constants)
@@ -42,8 +46,8 @@ def solve_and_attach(
     leaf = x.clone().requires_grad_()
     converted = problem.converted
     replaying = nullcontext() if converted.replay is None else converted.replay.replayed()
-    with constants_as_they_are(fun, converted.constants), replaying:
-        f = problem.optimality(fun, leaf)
+    with constants_as_they_are(call.fun, converted.constants), replaying:
+        f = problem.optimality(lambda x: call.fun(x, *call.args, **call.kwargs), leaf)
     f = problem.completed(f, leaf, values[0], columns)
     problem.recorded = (leaf, f)
     out: Tensor = _Attach.apply(problem, x, leaf, f, columns, *values)  # type: ignore[no-untyped-call]

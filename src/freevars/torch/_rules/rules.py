@@ -117,7 +117,7 @@ class ImplicitSolver(DecoratedSolver[P, R]):
         if _compat.transforms_active():
             v, _, _, *aux = implicit(problem, *values)
         else:
-            v, *aux = solve_and_attach(problem, lambda x: fun(x, *fun_args, **fun_kwargs), values)
+            v, *aux = solve_and_attach(problem, call, values)
         if converted.replay is not None:
             converted.replay.advance()
         x = unknown.unravel(v)

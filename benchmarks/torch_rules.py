@@ -1,0 +1,122 @@
+"""The rules of the PyTorch host, against the same derivative written by hand."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import freevars.torch as fv
+from benchmarks._table import Row, seconds
+from benchmarks._timing import alternate
+
+TITLE = "PyTorch: rules, forward and backward, one thread"
+
+
+class Cell(nn.Module):
+    """A contraction of 2,048 unknowns: a batch of 32 with 64 features."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.utils.parametrizations.spectral_norm(nn.Linear(width, width))
+        nn.utils.parametrize.remove_parametrizations(self.inner, "weight")
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        h = torch.tanh(0.6 * self.inner(z) + x)
+        return h + 0.1 * self.norm(self.down(torch.nn.functional.gelu(self.up(h))))
+
+
+def iterate(fun: Any, z: Tensor) -> Tensor:
+    """To a relative change of 1e-4, as for training."""
+    for _ in range(100):
+        previous, z = z, fun(z)
+        if float((z - previous).norm()) <= 1e-4 * float(z.norm()):
+            break
+    return z
+
+
+def hook_by_hand(cell: Cell, x: Tensor, z0: Tensor) -> Tensor:
+    """The usual deep-equilibrium layer: the adjoint iteration in a hook."""
+    with torch.no_grad():
+        z = iterate(lambda z: cell(z, x), z0)
+    out = cell(z, x)
+    leaf = z.clone().requires_grad_()
+    f = cell(leaf, x)
+
+    def solve(g: Tensor) -> Tensor:
+        return iterate(lambda u: torch.autograd.grad(f, leaf, u, retain_graph=True)[0] + g, g)
+
+    out.register_hook(solve)
+    return out
+
+
+def equations(x: Tensor, a: Tensor) -> Tensor:
+    first = x[..., 0] ** 2 + x[..., 1] - a[..., 0]
+    return torch.stack([first, x[..., 1] ** 3 - x[..., 0] + a[..., 1]], -1)
+
+
+def newton(fun: Any, x: Tensor) -> Tensor:
+    """For a batch of problems with two unknowns each."""
+    for _ in range(8):
+        x = x.detach().requires_grad_()
+        r = fun(x)
+        rows = [torch.autograd.grad(r[..., i].sum(), x, retain_graph=True)[0] for i in range(2)]
+        x = (x - torch.linalg.solve(torch.stack(rows, -2), r)).detach()
+    return x
+
+
+def batch_by_hand(a: Tensor) -> Tensor:
+    x = newton(lambda x: equations(x, a.detach()), torch.ones_like(a)).requires_grad_()
+    f = equations(x, a)
+    rows = [torch.autograd.grad(f[:, i].sum(), x, retain_graph=True)[0] for i in range(2)]
+    u = torch.linalg.solve(torch.stack(rows, -2).mT, torch.ones_like(x))
+    return torch.autograd.grad(f, a, -u)[0]
+
+
+def rows() -> Iterator[Row]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield from _rows()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _rows() -> Iterator[Row]:
+    torch.manual_seed(0)
+    cell, x, z0 = Cell(64), torch.randn(32, 64), torch.zeros(32, 64)
+    for name, check in (("with its check", True), ("check=False", False)):
+        layer = fv.fixed_point(iterate, check=check)
+
+        def ours(layer: Any = layer) -> object:
+            z = layer(lambda z: cell(z, x), z0)
+            return torch.autograd.grad(z.square().sum(), list(cell.parameters()))
+
+        def by_hand() -> object:
+            z = hook_by_hand(cell, x, z0)
+            return torch.autograd.grad(z.square().sum(), list(cell.parameters()))
+
+        yield _row(f"deep equilibrium of 2,048 unknowns, {name}", 2.0, by_hand, ours)
+    a = (torch.rand(256, 2, dtype=torch.float64) + 0.5).requires_grad_()
+    solve = fv.root(newton, batch_dims=1)
+
+    def batch() -> object:
+        found = solve(lambda x: equations(x, a), torch.ones_like(a))
+        return torch.autograd.grad(found.sum(), a)
+
+    def vmapped() -> object:
+        def one(a: Tensor) -> Any:
+            return solve(lambda x: equations(x, a[None]), torch.ones(1, 2, dtype=a.dtype))
+
+        return torch.autograd.grad(torch.func.vmap(one)(a).sum(), a)
+
+    yield _row("256 problems of 2 unknowns, batch_dims=1", 3.0, lambda: batch_by_hand(a), batch)
+    yield _row("the same, under torch.func.vmap", 3.0, lambda: batch_by_hand(a), vmapped)
+
+
+def _row(name: str, target: float, by_hand: Any, ours: Any) -> Row:
+    timing = alternate(by_hand, ours)
+    hand, own = (seconds(s) for s in timing.seconds)
+    return Row(name, timing.ratios[1], target, hand, own)
