@@ -9,6 +9,7 @@ tests, and by a user with a new release, `python -m freevars.torch._selftest`.
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import CodeType, FunctionType
 from typing import Any
@@ -186,11 +187,17 @@ def check_release() -> None:
     if not _state["checked"]:
         with _lock:
             if not _state["checked"]:
-                _hooks.broken |= _try(_ESSENTIAL | _OPTIONAL)
+                _hooks.broken |= _try_apart(_ESSENTIAL | _OPTIONAL)
                 _state["checked"] = True
     for point in _ESSENTIAL:
         if point in _hooks.broken:
             raise CaptureError(_hooks.broken_message(point))
+
+
+def _try_apart(checks: dict[str, Callable[[], bool]]) -> dict[str, str]:
+    """On a thread of its own: the caller may be inside a transform of torch.func or a mode."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_try, checks).result()
 
 
 def _try(checks: dict[str, Callable[[], bool]]) -> dict[str, str]:
