@@ -25,7 +25,7 @@ ONLY_EXPORTS = {
 }
 ONLY_OPTIONS = {
     "jax": {"dense_limit", "jit", "preconditioner"},
-    "torch": {"batch_dims", "rng", "conserved", "polish", "tol"},
+    "torch": {"batch_dims", "rng"},
 }
 ONLY_IN_CLOSURE = {"jax": set(), "torch": {"from_module"}}
 POLICIES = ("differentiable", "traced", "floating", "all")
@@ -79,7 +79,7 @@ def both() -> list[Host]:
 
 def same_but(found: dict[str, set[str]], only: dict[str, set[str]]) -> None:
     """The hosts have the same names, apart from those that are listed."""
-    shared = {name: names - only["jax"] - only["torch"] for name, names in found.items()}
+    shared = {name: names - only[name] for name, names in found.items()}
     assert shared["jax"] == shared["torch"]
 
 
@@ -182,6 +182,13 @@ MISTAKES: dict[str, tuple[type[Exception], str, Callable[[Host], Any]]] = {
         TypeError,
         "linear_solve: expected",
         lambda h: newton(h, linear_solve=3),
+    ),
+    "a tolerance that is none": (ValueError, "tol: expected", lambda h: h.fv.root(tol=0.0)),
+    "a tolerance that is no number": (TypeError, "tol: expected", lambda h: h.fv.root(tol="1")),
+    "totals that are no function": (
+        TypeError,
+        "conserved: expected",
+        lambda h: h.fv.root(conserved=3),
     ),
     "a class as linear_solve": (
         TypeError,

@@ -8,7 +8,8 @@ a `Literal` allows is read off the types. Not here: options with values of the h
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import numbers
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 __all__ = ["check_options", "listed"]
@@ -29,6 +30,8 @@ def check_options(decorator: str, given: Mapping[str, object], options: Any) -> 
             hint = f" Did you mean {near[0]}?" if near else ""
             msg = f"{decorator}: expected the options {known}, got {name}.{hint}"
             raise TypeError(msg)
+        if name in _CHECKS and value is not None:
+            _CHECKS[name](value)
         if types[name] is bool and not any(value is x or value == x for x in (True, False)):
             msg = f"{name}: expected True or False, got {value!r}."
             raise TypeError(msg)
@@ -37,6 +40,28 @@ def check_options(decorator: str, given: Mapping[str, object], options: Any) -> 
             if not any(type(value) is type(x) and value == x for x in allowed):
                 msg = f"{name}: expected {listed(allowed)}, got {value!r}."
                 raise ValueError(msg)
+
+
+def _check_tol(tol: object) -> None:
+    is_number = isinstance(tol, numbers.Real) and not isinstance(tol, bool)
+    msg = f"tol: expected a relative size between 0 and 1, or None, got {tol!r}."
+    if not is_number:
+        raise TypeError(msg)
+    if not 0 < tol < 1:  # type: ignore[operator]
+        raise ValueError(msg)
+
+
+def _check_conserved(conserved: object) -> None:
+    if not callable(conserved):
+        msg = (
+            "conserved: expected a function of x that returns the totals which the solver keeps,"
+            f" got {conserved!r}."
+        )
+        raise TypeError(msg)
+
+
+# Options with a value of their own kind, where a host has them.
+_CHECKS: dict[str, Callable[[object], None]] = {"conserved": _check_conserved, "tol": _check_tol}
 
 
 def listed(values: tuple[object, ...]) -> str:

@@ -101,17 +101,8 @@ class ImplicitSolver(DecoratedSolver[P, R]):
         )
         self._method.validate()
         self._tol = options.get("tol")
-        if self._tol is not None and not 0 < self._tol < 1:
-            msg = f"tol: expected a relative size between 0 and 1, or None, got {self._tol!r}."
-            raise ValueError(msg)
         self._polish = options.get("polish", False)
         self._conserved = options.get("conserved")
-        if not (self._conserved is None or callable(self._conserved)):
-            msg = (
-                "conserved: expected a function of x that returns the totals which the solver"
-                f" keeps, got {self._conserved!r}."
-            )
-            raise TypeError(msg)
         self._jit = options.get("jit", True) and not isinstance(solver, HostSolver)
         super().__init__(solver, kind, **options)
         self._run = jax.jit(self._run_solver) if self._jit else self._run_solver

@@ -49,9 +49,6 @@ class Rule:
     rng: Rng = "replay"
 
     def __post_init__(self) -> None:
-        if self.tol is not None and not self.tol > 0:
-            message = f"tol: expected a positive number, got {self.tol!r}."
-            raise ValueError(message)
         if isinstance(self.batch_dims, bool) or not self.batch_dims >= 0:
             message = f"batch_dims: expected a number of axes, got {self.batch_dims!r}."
             raise ValueError(message)
