@@ -113,6 +113,25 @@ def test_what_is_broken_is_refused_by_name(
         later((2 * x).detach(), torch.full((2,), 3.0, requires_grad=True))
 
 
+def test_the_first_use_may_be_anywhere(unchecked: None) -> None:
+    del unchecked
+    w = torch.ones(2, requires_grad=True)
+
+    def first_use(x: Tensor) -> Tensor:
+        _selftest._state["checked"] = False
+        converted, hoisted = closure_convert(lambda x: (x * w).sin().sum(), x)
+        return converted(x, *hoisted)
+
+    x = torch.ones(2)
+    torch.func.vmap(torch.func.grad(first_use))(torch.ones(3, 2))
+    torch.func.jvp(first_use, (x,), (x,))
+    with torch.device("meta"):
+        first_use(x)
+    with torch.no_grad(), torch.inference_mode():
+        first_use(x)
+    assert _hooks.broken == {}
+
+
 def test_a_known_release_is_checked_in_passing() -> None:
     code = (
         "import time, torch\n"

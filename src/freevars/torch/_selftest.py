@@ -23,9 +23,9 @@ from freevars.torch import _compat, _hooks
 
 __all__ = ["broken", "check_release"]
 
-_CAPTURED = torch.ones(2)
+_CAPTURED = torch.ones(2, device="cpu")
 _VMAP: Any = torch._functorch.vmap  # noqa: SLF001
-_GIVEN = torch.full((2,), 10.0)
+_GIVEN = torch.full((2,), 10.0, device="cpu")
 
 
 class _Tens(_hooks.CaptureMode):
@@ -158,7 +158,7 @@ def _custom_operators() -> bool:
 def _tangents() -> bool:
     forward: Any = torch.autograd.forward_ad
     return (
-        forward._current_level == -1  # noqa: SLF001
+        isinstance(forward._current_level, int)  # noqa: SLF001
         and not _compat.tangents(_CAPTURED)
         and callable(torch._C._functorch.is_legacy_batchedtensor)  # noqa: SLF001
         and callable(_compat.forward_mode)
@@ -198,6 +198,15 @@ def _try_apart(checks: dict[str, Callable[[], bool]]) -> dict[str, str]:
     """On a thread of its own: the caller may be inside a transform of torch.func or a mode."""
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(_try, checks).result()
+
+
+def _in_a_new_thread(checks: dict[str, Callable[[], bool]]) -> dict[str, str]:
+    """There no mode, no transform and no compiler is active, whatever surrounds the first use."""
+    found: dict[str, str] = {}
+    thread = threading.Thread(target=lambda: found.update(_try(checks)))
+    thread.start()
+    thread.join()
+    return found
 
 
 def _try(checks: dict[str, Callable[[], bool]]) -> dict[str, str]:
