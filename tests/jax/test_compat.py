@@ -209,16 +209,63 @@ def test_function_parts() -> None:
     assert _compat.function_parts(lambda: None) is None
     assert _compat.function_parts(object()) is None
 
-    @jax.custom_jvp
-    def f(x):
+
+def ruled(kind):
+    """A function with a rule, and the functions of that."""
+    if kind == "jvp":
+        f = jax.custom_jvp(lambda x: jnp.sin(x) * W)
+        f.defjvp(lambda p, t: (f(p[0]), jnp.cos(p[0]) * W * t[0]))
+        return f, [f.jvp]
+    f = jax.custom_vjp(lambda x: jnp.sin(x) * W)
+    f.defvjp(lambda x: (f(x), x), lambda x, ct: (jnp.cos(x) * W * ct,))
+    return f, [f.fwd, f.bwd]
+
+
+def innermost(x):
+    inner = _compat.unwrapped(x)
+    if inner is None:
+        inner = getattr(x, "f", None)
+    return x if inner is None else innermost(inner)
+
+
+@pytest.mark.parametrize("kind", ["jvp", "vjp"])
+def test_rules_are_found_behind_whatever_jax_puts_around_them(kind) -> None:
+    f, rules = ruled(kind)
+    name = f"custom_{kind}_call"
+    eqn = named(program(lambda x: f(x), X), name)
+    once = program(lambda x: _compat.as_function(eqn)(*[W, x][-len(eqn.invars) :]), X)
+    dropped, _ = _compat.drop_dead_code(_compat.separate_constants(once)[0], [True, True])
+    (last,) = [e for e in dropped.eqns if e.primitive.name == name]
+    for found in (eqn, named(once, name), last):
+        assert list(map(innermost, _compat.rule_objects(found))) == rules
+        assert _compat.captured_by_rule(found) == 1
+
+
+def test_as_function() -> None:
+    eqn = named(program(lambda x: jnp.sin(x) * 2.0, X), "mul")
+    (result,) = _compat.as_function(eqn)(X, jnp.float32(2.0))
+    np.testing.assert_allclose(result, X * 2.0)
+
+
+@pytest.mark.parametrize(
+    "transform", [jax.jit, jax.grad, lambda f: jax.grad(jax.jit(f)), lambda f: jax.jit(jax.grad(f))]
+)
+def test_is_open(transform) -> None:
+    seen = []
+
+    def inner(x):
+        seen.append(x)
         return x
 
-    f.defjvps(lambda t, ans, x: t)
-    names = {name for name, _ in _compat.function_parts(f)}
-    assert {"fun", "jvp", "nondiff_argnums"} <= names
-    assert not any(name.startswith("__") for name in names)
-    eqn = named(program(lambda x: f(x), X), "custom_jvp_call")
-    assert _compat.function_parts(eqn.params["jvp_jaxpr_fun"]) is not None
+    def outer(w):
+        jax.make_jaxpr(inner)(1.0)
+        assert not _compat.is_open(seen[0])
+        assert _compat.is_open(w)
+        jax.make_jaxpr(lambda x: x if _compat.is_open(w) and _compat.is_open(x) else 1 / 0)(1.0)
+        return w
+
+    transform(outer)(1.0)
+    assert not _compat.is_open(seen[0])
 
 
 def test_types() -> None:

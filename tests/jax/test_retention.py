@@ -151,12 +151,11 @@ def test_the_table_of_programs_forgets() -> None:
 def test_what_is_kept_holds_nothing_of_the_users() -> None:
     _program._RECENT.clear()
     kept = lambda: len(_program._RECENT)
-    for body in ("arithmetic", "jit", "scan", "checkpoint", "cond", "relu"):
+    for body in ("arithmetic", "jit", "scan", "checkpoint", "cond", "relu", "custom rule"):
         before = kept()
         fv.Closure(Function(BODIES[body]), X)
         assert kept() == before + 1, body
     before = kept()
-    fv.Closure(Function(BODIES["custom rule"]), X)
     fv.Closure(lambda x, s: x, X, "static")
     fv.Closure(lambda x, f: x, X, jax.tree_util.Partial(lambda: 0))
     fv.Closure(lambda x: jax.pure_callback(lambda x: x, X, x), X)
@@ -167,3 +166,73 @@ def test_what_is_kept_is_bounded() -> None:
     for n in range(_program._RECENT_SIZE + 3):
         fv.Closure(lambda x, n=n: x * n, 1.0)
     assert len(_program._RECENT) == _program._RECENT_SIZE
+
+
+def holding(kind, big, held):
+    """A function whose rule holds an array and an object, and whose body may read the array."""
+
+    def scaled(x, by):
+        held.used = True
+        return x * jnp.mean(by)
+
+    if kind == "jvp":
+        f = jax.custom_jvp(lambda x: scaled(x, big))
+        f.defjvp(lambda p, t: (f(p[0]), scaled(t[0], big)))
+    elif kind == "jvp, the rule alone":
+        f = jax.custom_jvp(lambda x: x * 2.0)
+        f.defjvp(lambda p, t: (f(p[0]), 2.0 * t[0] + scaled(0.0 * t[0], big)))
+    else:
+        f = jax.custom_vjp(lambda x: x * 2.0)
+        f.defvjp(lambda x: (f(x), None), lambda _, ct: (scaled(ct, big),))
+    return f
+
+
+class Held:
+    """An object that can be watched."""
+
+
+def _newton(fun, x0):
+    return jax.lax.fori_loop(0, 5, lambda _, x: x - fun(x), x0)
+
+
+@fv.on_host
+def on_host(fun, x0):
+    x = x0
+    for _ in range(5):
+        x = x - np.asarray(fun(x))
+    return x
+
+
+SOLVERS = {
+    "root": (fv.root(_newton), lambda f: lambda x: x - f(x) / 4.0 - 1.0),
+    "fixed_point": (
+        fv.fixed_point(lambda fun, x0: jax.lax.fori_loop(0, 40, lambda _, x: fun(x), x0)),
+        lambda f: lambda x: f(x) / 8.0 + 1.0,
+    ),
+    "argmin": (
+        fv.argmin(lambda fun, x0: x0 - 0.5 * jax.grad(fun)(x0)),
+        lambda f: lambda x: (x - 1.0) ** 2 + 0.0 * f(x),
+    ),
+    "on_host": (fv.root(on_host, check=False), lambda f: lambda x: x - f(x) / 4.0 - 1.0),
+    "jit": (
+        lambda f, x: apply(fv.Closure(f, x), x),
+        lambda f: lambda x: x - f(x),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ["jvp", "jvp, the rule alone", "vjp, the rule alone"])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_nothing_that_a_rule_holds_outlives_a_call(solver, kind) -> None:
+    solve, make = SOLVERS[solver]
+
+    def once(k):
+        big, held = jnp.full(100, float(k)), Held()
+        solve(make(holding(kind, big, held)), jnp.float32(1.0))
+        return weakref.ref(big), weakref.ref(held)
+
+    watched = [ref for k in range(1, 4) for ref in once(k)]
+    # The last call may be remembered by JAX until the next.
+    once(4)
+    gc.collect()
+    assert [ref() is None for ref in watched] == [True] * len(watched)

@@ -46,8 +46,9 @@ class Closure(Generic[P, R]):
     Attributes:
       values: the captured arrays, in the order in which `fun` first reads them; every array met,
         traced, concrete or NumPy.
-      constants: concrete arrays that a custom derivative rule or a callback inside `fun` holds as
-        well. They cannot be replaced, so they are part of the structure and not leaves.
+      constants: concrete arrays captured by a custom derivative rule inside `fun` that cannot be
+        traced alone (one with `symbolic_zeros`, say). They cannot be replaced, so they are part of
+        the structure and not leaves.
       captures: a report of what is captured, by name (`freevars.report.CaptureReport`).
       in_struct: the example arguments, a tuple, with a `jax.ShapeDtypeStruct` for each array.
       out_struct: the same for the result.
@@ -60,7 +61,7 @@ class Closure(Generic[P, R]):
         leaf than the example (`freevars.errors.StructureError`, which names the first path that
         differs).
       freevars.errors.CaptureError: `fun` captures a mutable reference, or a custom derivative rule
-        inside it captures a traced value.
+        inside it that cannot be traced alone captures a traced value.
 
     >>> import jax, jax.numpy as jnp, freevars.jax as fv
     >>> w = jnp.array([1.0, 2.0])
@@ -92,8 +93,8 @@ class Closure(Generic[P, R]):
 
     @property
     def constants(self) -> tuple[Any, ...]:
-        """The concrete arrays that are part of the structure, because a custom rule holds them
-        too."""
+        """The concrete arrays that are part of the structure, because a custom rule that was not
+        traced captures them."""
         return self._program.fixed
 
     @property

@@ -11,6 +11,7 @@ import functools
 import inspect
 import os
 from pathlib import Path
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 try:
@@ -22,6 +23,7 @@ except ImportError as error:  # pragma: no cover (tested in a process of its own
 import numpy as np
 from jax._src import config as _config
 from jax._src import core as _core
+from jax._src import custom_derivatives as _custom_derivatives
 from jax._src import hijax as _hijax
 from jax._src import linear_util as _linear_util
 from jax._src import literals as _literals
@@ -275,6 +277,17 @@ def kind(dtype: Any) -> int:
 def is_live(tracer: Any) -> bool:
     """Whether the transformation that made a tracer is still under way."""
     return bool(tracer._trace.is_valid())  # noqa: SLF001
+
+
+def is_open(tracer: Any) -> bool:
+    """Whether a traced value can be read now: its transformation is one of those under way. JAX
+    only says so of those that are not programs."""
+    if not isinstance(tracer, _partial_eval.DynamicJaxprTracer):
+        return is_live(tracer)
+    trace: Any = _core.trace_ctx.trace
+    while trace is not None and trace is not tracer._trace:  # noqa: SLF001
+        trace = getattr(trace, "parent_trace", None)
+    return trace is not None
 
 
 def user_line(source_info: Any) -> tuple[str, int] | None:
@@ -554,18 +567,13 @@ _WRAPPED = tuple(
     for name in ("Hashable", "Unhashable", "HashableWrapper")
     if hasattr(_util, name)
 )
-EQUATION: Any = _core.JaxprEqn
 
 
 def function_parts(x: Any) -> tuple[Any, ...] | None:
     """What decides the meaning of one of JAX's wrappers, or None when `x` is not such a wrapper."""
     if isinstance(x, _linear_util.WrappedFun):
-        # Lists among the arguments of a transformation are JAX's own and never change.
-        transforms = tuple(
-            (made_by, *(tuple(a) if type(a) is list else a for a in args))
-            for made_by, args in x.transforms
-        )
-        return (x.f, transforms, x.params)
+        transforms = [(made_by, *args) for made_by, args in _transforms(x)]
+        return (x.f, tuple(transforms), x.params)
     if isinstance(x, _IGNORED):
         return ()
     if isinstance(x, _WRAPPED):
@@ -580,23 +588,107 @@ def function_parts(x: Any) -> tuple[Any, ...] | None:
     if isinstance(x, jax.stages.Traced):
         params = tuple((k, v) for k, v in x._params.items() if k != "name")  # noqa: SLF001
         return (params, x._in_tree, x.out_tree, tuple(x._consts))  # noqa: SLF001
-    if isinstance(x, (jax.custom_jvp, jax.custom_vjp)):
-        # Its attributes without those that it copied from the function. One of the function's may
-        # have the name of one of its own, `jvp` say: then it holds something else.
-        copied = getattr(x.fun, "__dict__", {})
-        own = [k for k, v in vars(x).items() if k[:2] != "__" and copied.get(k, x) is not v]
-        return tuple((k, vars(x)[k]) for k in sorted(own))
-    name = getattr(x, "__qualname__", "")
-    if name == "_memoize.<locals>.memoized" and x.__module__ == _partial_eval.__name__:
-        # Its other cell remembers what was traced so far: a cache, not a meaning.
-        return (x.__closure__[x.__code__.co_freevars.index("fn")].cell_contents,)
+    cells = _cells(x)
+    if "used_outs" in cells:
+        return (tuple(cells["used_outs"]), *[cells[k] for k in _RULE_CELLS if k in cells])
     return None
 
 
+def _transforms(fun: Any) -> list[Any]:
+    return [t for t in fun.transforms if getattr(t[0], "__name__", "") != "_handle_consts_in_bwd"]
+
+
+def unwrapped(x: Any) -> Any:
+    """What a wrapper stands for that adds nothing but a place: JAX puts a few of them around a rule
+    whenever it evaluates an equation that has one into another program. None for anything else."""
+    if isinstance(x, _linear_util.WrappedFun):
+        return None if _transforms(x) or x.params else x.f
+    cells = _cells(x)
+    if not all(cells.get("used_outs", ())):
+        return None  # a rule whose results are used in part
+    return next((cells[name] for name in ("fn", *_RULE_CELLS) if name in cells), None)
+
+
+# The memoised function that traces a rule, and what hands a traced rule on.
+_RULE_CELLS = ("jvp_jaxpr_fun", "fwd_jaxpr_thunk", "jvp", "fwd", "bwd")
+
+
+def _cells(x: Any) -> dict[str, Any]:
+    """What a function of the modules that keep rules closes over, by name."""
+    if not isinstance(x, FunctionType) or x.__module__ not in _RULE_MODULES:
+        return {}
+    try:
+        contents = [cell.cell_contents for cell in x.__closure__ or ()]
+    except ValueError:  # one is still empty
+        return {}
+    return dict(zip(x.__code__.co_freevars, contents, strict=True))
+
+
+_RULE_MODULES = (_partial_eval.__name__, _custom_derivatives.__name__)
+
+
+EQUATION: Any = _core.JaxprEqn
 RULED_FUNCTIONS: Any = (jax.custom_jvp, jax.custom_vjp)
 
-# The equations of functions with a custom rule.
+# The equations of functions with a custom rule, and the parameters that hold the rule.
 RULED = {"custom_jvp_call": "jvp", "custom_vjp_call": "vjp"}
+_RULE_PARAMS = ("jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd")
+
+
+def rule_objects(eqn: Eqn) -> list[Any]:
+    """What JAX keeps of the custom rule of an equation."""
+    return [eqn.params[name] for name in _RULE_PARAMS if name in eqn.params]
+
+
+def captured_by_rule(eqn: Eqn) -> int:
+    """How many leading operands the body of a function with a custom rule captures, 0 for any other
+    equation. JAX gives none of them to the rule."""
+    params = eqn.params
+    if eqn.primitive.name not in RULED:
+        # One that was traced already: along what a `custom_vjp` captures there is no derivative.
+        traced = params.get("rule")
+        return params["captured"] if getattr(traced, "kind", "") == "vjp" else 0
+    count: int = params["num_consts"]
+    # An equation that was evaluated into another program has what it captured among its operands
+    # there, before those that it captures anew.
+    x = next(params[name] for name in _RULE_PARAMS if name in params)
+    while x is not None:
+        if {"num_consts"} < _cells(x).keys():
+            count += _cells(x)["num_consts"]
+        x = x.f if isinstance(x, _linear_util.WrappedFun) else unwrapped(x)
+    return count
+
+
+# Primitives that call a function of the user's on the host each time that they run.
+CALLBACKS = {"pure_callback", "io_callback", "debug_callback", "buffer_callback"}
+
+
+def as_function(eqn: Eqn) -> Any:
+    """An equation as a function of its operands, whatever they are in its program."""
+    invars, outvars = ([Var(v.aval) for v in vs] for vs in (eqn.invars, eqn.outvars))
+    whole = eqn.replace(invars=invars, outvars=outvars)
+    return jaxpr_as_fun(
+        close(_empty().replace(invars=invars, outvars=outvars, eqns=[whole], effects=eqn.effects))
+    )
+
+
+@functools.cache
+def _empty() -> Any:
+    made: Any = jax.make_jaxpr(lambda: ())()
+    opened = getattr(made, "jaxpr", made)
+    return opened.replace(debug_info=opened.debug_info._replace(arg_names=None, result_paths=None))
+
+
+def is_smooth(aval: Any) -> bool:
+    """Whether values of this type have a derivative."""
+    return bool(jax.dtypes.issubdtype(aval.dtype, np.inexact))
+
+
+def is_array_literal(v: Any) -> bool:
+    """Whether a literal is a captured value. A Python number or a NumPy scalar is part of the
+    program."""
+    return isinstance(v.val, Array) or np.ndim(v.val) > 0
+
 
 # Compared by value: two that are equal mean the same.
 VALUES: Any = (

@@ -371,29 +371,27 @@ def test_a_mutable_reference_is_listed_and_refused_by_name() -> None:
     assert f"first read at {HERE}:{line + 1}: 'return x + state" in message
 
 
-def test_a_traced_value_in_a_rule_is_listed_and_refused_by_name() -> None:
+def test_a_traced_value_in_a_rule_is_listed_and_hoisted() -> None:
     def loss(scale: Any) -> Any:
         fun = ruled(scale)
         (value,) = fv.captures(fun, 1.0).values
         assert value.name == "scale"
-        assert "bwd" in value.paths[0]
-        assert (value.hoisted, value.policy) == (False, "refused: held by a custom rule")
-        with pytest.raises(CaptureError, match=r"traced value scale \(float32\[\] at "):
-            fv.Closure(fun, 1.0)
-        return scale
+        assert (value.hoisted, value.policy) == (True, "traced")
+        return fv.Closure(fun, 1.0)(1.0)
 
     jax.grad(loss)(1.0)
     jax.jit(loss)(1.0)
 
 
 def test_a_constant_that_a_rule_holds_is_listed_as_such() -> None:
+    """One that asks which tangents are zero cannot be traced before that is known."""
     data = jnp.ones(2)
 
-    @jax.custom_vjp
+    @jax.custom_jvp
     def act(x: Any) -> Any:
         return x * data
 
-    act.defvjp(lambda x: (x * data, None), lambda _, g: (g * data,))
+    act.defjvp(lambda p, t: (act(*p), t[0] * data), symbolic_zeros=True)
     closure = fv.Closure(lambda x: act(x) * GLOBAL, jnp.ones(2))
     assert closure.constants == (data,) or closure.constants[0] is data
     found = by_name(closure.captures)

@@ -25,12 +25,14 @@ from freevars.jax import _compat
 from freevars.jax._convert.arguments import ArgSpec, describe, insert, partition
 from freevars.jax._convert.from_jit import JittedCall
 from freevars.jax._convert.hoist import policy_of
-from freevars.jax._convert.jaxpr_key import JaxprKey
+from freevars.jax._convert.jaxpr_key import JaxprKey, array_key
 from freevars.jax._convert.lambda_lift import lambda_lift
 from freevars.jax._convert.program import Program
+from freevars.jax._convert.rule_call import with_rules
 from freevars.jax._convert.static import Static, tree_key
 from freevars.jax._convert.stored import restore, store
 from freevars.jax._describe.describe import describe_capture
+from freevars.jax._describe.reads import captured_by_rules
 from freevars.jax._describe.tracers import identity
 from freevars.jax._selftest import check_release
 
@@ -55,6 +57,7 @@ class Traced(NamedTuple):
     values: list[Any]
     inputs: ArgSpec
     outputs: ArgSpec
+    kept: list[Any]  # what a custom rule that stays a function is known to capture
 
 
 def trace(fun: Callable[..., Any], example_args: Sequence[Any]) -> Traced:
@@ -75,7 +78,11 @@ def trace(fun: Callable[..., Any], example_args: Sequence[Any]) -> Traced:
     # Only now, since `fun` may have filled a cache of a static leaf, which is no change.
     inputs = ArgSpec(tree, types, _statics(others))
     outputs = ArgSpec(result[0], tuple(closed.out_avals), _statics(result[1]))
-    return Traced(*_in_order_of_use(*lambda_lift(closed), len(arrays)), inputs, outputs)
+    lifted = lambda_lift(closed)
+    jaxpr, values = _in_order_of_use(lifted.jaxpr, lifted.values, len(arrays))
+    captured = captured_by_rules(jaxpr, len(values))
+    kept = lifted.kept + [values[i] for i in sorted(captured)]
+    return Traced(jaxpr, values, inputs, outputs, kept)
 
 
 def _statics(leaves: Sequence[tuple[int, Any]]) -> tuple[tuple[int, Static], ...]:
@@ -88,13 +95,13 @@ def convert(fun: Callable[..., Any], example_args: Sequence[Any]) -> Conversion:
     known = None if call is None else call.known()
     if known is not None:
         return Conversion(*known)
-    jaxpr, values, inputs, outputs = trace(fun, example_args)
-    _refuse_refs(fun, jaxpr, values)
-    jaxpr_key = JaxprKey(jaxpr)
-    met = values
-    jaxpr, values, fixed = _keep_what_rules_hold(fun, jaxpr, values, jaxpr_key.held)
+    traced = trace(fun, example_args)
+    inputs, outputs, met = traced.inputs, traced.outputs, traced.values
+    _refuse_refs(fun, traced.jaxpr, met)
+    jaxpr_key = JaxprKey(traced.jaxpr)
+    jaxpr, values, fixed = _keep_what_rules_hold(fun, traced)
     constants = set(map(id, fixed))
-    places = tuple([(i, id(v)) for i, v in enumerate(met) if id(v) in constants]) if fixed else ()
+    places = tuple([(i, array_key(v)) for i, v in enumerate(met) if id(v) in constants])
     program = share(jaxpr, jaxpr_key, fixed, places, inputs, outputs, _name(fun))
     if call is not None:
         call.keep(program, values)
@@ -112,8 +119,7 @@ def share(
 ) -> Program:
     """The program of an open jaxpr that reads fixed constants, captured values and arguments.
 
-    `places` says which values are constants, and where. Their ids live as long as the key: the
-    program holds them.
+    `places` says which values are constants, and where.
     """
     key = (
         jaxpr_key.key,
@@ -126,8 +132,8 @@ def share(
     value_types = tuple([v.aval for v in values])
     return Program.intern(
         key,
-        lambda: Program(jaxpr, fixed, value_types, inputs, outputs, name),
-        keep=not jaxpr_key.foreign and inputs.is_plain and outputs.is_plain,
+        lambda: Program(with_rules(jaxpr), fixed, value_types, inputs, outputs, name),
+        keep=not jaxpr_key.foreign and not fixed and inputs.is_plain and outputs.is_plain,
     )
 
 
@@ -159,29 +165,28 @@ def _in_order_of_use(jaxpr: Any, values: list[Any], n_args: int) -> tuple[Any, l
 
 
 def _keep_what_rules_hold(
-    fun: Callable[..., Any], jaxpr: Any, values: list[Any], held: Sequence[Any]
+    fun: Callable[..., Any], traced: Traced
 ) -> tuple[Any, list[Any], list[Any]]:
     """Split the captured values into those that can be replaced and those that cannot.
 
-    A custom derivative rule that JAX runs later reads its own captured values then, and no program
-    shows which. Were a value replaced in the function and not in its rule, a derivative would be
-    wrong without a word. So a concrete array that a rule holds stays what it is, and a traced one
-    is refused.
+    A custom rule that stays a function reads its own captured values when JAX runs it. Were one
+    replaced in the body and not in the rule, a derivative would be wrong without a word. And the
+    rule of a `custom_vjp` says nothing of what its function captures. So a concrete array that is
+    captured there stays what it is, and a traced one is refused.
     """
-    for x in held:
-        if isinstance(x, _compat.Tracer) and _compat.is_live(x):
-            msg = (
-                f"{_name(fun)}: a custom derivative rule or a callback in it captures the traced"
-                f" value {describe_capture(fun, x, jaxpr, values)}, which no caller could then"
-                " replace or differentiate. Pass the value to the function that has the rule as an"
-                " argument."
-            )
-            raise CaptureError(msg)
-    if not held:
+    jaxpr, values, kept = traced.jaxpr, traced.values, traced.kept
+    lost = [x for x in values if isinstance(x, _compat.Tracer) and not _compat.is_open(x)]
+    for x in [x for x in kept if isinstance(x, _compat.Tracer)] + lost:
+        msg = (
+            f"{_name(fun)}: a custom derivative rule in it, or the function that has the rule,"
+            f" captures the traced value {describe_capture(fun, x, jaxpr, values)}, and says"
+            " nothing of the derivative along it. Pass the value to the function that has the rule"
+            " as an argument."
+        )
+        raise CaptureError(msg)
+    if not kept:
         return jaxpr, values, []
-    keys = {identity(x) for x in held}
-    if not any(identity(v) in keys for v in values):
-        return jaxpr, values, []
+    keys = {identity(x) for x in kept}
     pairs = list(zip(jaxpr.invars, values, strict=False))
     fixed = [(var, v) for var, v in pairs if identity(v) in keys]
     free = [(var, v) for var, v in pairs if identity(v) not in keys]
@@ -335,15 +340,15 @@ def closure_convert(
 
     Returns:
       `(converted, hoisted)`: `hoisted` is a list of arrays, each once, in the order in which `fun`
-      first reads them; a value that only dead code reads is not in it. A concrete array that a
-      custom derivative rule inside `fun` holds as well stays a constant.
+      first reads them; a value that only dead code reads is not in it. What a custom derivative
+      rule inside `fun` holds counts as read, along with what its function captures.
 
     Raises:
       TypeError: `fun` is not callable, or a call brings another structure, shape, dtype, static
         leaf or number of values than the example (`freevars.errors.StructureError`, which names the
         first path that differs).
       freevars.errors.CaptureError: `fun` captures a mutable reference, or a custom derivative rule
-        inside it captures a traced value.
+        inside it that cannot be traced alone captures a traced value.
 
     >>> import jax, jax.numpy as jnp, freevars.jax as fv
     >>> def slope(w):
@@ -363,8 +368,9 @@ def add_name(error: StructureError, fun: Callable[..., Any], args: Sequence[Any]
     if error.captured is None:
         return
     try:
-        jaxpr, values, _, _ = trace(fun, args)
-        text = describe_capture(fun, values[error.captured], jaxpr, values)
+        traced = trace(fun, args)
+        value = traced.values[error.captured]
+        text = describe_capture(fun, value, traced.jaxpr, traced.values)
     except Exception:  # noqa: BLE001 (what is being raised matters more than its name)
         return
     _, colon, rest = str(error).partition(": expected ")

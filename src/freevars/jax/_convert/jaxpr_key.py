@@ -1,16 +1,15 @@
 """When do two traced programs compute the same thing? Turn a program into a key that decides it.
 
 The key holds every equation: its primitive, what it reads, its parameters down to the bits of a
-literal, nested programs, and the functions that JAX keeps for later (custom derivative rules,
-callbacks), which `callable_key` compares by code and content. Names and source lines stay
-out. Types of intermediate results stay out too: primitive, operands and parameters decide them. Not
-here: the types of arguments and results as the user sees them.
+literal, nested programs, and the programs of custom derivative rules. Names and source lines stay
+out. Types of intermediate results stay out too: primitive, operands and parameters decide them. No
+function of the user's is looked into: one that the program keeps for later, a callback or a rule
+that could not be traced, counts by identity. Not here: the types of arguments and results as the
+user sees them.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import weakref
 from collections.abc import Hashable
 from typing import Any
@@ -20,52 +19,76 @@ from jax import tree_util
 
 from freevars.jax import _compat
 from freevars.jax._compat import Array, Literal, Tracer
-from freevars.jax._convert.callable_key import CallableKeys, Same, scalar_key
-from freevars.jax._convert.static import static_key, tree_key
+from freevars.jax._convert.static import Same, scalar_key, static_key, tree_key
+from freevars.jax._convert.traced_rules import Rule, rule_p
+from freevars.jax._convert.wrapped import Wrapped
 
-__all__ = ["JaxprKey"]
+__all__ = ["JaxprKey", "Key", "array_key"]
 
 # The primitives that call a nested program carry the name of the function it was traced from.
 _NAMED = {"jit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call"}
 
-# Above this size the content of a NumPy array that a rule or a callback holds is not read: a
-# function that holds one equals itself and nothing else.
-_READ_BYTES = 1 << 20
+# Above this size the content of an array that is part of a program is not read. Libraries make
+# small ones afresh in each trace.
+_READ_BYTES = 1 << 12
 
 # The keys of nested programs, which JAX keeps from one trace to the next: those of jitted
-# functions, its own among them. None for one that holds a function of the user's or an array, which
-# can change.
-_NESTED: weakref.WeakKeyDictionary[Any, Hashable | None] = weakref.WeakKeyDictionary()
+# functions, its own among them. None for one that holds a function of the user's or an array.
+_NESTED: weakref.WeakKeyDictionary[Any, Key | None] = weakref.WeakKeyDictionary()
 
 _SCALARS = {type(None), bool, int, str, bytes, float, complex}
 
 
+class Key:
+    """A key of many parts, hashed once.
+
+    Programs share what they nest, so that the paths through a key may be exponentially many. Two
+    keys that were found equal remember it, and each pair is compared once.
+    """
+
+    __slots__ = ("__weakref__", "_hash", "_parts", "_token")
+
+    def __init__(self, parts: Hashable) -> None:
+        self._parts = parts
+        self._hash = hash(parts)
+        self._token = object()
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if type(other) is not Key or self._hash != other._hash:
+            return False
+        if self._token is other._token:
+            return True
+        if self._parts != other._parts:
+            return False
+        other._token = self._token
+        return True
+
+
 class JaxprKey:
-    """The key of one program, and the arrays that its rules and callbacks hold for later."""
+    """The key of one program, and whether it keeps anything of the user's for later."""
 
     def __init__(self, jaxpr: Any) -> None:
-        self.held: list[Any] = []
-        self._callables = CallableKeys(self._look)
-        self._programs: dict[int, tuple[Any, Hashable]] = {}
+        self.foreign = False  # whether the program holds an array or a function of the user's
+        self._programs: dict[int, tuple[Any, Key]] = {}
+        self._rules: dict[int, Key] = {}
+        self._has_rules = False
+        self._open: list[Rule] = []  # rules whose keys are being made
+        self._lowest = 0  # the first of these that one inside comes back to
         self.key: Hashable = self._program(jaxpr)
 
-    @property
-    def foreign(self) -> bool:
-        """Whether the program holds an array or a function of the user for later."""
-        return bool(self.held) or self._callables.foreign
-
-    def of(self, x: Any) -> Hashable:
-        """The key of a static leaf that belongs to the program."""
-        return self._param(x)
-
-    def _program(self, jaxpr: Any) -> Hashable:
+    def _program(self, jaxpr: Any) -> Key:
         known = self._programs.get(id(jaxpr))
         if known is not None:
             return known[1]
         number: dict[Any, int] = {}
         for v in jaxpr.invars:
             number[v] = len(number)
-        for v in getattr(jaxpr, "constvars", ()):
+        for v in jaxpr.constvars:
             number[v] = len(number)
         rows = []
         for eqn in jaxpr.eqns:
@@ -75,99 +98,131 @@ class JaxprKey:
             rows.append((eqn.primitive, reads, self._params(eqn), eqn.ctx))
             for v in eqn.outvars:
                 number[v] = len(number)
-        key = (
-            tuple([v.aval for v in jaxpr.invars]),
-            tuple([self._param(c) for c in getattr(jaxpr, "consts", ())]),
-            tuple(rows),
-            tuple([self._literal(v) if type(v) is Literal else number[v] for v in jaxpr.outvars]),
-            frozenset(jaxpr.effects),
+        key = Key(
+            (
+                tuple([v.aval for v in jaxpr.invars]),
+                tuple([self._array(c) for c in getattr(jaxpr, "consts", ())]),
+                tuple(rows),
+                tuple(
+                    [self._literal(v) if type(v) is Literal else number[v] for v in jaxpr.outvars]
+                ),
+                frozenset(jaxpr.effects),
+            )
         )
         self._programs[id(jaxpr)] = (jaxpr, key)
         return key
 
     def _literal(self, v: Any) -> Hashable:
         if isinstance(v.val, (Array, Tracer)):
-            return self._held(v.val)
+            return self._array(v.val)
         return (v.aval, np.asarray(v.val, v.aval.dtype).tobytes())
 
     def _params(self, eqn: Any) -> Hashable:
         params = eqn.params
         if not params:
             return ()
-        named = eqn.primitive.name in _NAMED
-        return tuple(
-            [(k, self._param(v)) for k, v in params.items() if not (named and k == "name")]
-        )
+        if eqn.primitive is rule_p:
+            return (self._rule(params["rule"]), self._closed(params["body"]), params["captured"])
+        name = eqn.primitive.name
+        look = self._kept_callback if name in _compat.CALLBACKS else self._kept
+        drop = "name" if name in _NAMED else None
+        return tuple([(k, self._param(v, look)) for k, v in params.items() if k != drop])
 
-    def _param(self, x: Any) -> Hashable:
+    def _param(self, x: Any, look: Any) -> Hashable:
         kind = type(x)
         if kind in _SCALARS:
             return scalar_key(x)
         if kind is tuple or kind is list or isinstance(x, tuple):
-            return (kind, tuple([self._param(y) for y in x]))
+            return (kind, tuple([self._param(y, look) for y in x]))
         if kind is dict:
-            return (kind, tuple([(self._param(k), self._param(v)) for k, v in x.items()]))
+            pairs = [(self._param(k, look), self._param(v, look)) for k, v in x.items()]
+            return (kind, tuple(pairs))
         if isinstance(x, _compat.JAXPR_TYPES):
             return self._closed(x)
-        said = self._look(x)
-        if said is not None and said[0] == "key":
-            return said[1]
-        if said is not None or (callable(x) and not isinstance(x, type)):
-            return self._callables.of(x)
+        if isinstance(x, (Array, Tracer, np.ndarray)):
+            return self._array(x)
+        if isinstance(x, tree_util.PyTreeDef):
+            return tree_key(x)
+        if not isinstance(x, type) and (callable(x) or _compat.function_parts(x) is not None):
+            return look(x)
         return static_key(x)
 
+    def _kept(self, x: Any) -> Hashable:
+        """A function that JAX runs later. What it reads then is unknown if it is the user's, so it
+        equals nothing but itself."""
+        wrapped = Wrapped(self._closed)
+        key = wrapped.of(x)
+        if not wrapped.foreign:
+            return key
+        self.foreign = True
+        return Same(x)
+
+    def _kept_callback(self, x: Any) -> Hashable:
+        """The same for one that runs on the host each time: nothing of it is compiled."""
+        wrapped = Wrapped(self._closed)
+        key = wrapped.of(x)
+        self.foreign |= bool(wrapped.foreign)
+        return key
+
     def _closed(self, jaxpr: Any) -> Hashable:
-        if jaxpr not in _NESTED:
-            alone = JaxprKey(getattr(jaxpr, "jaxpr", jaxpr))
-            can_change = alone.foreign or bool(getattr(jaxpr, "consts", ()))
-            _NESTED[jaxpr] = None if can_change else alone.key
-        known = _NESTED[jaxpr]
+        """The key of a nested program, which has constants of its own where these stay inside."""
+        known = self._programs.get(id(jaxpr))
         if known is not None:
-            return known
-        opened = getattr(jaxpr, "jaxpr", jaxpr)
-        consts = tuple([self._param(c) for c in getattr(jaxpr, "consts", ())])
-        return (self._program(opened), consts)
+            return known[1]
+        key = _NESTED.get(jaxpr)
+        if key is None:
+            before = self._mark()
+            opened = getattr(jaxpr, "jaxpr", jaxpr)
+            key = self._program(opened)
+            if opened is not jaxpr:
+                key = Key((key, tuple([self._array(c) for c in jaxpr.consts])))
+            if not (self.foreign or self._has_rules):
+                _NESTED[jaxpr] = key
+            self._restore(before)
+        self._programs[id(jaxpr)] = (jaxpr, key)
+        return key
 
-    def _held(self, x: Any) -> Hashable:
-        self.held.append(x)
-        return Same(x)
+    def _mark(self) -> tuple[bool, bool]:
+        before = self.foreign, self._has_rules
+        self.foreign = self._has_rules = False
+        return before
 
-    def _look(self, x: Any) -> tuple[str, Any] | None:
-        """What JAX's own objects mean to the walk through a function."""
-        if isinstance(x, (Array, Tracer)):
-            return ("key", self._held(x))
-        if isinstance(x, np.ndarray):
-            self.held.append(x)
-            readable = x.nbytes <= _READ_BYTES and not x.dtype.hasobject
-            content = hashlib.blake2b(x.tobytes()).digest() if readable else object()
-            return ("key", (Same(x), x.dtype, x.shape, content))
-        if isinstance(x, (np.generic, np.dtype)):
-            return ("key", (type(x), x.dtype, x.tobytes()) if isinstance(x, np.generic) else x)
-        if isinstance(x, (*_compat.VALUES, tree_util.PyTreeDef)):
-            return ("key", tree_key(x) if isinstance(x, tree_util.PyTreeDef) else _hashable(x))
-        if isinstance(x, _compat.JAXPR_TYPES):
-            return ("key", self._closed(x))
-        if isinstance(x, _compat.EQUATION):  # held by what JAX puts around a rule
-            types = tuple([v.aval for v in (*x.invars, *x.outvars)])
-            return ("key", (x.primitive, types, self._params(x)))
-        parts = _compat.function_parts(x)
-        if parts is not None:
-            return ("parts", parts)
-        if dataclasses.is_dataclass(x) and not isinstance(x, type) and _is_jax(type(x)):
-            return ("parts", tuple(getattr(x, f.name) for f in dataclasses.fields(x)))
-        if isinstance(x, _compat.JITTED):
-            # Its options cannot be read, so identity counts; what it calls may hold arrays.
-            return ("key", (Same(x), self._callables.of(x.__wrapped__)))
-        return None
+    def _restore(self, before: tuple[bool, bool]) -> None:
+        self.foreign |= before[0]
+        self._has_rules |= before[1]
 
+    def _rule(self, rule: Rule) -> Hashable:
+        """The key of a traced rule. One that comes back to a rule around it says how far out."""
+        self._has_rules = True
+        if id(rule) in self._rules:
+            return self._rules[id(rule)]
+        if rule in self._open:
+            self._lowest = min(self._lowest, self._open.index(rule))
+            return ("again", len(self._open) - self._open.index(rule))
+        depth, lowest = len(self._open), self._lowest
+        programs, self._programs = self._programs, {}  # a distance says nothing at another place
+        self._lowest = depth
+        self._open.append(rule)
+        made = tuple([(self._closed(program), places) for program, places in rule.programs])
+        self._open.pop()
+        self._programs = programs
+        key = Key((rule.kind, rule.smooth, rule.smooth_out, rule.held, made))
+        if self._lowest >= depth:
+            self._rules[id(rule)] = key
+        self._lowest = min(self._lowest, lowest)
+        return key
 
-def _hashable(x: Any) -> Hashable:
-    try:
-        hash(x)
-    except TypeError:
-        return Same(x)
-    return x
+    def _array(self, x: Any) -> Hashable:
+        """An array that stays inside."""
+        self.foreign = True
+        return array_key(x)
 
 
-def _is_jax(kind: type) -> bool:
-    return kind.__module__.split(".")[0] == "jax"
+def array_key(x: Any) -> Hashable:
+    """A key for an array that is part of a program: by content where that is small, otherwise by
+    identity."""
+    if isinstance(x, Array) and not isinstance(x, Tracer):
+        readable = x.nbytes <= _READ_BYTES and x.is_fully_addressable and not _compat.is_opaque(x)
+        if readable:
+            return (x.aval, x.sharding, np.asarray(x).tobytes())
+    return Same(x)

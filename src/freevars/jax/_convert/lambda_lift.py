@@ -10,23 +10,38 @@ of the lifted values are then hoisted.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
-from typing import Any, TypeAlias
-
-import numpy as np
+from typing import Any, NamedTuple, TypeAlias
 
 from freevars.jax import _compat
-from freevars.jax._compat import Array, Eqn, Literal, Var
+from freevars.jax._compat import Eqn, Literal, Var
+from freevars.jax._convert.traced_rules import Rule as TracedRule
+from freevars.jax._convert.traced_rules import RuleTracer, Values, rule_p
+from freevars.jax._convert.twins import twins
 from freevars.jax._describe.tracers import identity
 
-__all__ = ["lambda_lift"]
+__all__ = ["Lifted", "lambda_lift"]
 
 
 class Constants:
-    """Concrete arrays met in a program, each once, with the variable that stands for it."""
+    """Concrete arrays and traced values met in a program, each once, with the variable that stands
+    for it."""
 
-    def __init__(self) -> None:
+    def __init__(self, copies: dict[Any, Any]) -> None:
         self._found: dict[Any, tuple[Any, Var]] = {}
+        self._copies = copies
+        self._programs: list[Any] = []  # that read them
+        self._own: set[Var] | None = None
+
+    def read_by(self, jaxpr: Any) -> None:
+        """One more program that reads them."""
+        self._programs.append(jaxpr)
+        self._own = None
+
+    @property
+    def pairs(self) -> list[tuple[Any, Var]]:
+        return list(self._found.values())
 
     @property
     def values(self) -> list[Any]:
@@ -37,11 +52,25 @@ class Constants:
         return [var for _, var in self._found.values()]
 
     def variable(self, value: Any, aval: Any) -> Var:
-        """The variable that stands for `value`."""
-        found = self._found.get(identity(value))
+        """The variable that stands for `value`, or for what that is a copy of."""
+        key = identity(value)
+        if key in self._copies:
+            value = self._copies[key]
+            key = identity(value)
+        found = self._found.get(key)
         if found is None:
-            found = self._found[identity(value)] = (value, Var(aval))
+            # A rule may hold a value that was traced here: it is computed where the rule is used.
+            own = _compat.variable(value)
+            if own is not None and own in self._computed():
+                return own
+            found = self._found[key] = (value, Var(aval))
         return found[1]
+
+    def _computed(self) -> set[Var]:
+        if self._own is None:
+            self._own = {v for p in self._programs for v in p.invars}
+            self._own |= {v for p in self._programs for eqn in p.eqns for v in eqn.outvars}
+        return self._own
 
     def adopt(self, value: Any, var: Var) -> None:
         """Let `var`, which a program reads already, stand for `value`."""
@@ -50,36 +79,26 @@ class Constants:
 
     def operands_for(self, inner: Constants) -> list[Var]:
         """The variables here that stand for the values of a nested program."""
-        pairs = zip(inner.values, inner.variables, strict=True)
-        return [self.variable(value, var.aval) for value, var in pairs]
+        return [self.variable(value, var.aval) for value, var in inner.pairs]
 
 
-def lambda_lift(closed: Any) -> tuple[Any, list[Any]]:
+class Lifted(NamedTuple):
+    """A program without constants, and these."""
+
+    jaxpr: Any  # open; reads the constants and then what it read before
+    values: list[Any]
+    kept: list[Any]  # what rules hold that stay functions, as far as that is known
+
+
+def lambda_lift(closed: Any) -> Lifted:
     """The open program whose leading inputs are the constants of `closed` and of all that is nested
-    in it, and these constants, each once."""
-    opened, values = _compat.separate_constants(closed)
-    if not _holds_constants(opened):
-        return opened, values
-    constants = Constants()
-    jaxpr = _Lifter().open(closed, constants)
-    return _compat.replace(jaxpr, invars=[*constants.variables, *jaxpr.invars]), constants.values
-
-
-def _is_array_literal(v: Any) -> bool:
-    # A Python number or a NumPy scalar is part of the program; an array is a captured value.
-    return type(v) is Literal and (isinstance(v.val, Array) or np.ndim(v.val) > 0)
-
-
-def _holds_constants(jaxpr: Any) -> bool:
-    """Whether an open program, or one nested in it at any depth, holds a concrete array."""
-    for eqn in jaxpr.eqns:
-        for v in eqn.invars:
-            if type(v) is Literal and _is_array_literal(v):
-                return True
-        for nested in _compat.nested_programs(eqn) if eqn.params else ():
-            if _consts(nested) or _holds_constants(_opened(nested)):
-                return True
-    return any(_is_array_literal(v) for v in jaxpr.outvars)
+    in it, its custom rules among that; and these constants, each once."""
+    lifter = _Lifter()
+    found = Values()
+    lifter.rules.visit(closed, found)
+    lifter.copies.update(twins(found.read, found.held))
+    jaxpr, values = lifter.whole(closed)
+    return Lifted(jaxpr, values, lifter.rules.kept)
 
 
 def _consts(jaxpr: Any) -> list[Any]:
@@ -94,59 +113,118 @@ class _Lifter:
     """One lift; programs that JAX shares between equations stay shared."""
 
     def __init__(self) -> None:
+        self.rules = RuleTracer(self._lift_rule)
+        self.copies: dict[Any, Any] = {}  # what a rule holds, to what it is a copy of
         self._memo: dict[int, tuple[Any, Any, Constants]] = {}
+
+    def whole(self, closed: Any) -> tuple[Any, list[Any]]:
+        """The open program with its constants as leading inputs, and these."""
+        constants = Constants(self.copies)
+        jaxpr = self.open(closed, constants)
+        if constants.variables:
+            jaxpr = _compat.replace(jaxpr, invars=[*constants.variables, *jaxpr.invars])
+        return jaxpr, constants.values
+
+    def _lift_rule(self, closed: Any) -> tuple[Any, list[Any]]:
+        jaxpr, values = self.whole(closed)
+        return _compat.close(jaxpr), values
 
     def open(self, closed: Any, constants: Constants) -> Any:
         """The open program with every concrete array read from a variable of `constants`; these
         variables are not among its inputs yet."""
-        jaxpr, values = _compat.separate_constants(closed)
+        jaxpr, values = _opened(closed), list[Any]()
+        if _consts(closed):
+            jaxpr, values = _compat.separate_constants(closed)
         for var, value in zip(jaxpr.invars, values, strict=False):
             constants.adopt(value, var)
-        invars = jaxpr.invars[len(values) :]
-        if not _holds_constants(jaxpr):
-            return _compat.replace(jaxpr, invars=invars) if values else jaxpr
+        constants.read_by(jaxpr)
         eqns = [self._eqn(eqn, constants) for eqn in jaxpr.eqns]
         outvars = [_lift_literal(v, constants) for v in jaxpr.outvars]
-        return _compat.replace(jaxpr, invars=invars, eqns=eqns, outvars=outvars)
+        before, after = [*jaxpr.eqns, *jaxpr.outvars], [*eqns, *outvars]
+        if any(map(operator.is_not, before, after)):
+            jaxpr = _compat.replace(jaxpr, eqns=eqns, outvars=outvars)
+        return _compat.replace(jaxpr, invars=jaxpr.invars[len(values) :]) if values else jaxpr
 
     def nested(self, closed: Any) -> tuple[Any, Constants]:
         """The closed program without constants, with one more leading input for each that it
-        had."""
+        had; the same object where nothing had to change."""
         known = self._memo.get(id(closed))
         if known is None:
-            inner = Constants()
+            inner = Constants(self.copies)
             jaxpr = self.open(closed, inner)
-            known = self._memo[id(closed)] = (closed, _with_inputs(jaxpr, inner), inner)
+            same = jaxpr is _opened(closed) and not inner.variables
+            made = closed if same else _with_inputs(jaxpr, inner)
+            known = self._memo[id(closed)] = (closed, made, inner)
         return known[1:]
 
     def _eqn(self, eqn: Eqn, constants: Constants) -> Eqn:
-        if any(_is_array_literal(v) for v in eqn.invars):
+        visited = eqn
+        if any(map(_is_array, eqn.invars)):
             eqn = eqn.replace(invars=[_lift_literal(v, constants) for v in eqn.invars])
-        rule = _RULES.get(eqn.primitive.name)
-        return eqn if rule is None else rule(self, eqn, constants)
+        if not eqn.params:
+            return eqn
+        name = eqn.primitive.name
+        if name in _compat.RULED:
+            traced = self.rules.rule_of(visited)
+            return eqn if traced is None else self._with_rule(eqn, traced, constants)
+        rule = _RULES.get(name)
+        if rule is not None:
+            return rule(self, eqn, constants)
+        return self._unknown(eqn) if _compat.nested_programs(eqn) else eqn
+
+    def _with_rule(self, eqn: Eqn, rule: TracedRule, constants: Constants) -> Eqn:
+        count = _compat.captured_by_rule(eqn)
+        body, inner = self.nested(eqn.params["call_jaxpr"])
+        invars = [
+            *constants.operands_for(inner),
+            *eqn.invars[:count],
+            *[constants.variable(value, aval) for value, aval in self.rules.held_by(rule)],
+            *eqn.invars[count:],
+        ]
+        params = {"rule": rule, "body": body, "captured": len(inner.values) + count}
+        return eqn.replace(primitive=rule_p, invars=invars, params=params)
+
+    def _unknown(self, eqn: Eqn) -> Eqn:
+        """An equation that calls programs in a way that is not known here: they keep their
+        constants, and get traced rules."""
+
+        def lift(x: Any) -> Any:
+            if isinstance(x, _compat.ClosedJaxpr):
+                jaxpr, inner = self.nested(x)
+                return x if jaxpr is x else _compat.close(_opened(jaxpr), inner.values)
+            if isinstance(x, tuple):
+                made = [lift(y) for y in x]
+                same = all(a is b for a, b in zip(made, x, strict=True))
+                return x if same else type(x)(*made) if hasattr(x, "_fields") else tuple(made)
+            return x
+
+        params = {k: lift(v) for k, v in eqn.params.items()}
+        return eqn.replace(params=params)
+
+
+def _is_array(v: Any) -> bool:
+    return type(v) is Literal and _compat.is_array_literal(v)
 
 
 def _lift_literal(v: Any, constants: Constants) -> Any:
-    return constants.variable(v.val, v.aval) if _is_array_literal(v) else v
+    return constants.variable(v.val, v.aval) if _is_array(v) else v
 
 
 def _with_inputs(jaxpr: Any, inner: Constants) -> Any:
     return _compat.close(_compat.replace(jaxpr, invars=[*inner.variables, *jaxpr.invars]))
 
 
-Rule: TypeAlias = Callable[[_Lifter, Eqn, Constants], Eqn]
+Handler: TypeAlias = Callable[[_Lifter, Eqn, Constants], Eqn]
 
 
-def _call(name: str, counter: str | None = None) -> Rule:
-    """The rule for an equation that calls one nested program, its parameter `name`."""
+def _call(name: str) -> Handler:
+    """For an equation that calls one nested program, its parameter `name`."""
 
     def rule(lifter: _Lifter, eqn: Eqn, constants: Constants) -> Eqn:
         was = eqn.params[name]
         is_open = not isinstance(was, _compat.ClosedJaxpr)
         jaxpr, inner = lifter.nested(_compat.close(was) if is_open else was)
         params = {name: _opened(jaxpr) if is_open else jaxpr}
-        if counter is not None:
-            params[counter] = eqn.params[counter] + len(inner.values)
         return _compat.prepend_operands(eqn, constants.operands_for(inner), params)
 
     return rule
@@ -178,25 +256,34 @@ def _while(lifter: _Lifter, eqn: Eqn, constants: Constants) -> Eqn:
 
 
 def _cond(lifter: _Lifter, eqn: Eqn, constants: Constants) -> Eqn:
-    if any(_consts(branch) for branch in eqn.params["branches"]):
-        return eqn  # JAX hoists these itself; were it to stop, they stay where they are
-    # Every branch takes the same operands, so all branches share one set of constants.
-    inner = Constants()
-    jaxprs = [lifter.open(branch, inner) for branch in eqn.params["branches"]]
-    branches = tuple(_with_inputs(jaxpr, inner) for jaxpr in jaxprs)
-    index, *operands = eqn.invars
-    invars = [index, *constants.operands_for(inner), *operands]
-    return eqn.replace(invars=invars, params={**eqn.params, "branches": branches})
+    # Every branch takes the same operands, so each gets the constants of all.
+    branches = [lifter.nested(branch) for branch in eqn.params["branches"]]
+    union = Constants(lifter.copies)
+    for _, inner in branches:
+        union.operands_for(inner)
+    operands = [constants.variable(v, var.aval) for v, var in union.pairs]
+    made = tuple([_with_more_inputs(*branch, union) for branch in branches])
+    index, *rest = eqn.invars
+    return eqn.replace(invars=[index, *operands, *rest], params={**eqn.params, "branches": made})
 
 
-_RULES: dict[str, Rule] = {
+def _with_more_inputs(closed: Any, inner: Constants, union: Constants) -> Any:
+    """The program whose leading inputs are those of `union`, of which it reads a part."""
+    if not union.variables:
+        return closed
+    jaxpr = _opened(closed)
+    count = len(inner.values)
+    own = dict(zip([identity(v) for v in inner.values], jaxpr.invars[:count], strict=True))
+    leading = [own.get(identity(v)) or Var(var.aval) for v, var in union.pairs]
+    return _compat.close(_compat.replace(jaxpr, invars=[*leading, *jaxpr.invars[count:]]))
+
+
+_RULES: dict[str, Handler] = {
     "jit": _call("jaxpr"),
     "closed_call": _call("call_jaxpr"),
     "core_call": _call("call_jaxpr"),
     "remat2": _call("jaxpr"),
     "checkpoint": _call("jaxpr"),
-    "custom_jvp_call": _call("call_jaxpr", counter="num_consts"),
-    "custom_vjp_call": _call("call_jaxpr", counter="num_consts"),
     "scan": _scan,
     "while": _while,
     "cond": _cond,

@@ -37,10 +37,43 @@ from freevars.jax._describe.reads import first_read
 
 __all__ = ["Program"]
 
-_LOCK = threading.Lock()
-_PROGRAMS: weakref.WeakValueDictionary[Hashable, Program] = weakref.WeakValueDictionary()
 _RECENT: OrderedDict[Program, None] = OrderedDict()
 _RECENT_SIZE = 32
+_RECENT_LOCK = threading.Lock()  # no code of the user's runs under it
+
+
+class _Ref(weakref.ref["Program"]):
+    """A program in the table, which removes itself."""
+
+    __slots__ = ("key",)
+
+    key: Hashable
+
+
+# A plain dict, whose `setdefault` two threads may call at once: comparing keys can run code of the
+# user's (the equality of a static argument), and no lock may be held then.
+_PROGRAMS: dict[Hashable, _Ref] = {}
+
+
+def _ref(program: Program, key: Hashable) -> _Ref:
+    ref = _Ref(program, _forget)
+    ref.key = key
+    return ref
+
+
+def _forget(ref: weakref.ref[Program]) -> None:
+    if isinstance(ref, _Ref) and _PROGRAMS.get(ref.key) is ref:
+        _PROGRAMS.pop(ref.key, None)
+
+
+def _keep(program: Program) -> None:
+    dropped = None  # let go after the lock is free
+    with _RECENT_LOCK:
+        _RECENT[program] = None
+        _RECENT.move_to_end(program)
+        if len(_RECENT) > _RECENT_SIZE:
+            dropped, _ = _RECENT.popitem(last=False)
+    del dropped
 
 
 class Program:
@@ -74,16 +107,18 @@ class Program:
     def intern(cls, key: Hashable, make: Callable[[], Program], *, keep: bool) -> Program:
         """The program of this key, made now if there is none; `keep` says that it may outlive its
         last use, because it holds nothing of the user's."""
-        with _LOCK:
-            program = _PROGRAMS.get(key)
+        program = None
+        while program is None:
+            ref = _PROGRAMS.get(key)
+            if ref is None:
+                made = make()
+                ref = _PROGRAMS.setdefault(key, _ref(made, key))
+            program = ref()
             if program is None:
-                program = _PROGRAMS[key] = make()
-            if keep:
-                _RECENT[program] = None
-                _RECENT.move_to_end(program)
-                if len(_RECENT) > _RECENT_SIZE:
-                    _RECENT.popitem(last=False)
-            return program
+                _forget(ref)
+        if keep:
+            _keep(program)
+        return program
 
     def __repr__(self) -> str:
         return f"<program {self.name} at {id(self):#x}>"

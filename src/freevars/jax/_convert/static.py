@@ -21,6 +21,7 @@ import enum
 import functools
 import hashlib
 import pickle
+import struct
 import types
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
@@ -28,9 +29,42 @@ from typing import Any
 import numpy as np
 from jax import tree_util
 
-from freevars.jax._convert.callable_key import Same, scalar_key
+__all__ = ["Same", "as_static", "from_static", "scalar_key", "static_key", "tree_key"]
 
-__all__ = ["Static", "as_static", "from_static", "static_key", "tree_key"]
+__all__ = [
+    "Same",
+    "Static",
+    "as_static",
+    "from_static",
+    "scalar_key",
+    "static_key",
+    "tree_key",
+]
+
+
+class Same:
+    """Equal only to another mark of the very same object."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is Same and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def scalar_key(x: Any) -> Hashable:
+    """A key for a Python number that compares type and bits: 1, 1.0, True, 0.0 and -0.0 all differ,
+    and a NaN equals itself."""
+    if isinstance(x, float):
+        return (type(x), struct.pack("<d", x))
+    if isinstance(x, complex):
+        return (type(x), struct.pack("<dd", x.real, x.imag))
+    return (type(x), x)
 
 
 @tree_util.register_static

@@ -11,7 +11,7 @@ from typing import Any
 from freevars.jax import _compat
 from freevars.report._reads import Reads
 
-__all__ = ["first_read", "reads_of"]
+__all__ = ["captured_by_rules", "first_read", "reads_of"]
 
 
 def reads_of(jaxpr: Any, count: int) -> list[Reads]:
@@ -27,6 +27,32 @@ def first_read(jaxpr: Any, position: int) -> str:
     if not sites:
         return ""
     return f" (first read at {sites[0]}{f': {sites[0].text!r}' if sites[0].text else ''})"
+
+
+def captured_by_rules(jaxpr: Any, count: int) -> set[int]:
+    """Which of the first inputs of an open program the body of a function with a custom rule
+    captures, where the rule stays a function of JAX's."""
+    found: set[int] = set()
+
+    def walk(jaxpr: Any, stands_for: dict[Any, set[int]]) -> None:
+        for eqn in jaxpr.eqns:
+            operands = [
+                set() if type(v) is _compat.Literal else stands_for.get(v, set())
+                for v in eqn.invars
+            ]
+            if not any(operands):
+                continue
+            found.update(*operands[: _compat.captured_by_rule(eqn)])
+            for program, positions in _nested(eqn):
+                inner: dict[Any, set[int]] = {}
+                for var, position in zip(program.invars, positions, strict=True):
+                    if position is not None and operands[position]:
+                        inner[var] = operands[position]
+                if inner:
+                    walk(program, inner)
+
+    walk(jaxpr, {v: {i} for i, v in enumerate(jaxpr.invars[:count])})
+    return found
 
 
 def _walk(jaxpr: Any, readers: dict[Any, list[Reads]], caller: Any = None) -> None:
@@ -80,4 +106,8 @@ def _nested(eqn: Any) -> list[tuple[Any, list[int | None]]]:
         return [(program, positions) for program in programs]
     if name == "cond":
         return [(program, list(operands[1:])) for program in programs]
+    if "captured" in params:  # a traced rule: what the rule holds stands between
+        (program,), before = programs, params["captured"]
+        after = len(operands) - (len(program.invars) - before)
+        return [(program, [*operands[:before], *operands[after:]])]
     return [(p, list(operands)) for p in programs if len(p.invars) == len(operands)]

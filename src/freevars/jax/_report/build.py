@@ -15,7 +15,6 @@ from freevars._names.search import function_name
 from freevars.jax import _compat
 from freevars.jax._convert.convert import trace
 from freevars.jax._convert.hoist import policy_of
-from freevars.jax._convert.jaxpr_key import JaxprKey
 from freevars.jax._convert.program import Program
 from freevars.jax._describe.describe import captured_values
 from freevars.jax._describe.reads import reads_of
@@ -31,8 +30,8 @@ def report_of_function(
     fun: Callable[..., Any], example_args: Sequence[Any], hoist: Hoist
 ) -> CaptureReport:
     """What `fun` captures on the example; `hoist` is the conversion that the report tells about."""
-    jaxpr, values, _, _ = trace(fun, example_args)
-    return _report(fun, jaxpr, values, JaxprKey(jaxpr).held, hoist)
+    traced = trace(fun, example_args)
+    return _report(fun, traced.jaxpr, traced.values, traced.kept, hoist)
 
 
 def report_of_program(

@@ -1,0 +1,210 @@
+"""Run traced rules: make a function of JAX's, with a custom rule, of each equation that has one.
+
+The rule covers the arguments. What the body and the rule capture are operands as well, so that
+other values can stand for them. Along these the derivative of a function with a `custom_jvp` is
+that of its body, as JAX takes it of any function without a rule: with c captured,
+
+    d f(x; c) = rule(x; c) dx + df/dc dc.
+
+A second derivative differentiates both terms, and the rule's program reads c there too. Along what
+a function with a `custom_vjp` captures there is none, as in JAX itself. Not here: how a rule
+becomes a program (`traced_rules`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from freevars.errors import CaptureError
+from freevars.jax import _compat
+from freevars.jax._compat import Eqn
+from freevars.jax._convert.arguments import describe
+from freevars.jax._convert.traced_rules import Rule, rule_p
+
+__all__ = ["with_rules"]
+
+
+def with_rules(jaxpr: Any) -> Any:
+    """The open program with JAX's own equations for those that stand for a traced rule."""
+    return _Maker().open(jaxpr)
+
+
+class _Maker:
+    """One pass; programs that are shared between equations stay shared."""
+
+    def __init__(self) -> None:
+        self._memo: dict[int, tuple[Any, Any]] = {}
+
+    def open(self, jaxpr: Any) -> Any:
+        eqns = [self._eqn(eqn) for eqn in jaxpr.eqns]
+        same = all(a is b for a, b in zip(eqns, jaxpr.eqns, strict=True))
+        return jaxpr if same else _compat.replace(jaxpr, eqns=eqns)
+
+    def _nested(self, x: Any) -> Any:
+        if isinstance(x, tuple):
+            made = [self._nested(y) for y in x]
+            same = all(a is b for a, b in zip(made, x, strict=True))
+            return x if same else type(x)(*made) if hasattr(x, "_fields") else tuple(made)
+        if not isinstance(x, _compat.JAXPR_TYPES):
+            return x
+        if id(x) not in self._memo:
+            was = getattr(x, "jaxpr", x)
+            made = self.open(was)
+            if made is was:
+                made = x
+            elif was is not x:
+                made = _compat.close(made, x.consts)
+            self._memo[id(x)] = (x, made)
+        return self._memo[id(x)][1]
+
+    def _eqn(self, eqn: Eqn) -> Eqn:
+        if eqn.primitive is rule_p:
+            return _native(eqn)
+        if not eqn.params:
+            return eqn
+        params = {k: self._nested(v) for k, v in eqn.params.items()}
+        same = all(params[k] is v for k, v in eqn.params.items())
+        return eqn if same else eqn.replace(params=params)
+
+
+def _native(eqn: Eqn) -> Eqn:
+    call = _function(eqn.params["rule"], eqn.params["body"], eqn.params["captured"])
+    (made,) = jax.make_jaxpr(call)(*[v.aval for v in eqn.invars]).eqns
+    # It takes each operand once and in order, whatever it reads of them.
+    return eqn.replace(primitive=made.primitive, params=made.params, effects=made.effects)
+
+
+def _function(rule: Rule, body: Any, captured: int) -> Callable[..., Any]:
+    """The function of what the body captures, what the rule holds, and the arguments."""
+    opened = with_rules(getattr(body, "jaxpr", body))
+    held = captured + rule.held
+
+    def call(*operands: Any) -> list[Any]:
+        return _compat.evaluate(opened, [*operands[:captured], *operands[held:]])
+
+    call.__name__ = call.__qualname__ = rule.name
+    if rule.kind == "jvp":
+        return _with_jvp(call, rule, captured, held)
+    by_rule = _with_vjp(call, rule, captured, held)
+    if not any(_compat.is_smooth(v.aval) for v in opened.invars[:captured]):
+        return by_rule
+    fixed = _no_derivative(rule.name)
+
+    @jax.jit  # type: ignore[untyped-decorator]
+    def with_captures(*operands: Any) -> list[Any]:
+        return by_rule(*map(fixed, operands[:captured]), *operands[captured:])
+
+    return with_captures
+
+
+def _no_derivative(name: str) -> Callable[[Any], Any]:
+    """The identity, for what a function with a `custom_vjp` captures: its rule says nothing of the
+    derivative along that, and JAX refuses it as well."""
+
+    @jax.custom_jvp  # type: ignore[untyped-decorator]
+    def captured(x: Any) -> Any:
+        return x
+
+    @partial(captured.defjvp, symbolic_zeros=True)
+    def _(primals: Any, tangents: Any) -> Any:
+        (x,), (dot,) = primals, tangents
+        if _compat.is_symbolic_zero(dot):
+            return x, dot
+        msg = (
+            f"{name}: its custom_vjp rule covers its arguments, and the value of type"
+            f" {describe(jax.typeof(x))} that it captures is differentiated. Pass the value to it"
+            " as an argument, with a rule for that."
+        )
+        raise CaptureError(msg)
+
+    return captured
+
+
+def _program(rule: Rule, which: int) -> Callable[[Sequence[Any], Sequence[Any]], list[Any]]:
+    """One of the rule's programs, of what it holds and the rest. It is made when it first runs: it
+    may call its own function again."""
+    closed, places = rule.programs[which]
+
+    def run(held: Sequence[Any], rest: Sequence[Any]) -> list[Any]:
+        if which not in rule.native:
+            rule.native[which] = with_rules(getattr(closed, "jaxpr", closed))
+        return _compat.evaluate(rule.native[which], [*[held[i] for i in places], *rest])
+
+    return run
+
+
+def _with_jvp(call: Callable[..., Any], rule: Rule, captured: int, held: int) -> Any:
+    function = jax.custom_jvp(call)
+    run = _program(rule, 0)
+
+    @partial(function.defjvp, symbolic_zeros=True)
+    def _(primals: Any, tangents: Any) -> Any:
+        results, terms = None, []
+        if not all(map(_compat.is_symbolic_zero, tangents[held:])):
+            dots = [_dense(t) for t, s in zip(tangents[held:], rule.smooth, strict=True) if s]
+            made = run(primals[captured:held], [*primals[held:], *dots])
+            count = len(rule.smooth_out)
+            results, waiting = made[:count], iter(made[count:])
+            terms.append([next(waiting) if s else None for s in rule.smooth_out])
+        by_captures = _along_captures(call, captured, primals, tangents)
+        if by_captures is not None:
+            results = by_captures[0] if results is None else results
+            terms.append(by_captures[1])
+        if results is None:
+            results, terms = call(*primals), [[None] * len(rule.smooth_out)]
+        return results, [
+            sum(dots[1:], start=dots[0])
+            if smooth and dots[0] is not None
+            else SymbolicZero.from_primal_value(result)
+            for result, smooth, *dots in zip(results, rule.smooth_out, *terms, strict=True)
+        ]
+
+    return function
+
+
+def _with_vjp(call: Callable[..., Any], rule: Rule, captured: int, held: int) -> Any:
+    function = jax.custom_vjp(call)
+    forward, backward = _program(rule, 0), _program(rule, 1)
+
+    def fwd(*operands: Any) -> Any:
+        values = list(operands[captured:held])
+        made = forward(values, operands[held:])
+        count = len(rule.smooth_out)
+        return made[:count], (values, made[count:])
+
+    def bwd(residuals: Any, cotangents: Any) -> Any:
+        values, made = residuals
+        smooth = [ct for ct, s in zip(cotangents, rule.smooth_out, strict=True) if s]
+        waiting = iter(backward(values, [*made, *smooth]))
+        return (*[None] * held, *[next(waiting) if s else None for s in rule.smooth])
+
+    function.defvjp(fwd, bwd)
+    return function
+
+
+def _along_captures(
+    call: Callable[..., Any], captured: int, primals: Sequence[Any], tangents: Sequence[Any]
+) -> Any:
+    """The results of the body and their tangents along what it captures; None where none moves."""
+    moving = [i for i in range(captured) if not _compat.is_symbolic_zero(tangents[i])]
+    if not moving:
+        return None
+
+    def body(*moved: Any) -> Any:
+        whole = list(primals)
+        for i, value in zip(moving, moved, strict=True):
+            whole[i] = value
+        return call(*whole)
+
+    return jax.jvp(body, [primals[i] for i in moving], [tangents[i] for i in moving])
+
+
+def _dense(x: Any) -> Any:
+    """A tangent as an array, where it may be known to be zero."""
+    return jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x

@@ -1,0 +1,325 @@
+"""Custom derivative rules as programs: traced with the function that they belong to.
+
+A rule is Python that JAX runs later, whenever a derivative is asked for, and reads then whatever
+Python can read. Here it runs once, at conversion, the way a derivative would make it run: the
+equation that has the rule is a program of its own, whose `jax.jvp` is the rule of a `custom_jvp`,
+and whose `jax.vjp` and the pullback of that are the two halves of a `custom_vjp`. What the rule
+reads from outside shows up as constants of these programs, like anything else that a function
+captures. A rule that calls its own function again meets itself there: the trace ends where a rule
+comes round that is being traced already.
+
+A few rules stay functions: JAX's own and this library's, which are compared by identity and read no
+state; and those that cannot be traced alone, because they ask which tangents are zero or fail.
+Not here: how a traced rule runs (`rule_call`), and who compares programs (`jaxpr_key`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import FunctionType
+from typing import Any
+
+import jax
+import numpy as np
+
+from freevars.jax import _compat
+from freevars.jax._compat import Eqn, Literal, Primitive
+from freevars.jax._convert.static import Same
+from freevars.jax._convert.wrapped import Wrapped
+from freevars.jax._describe.tracers import identity
+
+__all__ = ["Rule", "RuleTracer", "Values", "rule_p"]
+
+# An equation of a function with a traced rule, until `rule_call` makes one of JAX's of it. Its
+# operands are what the body captures, what the rule holds, and the arguments; its parameters are
+# `rule`, `body` (a program of the captures and the arguments) and `captured` (how many).
+rule_p = Primitive("freevars_rule")
+rule_p.multiple_results = True
+
+# How often one function may come round with other static arguments before its rule stays a
+# function: a rule that calls for the next derivative each time has no end.
+_AGAIN = 3
+_DEEP = 16  # rules within rules
+
+
+class Rule:
+    """One traced rule: programs of what it holds, the arguments, and tangents or cotangents."""
+
+    def __init__(self, eqn: Eqn) -> None:
+        self.kind = _compat.RULED[eqn.primitive.name]  # "jvp" or "vjp"
+        # Which arguments and results have a derivative.
+        args = eqn.invars[_compat.captured_by_rule(eqn) :]
+        self.smooth = tuple([_compat.is_smooth(v.aval) for v in args])
+        self.smooth_out = tuple([_compat.is_smooth(v.aval) for v in eqn.outvars])
+        self.name = _compat.program_name(eqn.params["call_jaxpr"])
+        self.raw: list[Any] = []  # the programs as traced, with their constants
+        # How many values the programs hold. Rules that call each other in a circle hold the same.
+        self.held = 0
+        # The programs without constants, and which of the held values each one takes.
+        self.programs: list[tuple[Any, tuple[int, ...]]] = []
+        self.native: dict[int, Any] = {}  # see `rule_call`
+
+
+class Values:
+    """Arrays and traced values, each once, with their types."""
+
+    def __init__(self) -> None:
+        self.found: dict[Any, tuple[Any, Any]] = {}
+        self.read: list[Any] = []  # by a program
+        self.held: list[Any] = []  # by a rule
+
+    def add(self, value: Any, aval: Any) -> None:
+        """One that a program reads."""
+        self.read.append(value)
+        self.found.setdefault(identity(value), (value, aval))
+
+    def hold(self, held: Sequence[tuple[Any, Any]]) -> None:
+        """Those of a rule."""
+        for value, aval in held:
+            self.held.append(value)
+            self.found.setdefault(identity(value), (value, aval))
+
+
+class _Frame:
+    """A rule that is being traced."""
+
+    def __init__(self, key: Any, base: Any, rule: Rule, depth: int) -> None:
+        self.key, self.base, self.rule = key, base, rule
+        self.values = Values()
+        self.members = [rule]  # with those inside that come back to it or to one below
+        self.depth = self.low = depth  # the lowest that one of them comes back to
+
+
+class RuleTracer:
+    """The rules of one function, each traced once.
+
+    Args:
+      lift: takes the constants out of a program: the program with them as leading inputs, and the
+        constants.
+    """
+
+    def __init__(self, lift: Callable[[Any], tuple[Any, list[Any]]]) -> None:
+        self.kept: list[Any] = []  # what rules hold that stay functions
+        self._lift = lift
+        self._rules: dict[int, tuple[Eqn, Rule | None]] = {}  # by equation
+        self._whole: dict[Any, Rule] = {}
+        self._part: dict[Any, tuple[Rule, _Frame]] = {}  # of a frame that is still open
+        self._stack: list[_Frame] = []
+        # What rules hold, with the types; not in the rules, which live on in compiled programs.
+        self._held: dict[int, list[tuple[Any, Any]]] = {}
+        self._keep: list[Any] = []  # objects whose ids are in keys
+
+    def rule_of(self, eqn: Eqn) -> Rule | None:
+        """The traced rule of an equation that was visited, or None where it stays a function."""
+        return self._rules[id(eqn)][1]
+
+    def held_by(self, rule: Rule) -> list[tuple[Any, Any]]:
+        """The values that a rule holds, with their types; none while it is being traced."""
+        return self._held.get(id(rule), [])
+
+    def visit(self, closed: Any, values: Values) -> None:
+        """Trace the rules in a program and in those nested in it; add what they and these hold."""
+        self._visit(closed, values, {})
+
+    def _visit(self, closed: Any, values: Values, seen: dict[int, Any]) -> None:
+        if id(closed) in seen:
+            return
+        seen[id(closed)] = closed
+        jaxpr = getattr(closed, "jaxpr", closed)
+        for var, value in zip(jaxpr.constvars, getattr(closed, "consts", ()), strict=False):
+            values.add(value, var.aval)
+        for eqn in jaxpr.eqns:
+            _add_literals(eqn.invars, values)
+            if not eqn.params:
+                continue
+            if eqn.primitive.name in _compat.RULED:
+                rule = self._of(eqn)
+                if rule is None:
+                    continue  # it stays as it is, and so does its body
+                values.hold(self.held_by(rule))
+            for nested in _compat.nested_programs(eqn):
+                self._visit(nested, values, seen)
+        _add_literals(jaxpr.outvars, values)
+
+    def _of(self, eqn: Eqn) -> Rule | None:
+        if id(eqn) not in self._rules:
+            self._rules[id(eqn)] = (eqn, self._resolve(eqn))
+        return self._rules[id(eqn)][1]
+
+    def _resolve(self, eqn: Eqn) -> Rule | None:
+        parts = Wrapped()
+        objects = tuple([parts.of(x) for x in _compat.rule_objects(eqn)])
+        key = (eqn.primitive, objects, tuple([v.aval for v in eqn.invars]))
+        own = not parts.foreign and not any(map(_reads_state, parts.programs))
+        if own and (not _compat.captured_by_rule(eqn) or eqn.params["symbolic_zeros"]):
+            return None
+        self._keep.append(parts)
+        known = self._known(key)
+        if known is not None:
+            return known
+        base = tuple([Same(x) for x in parts.foreign if isinstance(x, FunctionType)])
+        again = sum(frame.base == base for frame in self._stack)
+        if again >= _AGAIN or len(self._stack) >= _DEEP or not _is_plain(eqn):
+            return None
+        rule = Rule(eqn)
+        try:
+            rule.raw = (_trace_jvp if rule.kind == "jvp" else _trace_vjp)(eqn, rule)
+        except Exception:  # noqa: BLE001 (whatever a rule of the user's raises when it is alone)
+            return None
+        if eqn.params["symbolic_zeros"]:
+            # Which tangents are zero is not known yet, and the rule may ask. That it was traced for
+            # none tells what it holds.
+            for program in rule.raw:
+                self.kept += _held(program)
+            return None
+        self._resolve_inside(rule, key, base)
+        return rule
+
+    def _known(self, key: Any) -> Rule | None:
+        """A rule that is being traced, or was."""
+        for frame in self._stack:
+            if frame.key == key:
+                return self._back_to(frame, frame.rule)
+        if key in self._part:
+            rule, frame = self._part[key]
+            if frame in self._stack:
+                return self._back_to(frame, rule)
+        return self._whole.get(key)
+
+    def _back_to(self, frame: _Frame, rule: Rule) -> Rule:
+        self._stack[-1].low = min(self._stack[-1].low, frame.depth)
+        return rule
+
+    def _resolve_inside(self, rule: Rule, key: Any, base: Any) -> None:
+        frame = _Frame(key, base, rule, len(self._stack))
+        self._stack.append(frame)
+        try:
+            for program in rule.raw:
+                self.visit(program, frame.values)
+        finally:
+            self._stack.pop()
+        if frame.low < frame.depth:
+            self._join(frame)
+        else:
+            self._close(frame)
+
+    def _join(self, frame: _Frame) -> None:
+        """A rule that comes back to one that is still open is part of that."""
+        below = self._stack[-1]
+        below.low = min(below.low, frame.low)
+        below.members += frame.members
+        below.values.hold(list(frame.values.found.values()))
+        self._part[frame.key] = (frame.rule, self._stack[frame.low])
+
+    def _close(self, frame: _Frame) -> None:
+        """A rule that is whole, with all that come back to it: they hold the same values."""
+        held = list(frame.values.found.values())
+        place = {identity(value): i for i, (value, _) in enumerate(held)}
+        for rule in frame.members:
+            rule.held = len(held)
+            self._held[id(rule)] = held
+        for rule in frame.members:
+            lifted = [self._lift(program) for program in rule.raw]
+            rule.programs = [(p, tuple([place[identity(v)] for v in vs])) for p, vs in lifted]
+            rule.raw = []
+        self._whole[frame.key] = frame.rule
+
+
+def _reads_state(program: Any) -> bool:
+    """Whether a program that JAX's own rule is given holds an array or a rule of the user's."""
+    jaxpr = getattr(program, "jaxpr", program)
+    return bool(getattr(program, "consts", ())) or any(
+        eqn.primitive.name in _compat.RULED or any(map(_reads_state, _compat.nested_programs(eqn)))
+        for eqn in jaxpr.eqns
+    )
+
+
+def _held(program: Any) -> list[Any]:
+    """The constants of a program and of those nested in it."""
+    jaxpr = getattr(program, "jaxpr", program)
+    found = list(getattr(program, "consts", ()))
+    for eqn in jaxpr.eqns:
+        for nested in _compat.nested_programs(eqn) if eqn.params else ():
+            found += _held(nested)
+    return found
+
+
+def _add_literals(atoms: Sequence[Any], values: Values) -> None:
+    for v in atoms:
+        if type(v) is Literal and _compat.is_array_literal(v):
+            values.add(v.val, v.aval)
+
+
+def _is_plain(eqn: Eqn) -> bool:
+    return all(hasattr(v.aval, "dtype") and hasattr(v.aval, "shape") for v in eqn.invars)
+
+
+def _split(eqn: Eqn, rule: Rule) -> tuple[Any, list[Any], list[Any], list[int]]:
+    """The equation as a function; the types of its captures and arguments; which of these move."""
+    avals = [v.aval for v in eqn.invars]
+    count = _compat.captured_by_rule(eqn)
+    call = _compat.as_function(eqn)
+    return call, avals[:count], avals[count:], [i for i, s in enumerate(rule.smooth) if s]
+
+
+def _put(args: Sequence[Any], places: Sequence[int], values: Sequence[Any]) -> list[Any]:
+    args = list(args)
+    for i, value in zip(places, values, strict=True):
+        args[i] = value
+    return args
+
+
+def _trace_jvp(eqn: Eqn, rule: Rule) -> list[Any]:
+    """One program: arguments and a tangent for each smooth one, to results and the tangents of
+    those that have one."""
+    call, captures, args, places = _split(eqn, rule)
+    out = [i for i, s in enumerate(rule.smooth_out) if s]
+
+    def push(captures: Any, args: Any, dots: Any) -> list[Any]:
+        results, tangents = jax.jvp(
+            lambda *moved: call(*captures, *_put(args, places, moved)),
+            [args[i] for i in places],
+            dots,
+        )
+        return [*results, *[tangents[i] for i in out]]
+
+    dots = [args[i].to_tangent_aval() for i in places]
+    return [_without_captures(jax.make_jaxpr(push)(captures, args, dots), len(captures))]
+
+
+def _trace_vjp(eqn: Eqn, rule: Rule) -> list[Any]:
+    """Two programs: arguments to residuals and results; residuals and the cotangents of those
+    results that have one, to a cotangent for each smooth argument."""
+    call, captures, args, places = _split(eqn, rule)
+    structure: list[Any] = []
+
+    def forward(captures: Any, args: Any) -> list[Any]:
+        results, pull = jax.vjp(
+            lambda *moved: call(*captures, *_put(args, places, moved)), *[args[i] for i in places]
+        )
+        residuals, tree = jax.tree.flatten(pull)
+        structure[:] = [tree]
+        return [*results, *residuals]
+
+    def backward(residuals: Any, cotangents: Any) -> list[Any]:
+        waiting = iter(cotangents)
+        whole = [
+            next(waiting) if s else np.zeros(v.aval.shape, jax.dtypes.float0)
+            for v, s in zip(eqn.outvars, rule.smooth_out, strict=True)
+        ]
+        return list(jax.tree.unflatten(structure[0], residuals)(whole))
+
+    first = _without_captures(jax.make_jaxpr(forward)(captures, args), len(captures))
+    residuals = list(first.out_avals)[len(eqn.outvars) :]
+    cotangents = [
+        v.aval.to_tangent_aval() for v, s in zip(eqn.outvars, rule.smooth_out, strict=True) if s
+    ]
+    return [first, jax.make_jaxpr(backward)(residuals, cotangents)]
+
+
+def _without_captures(closed: Any, count: int) -> Any:
+    """The rule without the values that the body captures: JAX gives it none of them."""
+    opened, consts = _compat.separate_constants(closed)
+    n = len(consts)
+    invars = [*opened.invars[:n], *opened.invars[n + count :]]
+    return _compat.close(_compat.replace(opened, invars=invars), consts)

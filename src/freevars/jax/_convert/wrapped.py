@@ -1,0 +1,123 @@
+"""What decides the meaning of the objects that JAX puts around a function that it keeps for later.
+
+JAX makes them afresh in each trace, so that their identity says nothing. They are looked through,
+down to what they are made of: functions of JAX's and of this library's, which read no state and
+count by identity, plain values, and whatever the user put in, which counts by identity and is never
+looked into. Not here: what follows from that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any
+
+import numpy as np
+from jax import tree_util
+
+from freevars.jax import _compat
+from freevars.jax._convert.static import Same, scalar_key, tree_key
+
+__all__ = ["Wrapped"]
+
+_SCALARS = (type(None), bool, int, str, bytes, float, complex)
+
+
+# What a container, a method and a partial are made of.
+_PARTS: dict[type, Callable[[Any], Any]] = {
+    tuple: lambda x: x,
+    list: lambda x: x,
+    dict: lambda x: (*x.keys(), *x.values()),
+    types.MethodType: lambda x: (x.__func__, x.__self__),
+    partial: lambda x: (x.func, x.args, x.keywords),
+}
+
+
+class Wrapped:
+    """The key of a few objects, and what was met in them.
+
+    Args:
+      program: the key of a nested program.
+    """
+
+    def __init__(self, program: Callable[[Any], Hashable] = Same) -> None:
+        self._program = program
+        self._known: dict[int, tuple[Any, Hashable]] = {}
+        self.foreign: list[Any] = []  # the user's objects
+        self.programs: list[Any] = []
+
+    def of(self, x: Any) -> Hashable:
+        """The key of one object."""
+        if type(x) in _SCALARS:
+            return scalar_key(x)
+        known = self._known.get(id(x))
+        if known is not None:
+            return known[1]
+        self._known[id(x)] = (x, "again")  # ends a cycle
+        key = self._of(x)
+        self._known[id(x)] = (x, key)
+        return key
+
+    def _all(self, xs: Any) -> tuple[Hashable, ...]:
+        return tuple([self.of(x) for x in xs])
+
+    def _of(self, x: Any) -> Hashable:
+        if isinstance(x, _compat.JAXPR_TYPES):
+            self.programs.append(x)
+            return self._program(x)
+        inner = _compat.unwrapped(x)
+        if inner is not None:
+            return self.of(inner)
+        if isinstance(x, _compat.RULED_FUNCTIONS):
+            self.of(x.fun)  # whose it is
+            return Same(x)
+        parts = _compat.function_parts(x)
+        if parts is not None:
+            return (type(x), self._all(parts))
+        if isinstance(x, types.FunctionType):
+            return self._of_function(x)
+        read = _PARTS.get(tuple if isinstance(x, tuple) else type(x))
+        if read is not None:
+            return (type(x), self._all(read(x)))
+        if isinstance(x, tree_util.PyTreeDef):
+            return tree_key(x)
+        if isinstance(x, (np.dtype, *_compat.VALUES)):
+            return x
+        return self._of_object(x)
+
+    def _of_function(self, x: types.FunctionType) -> Hashable:
+        if not is_own(x.__globals__.get("__name__")):
+            return self._foreign(x)
+        if not x.__closure__:
+            return Same(x)
+        try:
+            cells = [cell.cell_contents for cell in x.__closure__]
+        except ValueError:  # one is still empty
+            return self._foreign(x)
+        return (x.__code__, self._all(cells), self._all(x.__defaults__ or ()))
+
+    def _of_object(self, x: Any) -> Hashable:
+        if isinstance(x, np.generic):
+            return (type(x), x.dtype, x.tobytes())
+        kind = x if isinstance(x, type) else type(x)
+        own = is_own(kind.__module__) or kind.__module__ in ("builtins", "numpy", "enum")
+        if isinstance(x, (_compat.Array, _compat.Tracer, np.ndarray)) or not own:
+            return self._foreign(x)
+        if dataclasses.is_dataclass(x) and not isinstance(x, type):
+            return (kind, self._all([getattr(x, f.name) for f in dataclasses.fields(x)]))
+        try:
+            hash(x)
+        except TypeError:
+            return self._foreign(x)
+        return x
+
+    def _foreign(self, x: Any) -> Hashable:
+        self.foreign.append(x)
+        return Same(x)
+
+
+def is_own(module: str | None) -> bool:
+    """Whether a module is part of JAX or of this library."""
+    return (module or "").split(".", maxsplit=1)[0] in ("jax", "jaxlib", "freevars")
