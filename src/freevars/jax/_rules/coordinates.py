@@ -198,7 +198,8 @@ def probe(v: Tree, seed: int) -> Tree:
         for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # the finaliser of MurmurHash3
             h = (h ^ (h >> jnp.uint32(shift))) * jnp.uint32(factor)
         unit = (h ^ (h >> jnp.uint32(16))).astype(leaf.dtype) * (2.0**-31) - 1
-        return unit + jnp.zeros_like(leaf)
+        # Where the leaf lies, this lies: what did not depend on it, XLA would put on every device.
+        return jnp.where(leaf == leaf, unit, jnp.nan)  # noqa: PLR0124
 
     leaves, tree = jax.tree.flatten(v)
     return tree.unflatten([fill(i, leaf) for i, leaf in enumerate(leaves)])

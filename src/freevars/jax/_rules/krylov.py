@@ -40,6 +40,7 @@ class System(NamedTuple):
     size: Any  # a lower bound of |A|
     max_steps: int  # how often A may be applied, about
     precondition: Apply | None = None  # about A^-1
+    verify: bool = True  # compute the residual of the result: that takes an A more, and b in memory
 
 
 class Solution(NamedTuple):
@@ -90,28 +91,29 @@ class _Restart(NamedTuple):
 
 
 def _restarted(
-    system: System, cycle: Callable[[_Restart], tuple[Tree, Any, Any]], restarts: int
+    system: System,
+    cycle: Callable[[_Restart], tuple[Tree, Any, Any, Any]],
+    restarts: int,
+    *,
+    erratic: bool,
 ) -> Solution:
-    """Run `cycle(state) -> x, size, steps` until the system is solved or a restart brings the
-    residual down by less than half."""
+    """Run `cycle(state) -> x, rr, size, steps` until the system is solved or a restart brings the
+    residual down by less than half. The last x of a method that is `erratic` may be a worse one:
+    then what there was before is kept, at the cost of two more vectors."""
     b, dot = system.b, system.dot
     bb = dot(b, b)
 
     def step(state: _Restart) -> _Restart:
-        x, size, steps = cycle(state)
+        x, _, size, steps = cycle(state)
         r = combine(-1, system.matvec(x), b)
         rr = dot(r, r)
-        better = rr <= state.rr  # False where anything is NaN
-        return _Restart(
-            choose(better, x, state.x),
-            choose(better, r, state.r),
-            jnp.where(better, rr, state.rr),
-            size,
-            steps,
-            state.restarts + 1,
-            better & is_solved(system, rr, dot(x, x), bb, size),
-            rr <= 0.25 * state.rr,
-        )
+        solved = is_solved(system, rr, dot(x, x), bb, size)
+        improving = rr <= 0.25 * state.rr  # False where anything is NaN
+        if erratic:
+            better = rr <= state.rr
+            x, r = choose(better, x, state.x), choose(better, r, state.r)
+            rr = jnp.where(better, rr, state.rr)
+        return _Restart(x, r, rr, size, steps, state.restarts + 1, solved, improving)
 
     def goes_on(state: _Restart) -> Any:
         more = (state.restarts < restarts) & (state.steps < system.max_steps)
@@ -119,6 +121,9 @@ def _restarted(
 
     zero = jax.tree.map(jnp.zeros_like, b)
     start = _Restart(zero, b, bb, system.size + 0 * bb, 0, 0, bb == 0, jnp.isfinite(bb))
+    if not system.verify:
+        x, rr, _, steps = cycle(start)
+        return Solution(x, rr, rr <= system.tol**2 * bb, steps)
     end = jax.lax.while_loop(goes_on, step, start)
     return Solution(end.x, end.rr, end.solved, end.steps)
 
@@ -128,7 +133,7 @@ def conjugate_gradients(system: System) -> Solution:
     matvec, b, dot, precondition = system.matvec, system.b, system.dot, system.precondition
     stop = system.tol**2 * dot(b, b)
 
-    def cycle(state: _Restart) -> tuple[Tree, Any, Any]:
+    def cycle(state: _Restart) -> tuple[Tree, Any, Any, Any]:
         z = state.r if precondition is None else precondition(state.r)
         rz = state.rr if precondition is None else dot(state.r, z)
 
@@ -152,10 +157,10 @@ def conjugate_gradients(system: System) -> Solution:
             return (rr > stop) & (rz != 0) & (steps < system.max_steps)
 
         start = (state.x, state.r, z, rz, state.rr, state.size, 0 * rz, state.steps)
-        x, _, _, _, _, size, _, steps = jax.lax.while_loop(goes_on, step, start)
-        return x, size, steps
+        x, _, _, _, rr, size, _, steps = jax.lax.while_loop(goes_on, step, start)
+        return x, rr, size, steps
 
-    return _restarted(system, cycle, restarts=4)
+    return _restarted(system, cycle, restarts=4, erratic=False)
 
 
 def bicgstab(system: System) -> Solution:
@@ -167,7 +172,7 @@ def bicgstab(system: System) -> Solution:
     apply = matvec if precondition is None else lambda v: matvec(precondition(v))
     bb = dot(b, b)
 
-    def cycle(state: _Restart) -> tuple[Tree, Any, Any]:
+    def cycle(state: _Restart) -> tuple[Tree, Any, Any, Any]:
         shadow = state.r
 
         def bicg(rs: list[Tree], us: list[Tree], y: Tree, rho: Any, alpha: Any) -> Any:
@@ -206,21 +211,29 @@ def bicgstab(system: System) -> Solution:
         zero = jax.tree.map(jnp.zeros_like, b)
         one = 1 + 0 * state.rr
         start = (zero, state.r, zero, one, 0 * one, one, state.rr, state.size, state.steps)
-        y, *_, size, steps = jax.lax.while_loop(goes_on, step, start)
-        return combine(1, y if precondition is None else precondition(y), state.x), size, steps
+        y, *_, rr, size, steps = jax.lax.while_loop(goes_on, step, start)
+        y = y if precondition is None else precondition(y)
+        return combine(1, y, state.x), rr, size, steps
 
-    return _restarted(system, cycle, restarts=6)
+    return _restarted(system, cycle, restarts=6, erratic=True)
 
 
-def least_squares(system: System, rmatvec: Apply) -> Solution:
-    """The shortest x of those with the least |A x - b|: conjugate gradients for A'A x = A'b.
+def least_squares(system: System, rmatvec: Apply, x: Tree | None = None) -> Solution:
+    """The x with the least |A x - b|: conjugate gradients for A'A x = A'b.
 
-    It takes any system, a singular one too, and in steps the square of the condition number. Here
-    solved means that |A'r| is small relative to |A'b|.
+    It takes any system, a singular one too, and in steps the square of the condition number. The
+    residual grows in no step, from that of `x` on; from x = 0 on, the result is the shortest of
+    all such x. Here solved means that |A'r| is small relative to |A'b|.
     """
     matvec, b, dot = system.matvec, system.b, system.dot
     s = rmatvec(b)
     begin = dot(s, s)
+    r = b
+    if x is None:
+        x = jax.tree.map(jnp.zeros_like, b)
+    else:
+        r = combine(-1, matvec(x), b)
+        s = rmatvec(r)
 
     def step(state: Any) -> Any:
         x, r, p, ss, steps = state
@@ -235,8 +248,7 @@ def least_squares(system: System, rmatvec: Apply) -> Solution:
         _, _, _, ss, steps = state
         return (ss > system.tol**2 * begin) & (steps < system.max_steps)
 
-    zero = jax.tree.map(jnp.zeros_like, b)
-    x, _, _, _, steps = jax.lax.while_loop(goes_on, step, (zero, b, s, begin, 0))
+    x, _, _, _, steps = jax.lax.while_loop(goes_on, step, (x, r, s, dot(s, s), 0))
     r = combine(-1, matvec(x), b)
     s = rmatvec(r)
     solved = dot(s, s) <= system.eps**0.5 * begin

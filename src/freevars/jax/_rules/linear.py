@@ -280,46 +280,52 @@ class Method(NamedTuple):
             precondition = lambda v: _times(scale, like(about_inverse(v), v, name))  # noqa: E731
         steps = 4 * n + 100 if fits else min(10 * n + 100, 20_000)
         tol = eps**0.75 if tol is None else tol
-        system = System(matvec, b, space.dot, tol, eps, size, steps, precondition)
+        symmetric = operator.symmetric
+        # Of conjugate gradients, the residual that they carry along is close to the true one.
+        verify = self.check or fits or not symmetric
+        system = System(matvec, b, space.dot, tol, eps, size, steps, precondition, verify)
         if self.least_squares:
             found = krylov.least_squares(system._replace(max_steps=2 * steps), rmatvec)
             acceptable = found.solved
         else:
-            symmetric = operator.symmetric
             found = (krylov.conjugate_gradients if symmetric else krylov.bicgstab)(system)
             if fits:
-                found = _unless_solved(found, lambda: _by_matrix(system, operator, scale, sizes))
-            else:
-                found = _unless_solved(found, lambda: krylov.least_squares(system, rmatvec))
+                found = _unless_solved(
+                    found, lambda _, zero: _by_matrix(system, operator, scale, sizes, zero)
+                )
+            elif not symmetric:
+                found = _unless_solved(found, lambda x, _: krylov.least_squares(system, rmatvec, x))
             acceptable = found.rr <= eps**0.5 * bb
         x = _times(b_scale / scale, found.x)
         return _where(acceptable, x) if self.check else x
 
 
-def _unless_solved(first: Solution, then: Callable[[], Solution]) -> Solution:
-    """The better of two solutions; the second is computed only if the first solves nothing.
+def _unless_solved(first: Solution, then: Callable[[Tree, Any], Solution]) -> Solution:
+    """The solution of a second method, which is run only if the first solves nothing.
 
     A loop of no or one turn, not a `cond`: under `vmap` that would compute both for every member.
+    `then` takes the x that there is, and the number of turns, which is 0. What depends on them is
+    computed in the loop; the rest XLA moves out of it, and computes in any case.
     """
 
     def turn(state: tuple[Solution, Any]) -> tuple[Solution, Any]:
-        first, _ = state
-        second = then()
-        better = (second.rr < first.rr) | jnp.isnan(first.rr)
-        merged = krylov.choose(better, second, first)
-        return merged._replace(steps=first.steps), jnp.asarray(False)
+        first, turns = state
+        second = then(first.x, turns)
+        return second._replace(steps=first.steps + second.steps), turns + 1
 
-    begin = (first, jnp.asarray(True))
-    return jax.lax.while_loop(lambda s: ~s[0].solved & s[1], turn, begin)[0]
+    return jax.lax.while_loop(lambda s: ~s[0].solved & (s[1] < 1), turn, (first, 0))[0]
 
 
-def _by_matrix(system: System, operator: LinearOperator, scale: Any, sizes: Any) -> Solution:
-    matrix = jax.lax.stop_gradient(operator.as_matrix()) / scale
+def _by_matrix(
+    system: System, operator: LinearOperator, scale: Any, sizes: Any, zero: Any
+) -> Solution:
+    columns = operator.columns(jnp.arange(operator.size) + zero)
+    matrix = jax.lax.stop_gradient(columns).T / scale
     factors = scaled.factorise(matrix, *_vectors(operator, sizes))
     x = operator.unravel(factors.of(operator.ravel(system.b)))
     r = krylov.combine(-1, system.matvec(x), system.b)
     rr = system.dot(r, r)
-    return Solution(x, rr, jnp.isfinite(rr), jnp.zeros((), int))
+    return Solution(x, rr, jnp.isfinite(rr), zero)
 
 
 def _vectors(operator: LinearOperator, sizes: Any) -> tuple[Any, Any, Limits]:

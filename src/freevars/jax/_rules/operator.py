@@ -108,10 +108,10 @@ class LinearOperator:
 
     def as_matrix(self) -> Any:
         """The matrix of shape (size, size), by as many applications of the operator."""
-        return self._columns(jnp.arange(self.size)).T
+        return self.columns(jnp.arange(self.size)).T
 
-    def _columns(self, which: Any) -> Any:
-        """Some columns, as rows."""
+    def columns(self, which: Any) -> Any:
+        """Some columns of the matrix, each as a row: shape (k, size) for k indices."""
         dtype = jax.tree.leaves(self.structure)[0].dtype
         rows = (which[:, None] == jnp.arange(self.size)[None]).astype(dtype)
         # Zeros like the example bring along over which axes of an enclosing shard_map it varies.
@@ -131,7 +131,7 @@ class LinearOperator:
         """
 
         def entry(i: Any) -> Any:
-            return self._columns(i[None])[0, i]
+            return self.columns(i[None])[0, i]
 
         return self.unravel(jax.lax.map(entry, jnp.arange(self.size), batch_size=64))
 
