@@ -805,10 +805,17 @@ def varying_axes(x: Any) -> frozenset[str]:
     return frozenset(getattr(aval, "vma", ()))
 
 
-def like_type(x: Any, like: Any) -> Any:
-    """`x`, varying over the named axes that `like` varies over."""
-    missing = varying_axes(like) - varying_axes(x)
+def vary_over(x: Any, axes: frozenset[str]) -> Any:
+    """`x` with a type that says that it varies over these named axes at least."""
+    missing = axes - varying_axes(x)
     return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
+
+
+def not_more_varying(x: Any, like: Any) -> Any:
+    """`x`, which is the same along the named axes that `like` does not vary over, with a type that
+    says so: the mean of equal values."""
+    extra = varying_axes(x) - varying_axes(like)
+    return jax.lax.pmean(x, tuple(sorted(extra))) if extra else x
 
 
 def is_sharded(x: Any) -> bool:

@@ -80,17 +80,21 @@ class Space:
 
     @staticmethod
     def of(matvec: Callable[[Tree], Tree], v: Tree, f: Tree) -> Space:
-        """The space of a linear map of trees like `v`; there the equations have the value `f`."""
+        """The space of a linear map of trees like `v`; there the equations have the value `f`.
+
+        All leaves are parts along every axis that one of them varies over, or copies there.
+        """
         coupled = _compat.coupled_axes(jax.make_jaxpr(matvec)(v).jaxpr)
         if not coupled:
             return Space()
         told = {name for name in coupled if _compat.tracks_varying(name)}
         varying = [_compat.varying_axes(leaf) for leaf in jax.tree.leaves(v)]
-        axes = [frozenset((told & own) | (coupled - told)) for own in varying]
         equations = [_compat.varying_axes(leaf) for leaf in jax.tree.leaves(f)]
+        spread = frozenset(told).intersection(frozenset[str]().union(*varying))
+        axes = [spread | (coupled - told)] * len(varying)
         copies: list[dict[str, Any]] = [
-            {name: True for name in mine & told if name not in theirs}
-            for mine, theirs in zip(axes, equations, strict=True)
+            {name: True for name in spread if name not in mine & theirs}
+            for mine, theirs in zip(varying, equations, strict=True)
         ]
         if coupled - told:
             fixed = jax.lax.stop_gradient(v)
@@ -158,7 +162,7 @@ class Space:
         result = []
         for leaf, copies in zip(leaves, self._copies or (), strict=True):
             for name, is_copy in copies.items():
-                mean = _compat.like_type(jax.lax.pmean(leaf, name), leaf)
+                mean = _compat.vary_over(jax.lax.pmean(leaf, name), _compat.varying_axes(leaf))
                 leaf = mean if is_copy is True else jnp.where(is_copy, mean, leaf)  # noqa: PLW2901
             result.append(leaf)
         return tree.unflatten(result)

@@ -124,6 +124,7 @@ class Linearised(NamedTuple):
     by_x: LinearOperator  # dF/dx
     by_moved: Callable[[list[Any]], Tree]  # dF/dt, of directions of the moving leaves
     at: Callable[[Tree], Tree]  # F
+    to_x: Callable[[Tree], Any]  # a direction of x from its coordinates
 
 
 def linearise(
@@ -157,21 +158,29 @@ def linearise(
 
     f, by_x, by_moved = _push(at, v, leaves, moving)
     space = Space.of(by_x, v, f)
+    # JAX solves linear systems (`custom_linear_solve`) of leaves that vary over the same axes only.
+    axes = frozenset[str]().union(*map(_compat.varying_axes, jax.tree.leaves(v)))
 
-    def alike(tree: Tree) -> Tree:
-        return space.agree(jax.tree.map(_compat.like_type, tree, v))
+    def lift(tree: Tree) -> Tree:
+        return space.agree(jax.tree.map(lambda leaf: _compat.vary_over(leaf, axes), tree))
+
+    def lower(tree: Tree) -> Tree:
+        return jax.tree.map(_compat.not_more_varying, space.agree(tree), v)
 
     operator = LinearOperator(
-        lambda d: alike(by_x(space.agree(d))), v, symmetric=condition is stationary and not totals
+        lambda d: lift(by_x(lower(d))),
+        lift(v),
+        symmetric=condition is stationary and not totals,
     )
     return Linearised(
         coordinates,
         space,
-        v,
-        alike(f),
+        lift(v),
+        lift(f),
         operator,
-        lambda dots: alike(by_moved(dots)),
-        lambda v: alike(at(v, leaves)),
+        lambda dots: lift(by_moved(dots)),
+        lambda v: lift(at(lower(v), leaves)),
+        lambda d: coordinates.from_real(lower(d)),
     )
 
 

@@ -12,6 +12,7 @@ returns is put back into the system; what does not solve it is NaN. Not here: th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -180,11 +181,12 @@ class Method(NamedTuple):
             return self._solve(operator, space, eps, b, sizes)
 
         def transposed(b: Tree) -> Tree:
-            if self.linear_solve is not None and not _is_lineax(self.linear_solve):
-                return _transposed_solve(
-                    solve, lambda b: self._solve(operator.T, space, eps, b, None), b
-                )
-            return self._solve(operator.T, space, eps, b, None)
+            if self.linear_solve is None or _is_lineax(self.linear_solve):
+                return self._solve(operator.T, space, eps, b, None)
+            x = _transposed_solve(
+                functools.partial(self._ask, operator), functools.partial(self._ask, operator.T), b
+            )
+            return self._checked(operator.T, space, x, b)
 
         return solve, transposed
 
@@ -196,7 +198,14 @@ class Method(NamedTuple):
         if _is_lineax(self.linear_solve):
             x = _by_lineax(self.linear_solve, operator, space, b)
         else:
-            x = like(self.linear_solve(operator, b), b, "linear_solve: the returned solution")
+            x = self._ask(operator, b)
+        return self._checked(operator, space, x, b)
+
+    def _ask(self, operator: LinearOperator, b: Tree) -> Tree:
+        """The solution by a caller's function."""
+        return like(self.linear_solve(operator, b), b, "linear_solve: the returned solution")
+
+    def _checked(self, operator: LinearOperator, space: Space, x: Tree, b: Tree) -> Tree:
         return _nan_unless_solved(operator, space, x, b, self) if self.check else x
 
     def _iterative(

@@ -336,7 +336,7 @@ class ImplicitSolver(DecoratedSolver[P, R]):
         if good is not True:
             none = linear.nothing_if(good, point.space, point.v, [*dots, *others])
             dv = jax.tree.map(jnp.add, dv, none)
-        return point.coordinates.from_real(dv), found
+        return point.to_x(dv), found
 
     def _system(
         self,

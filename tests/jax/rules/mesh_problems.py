@@ -1,0 +1,149 @@
+"""Unknowns on several devices, against closed forms; run by `test_meshes.py` in a process of its
+own, since the number of devices is fixed when JAX starts.
+
+F(x)_i = x_i + c sum(x) - a_i over all devices: dx/da is the inverse of I + c 1 1^T.
+"""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import freevars.jax as fv
+
+jax.config.update("jax_enable_x64", True)
+DEVICES, N = 4, 8
+C = 0.3 / N
+A = jnp.asarray(np.random.default_rng(0).normal(size=N))
+G = jnp.asarray(np.random.default_rng(1).normal(size=N))
+inverse = lambda v: v - C / (1 + C * N) * jnp.sum(v)
+
+
+def loop(steps, step):
+    return lambda fun, x0: jax.lax.fori_loop(0, steps, lambda _, x: step(fun, x), x0)
+
+
+richardson = loop(80, lambda fun, x: x - fun(x))
+
+
+def check(f, value, reverse, forward=None):
+    """The value, the gradient of G.f and the direction G of one function of A."""
+    np.testing.assert_allclose(jax.jit(f)(A), value, atol=1e-9)
+    got = jax.jit(jax.grad(lambda a: jnp.vdot(G[: f(a).size], f(a))))(A)
+    np.testing.assert_allclose(got, reverse, atol=1e-8)
+    if forward is not None:
+        got = jax.jit(lambda a, t: jax.jvp(f, (a,), (t,))[1])(A, G)
+        np.testing.assert_allclose(got, forward, atol=1e-8)
+
+
+def coupled_root(x, a):
+    return x + C * jax.lax.psum(jnp.sum(x), "b") - a
+
+
+def parts(solver, fun):
+    return lambda a: solver(lambda x: fun(x, a), jnp.zeros_like(a))
+
+
+def shard_map(*, check_vma):
+    mesh = jax.make_mesh((DEVICES,), ("b",), axis_types=(AxisType.Auto,))
+    over = lambda f, *out: jax.shard_map(
+        f, mesh=mesh, in_specs=P("b"), out_specs=P(*(out or "b")), check_vma=check_vma
+    )
+    for solver in (fv.root(richardson), fv.root(richardson, check=False)):
+        check(over(parts(solver, coupled_root)), inverse(A), inverse(G), inverse(G))
+    # Two axes of one tree: one leaf is spread over the devices, the other shared by all of them.
+    # u + w = a and 2 w + sum(u) / N = sum(a) / N, so w = 0 and u = a.
+    pair = fv.root(loop(200, lambda fun, x: jax.tree.map(lambda x, r: x - 0.4 * r, x, fun(x))))
+
+    def both(a):
+        mean = lambda u: jax.lax.psum(jnp.sum(u), "b") / N
+        fun = lambda x: {"u": x["u"] + x["w"] - a, "w": 2 * x["w"] + mean(x["u"]) - mean(a)}
+        x = pair(fun, {"u": jnp.zeros_like(a), "w": jnp.zeros(())})
+        return x["u"] + x["w"]
+
+    check(over(both), A, G, G)
+
+    # The data are spread, the unknown is shared: the mean of a.
+    def center(a):
+        slope = lambda m: m - jax.lax.psum(jnp.sum(a), "b") / N
+        return fv.root(richardson)(slope, jnp.zeros(()))[None]
+
+    spread = over(center, None) if check_vma else over(center)
+    shares = jnp.mean(A) if check_vma else jnp.full(DEVICES, jnp.mean(A))
+    reverse = jnp.full(N, (G[0] if check_vma else jnp.sum(G[:DEVICES])) / N)
+    check(spread, shares, reverse)
+    # A problem of its own on every device, above and below the limit of what is factorised.
+    for options in ({}, {"dense_limit": 0}):
+        own = fv.root(richardson, **options)
+        check(
+            over(parts(own, lambda x, a: x + 0.2 * jnp.sum(x) - a)),
+            *[_blocks(v) for v in (A, G, G)],
+        )
+
+
+def _blocks(v):
+    v = v.reshape(DEVICES, -1)
+    return (v - 0.2 / (1 + 0.2 * v.shape[1]) * v.sum(axis=1, keepdims=True)).ravel()
+
+
+def vmap():
+    over = lambda f: jax.vmap(f, axis_name="b")
+    for solver in (fv.root(richardson), fv.root(richardson, check=False)):
+        check(over(parts(solver, coupled_root)), inverse(A), inverse(G), inverse(G))
+
+    def center(a):
+        return fv.root(richardson)(lambda m: m - jax.lax.psum(a, "b") / N, jnp.zeros(()))
+
+    check(over(center), jnp.full(N, jnp.mean(A)), jnp.full(N, jnp.sum(G) / N))
+
+
+def pmap():
+    rows = lambda a: a.reshape(DEVICES, -1)
+    over = jax.pmap(parts(fv.root(richardson), coupled_root), axis_name="b")
+    check(lambda a: over(rows(a)).ravel(), inverse(A), inverse(G), inverse(G))
+
+
+def explicit():
+    mesh = jax.make_mesh((DEVICES,), ("b",), axis_types=(AxisType.Explicit,))
+    put = lambda v, *spec: jax.device_put(v, NamedSharding(mesh, P(*spec)))
+    a, shared = put(A, "b"), put(jnp.zeros(N))
+    for x0 in (put(jnp.zeros(N), "b"), shared):
+        solve = fv.argmin(loop(300, lambda fun, x: x - 0.2 * jax.grad(fun)(x)))
+
+        def loss(a, x0=x0, solve=solve):
+            weights = a if x0 is not shared else jax.sharding.reshard(a, P())
+            x = solve(lambda x: jnp.sum((2 + weights) * x**2 / 2 - x), x0)
+            return jnp.sum(x)  # x = 1 / (2 + a)
+
+        with jax.set_mesh(mesh):
+            got = jax.jit(jax.grad(loss))(jnp.abs(a))
+        np.testing.assert_allclose(got, -1 / (2 + jnp.abs(A)) ** 2, rtol=1e-6)
+
+
+def refused():
+    """What sums over one device only cannot solve a coupled system."""
+    import lineax
+
+    solver = fv.root(richardson, linear_solve=lineax.GMRES(rtol=1e-9, atol=1e-9))
+    f = jax.vmap(parts(solver, coupled_root), axis_name="b")
+    with pytest.raises(NotImplementedError, match="sums over one device only"):
+        jax.grad(lambda a: jnp.sum(f(a)))(A)
+
+
+CHECKS = {
+    "shard_map": lambda: shard_map(check_vma=True),
+    "shard_map, check_vma=False": lambda: shard_map(check_vma=False),
+    "vmap": vmap,
+    "pmap": pmap,
+    "explicit": explicit,
+    "refused": refused,
+}
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or CHECKS:
+        CHECKS[name]()
+        sys.stdout.write(f"passed {name}\n")
