@@ -169,14 +169,15 @@ def laplace(v):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("kind", ["argmin", "root"])
 def test_a_fine_grid_is_solved(kind, dtype):
-    """700 unknowns of a Poisson problem: restarted GMRES stands still there."""
+    """700 unknowns of a Poisson problem: restarted GMRES stands still there. Whether float32 tells
+    such a system from a singular one is the check's affair, which is left out."""
     n = 700
     b = jnp.asarray(RNG.normal(size=n), dtype)
     by_matrix = lambda fun, x0: x0 - jnp.linalg.solve(jax.jacfwd(laplace)(x0), fun(x0))
     if kind == "root":
-        solver, fun = fv.root(by_matrix), lambda x, t: laplace(x) - t * b
+        solver, fun = fv.root(by_matrix, check=False), lambda x, t: laplace(x) - t * b
     else:
-        solver = fv.argmin(lambda fun, x0: by_matrix(jax.grad(fun), x0))
+        solver = fv.argmin(lambda fun, x0: by_matrix(jax.grad(fun), x0), check=False)
         fun = lambda x, t: x @ laplace(x) / 2 - t * b @ x
     # The shape of the solution is smooth: rounding takes no more than its share of 2e5 eps.
     x = lambda t: solver(lambda x: fun(x, t), jnp.zeros(n, dtype))

@@ -114,6 +114,11 @@ class Method(NamedTuple):
             raise TypeError(msg)
 
     @property
+    def is_truncated(self) -> bool:
+        """Whether it is a truncated series, not a solve."""
+        return isinstance(self.linear_solve, Truncated)
+
+    @property
     def calls_users_functions(self) -> bool:
         """Whether it runs functions that may capture traced values."""
         return self.preconditioner is not None or (
@@ -134,7 +139,7 @@ class Method(NamedTuple):
         if operator.size == 0:
             return LinearSystem(operator, space, lambda b, _=True: b, lambda bs: bs)
         local = space.is_local and not _is_sharded(operator)
-        if isinstance(self.linear_solve, Truncated):
+        if self.is_truncated:
             solve = captured[0] if captured else lambda b: self.linear_solve(operator, b)
             return LinearSystem(
                 operator,
@@ -206,7 +211,9 @@ class Method(NamedTuple):
         return like(self.linear_solve(operator, b), b, "linear_solve: the returned solution")
 
     def _checked(self, operator: LinearOperator, space: Space, x: Tree, b: Tree) -> Tree:
-        return _nan_unless_solved(operator, space, x, b, self) if self.check else x
+        if not self.check or self.is_truncated:
+            return x
+        return _nan_unless_solved(operator, space, x, b, self)
 
     def _iterative(
         self, operator: LinearOperator, space: Space, solve: Solve, transposed: Solve, raw: Solve

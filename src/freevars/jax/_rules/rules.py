@@ -354,7 +354,8 @@ class ImplicitSolver(DecoratedSolver[P, R]):
         unknown = diagnostics.Unknown.of(point.v, v0, point.space, limits)
         bound = None
         if captured is not None:
-            fixed = jax.lax.stop_gradient((leaves, x))
+            # An exact solve has its derivatives from the system, a truncated series its own.
+            fixed = (leaves, x) if self._method.is_truncated else jax.lax.stop_gradient((leaves, x))
             forward, transposed = (functools.partial(closure, *fixed) for closure in captured)
             bound = (forward, transposed)
         sizes = unknown.v, unknown.d, limits
