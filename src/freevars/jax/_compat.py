@@ -811,6 +811,11 @@ def vary_over(x: Any, axes: frozenset[str]) -> Any:
     return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
 
 
+def like_type(x: Any, like: Any) -> Any:
+    """`x`, varying over the named axes that `like` varies over."""
+    return vary_over(x, varying_axes(like))
+
+
 def not_more_varying(x: Any, like: Any) -> Any:
     """`x`, which is the same along the named axes that `like` does not vary over, with a type that
     says so: the mean of equal values."""
