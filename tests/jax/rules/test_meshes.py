@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow  # a process of its own that compiles some thirty programs
 def test_unknowns_on_several_devices():
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     program = Path(__file__).with_name("mesh_problems.py")

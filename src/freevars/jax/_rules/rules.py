@@ -323,7 +323,7 @@ class ImplicitSolver(DecoratedSolver[P, R]):
             # A member of a batch that is not asked for contributes 0, and not 0 times infinity.
             for leaf in jax.tree.leaves(x):
                 finite &= jnp.all(jnp.isfinite(leaf))
-            x = jax.tree.map(lambda x, x0: jnp.where(finite, x, x0), x, x0)
+            x = jax.tree.map(lambda x, x0: jnp.where(jnp.isfinite(x), x, x0), x, x0)
         point, unknown, system = self._system(tree, leaves, x, x0, moving, captured)
         found, good = None, True
         if self._check:
