@@ -32,7 +32,7 @@ def bands(operator: fv.LinearOperator) -> tuple[Array, Array, Array]:
     """The lower, middle and upper diagonal of a tridiagonal matrix, each of shape (n,)."""
     place = jnp.arange(N)
     images = jnp.stack([operator((place % 3 == k).astype("float64")) for k in range(3)])
-    entry = lambda offset: images[(place + offset) % 3, place]  # noqa: E731
+    entry = lambda offset: images[(place + offset) % 3, place]
     return entry(-1).at[0].set(0.0), entry(0), entry(1).at[-1].set(0.0)
 
 
@@ -49,7 +49,7 @@ def by_scipy(operator: fv.LinearOperator, b: Array) -> Array:
     return jax.pure_callback(on_host, jax.ShapeDtypeStruct(b.shape, b.dtype), *bands(operator), b)
 
 
-def newton(fun, x0: Array, stiffness: Array) -> Array:  # noqa: ANN001 (any function)
+def newton(fun, x0: Array, stiffness: Array) -> Array:
     def step(_: int, x: Array) -> Array:
         system = fv.LinearOperator(lambda v: jax.jvp(fun, (x,), (v,))[1], x)
         return x - by_lapack(system, fun(x))
@@ -63,7 +63,7 @@ def main() -> None:
     for name, linear_solve in {"LAPACK": by_lapack, "scipy": by_scipy, "default": None}.items():
         solve = fv.root(newton, linear_solve=linear_solve)
 
-        def energy(stiffness: Array, solve=solve) -> Array:  # noqa: ANN001 (the decorated solver)
+        def energy(stiffness: Array, solve=solve) -> Array:
             x = solve(lambda x: residual(x, stiffness), jnp.zeros(N), stiffness)
             return jnp.mean(x**2)
 
