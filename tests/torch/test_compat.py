@@ -167,15 +167,3 @@ def test_nothing_here_imports_the_compiler() -> None:
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "False"
-
-
-def test_the_first_use_may_be_inside_a_transform(monkeypatch: pytest.MonkeyPatch) -> None:
-    for transform in (torch.func.grad, torch.func.vmap):
-        monkeypatch.setitem(_selftest._state, "checked", False)
-
-        def first_use(x: torch.Tensor) -> torch.Tensor:
-            _selftest.check_release()
-            return x * 2
-
-        transform(first_use)(torch.ones(()) if transform is torch.func.grad else torch.ones(2))
-        assert not _hooks.broken

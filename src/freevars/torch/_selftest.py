@@ -200,15 +200,6 @@ def _try_apart(checks: dict[str, Callable[[], bool]]) -> dict[str, str]:
         return thread.submit(_try, checks).result()
 
 
-def _in_a_new_thread(checks: dict[str, Callable[[], bool]]) -> dict[str, str]:
-    """There no mode, no transform and no compiler is active, whatever surrounds the first use."""
-    found: dict[str, str] = {}
-    thread = threading.Thread(target=lambda: found.update(_try(checks)))
-    thread.start()
-    thread.join()
-    return found
-
-
 def _try(checks: dict[str, Callable[[], bool]]) -> dict[str, str]:
     found = {}
     with torch.inference_mode(mode=False), torch.enable_grad():
