@@ -21,25 +21,47 @@ except ImportError as error:  # pragma: no cover (tested in a process of its own
     raise ImportError(msg) from error
 
 import numpy as np
-from jax._src import config as _config
-from jax._src import core as _core
-from jax._src import custom_derivatives as _custom_derivatives
-from jax._src import hijax as _hijax
-from jax._src import linear_util as _linear_util
-from jax._src import literals as _literals
-from jax._src import source_info_util as _source_info_util
-from jax._src import traceback_util as _traceback_util
-from jax._src import util as _util
-from jax._src.ad_util import Zero as _Zero
-from jax._src.interpreters import ad as _ad
-from jax._src.interpreters import batching as _batching
-from jax._src.interpreters import partial_eval as _partial_eval
-from jax._src.lax.lax import _convert_element_type
-from jax._src.lax.lax import convert_element_type_p as _convert_p
-from jax._src.sharding_impls import UNSPECIFIED
 from jax.custom_derivatives import SymbolicZero
 from jax.experimental.buffer_callback import buffer_callback
+from jax.interpreters.ad import Zero as _Zero
+from jax.lax import convert_element_type_p as _convert_p
 from jax.ref import AbstractRef
+
+# What is private, by what it buys. That JAX has no public place for most of it, and which of its
+# modules are meant for extensions, is https://github.com/jax-ml/jax/issues/11951.
+try:
+    # Programs as data: their classes without Pallas, dead code, constants, weak types. Public
+    # partial evaluation was declined, for interpreters on `jax.extend.core` (issue 3617), and
+    # `jax.interpreters.partial_eval` is going (pull request 31143).
+    from jax._src import core as _core  # noqa: I001 (in groups, by what each buys)
+    from jax._src import literals as _literals  # what JAX makes of a number or of a NumPy array
+    from jax._src.interpreters import partial_eval as _partial_eval
+    from jax._src.lax.lax import _convert_element_type  # the public one makes strong types only
+
+    # What a tracer is: which transformation made it, and around which value. Not offered even for
+    # extensions (issue 31237).
+    from jax._src.interpreters import ad as _ad
+    from jax._src.interpreters import batching as _batching
+
+    # What JAX keeps around a custom rule or a callback, to compare functions that it makes afresh
+    # in each trace (issue 11951).
+    from jax._src import custom_derivatives as _custom_derivatives
+    from jax._src import hijax as _hijax
+    from jax._src import linear_util as _linear_util
+    from jax._src import util as _util
+
+    # The settings on which a trace depends, on which JAX keys its own caches (issue 11951).
+    from jax._src import config as _config
+
+    # Errors and reports: the lines that a user wrote, tracebacks as JAX shows them (issue 11951).
+    from jax._src import source_info_util as _source_info_util
+    from jax._src import traceback_util as _traceback_util
+except ImportError as error:  # pragma: no cover (of a release that nobody has yet)
+    msg = (
+        f"freevars does not know JAX {jax.__version__}: {error}. Use an older JAX, or a newer"
+        " freevars."
+    )
+    raise ImportError(msg) from error
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
@@ -522,11 +544,19 @@ def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
 def prepend_operands(eqn: Eqn, operands: Sequence[Any], params: dict[str, Any]) -> Eqn:
     """`eqn` with `operands` before its own, `params` replaced, and whatever else says one thing for
     each operand extended to match (only `jit` has such parameters)."""
-    fill = {"in_shardings": UNSPECIFIED, "in_layouts": None, "donated_invars": False}
+    fill = {"in_shardings": _unspecified(), "in_layouts": None, "donated_invars": False}
     for name, value in fill.items():
         if name in eqn.params:
             params[name] = (value,) * len(operands) + tuple(eqn.params[name])
     return eqn.replace(invars=[*operands, *eqn.invars], params={**eqn.params, **params})
+
+
+@functools.cache
+def _unspecified() -> Any:
+    """What says that `jit` was told no sharding. It has no public name, but every program shows
+    it."""
+    (eqn,) = jax.make_jaxpr(jax.jit(jax.lax.neg))(np.float32(0)).eqns
+    return eqn.params["in_shardings"][0]
 
 
 def scan_with_constants(params: dict[str, Any], count: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -54,6 +55,27 @@ doubled_slope.defjvp(
 )
 
 
+@jax.custom_vjp
+def tripled_slope(x, y):
+    return x * y
+
+
+tripled_slope.defvjp(
+    lambda x, y: (tripled_slope(x, y), (x, y)),
+    lambda saved, ct: (3 * ct * saved[1] * doubled_slope(saved[0]), ct * saved[0]),
+)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def power(x, n):
+    return x**n
+
+
+power.defjvp(
+    lambda n, primals, tangents: (power(*primals, n), 5 * n * power(*primals, n) * tangents[0])
+)
+
+
 PROGRAMS = {
     "arithmetic": lambda x: jnp.sum(jnp.sin(W * x) @ jnp.outer(x, W)) + 2.0,
     "nested jit": lambda x: jax.jit(lambda x: jax.jit(jnp.sin)(x) * W)(x),
@@ -85,6 +107,12 @@ PROGRAMS = {
     "half precision": lambda x: (x.astype(jnp.bfloat16) * W.astype(jnp.bfloat16)).astype(x.dtype),
     "a weak number": lambda x: lax.full_like(2.0, 3) * x * W,
     "JAX's custom rules": lambda x: jax.nn.relu(W * x) + jax.nn.silu(x) + jax.nn.relu6(x),
+    "a custom rule": doubled_slope,
+    "a custom rule of both halves": lambda x: tripled_slope(doubled_slope(x), W),
+    "custom rules in a loop": lambda x: lax.scan(
+        lambda c, w: (tripled_slope(doubled_slope(c), w * c), None), x, W
+    )[0],
+    "a custom rule with a static argument": lambda x: jax.jit(lambda x: power(x * W, 2))(x),
     "printing": lambda x: (jax.debug.print("x"), x * W)[1],
     "callback": lambda x: jax.pure_callback(np.negative, x, x, vmap_method="sequential") * W,
     "nothing captured": lambda x: x + 1,
@@ -112,6 +140,9 @@ def test_its_derivatives_too(name) -> None:
     for a, b in zip(of(g), of(f), strict=True):
         if a.dtype != jax.dtypes.float0:
             np.testing.assert_allclose(a, b, rtol=1e-6)
+    np.testing.assert_allclose(
+        jax.jacrev(jax.grad(loss, 1), 1)(g, X), jax.jacrev(jax.grad(loss, 1), 1)(f, X), rtol=1e-5
+    )
 
 
 # Values, not the function.
@@ -271,6 +302,20 @@ def test_traced_and_deleted_values_are_refused() -> None:
     w.delete()
     with pytest.raises(pickle.PicklingError, match="deleted or donated"):
         pickle.dumps(f)
+
+
+def test_a_rule_that_stays_a_function_is_refused() -> None:
+    @jax.custom_jvp
+    def f(x):
+        return x * W
+
+    @partial(f.defjvp, symbolic_zeros=True)
+    def _(primals, tangents):
+        return f(*primals), tangents[0] * W
+
+    closure = fv.Closure(lambda x: f(x), X)
+    with pytest.raises(pickle.PicklingError, match="custom derivative rule"):
+        pickle.dumps(closure)
 
 
 class Unpicklable:

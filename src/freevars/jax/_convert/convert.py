@@ -132,7 +132,7 @@ def share(
     value_types = tuple([v.aval for v in values])
     return Program.intern(
         key,
-        lambda: Program(with_rules(jaxpr), fixed, value_types, inputs, outputs, name),
+        lambda: Program(with_rules(jaxpr), fixed, value_types, inputs, outputs, name, jaxpr),
         keep=not jaxpr_key.foreign and not fixed and inputs.is_plain and outputs.is_plain,
     )
 

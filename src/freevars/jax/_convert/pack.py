@@ -29,12 +29,15 @@ from freevars.jax._convert.packed import (
     Nested,
     Number,
     Packed,
+    PackedRule,
     Reference,
     Remade,
+    RuleAt,
     Structure,
 )
 from freevars.jax._convert.program import Program
 from freevars.jax._convert.stored import store, store_mesh
+from freevars.jax._convert.traced_rules import Rule
 
 __all__ = ["equations_of", "pack"]
 
@@ -45,6 +48,7 @@ class _Packer:
         self._name = name
         self._known: dict[int, tuple[Any, int]] = {}
         self._objects: dict[int, tuple[Any, Any]] = {}
+        self._rules: list[Rule] = []
 
     def place(self, jaxpr: Any) -> int:
         """Where in the table a program lies; each is listed once."""
@@ -53,6 +57,19 @@ class _Packer:
             self.listings.append(self._listing(jaxpr))
             known = self._known[id(jaxpr)] = (jaxpr, len(self.listings) - 1)
         return known[1]
+
+    def rules(self) -> tuple[PackedRule, ...]:
+        """The traced rules that were met, with those that their own programs meet."""
+        packed = []
+        for rule in self._rules:  # which grows
+            programs = tuple([(self._nested(p), places) for p, places in rule.programs])
+            packed.append(
+                PackedRule(rule.kind, rule.smooth, rule.smooth_out, rule.name, rule.held, programs)
+            )
+        return tuple(packed)
+
+    def _nested(self, jaxpr: Any) -> Nested:
+        return Nested(self.place(jaxpr), isinstance(jaxpr, _compat.ClosedJaxpr))
 
     def _listing(self, jaxpr: Any) -> Listing:
         opened, constants = jaxpr, list[Any]()
@@ -86,6 +103,13 @@ class _Packer:
         own = _own_function(eqn)
         if own is not None:
             return own, {}, frozenset()
+        if eqn.primitive.name in _compat.RULED:
+            rule = _compat.program_name(eqn.params["call_jaxpr"])
+            msg = (
+                f"{self._name} holds the custom derivative rule of {rule}, which stays a Python"
+                " function: it asks which tangents are zero, or could not be traced alone."
+            )
+            raise pickle.PicklingError(msg)
         given = _compat.without_derived(eqn)
         params = {k: self.value(v, f"{k} of {where}") for k, v in given.items()}
         effects = frozenset([self.value(e, where) for e in eqn.effects])
@@ -106,7 +130,11 @@ class _Packer:
         if kind is dict:
             return {self.value(k, where): self.value(v, where) for k, v in x.items()}
         if isinstance(x, _compat.JAXPR_TYPES):
-            return Nested(self.place(x), isinstance(x, _compat.ClosedJaxpr))
+            return self._nested(x)
+        if isinstance(x, Rule):
+            if x not in self._rules:
+                self._rules.append(x)
+            return RuleAt(self._rules.index(x))
         known = self._objects.get(id(x))
         if known is None:
             known = self._objects[id(x)] = (x, self._object(x, where))
@@ -222,7 +250,8 @@ def pack(program: Program) -> Packed:
     return Packed(
         release=jax.__version__,
         name=program.name,
-        main=packer.place(program.jaxpr),
+        main=packer.place(program.traced),
+        rules=packer.rules(),
         listings=tuple(packer.listings),
         fixed=tuple(map(store, program.fixed)),
         inputs=spec(program.inputs),

@@ -15,8 +15,10 @@ __all__ = [
     "Nested",
     "Number",
     "Packed",
+    "PackedRule",
     "Reference",
     "Remade",
+    "RuleAt",
     "Structure",
 ]
 
@@ -63,6 +65,23 @@ class Remade(NamedTuple):
     parts: dict[str, Any]
 
 
+class RuleAt(NamedTuple):
+    """A traced rule: its place in the table of rules, since it may come back to itself."""
+
+    place: int
+
+
+class PackedRule(NamedTuple):
+    """One traced rule (`traced_rules`)."""
+
+    kind: str
+    smooth: tuple[bool, ...]
+    smooth_out: tuple[bool, ...]
+    name: str
+    held: int
+    programs: tuple[tuple[Nested, tuple[int, ...]], ...]
+
+
 class Equation(NamedTuple):
     primitive: Any  # or one of JAX's own functions that have a custom rule
     params: dict[str, Any]
@@ -89,6 +108,7 @@ class Packed(NamedTuple):
     release: str
     name: str
     listings: tuple[Listing, ...]
+    rules: tuple[PackedRule, ...]
     main: int
     fixed: tuple[Any, ...]
     inputs: Any

@@ -90,7 +90,9 @@ class Program:
         inputs: ArgSpec,
         outputs: ArgSpec,
         name: str,
+        traced: Any,
     ) -> None:
+        self.traced = traced  # the same with custom rules as they were traced (`traced_rules`)
         self.jaxpr = jaxpr  # reads fixed constants, then captured values, then arguments
         self.fixed = tuple(fixed)  # arrays that custom rules hold too: they cannot be replaced
         self.value_types = value_types

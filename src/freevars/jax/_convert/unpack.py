@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from freevars.jax import _compat
 from freevars.jax._convert.arguments import ArgSpec
 from freevars.jax._convert.convert import share
-from freevars.jax._convert.jaxpr_key import JaxprKey
+from freevars.jax._convert.jaxpr_key import JaxprKey, array_key
 from freevars.jax._convert.pack import equations_of
 from freevars.jax._convert.packed import (
     Equation,
@@ -24,13 +24,16 @@ from freevars.jax._convert.packed import (
     Listing,
     Nested,
     Packed,
+    PackedRule,
     Reference,
     Remade,
+    RuleAt,
     Structure,
 )
 from freevars.jax._convert.program import Program
 from freevars.jax._convert.static import Static
 from freevars.jax._convert.stored import Devices, Stored, Typed, restore, restore_mesh
+from freevars.jax._convert.traced_rules import Rule
 
 __all__ = ["unpack"]
 
@@ -52,7 +55,7 @@ def unpack(packed: Packed) -> Program:
         return ArgSpec(unpacker.value(tree), unpacker.value(types), leaves)
 
     fixed = [restore(x) for x in packed.fixed]
-    places = tuple([(i, id(x)) for i, x in enumerate(fixed)])
+    places = tuple([(i, array_key(x)) for i, x in enumerate(fixed)])
     jaxpr, _ = unpacker.made[packed.main]
     inputs, outputs = spec(packed.inputs), spec(packed.outputs)
     return share(jaxpr, JaxprKey(jaxpr), fixed, places, inputs, outputs, packed.name)
@@ -63,8 +66,16 @@ class _Unpacker:
         self.made: list[tuple[Any, list[Any]]] = []  # open, with the constants of its first inputs
         self._name = packed.name
         self._objects: dict[int, tuple[Any, Any]] = {}
+        self._rules = [object.__new__(Rule) for _ in packed.rules]
         for listing in packed.listings:  # nested ones come first
             self.made.append(self._program(listing))
+        for rule, packed_rule in zip(self._rules, packed.rules, strict=True):
+            self._fill(rule, packed_rule)
+
+    def _fill(self, rule: Rule, packed: PackedRule) -> None:
+        """Make a rule what it was. It is there before, since its programs may come back to it."""
+        vars(rule).update(packed._asdict(), raw=[], native={})
+        rule.programs = [(self.value(program), places) for program, places in packed.programs]
 
     def _program(self, listing: Listing) -> tuple[Any, list[Any]]:
         variables = [_compat.Var(self.value(t)) for t in listing.inputs]
@@ -147,6 +158,7 @@ _UNPACK: dict[type, Any] = {
     Typed: lambda _, x: restore(x),
     Structure: lambda _, x: tree_util.tree_structure(x.example),
     Layout: lambda self, x: NamedSharding(self.value(x.mesh), x.spec),
+    RuleAt: lambda self, x: self._rules[x.place],
     Remade: _Unpacker._remade,  # noqa: SLF001
     Reference: _Unpacker._reference,  # noqa: SLF001
     Nested: _Unpacker._nested,  # noqa: SLF001
