@@ -33,8 +33,8 @@ def hoist_policy(hoist: Hoist, named: Mapping[str, Callable[[Any], bool]]) -> Ca
     if callable(hoist):
         return hoist
     names = ", ".join(f'"{name}"' for name in named)
-    msg = f"hoist: expected {names} or a function of a captured value, got {hoist!r}."
-    raise ValueError(msg)
+    message = f"hoist: expected {names} or a function of a captured value, got {hoist!r}."
+    raise ValueError(message)
 
 
 def policy_name(hoist: Hoist) -> str:
@@ -45,8 +45,8 @@ def policy_name(hoist: Hoist) -> str:
 def check_callable(fun: object) -> None:
     """Refuse what cannot be converted because it cannot be called."""
     if not callable(fun):
-        msg = f"closure conversion needs a callable, got {type(fun).__name__}: {fun!r}."
-        raise TypeError(msg)
+        message = f"closure conversion needs a callable, got {type(fun).__name__}: {fun!r}."
+        raise TypeError(message)
 
 
 def by_position(called: str, keywords: Iterable[str]) -> TypeError:

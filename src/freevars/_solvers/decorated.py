@@ -58,8 +58,8 @@ class DecoratedSolver(Generic[P, R]):
         if not self._signature.is_method:
             return self._solve(self._signature.take_apart(args, kwargs))
         if not args:
-            msg = f"{self._signature}: a method that is not bound takes its object first."
-            raise TypeError(msg)
+            message = f"{self._signature}: a method that is not bound takes its object first."
+            raise TypeError(message)
         receiver, *rest = args
         result: R = self._bind(receiver, type(receiver))(*rest, **kwargs)
         return result

@@ -28,36 +28,36 @@ def check_options(decorator: str, given: Mapping[str, object], options: Any) -> 
             known = ", ".join(types)
             near = difflib.get_close_matches(name, types, 1)
             hint = f" Did you mean {near[0]}?" if near else ""
-            msg = f"{decorator}: expected the options {known}, got {name}.{hint}"
-            raise TypeError(msg)
+            message = f"{decorator}: expected the options {known}, got {name}.{hint}"
+            raise TypeError(message)
         if name in _CHECKS and value is not None:
             _CHECKS[name](value)
         if types[name] is bool and not any(value is x or value == x for x in (True, False)):
-            msg = f"{name}: expected True or False, got {value!r}."
-            raise TypeError(msg)
+            message = f"{name}: expected True or False, got {value!r}."
+            raise TypeError(message)
         if get_origin(types[name]) is Literal:
             allowed = get_args(types[name])
             if not any(type(value) is type(x) and value == x for x in allowed):
-                msg = f"{name}: expected {listed(allowed)}, got {value!r}."
-                raise ValueError(msg)
+                message = f"{name}: expected {listed(allowed)}, got {value!r}."
+                raise ValueError(message)
 
 
 def _check_tol(tol: object) -> None:
     is_number = isinstance(tol, numbers.Real) and not isinstance(tol, bool)
-    msg = f"tol: expected a relative size between 0 and 1, or None, got {tol!r}."
+    message = f"tol: expected a relative size between 0 and 1, or None, got {tol!r}."
     if not is_number:
-        raise TypeError(msg)
+        raise TypeError(message)
     if not 0 < tol < 1:  # type: ignore[operator]
-        raise ValueError(msg)
+        raise ValueError(message)
 
 
 def _check_conserved(conserved: object) -> None:
     if not callable(conserved):
-        msg = (
+        message = (
             "conserved: expected a function of x that returns the totals which the solver keeps,"
             f" got {conserved!r}."
         )
-        raise TypeError(msg)
+        raise TypeError(message)
 
 
 # Options with a value of their own kind, where a host has them.

@@ -31,31 +31,33 @@ class SolverSignature:
 
     def __init__(self, solver: Callable[..., Any]) -> None:
         if not callable(solver):
-            msg = f"a solver is a function solver(fun, x0, ...), got {solver!r}."
-            raise TypeError(msg)
+            message = f"a solver is a function solver(fun, x0, ...), got {solver!r}."
+            raise TypeError(message)
         self.name = solver_name(solver)
         try:
             self._signature = inspect.signature(solver)
         except ValueError:
-            msg = (
+            message = (
                 f"{self.name} does not tell its parameters. Write a function solver(fun, x0, ...)"
                 " around it, and decorate that."
             )
-            raise TypeError(msg) from None
+            raise TypeError(message) from None
         parameters = list(self._signature.parameters.values())
         # A function of a class body, before an object is bound to it.
         self.is_method = bool(parameters) and parameters[0].name in ("self", "cls")
         first = parameters[self.is_method :][:2]
         if len(first) < 2 or any(p.kind in (*_COLLECTED, p.KEYWORD_ONLY) for p in first):  # noqa: PLR2004
-            msg = (
+            message = (
                 "a solver takes a function and a starting point as its first two arguments, got"
                 f" {self}."
             )
-            raise TypeError(msg)
+            raise TypeError(message)
         passed_on = [p for p in parameters if _is_passed_on(p) and p.kind is not p.VAR_KEYWORD]
         if len(passed_on) > 1:
-            msg = f"{self} passes extra arguments on to the function in two ways: keep one of them."
-            raise TypeError(msg)
+            message = (
+                f"{self} passes extra arguments on to the function in two ways: keep one of them."
+            )
+            raise TypeError(message)
 
     def __str__(self) -> str:
         return f"{self.name}{self._signature}"
@@ -65,8 +67,8 @@ class SolverSignature:
         try:
             bound = self._signature.bind(*args, **kwargs)
         except TypeError as error:
-            msg = f"{self}: {error}."
-            raise TypeError(msg) from None
+            message = f"{self}: {error}."
+            raise TypeError(message) from None
         bound.apply_defaults()
         (_, fun), (_, x0), *rest = bound.arguments.items()
         call = SolverCall(fun, x0, (), {}, {})

@@ -21,15 +21,15 @@ def captures(fun: Callable[..., Any], *example_args: Any, hoist: Hoist = "traced
     `jit` or `scan` too, where it shows which of them traces each value.
 
     Args:
-      fun: any callable, pure. It runs once, on tracers. For a `Closure`, its `Closure.captures`.
-      *example_args: as for `closure_convert`.
-      hoist: as for `closure_convert`: the conversion that the report tells about.
+        fun: any callable, pure. It runs once, on tracers. For a `Closure`, its `Closure.captures`.
+        *example_args: as for `closure_convert`.
+        hoist: as for `closure_convert`: the conversion that the report tells about.
 
     Returns:
-      A `freevars.report.CaptureReport`: prints as a table, shows as HTML in a notebook.
+        A `freevars.report.CaptureReport`: prints as a table, shows as HTML in a notebook.
 
     Raises:
-      TypeError: `fun` is not callable.
+        TypeError: `fun` is not callable.
 
     >>> import jax.numpy as jnp, freevars.jax as fv
     >>> params = {"w": jnp.ones(3), "b": jnp.zeros(())}

@@ -40,28 +40,28 @@ class Closure(Generic[P, R]):
     `jax.jit(solver)(Closure(lambda x: f(x, w), x0), x0)` compiles once for all `w`.
 
     Args:
-      fun: any callable, pure. It runs once, on tracers.
-      *example_args: pytrees that fix structure, shapes and dtypes, as for `closure_convert`.
+        fun: any callable, pure. It runs once, on tracers.
+        *example_args: pytrees that fix structure, shapes and dtypes, as for `closure_convert`.
 
     Attributes:
-      values: the captured arrays, in the order in which `fun` first reads them; every array met,
-        traced, concrete or NumPy.
-      constants: concrete arrays captured by a custom derivative rule inside `fun` that cannot be
-        traced alone (one with `symbolic_zeros`, say). They cannot be replaced, so they are part of
-        the structure and not leaves.
-      captures: a report of what is captured, by name (`freevars.report.CaptureReport`).
-      in_struct: the example arguments, a tuple, with a `jax.ShapeDtypeStruct` for each array.
-      out_struct: the same for the result.
+        values: the captured arrays, in the order in which `fun` first reads them; every array met,
+            traced, concrete or NumPy.
+        constants: concrete arrays captured by a custom derivative rule inside `fun` that cannot be
+            traced alone (one with `symbolic_zeros`, say). They cannot be replaced, so they are part
+            of the structure and not leaves.
+        captures: a report of what is captured, by name (`freevars.report.CaptureReport`).
+        in_struct: the example arguments, a tuple, with a `jax.ShapeDtypeStruct` for each array.
+        out_struct: the same for the result.
 
     Called outside a transformation a closure is one compiled dispatch, compiled once for all
     closures of the same structure; inside one it is traced into the program under way.
 
     Raises:
-      TypeError: `fun` is not callable, or a call brings another structure, shape, dtype or static
-        leaf than the example (`freevars.errors.StructureError`, which names the first path that
-        differs).
-      freevars.errors.CaptureError: `fun` captures a mutable reference, or a custom derivative rule
-        inside it that cannot be traced alone captures a traced value.
+        TypeError: `fun` is not callable, or a call brings another structure, shape, dtype or static
+            leaf than the example (`freevars.errors.StructureError`, which names the first path that
+            differs).
+        freevars.errors.CaptureError: `fun` captures a mutable reference, or a custom derivative
+            rule inside it that cannot be traced alone captures a traced value.
 
     >>> import jax, jax.numpy as jnp, freevars.jax as fv
     >>> w = jnp.array([1.0, 2.0])

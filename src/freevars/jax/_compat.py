@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 try:
     import jax
 except ImportError as error:  # pragma: no cover (tested in a process of its own)
-    msg = "freevars.jax needs JAX: pip install 'freevars[jax]'"
-    raise ImportError(msg) from error
+    message = "freevars.jax needs JAX: pip install 'freevars[jax]'"
+    raise ImportError(message) from error
 
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
@@ -57,11 +57,11 @@ try:
     from jax._src import source_info_util as _source_info_util
     from jax._src import traceback_util as _traceback_util
 except ImportError as error:  # pragma: no cover (of a release that nobody has yet)
-    msg = (
+    message = (
         f"freevars does not know JAX {jax.__version__}: {error}. Use an older JAX, or a newer"
         " freevars."
     )
-    raise ImportError(msg) from error
+    raise ImportError(message) from error
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
@@ -237,13 +237,13 @@ def drop_dead_code(jaxpr: Any, keep_inputs: Sequence[bool]) -> tuple[Any, list[b
     JAX's own rules for nested programs are the only complete ones, and they have no public name.
     """
     if _SCAN3 is not None and _SCAN3.value:
-        msg = (
+        message = (
             "jax_scan3 is on: it says nothing of what its loops write, so that JAX itself drops"
             " them"
             " as dead code and computes something else. Turn it off: jax.config.update('jax_scan3',"
             " False)."
         )
-        raise NotImplementedError(msg)
+        raise NotImplementedError(message)
     return _partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), list(keep_inputs))
 
 

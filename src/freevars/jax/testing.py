@@ -39,25 +39,25 @@ def check_rule(
     solution, and reverse mode with both, along a random cotangent (`jax.test_util.check_grads`).
 
     Args:
-      solver: a solver decorated by `root`, `argmin` or `fixed_point`. It has to converge well
-        beyond the tolerance: a difference divides what it leaves by `step`.
-      fun: the function, as the solver takes it. It captures known arrays, not traced ones; Python
-        numbers and NumPy scalars are part of the program and not moved.
-      x0: where the solver starts.
-      *args: what the solver takes besides.
-      **kwargs: the same.
-      order: 1, or 2 for the derivatives of the derivatives as well, each mode of each.
-      step: half the width of the difference, relative to the size of the value (the root of the
-        mean square of its elements), absolute where that is below 1.
-        None: the cube root of the spacing of the coarsest dtype among values and solution, 6e-6
-        for float64 and 5e-3 for float32.
-      rtol: the accepted error of each component, relative to the difference. None: 4 `step`.
-      atol: the accepted absolute error, added to that. None: `rtol`.
+        solver: a solver decorated by `root`, `argmin` or `fixed_point`. It has to converge well
+            beyond the tolerance: a difference divides what it leaves by `step`.
+        fun: the function, as the solver takes it. It captures known arrays, not traced ones; Python
+            numbers and NumPy scalars are part of the program and not moved.
+        x0: where the solver starts.
+        *args: what the solver takes besides.
+        **kwargs: the same.
+        order: 1, or 2 for the derivatives of the derivatives as well, each mode of each.
+        step: half the width of the difference, relative to the size of the value (the root of the
+            mean square of its elements), absolute where that is below 1. None: the cube root of the
+            spacing of the coarsest dtype among values and solution, 6e-6 for float64 and 5e-3 for
+            float32.
+        rtol: the accepted error of each component, relative to the difference. None: 4 `step`.
+        atol: the accepted absolute error, added to that. None: `rtol`.
 
     Raises:
-      AssertionError: a derivative and a difference are apart; it names the value and gives both.
-      ValueError: there is no floating or complex value to differentiate by.
-      TypeError: `solver` is not decorated.
+        AssertionError: a derivative and a difference are apart; it names the value and gives both.
+        ValueError: there is no floating or complex value to differentiate by.
+        TypeError: `solver` is not decorated.
 
     >>> import jax, jax.numpy as jnp, freevars.jax as fv
     >>> @fv.root
@@ -67,16 +67,18 @@ def check_rule(
     >>> fv.testing.check_rule(newton, lambda x: x**2 - a, 1.0)
     """
     if not isinstance(solver, ImplicitSolver):
-        msg = (
+        message = (
             f"check_rule checks a solver decorated by root, argmin or fixed_point, got {solver!r}."
         )
-        raise TypeError(msg)
+        raise TypeError(message)
     problem, solve = solver.as_function(fun, x0, *args, **kwargs)
     leaves, tree = jax.tree.flatten(jax.tree.map(jnp.asarray, problem))
     moved = [i for i, leaf in enumerate(leaves) if _is_differentiable(leaf)]
     if not moved:
-        msg = "the function captures no floating or complex array, and has no such extra argument."
-        raise ValueError(msg)
+        message = (
+            "the function captures no floating or complex array, and has no such extra argument."
+        )
+        raise ValueError(message)
     outputs = jax.tree.leaves(jax.eval_shape(solve, problem))
     if step is None:
         dtypes = [x.dtype for x in (*outputs, *(leaves[i] for i in moved))]
@@ -98,11 +100,11 @@ def check_rule(
                 moved_by, (jnp.zeros_like(leaves[i]),), order, atol=atol, rtol=rtol, eps=step
             )
         except AssertionError as error:
-            msg = (
+            message = (
                 f"{solver.__name__}: the derivative by {names[i]} is not the difference of two"
                 f" solutions, in units of the size of {names[i]}: {error}"
             )
-            raise AssertionError(msg) from None
+            raise AssertionError(message) from None
 
 
 def _is_differentiable(leaf: Any) -> bool:

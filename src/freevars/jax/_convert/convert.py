@@ -177,13 +177,13 @@ def _keep_what_rules_hold(
     jaxpr, values, kept = traced.jaxpr, traced.values, traced.kept
     lost = [x for x in values if isinstance(x, _compat.Tracer) and not _compat.is_open(x)]
     for x in [x for x in kept if isinstance(x, _compat.Tracer)] + lost:
-        msg = (
+        message = (
             f"{_name(fun)}: a custom derivative rule in it, or the function that has the rule,"
             f" captures the traced value {describe_capture(fun, x, jaxpr, values)}, and says"
             " nothing of the derivative along it. Pass the value to the function that has the rule"
             " as an argument."
         )
-        raise CaptureError(msg)
+        raise CaptureError(message)
     if not kept:
         return jaxpr, values, []
     keys = {identity(x) for x in kept}
@@ -201,13 +201,13 @@ def _keep_what_rules_hold(
 def _refuse_refs(fun: Callable[..., Any], jaxpr: Any, values: Sequence[Any]) -> None:
     for var, value in zip(jaxpr.invars, values, strict=False):
         if isinstance(var.aval, _compat.REF_TYPE):
-            msg = (
+            message = (
                 f"{_name(fun)} captures the mutable reference"
                 f" {describe_capture(fun, value, jaxpr, values)}."
                 " Reading or writing it is an effect that an argument list cannot carry: pass the"
                 " reference as an argument, or read it before and capture the array."
             )
-            raise CaptureError(msg)
+            raise CaptureError(message)
 
 
 def _arg_spec_key(spec: ArgSpec) -> Any:
@@ -277,13 +277,13 @@ class Converted(Generic[P, R]):
         return tuple(merged)
 
     def _refuse_count(self, got: int) -> None:
-        msg = (
+        message = (
             f"{self.__name__}, converted, takes {self._n_args} arguments and {len(self._hoisted)}"
             " hoisted"
             f" values, {self._n_all} in all, got {got}. Call it as"
             " converted(*args, *hoisted)."
         )
-        raise StructureError(msg)
+        raise StructureError(message)
 
     def __copy__(self) -> Self:
         return self._with(self._constants)
@@ -326,29 +326,29 @@ def closure_convert(
     values of the same types may stand for `hoisted`.
 
     Args:
-      fun: any callable, pure. It runs once, on tracers.
-      *example_args: pytrees that fix structure, shapes and dtypes. `jax.ShapeDtypeStruct` will not
-        do for an array; a leaf that JAX does not take as an array (a string, a function, None, a
-        dtype) is static: `fun` sees it as it is, and each call must bring an equal one.
-      hoist: "traced" for the tracers that `fun` meets, of any dtype and any transformation, while
-        concrete arrays stay inside as constants; "all" for every array met, concrete `jax.Array`
-        and NumPy arrays too, so that the list is the same inside and outside a transformation;
-        "floating" for those of floating or complex dtype, and what is traced; "differentiable" for
-        the tracers that a derivative may flow into, the list that `jax.closure_convert` gives; or a
-        function that decides for each value. Python numbers and NumPy scalars are part of the
-        program in all of them.
+        fun: any callable, pure. It runs once, on tracers.
+        *example_args: pytrees that fix structure, shapes and dtypes. `jax.ShapeDtypeStruct` will
+            not do for an array; a leaf that JAX does not take as an array (a string, a function,
+            None, a dtype) is static: `fun` sees it as it is, and each call must bring an equal one.
+        hoist: "traced" for the tracers that `fun` meets, of any dtype and any transformation, while
+            concrete arrays stay inside as constants; "all" for every array met, concrete
+            `jax.Array` and NumPy arrays too, so that the list is the same inside and outside a
+            transformation; "floating" for those of floating or complex dtype, and what is traced;
+            "differentiable" for the tracers that a derivative may flow into, the list that
+            `jax.closure_convert` gives; or a function that decides for each value. Python numbers
+            and NumPy scalars are part of the program in all of them.
 
     Returns:
-      `(converted, hoisted)`: `hoisted` is a list of arrays, each once, in the order in which `fun`
-      first reads them; a value that only dead code reads is not in it. What a custom derivative
-      rule inside `fun` holds counts as read, along with what its function captures.
+        `(converted, hoisted)`: `hoisted` is a list of arrays, each once, in the order in which
+        `fun` first reads them; a value that only dead code reads is not in it. What a custom
+        derivative rule inside `fun` holds counts as read, along with what its function captures.
 
     Raises:
-      TypeError: `fun` is not callable, or a call brings another structure, shape, dtype, static
-        leaf or number of values than the example (`freevars.errors.StructureError`, which names the
-        first path that differs).
-      freevars.errors.CaptureError: `fun` captures a mutable reference, or a custom derivative rule
-        inside it that cannot be traced alone captures a traced value.
+        TypeError: `fun` is not callable, or a call brings another structure, shape, dtype, static
+            leaf or number of values than the example (`freevars.errors.StructureError`, which names
+            the first path that differs).
+        freevars.errors.CaptureError: `fun` captures a mutable reference, or a custom derivative
+            rule inside it that cannot be traced alone captures a traced value.
 
     >>> import jax, jax.numpy as jnp, freevars.jax as fv
     >>> def slope(w):

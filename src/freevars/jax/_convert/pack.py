@@ -105,11 +105,11 @@ class _Packer:
             return own, {}, frozenset()
         if eqn.primitive.name in _compat.RULED:
             rule = _compat.program_name(eqn.params["call_jaxpr"])
-            msg = (
+            message = (
                 f"{self._name} holds the custom derivative rule of {rule}, which stays a Python"
                 " function: it asks which tangents are zero, or could not be traced alone."
             )
-            raise pickle.PicklingError(msg)
+            raise pickle.PicklingError(message)
         given = _compat.without_derived(eqn)
         params = {k: self.value(v, f"{k} of {where}") for k, v in given.items()}
         effects = frozenset([self.value(e, where) for e in eqn.effects])
@@ -161,8 +161,8 @@ class _Packer:
                 errors.append(error)
             else:
                 return
-        msg = f"{self._name} holds {x!r} in {where}, which cannot be pickled: {errors[0]}."
-        raise pickle.PicklingError(msg)
+        message = f"{self._name} holds {x!r} in {where}, which cannot be pickled: {errors[0]}."
+        raise pickle.PicklingError(message)
 
 
 _PLAIN = {bool, int, float, complex, str, bytes, np.dtype}

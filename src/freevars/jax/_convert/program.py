@@ -173,11 +173,11 @@ class Program:
             i = too_large(got, ranges)
             if i is not None:
                 path = i if got is values else _path_of(args, i)
-                msg = (
+                message = (
                     f"{name}{path} of {self.name}: the Python number {got[i]} does not fit"
                     f" {describe(expected[i])}, the type that it was converted for."
                 )
-                raise OverflowError(msg)
+                raise OverflowError(message)
 
     # What is compiled. These run once for each combination of types that a call brings, and so
     # check types without a cost for the calls after.
@@ -215,17 +215,17 @@ class Program:
         if error is not None:
             raise error
         if len(values) != len(self.value_types):
-            msg = f"{self.name} has {len(self.value_types)} captured values, got {len(values)}."
-            raise StructureError(msg)
+            message = f"{self.name} has {len(self.value_types)} captured values, got {len(values)}."
+            raise StructureError(message)
         for i, (value, expected) in enumerate(zip(values, self.value_types, strict=True)):
             if not _compat.is_array(value) or fit(value, expected, weak_matters=weak) is None:
-                msg = (
+                message = (
                     f"captured value {i} of"
                     f" {self.name}{first_read(self.jaxpr, len(self.fixed) + i)}:"
                     f" expected {describe(expected)}, got {describe(value)}."
                     " Pass a value of the type that was captured."
                 )
-                mismatched = StructureError(msg)
+                mismatched = StructureError(message)
                 mismatched.captured = i
                 raise mismatched
 

@@ -116,12 +116,12 @@ def _no_derivative(name: str) -> Callable[[Any], Any]:
         (x,), (dot,) = primals, tangents
         if _compat.is_symbolic_zero(dot):
             return x, dot
-        msg = (
+        message = (
             f"{name}: its custom_vjp rule covers its arguments, and the value of type"
             f" {describe(jax.typeof(x))} that it captures is differentiated. Pass the value to it"
             " as an argument, with a rule for that."
         )
-        raise CaptureError(msg)
+        raise CaptureError(message)
 
     return captured
 

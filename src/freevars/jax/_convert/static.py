@@ -142,12 +142,12 @@ def _by_state(x: Any) -> Hashable:
     if own_hash is not None:
         return (type(x), Same(x), state)
     if not state:
-        msg = (
+        message = (
             f"{x!r} is static, and it can neither be hashed nor pickled, so that nothing would tell"
             " that it has changed. Pass something that has a hash, such as a tuple, a frozenset or"
             " a frozen dataclass."
         )
-        raise TypeError(msg)
+        raise TypeError(message)
     return (type(x), state)
 
 

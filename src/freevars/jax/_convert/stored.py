@@ -58,19 +58,19 @@ def store(x: Any, what: str = "a constant") -> Any:
     if isinstance(x, _compat.TYPED_NUMPY):
         return Typed(np.asarray(x), bool(x.weak_type))
     if isinstance(x, _compat.Tracer):
-        msg = f"{what} is a traced value, which exists only while a transformation runs: {x}."
-        raise pickle.PicklingError(msg)
+        message = f"{what} is a traced value, which exists only while a transformation runs: {x}."
+        raise pickle.PicklingError(message)
     if not isinstance(x, _compat.Array):
         return x
     if x.is_deleted():
-        msg = f"{what}, an array of type {jax.typeof(x)}, was deleted or donated."
-        raise pickle.PicklingError(msg)
+        message = f"{what}, an array of type {jax.typeof(x)}, was deleted or donated."
+        raise pickle.PicklingError(message)
     if not x.is_fully_addressable:
-        msg = (
+        message = (
             f"{what}, an array of type {jax.typeof(x)}, lies on the devices of several processes."
             " Gather it first, or save it with a library for checkpoints."
         )
-        raise pickle.PicklingError(msg)
+        raise pickle.PicklingError(message)
     prng = None
     place = _place(x.sharding) if x.committed else None
     weak = bool(getattr(x, "weak_type", False))
@@ -86,11 +86,11 @@ def restore(x: Any) -> Any:
     if not isinstance(x, Stored):
         return x
     if jax.dtypes.canonicalize_dtype(x.numbers.dtype) != x.numbers.dtype:
-        msg = (
+        message = (
             f"a captured value has dtype {x.numbers.dtype}, and 64-bit types are switched off here:"
             ' jax.config.update("jax_enable_x64", True) before it is loaded.'
         )
-        raise pickle.UnpicklingError(msg)
+        raise pickle.UnpicklingError(message)
     array = jax.numpy.asarray(x.numbers)
     if x.weak:
         array = _compat.cast(array, jax.ShapeDtypeStruct(array.shape, array.dtype, weak_type=True))

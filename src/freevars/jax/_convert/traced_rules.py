@@ -94,8 +94,8 @@ class RuleTracer:
     """The rules of one function, each traced once.
 
     Args:
-      lift: takes the constants out of a program: the program with them as leading inputs, and the
-        constants.
+        lift: takes the constants out of a program: the program with them as leading inputs, and the
+            constants.
     """
 
     def __init__(self, lift: Callable[[Any], tuple[Any, list[Any]]]) -> None:

@@ -41,12 +41,12 @@ __all__ = ["unpack"]
 def unpack(packed: Packed) -> Program:
     """The program that the data describe, shared with every other that computes the same."""
     if packed.release != jax.__version__:
-        msg = (
+        message = (
             f"the closure {packed.name} was pickled with JAX {packed.release}, and this is JAX"
             f" {jax.__version__}: what a program is made of differs between releases. Keep `values`"
             " instead, and convert the function again here."
         )
-        raise pickle.UnpicklingError(msg)
+        raise pickle.UnpicklingError(message)
     unpacker = _Unpacker(packed)
 
     def spec(x: Any) -> ArgSpec:
@@ -130,8 +130,8 @@ class _Unpacker:
         try:
             return getattr(importlib.import_module(x.module), x.name)
         except (ImportError, AttributeError):
-            msg = f"{self._name} computes with {x.module}.{x.name}, which does not exist here."
-            raise pickle.UnpicklingError(msg) from None
+            message = f"{self._name} computes with {x.module}.{x.name}, which does not exist here."
+            raise pickle.UnpicklingError(message) from None
 
     def _nested(self, x: Nested) -> Any:
         jaxpr, constants = self.made[x.place]
@@ -142,11 +142,11 @@ class _Unpacker:
     def _mesh(self, x: Devices) -> Any:
         mesh = restore_mesh(x)
         if mesh is None:
-            msg = (
+            message = (
                 f"{self._name} computes on a mesh {dict(zip(x.names, x.ids.shape, strict=True))} of"
                 f" {x.platform} devices, some of which do not exist here."
             )
-            raise pickle.UnpicklingError(msg)
+            raise pickle.UnpicklingError(message)
         return mesh
 
 

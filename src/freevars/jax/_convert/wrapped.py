@@ -39,7 +39,7 @@ class Wrapped:
     """The key of a few objects, and what was met in them.
 
     Args:
-      program: the key of a nested program.
+        program: the key of a nested program.
     """
 
     def __init__(self, program: Callable[[Any], Hashable] = Same) -> None:

@@ -79,8 +79,8 @@ class HostSolver(DecoratedSolver[P, R]):
         self._has_aux = self._aux is not None
         self._vmap: Vmap = options.get("vmap", "sequential")
         if self._vmap == "whole" and not self._flat:
-            msg = 'vmap="whole" needs flat=True: a batch of pytrees has no one form.'
-            raise ValueError(msg)
+            message = 'vmap="whole" needs flat=True: a batch of pytrees has no one form.'
+            raise ValueError(message)
         super().__init__(solver, **options)
 
     def _use(self, solver: Callable[P, R]) -> None:
@@ -113,12 +113,12 @@ class HostSolver(DecoratedSolver[P, R]):
     def _refuse_derivative(self, primals: Any, tangents: Any) -> Any:
         moving = jax.tree.leaves(tangents, is_leaf=_compat.is_symbolic_zero)
         if not all(map(_compat.is_symbolic_zero, moving)):
-            msg = (
+            message = (
                 f"{self.__name__}: a solver on the host has no derivative of its own. Say what"
                 " holds at its result: put fv.root (fun(x) = 0), fv.argmin (a minimum of fun) or"
                 " fv.fixed_point (fun(x) = x) above fv.on_host."
             )
-            raise TypeError(msg)
+            raise TypeError(message)
         out = self._without_rule(*primals)
         return out, jax.tree.map(_compat.symbolic_zero, out)
 
@@ -171,11 +171,11 @@ class HostSolver(DecoratedSolver[P, R]):
         x, aux = out if self._has_aux else (out, None)
         v = form.to_vector(x) if form else real(x)
         if v.shape != v0.shape:
-            msg = (
+            message = (
                 f"{self.__name__}: the solver returned a vector of shape {v.shape}, expected"
                 f" {v0.shape}, like its starting point."
             )
-            raise TypeError(msg)
+            raise TypeError(message)
         resolution.check(v, start, query, self.__name__, equations=oracle.equations)
         return v, self._aux_leaves(aux, v0.shape[:1] if self._vmap == "whole" else ())
 
@@ -184,17 +184,17 @@ class HostSolver(DecoratedSolver[P, R]):
         leaves, tree = tree_util.tree_flatten(aux)
         examples, expected = tree_util.tree_flatten(self._aux)
         if tree != expected:
-            msg = f"{self.__name__}: the solver returned aux {tree}, expected {expected}."
-            raise TypeError(msg)
+            message = f"{self.__name__}: the solver returned aux {tree}, expected {expected}."
+            raise TypeError(message)
         arrays = [np.array(leaf) for leaf in leaves]
         for a, example in zip(arrays, examples, strict=True):
             to = _aux_type(example)
             if a.shape != (*lead, *to.shape) or _compat.kind(a.dtype) > _compat.kind(to.dtype):
-                msg = (
+                message = (
                     f"{self.__name__}: the solver returned {a!r} in aux where its example"
                     f" {example!r} says {to.dtype}{[*lead, *to.shape]}."
                 )
-                raise TypeError(msg)
+                raise TypeError(message)
         # To the dtype of the example only where the solve was called: a thread of its own knows
         # nothing of `jax.enable_x64`.
         return arrays
@@ -373,24 +373,25 @@ def on_host(solver: Callable[..., Any] | None = None, /, **options: Unpack[Optio
     `argmin` or `fixed_point` above it for derivatives.
 
     Args:
-      solver: `solver(fun, x0, **options)` gives x. `x0` and x are float64 vectors of shape (n,),
-        and `fun` is a NumPy function of such a vector (`HostFunction`): for an objective `fun(v)`,
-        `fun.value_and_grad(v)`, `fun.grad(v)`, `fun.hessian(v)` and `fun.hvp(v, d)`; for equations
-        `fun(v)`, `fun.jacobian(v)` and `fun.hvp(v, d)`. Options that are arrays arrive as NumPy
-        ones.
-      flat: False gives the solver pytrees of NumPy arrays, of the dtypes of `x0`, for vectors.
-      aux: an example, a pytree of arrays or numbers, of what the solver returns beside x: it then
-        returns `(x, aux)`, and aux has the types of the example.
-      vmap: what a batch does. "sequential": one solve after the other. "threads": one solver for
-        each member, in step, with their questions answered together. "whole": `solver` takes
-        batches, and every vector, value and matrix has a leading axis over the batch, of size 1
-        outside `vmap`.
+        solver: `solver(fun, x0, **options)` gives x. `x0` and x are float64 vectors of shape (n,),
+            and `fun` is a NumPy function of such a vector (`HostFunction`): for an objective
+            `fun(v)`, `fun.value_and_grad(v)`, `fun.grad(v)`, `fun.hessian(v)` and `fun.hvp(v, d)`;
+            for equations `fun(v)`, `fun.jacobian(v)` and `fun.hvp(v, d)`. Options that are arrays
+            arrive as NumPy ones.
+        flat: False gives the solver pytrees of NumPy arrays, of the dtypes of `x0`, for vectors.
+        aux: an example, a pytree of arrays or numbers, of what the solver returns beside x: it then
+            returns `(x, aux)`, and aux has the types of the example.
+        vmap: what a batch does. "sequential": one solve after the other. "threads": one solver for
+            each member, in step, with their questions answered together. "whole": `solver` takes
+            batches, and every vector, value and matrix has a leading axis over the batch, of size 1
+            outside `vmap`.
 
     Raises:
-      What the solver raises, with a note that names it; inside `jit`, where only JAX can raise, as
-      `jax.errors.JaxRuntimeError` with the original's traceback as text.
-      TypeError: the solver returns a vector of another shape, or another aux, than expected; a
-        derivative is taken and no rule stands above.
+        What the solver raises, with a note that names it; inside `jit`, where only JAX can raise,
+            as
+        `jax.errors.JaxRuntimeError` with the original's traceback as text.
+        TypeError: the solver returns a vector of another shape, or another aux, than expected; a
+            derivative is taken and no rule stands above.
 
     >>> import jax, jax.numpy as jnp, scipy.optimize, freevars.jax as fv
     >>> @fv.argmin

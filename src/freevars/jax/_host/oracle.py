@@ -138,8 +138,8 @@ class HostFunction:
     def _in(self, v: Any) -> Any:
         v = self._to_vector(v)
         if v.shape != self._shape:
-            msg = f"the function takes a vector of shape {self._shape}, got shape {v.shape}."
-            raise TypeError(msg)
+            message = f"the function takes a vector of shape {self._shape}, got shape {v.shape}."
+            raise TypeError(message)
         return v
 
     def __call__(self, v: Any) -> Any:
@@ -176,11 +176,11 @@ class HostFunction:
 
     def _need_objective(self, name: str) -> None:
         if self._equations:
-            msg = (
+            message = (
                 f"fun.{name} is for an objective, and this is a system of equations: use fun(v),"
                 " fun.jacobian(v) or fun.hvp(v, d)."
             )
-            raise TypeError(msg)
+            raise TypeError(message)
 
 
 class PytreeForm(NamedTuple):
@@ -192,14 +192,14 @@ class PytreeForm(NamedTuple):
         """A float64 vector."""
         leaves, tree = tree_util.tree_flatten(x)
         if tree != self.layout.tree:
-            msg = f"expected a pytree like x0, {self.layout.tree}, got {tree}."
-            raise TypeError(msg)
+            message = f"expected a pytree like x0, {self.layout.tree}, got {tree}."
+            raise TypeError(message)
         parts: list[Any] = [np.zeros(0)]
         for leaf, (shape, name) in zip(leaves, self.layout.leaves, strict=True):
             a = np.asarray(leaf)
             if a.shape != shape:
-                msg = f"expected an array of shape {shape}, like the one in x0, got {a.shape}."
-                raise TypeError(msg)
+                message = f"expected an array of shape {shape}, like the one in x0, got {a.shape}."
+                raise TypeError(message)
             is_complex = np.issubdtype(jnp.dtype(name), np.complexfloating)
             parts += [a.real.ravel(), a.imag.ravel()] if is_complex else [real(a).ravel()]
         return np.concatenate([np.asarray(p, np.float64) for p in parts])
@@ -223,11 +223,11 @@ def real(a: Any) -> Any:
     """A float64 array."""
     a = np.asarray(a)
     if a.dtype.kind == "c":
-        msg = (
+        message = (
             "complex numbers where real ones are expected: a complex unknown is two real ones here,"
             " and no function can be asked at a complex point (by complex steps, say)."
         )
-        raise TypeError(msg)
+        raise TypeError(message)
     return a.astype(np.float64, copy=False)
 
 

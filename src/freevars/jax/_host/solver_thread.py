@@ -108,8 +108,8 @@ class SolverThread:
             self.result = value
         elif what == "failed":
             # JAX tells of an error its text alone: so the text says whose it is.
-            msg = f"the solver {self._name} on the host raised {type(value).__name__}: {value}"
-            raise HostSolverError(msg).with_traceback(value.__traceback__) from value
+            message = f"the solver {self._name} on the host raised {type(value).__name__}: {value}"
+            raise HostSolverError(message).with_traceback(value.__traceback__) from value
 
     def give_up(self) -> None:
         """Whatever it asks now or next, nobody answers."""

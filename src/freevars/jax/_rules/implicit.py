@@ -97,17 +97,19 @@ def check_equations(
     value = value[0] if has_aux else value
     if condition is stationary:
         if jax.tree.map(lambda a: (a.shape, jnp.isrealobj(a)), value) != ((), True):
-            msg = f"{name}: expected an objective that is a real number of shape (), got {value}."
-            raise StructureError(msg)
+            message = (
+                f"{name}: expected an objective that is a real number of shape (), got {value}."
+            )
+            raise StructureError(message)
     elif count(value) != count(x):
-        msg = (
+        message = (
             f"{name}: expected one equation for each unknown, or there is no derivative; the"
             f" function has {count(value)} components for {count(x)} unknowns."
         )
-        raise StructureError(msg)
+        raise StructureError(message)
     if condition is fixed and _shapes(value) != _shapes(x):
-        msg = f"{name}: the function returns {value} for a fixed point {x}."
-        raise StructureError(msg)
+        message = f"{name}: the function returns {value} for a fixed point {x}."
+        raise StructureError(message)
 
 
 def _shapes(tree: Any) -> Any:

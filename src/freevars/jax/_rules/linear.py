@@ -85,33 +85,33 @@ class Method(NamedTuple):
         if _is_lineax(solve):
             lx = lineax_module()
             if self.least_squares and not isinstance(solve, (lx.SVD, lx.LSMR)):
-                msg = (
+                message = (
                     'on_failure="least_squares" needs a linear solver that finds the shortest'
                     " solution of a singular system: None, lineax.SVD() or lineax.LSMR(...), got"
                     f" {solve!r}."
                 )
-                raise ValueError(msg)
+                raise ValueError(message)
         elif isinstance(solve, type) or not (solve is None or callable(solve)):
-            msg = (
+            message = (
                 "linear_solve: expected None, a lineax solver such as lineax.LU(), or a function"
                 f" solve(operator, b), got {solve!r}."
             )
-            raise TypeError(msg)
+            raise TypeError(message)
         if not (self.preconditioner is None or callable(self.preconditioner)):
-            msg = (
+            message = (
                 "preconditioner: expected a function that takes the operator and returns a function"
                 f" of v, about A^-1 v; got {self.preconditioner!r}."
             )
-            raise TypeError(msg)
+            raise TypeError(message)
         if self.preconditioner is not None and solve is not None:
-            msg = (
+            message = (
                 "preconditioner: it is for the default method; a linear_solve of your own brings"
                 " its own."
             )
-            raise ValueError(msg)
+            raise ValueError(message)
         if isinstance(self.dense_limit, bool) or not isinstance(self.dense_limit, int):
-            msg = f"dense_limit: expected a number of unknowns, got {self.dense_limit!r}."
-            raise TypeError(msg)
+            message = f"dense_limit: expected a number of unknowns, got {self.dense_limit!r}."
+            raise TypeError(message)
 
     @property
     def is_truncated(self) -> bool:
@@ -488,12 +488,12 @@ def _factorise_by_lineax(solver: Any, matrix: Any, *, symmetric: bool) -> tuple[
 
 def _by_lineax(solver: Any, operator: LinearOperator, space: Space, b: Tree) -> Tree:
     if not space.is_local:
-        msg = (
+        message = (
             f"linear_solve: {solver!r} sums over one device only, and the function couples the"
             " unknowns of several by a collective. Leave linear_solve out, or give a function"
             " solve(operator, b)."
         )
-        raise NotImplementedError(msg)
+        raise NotImplementedError(message)
     lx = lineax_module()
     definite = operator.symmetric and isinstance(solver, lx.CG)
     # Only a solver for symmetric systems rests on symmetry.

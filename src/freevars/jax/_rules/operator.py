@@ -26,12 +26,12 @@ class LinearOperator:
     it is.
 
     Attributes:
-      structure: the pytree of `jax.ShapeDtypeStruct` that it maps to itself: x, with a pair of real
-        arrays for a complex one, all of one dtype (float32 or float64).
-      symmetric: it is the second derivative of an objective.
-      transposed: it is the transpose of the derivative of the equations: a backward pass asks. What
-        solves with factors of its own needs to know.
-      size: the number of real unknowns, of this device.
+        structure: the pytree of `jax.ShapeDtypeStruct` that it maps to itself: x, with a pair of
+            real arrays for a complex one, all of one dtype (float32 or float64).
+        symmetric: it is the second derivative of an objective.
+        transposed: it is the transpose of the derivative of the equations: a backward pass asks.
+            What solves with factors of its own needs to know.
+        size: the number of real unknowns, of this device.
 
     >>> import jax, jax.numpy as jnp, freevars.jax as fv
     >>> def solve(operator, b):
@@ -156,6 +156,6 @@ def lineax_module() -> Any:
     try:
         import lineax  # noqa: PLC0415 (an extra: importing freevars.jax needs only JAX)
     except ImportError as error:
-        msg = "this needs lineax: pip install 'freevars[rules]'"
-        raise ImportError(msg) from error
+        message = "this needs lineax: pip install 'freevars[rules]'"
+        raise ImportError(message) from error
     return lineax

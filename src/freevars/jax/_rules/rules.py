@@ -172,8 +172,8 @@ class ImplicitSolver(DecoratedSolver[P, R]):
         if not self._has_aux:
             return like(out, x0, f"{self.__name__}: the returned x")
         if not (isinstance(out, tuple) and len(out) == 2):  # noqa: PLR2004
-            msg = f"{self.__name__}: with has_aux=True a solver returns (x, aux), got {out!r}."
-            raise StructureError(msg)
+            message = f"{self.__name__}: with has_aux=True a solver returns (x, aux), got {out!r}."
+            raise StructureError(message)
         return like(out[0], x0, f"{self.__name__}: the returned x"), out[1]
 
     def _own(self, problem: Problem, x0: Any, options: dict[str, Any]) -> Any:
@@ -254,11 +254,11 @@ class ImplicitSolver(DecoratedSolver[P, R]):
         leaves, tree = jax.tree.flatten(self._read(problem, x0))
         found, step = self._verdict(tree, leaves, x, x0, captured[1])
         if isinstance(found.good, _compat.Tracer):
-            msg = (
+            message = (
                 f"{self.__name__}.diagnose: it gives numbers of Python, which are not known inside"
                 ' jit, vmap or grad. on_failure="warn" tells of failures there.'
             )
-            raise TypeError(msg)
+            raise TypeError(message)
         limits = diagnostics.limits_of(Coordinates(x), self._tol)
         error = None if found.good else self._error(found, limits, x, x0, options, (tree, leaves))
         return Diagnosis(bool(found.good), error, known_figures(found.figures), limits, x, step)
@@ -492,12 +492,12 @@ class ImplicitSolver(DecoratedSolver[P, R]):
         leaves = jax.tree.leaves(dx)
         known = not any(isinstance(dot, _compat.Tracer) for dot in leaves)
         if known and not all(np.all(np.isfinite(dot)) for dot in leaves):
-            msg = (
+            message = (
                 f"{self.__name__}: the derivative is not finite: the iterative linear solver"
                 " stopped short, or the direction of differentiation is not finite itself. Give"
                 " another linear_solve, or more steps."
             )
-            raise SingularError(msg)
+            raise SingularError(message)
 
     def _error(
         self,
@@ -577,46 +577,49 @@ def root(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]
     on them; that it is one is checked then too.
 
     Args:
-      solver: `solver(fun, x0, ...)` in JAX, pure. `x0` is a pytree of floating or complex arrays,
-        and so is the x that it returns. `fun` reaches it as a `Closure`.
-      has_aux: the solver returns `(x, aux)`, and `fun` may return `(value, aux)`. This declares the
-        aux constant: it has derivative zero.
-      linear_solve: how the system of the derivative is solved: a lineax solver, a truncated series
-        (`neumann`, `one_step`), or a function `solve(operator, b)` that takes a `LinearOperator`
-        and returns a pytree like b: like x, with a pair of real arrays for each complex one. It may
-        call the operator, as in `solve(matvec, b)`. A backward pass takes the transpose of the
-        function where JAX can transpose it, and calls it for the transposed operator where not.
-        None: divide by the slope of one unknown, factorise up to `dense_limit` unknowns, beyond
-        that BiCGStab(2) (conjugate gradients for `argmin`) until |r| <= eps^(3/4) |b|, and the
-        matrix or least squares where these stand still.
-      preconditioner: for None: a function that takes the operator and returns a linear function of
-        v that is about A^-1 v, symmetric and definite for `argmin`. With it nothing is factorised.
-      dense_limit: see linear_solve. 0 never factorises a system of more than one unknown at once.
-      on_failure: what happens where the derivative cannot be trusted. That is: the solver did not
-        converge (a Newton step from its result would move a component by more than 1% of its size,
-        1.9% in float32; or by more than the fourth root of the dtype's spacing, at most 0.1%, while
-        a second step with the same matrix is no smaller than 2% of the first), something is not
-        finite, the system is singular (reciprocal condition number below 10 eps, in units of the
-        unknowns and of the equations), or it was not solved (residual above the fourth root of the
-        spacing, relative). "raise": an error where values are known; NaN inside `jit` and `vmap`,
-        and in a backward pass where an iterative linear solver stopped short. "warn": NaN always,
-        and a warning that says why, from inside `jit` too. "nan": NaN always. "least_squares": the
-        shortest solution of a singular system, else as "raise".
-      check: False leaves all of that out.
-      tol: the largest Newton step, relative to each component, that counts as converged, whatever a
-        second one is. None: see `on_failure`.
-      polish: True adds a Newton step to x before it is returned or differentiated.
-      conserved: `conserved(x)`, an array or pytree of totals of x that the solver keeps as they are
-        in x0. They complete equations that repeat each other, and derivatives flow into x0. It
-        captures nothing that is differentiated by.
-      jit: False runs the solver as it is, for one that cannot be traced; it then needs known
-        values.
+        solver: `solver(fun, x0, ...)` in JAX, pure. `x0` is a pytree of floating or complex arrays,
+            and so is the x that it returns. `fun` reaches it as a `Closure`.
+        has_aux: the solver returns `(x, aux)`, and `fun` may return `(value, aux)`. This declares
+            the aux constant: it has derivative zero.
+        linear_solve: how the system of the derivative is solved: a lineax solver, a truncated
+            series (`neumann`, `one_step`), or a function `solve(operator, b)` that takes a
+            `LinearOperator` and returns a pytree like b: like x, with a pair of real arrays for
+            each complex one. It may call the operator, as in `solve(matvec, b)`. A backward pass
+            takes the transpose of the function where JAX can transpose it, and calls it for the
+            transposed operator where not. None: divide by the slope of one unknown, factorise up to
+            `dense_limit` unknowns, beyond that BiCGStab(2) (conjugate gradients for `argmin`) until
+            |r| <= eps^(3/4) |b|, and the matrix or least squares where these stand still.
+        preconditioner: for None: a function that takes the operator and returns a linear function
+            of v that is about A^-1 v, symmetric and definite for `argmin`. With it nothing is
+            factorised.
+        dense_limit: see linear_solve. 0 never factorises a system of more than one unknown at once.
+        on_failure: what happens where the derivative cannot be trusted. That is: the solver did not
+            converge (a Newton step from its result would move a component by more than 1% of its
+            size, 1.9% in float32; or by more than the fourth root of the dtype's spacing, at most
+            0.1%, while a second step with the same matrix is no smaller than 2% of the first),
+            something is not finite, the system is singular (reciprocal condition number below 10
+            eps, in units of the unknowns and of the equations), or it was not solved (residual
+            above the fourth root of the spacing, relative). "raise": an error where values are
+            known; NaN inside `jit` and `vmap`, and in a backward pass where an iterative linear
+            solver stopped short. "warn": NaN always, and a warning that says why, from inside `jit`
+            too. "nan": NaN always. "least_squares": the shortest solution of a singular system,
+            else as "raise".
+        check: False leaves all of that out.
+        tol: the largest Newton step, relative to each component, that counts as converged, whatever
+            a second one is. None: see `on_failure`.
+        polish: True adds a Newton step to x before it is returned or differentiated.
+        conserved: `conserved(x)`, an array or pytree of totals of x that the solver keeps as they
+            are in x0. They complete equations that repeat each other, and derivatives flow into x0.
+            It captures nothing that is differentiated by.
+        jit: False runs the solver as it is, for one that cannot be traced; it then needs known
+            values.
 
     Raises:
-      freevars.errors.NotASolutionError, freevars.errors.SingularError: see `on_failure`.
-      freevars.errors.StructureError: the solver returns another structure, shape or dtype than
-        `x0`.
-      TypeError: an unknown is neither floating nor complex, or there is not one equation for each.
+        freevars.errors.NotASolutionError, freevars.errors.SingularError: see `on_failure`.
+        freevars.errors.StructureError: the solver returns another structure, shape or dtype than
+            `x0`.
+        TypeError: an unknown is neither floating nor complex, or there is not one equation for
+            each.
 
     Source: the implicit function theorem; Blondel et al. 2022, "Efficient and Modular Implicit
     Differentiation".

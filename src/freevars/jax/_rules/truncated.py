@@ -23,8 +23,8 @@ class Truncated:
 
     def __init__(self, terms: int, step: Any) -> None:
         if isinstance(terms, bool) or not isinstance(terms, int) or terms < 1:
-            msg = f"neumann: terms is a number of 1 or more, got {terms!r}."
-            raise ValueError(msg)
+            message = f"neumann: terms is a number of 1 or more, got {terms!r}."
+            raise ValueError(message)
         self.terms = terms
         self.step = step
 
@@ -59,8 +59,8 @@ def neumann(terms: int, step: Any = 1.0) -> Truncated:
     solution is still checked where it can be.
 
     Args:
-      terms: how many, 1 or more; one application of the operator for each but the first.
-      step: a number, or a captured value.
+        terms: how many, 1 or more; one application of the operator for each but the first.
+        step: a number, or a captured value.
 
     Source: Lorraine, Vicol and Duvenaud 2020, "Optimizing Millions of Hyperparameters by Implicit
     Differentiation"; for fixed points Geng et al. 2021, "On Training Implicit Models" (the

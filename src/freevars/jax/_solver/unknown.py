@@ -25,15 +25,15 @@ def as_unknown(x0: Any, name: str) -> Any:
     def convert(path: Any, leaf: Any) -> Any:
         where = f"{name}: x0{tree_util.keystr(path)}"
         if not _compat.is_array(leaf):
-            msg = f"{where} is {leaf!r}; an unknown is a floating or complex array or number."
-            raise StructureError(msg)
+            message = f"{where} is {leaf!r}; an unknown is a floating or complex array or number."
+            raise StructureError(message)
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.inexact):
-            msg = (
+            message = (
                 f"{where} has dtype {dtype}; an unknown is floating or complex, or the solution"
                 " could not have a derivative. Start from a float, 1.0 for 1."
             )
-            raise StructureError(msg)
+            raise StructureError(message)
         return jnp.asarray(leaf, dtype=dtype)
 
     return tree_util.tree_map_with_path(convert, x0)
