@@ -49,7 +49,7 @@ docs: $(READY)
 	@$(BIN)/python -m pytest -n0 --doctest-modules src/freevars
 	@$(BIN)/python tools/check_docs.py
 
-# The tests of the JAX host with the newest JAX on the newest Python (on this one, if the machine has
+# The quick tests of the JAX host with the newest JAX on the newest Python (on this one, if the machine has
 # none newer), and with the oldest supported JAX on this one. Each has its own environment, and tests
 # the built wheel rather than the source folder.
 test-newest: .venv-newest/.ready
@@ -57,7 +57,7 @@ test-oldest: .venv-oldest/.ready
 test-newest test-oldest: test-%:
 	@.venv-$*/bin/python $(PIP) install --no-deps --force-reinstall .
 	@.venv-$*/bin/python -c 'import jax, sys; print("$*:", sys.version.split()[0], "jax", jax.__version__)'
-	@.venv-$*/bin/python -m pytest -n auto --ignore=tests/torch
+	@.venv-$*/bin/python -m pytest -n auto -m 'not slow' --ignore=tests/torch
 
 # The quick tests of the PyTorch host with the newest PyTorch that installs, and with the oldest
 # supported one: what a release can break, and one of each kind of the rest.

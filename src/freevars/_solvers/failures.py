@@ -31,6 +31,12 @@ def failure(figures: Figures, limits: Limits, context: Context) -> FreevarsError
             f"{name}: the solver returned a value that is not finite, or its optimality or the"
             " derivative of that is not finite there."
         )
+    if not figures.asymmetry <= limits.asymmetry:
+        return SingularError(
+            f"{name}: the second derivative of the objective is not symmetric (by"
+            f" {figures.asymmetry:.1e}, relative): a custom rule in it is not a gradient. Fix that"
+            " rule, or give a linear_solve that does not rest on symmetry."
+        )
     if context.least_squares and not figures.conserved <= limits.residual:
         return SingularError(
             f"{name}: the system of the derivative is singular, and its null vectors are not those"
@@ -40,12 +46,6 @@ def failure(figures: Figures, limits: Limits, context: Context) -> FreevarsError
         )
     if not context.least_squares and not figures.rcond > limits.rcond:
         return SingularError(_singular(figures, limits, context))
-    if not figures.asymmetry <= limits.asymmetry:
-        return SingularError(
-            f"{name}: the second derivative of the objective is not symmetric (by"
-            f" {figures.asymmetry:.1e}, relative): a custom rule in it is not a gradient. Fix that"
-            " rule, or give a linear_solve that does not rest on symmetry."
-        )
     if not figures.residual <= limits.residual:
         return SingularError(
             f"{name}: the linear solver leaves a residual of {figures.residual:.1e}, relative; up"

@@ -405,8 +405,13 @@ EQUAL = {
 }
 # fmt: on
 
+NOT_YET = pytest.mark.xfail(
+    strict=True, reason="odeint's rule does not trace alone: it compiles again"
+)
+NAMES = [pytest.param(name, marks=[NOT_YET] * (name == "odeint")) for name in EQUAL]
 
-@pytest.mark.parametrize("name", EQUAL)
+
+@pytest.mark.parametrize("name", NAMES)
 def test_fresh_functions_of_the_same_code_are_equal(name) -> None:
     import jax.experimental.ode
 
@@ -416,7 +421,7 @@ def test_fresh_functions_of_the_same_code_are_equal(name) -> None:
     assert len(one.values) >= 1
 
 
-@pytest.mark.parametrize("name", EQUAL)
+@pytest.mark.parametrize("name", NAMES)
 def test_traced_and_concrete_captures_are_equal(name) -> None:
     """The list of captured values is the same inside and outside a transformation."""
     import jax.experimental.ode

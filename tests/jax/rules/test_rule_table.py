@@ -20,6 +20,9 @@ HOST = RuleHost(
 )
 
 
+pytestmark = pytest.mark.slow  # each test compiles a rule with its system and its check
+
+
 @pytest.fixture(autouse=True)
 def _float64():
     with jax.enable_x64(True):

@@ -26,6 +26,9 @@ from freevars.jax._rules.rules import ImplicitSolver
 TRACES = []
 
 
+pytestmark = pytest.mark.slow  # each test compiles a rule with its system and its check
+
+
 @pytest.fixture(autouse=True)
 def _float64():
     with jax.enable_x64(True):

@@ -11,6 +11,8 @@ from jax import lax
 import freevars.jax as fv
 from freevars.errors import NotASolutionError, SingularError
 
+pytestmark = pytest.mark.slow  # each test compiles a rule with its system and its check
+
 
 @pytest.fixture(autouse=True)
 def _float64():
