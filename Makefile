@@ -27,7 +27,7 @@ examples: $(READY)
 test: $(READY)
 	@$(BIN)/python -m pytest -n auto -m 'not slow'
 
-# With what takes long and seldom breaks.
+# With what takes long: the rules of JAX, meshes, processes.
 test-all: $(READY)
 	@$(BIN)/python -m pytest -n auto
 
