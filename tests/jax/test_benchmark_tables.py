@@ -22,6 +22,9 @@ PAGE = Path(__file__).parents[2] / "docs" / "behaviour.md"
 OURS = "freevars"
 
 
+pytestmark = pytest.mark.slow  # each test compiles rules with their systems and checks
+
+
 @pytest.fixture
 def one_turn(monkeypatch):
     """Each side runs three times: to compile, to be counted and to be timed."""
@@ -47,7 +50,7 @@ def test_the_table_of_rules(monkeypatch, one_turn):
     monkeypatch.setattr(rules, "installed", lambda _: False)  # the peers take long to compile
     monkeypatch.setattr(rules, "memory", lambda: iter(()))  # processes of their own; see below
     figures = _figures(rules.rows())
-    assert len(figures) == 3
+    assert len(figures) == 4
     assert _all_finite(figures)
     used = {name: rules.compiled_memory(name, 100) for name in rules.MEMORY}
     assert 0 < used[OURS] < used["unrolled"]

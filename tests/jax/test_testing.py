@@ -10,6 +10,8 @@ import pytest
 import freevars.jax as fv
 from freevars.errors import NotASolutionError
 
+pytestmark = pytest.mark.slow  # each test compiles rules with their systems and checks
+
 
 @pytest.fixture(autouse=True)
 def _float64():
