@@ -235,7 +235,7 @@ def sharded_parameters(objects: Iterable[Any]) -> dict[int, tuple[Tensor, Tensor
         return {}
     found = {}
     for module in objects:
-        if isinstance(module, fsdp.FSDPModule):
+        if issubclass(type(module), fsdp.FSDPModule):  # isinstance may ask the object for its class
             state = module._get_fsdp_state()
             groups = getattr(state, "_fsdp_param_groups", None)  # from 2.13 on
             for group in [state._fsdp_param_group] if groups is None else groups:
