@@ -15,8 +15,9 @@ from freevars.jax import (
 from freevars.jax._captures import captures
 from freevars.jax._closure import Closure
 from freevars.jax._convert.convert import Converted, closure_convert
-from freevars.jax._host.on_host import HostSolver, on_host, scipy_status
+from freevars.jax._host.on_host import HostSolver, on_host
 from freevars.jax._host.oracle import HostFunction
+from freevars.jax._host.scipy_status import scipy_status
 from freevars.jax._report.leaks import explain_leaks
 from freevars.jax._rules.operator import LinearOperator
 from freevars.jax._rules.rules import ImplicitSolver, argmin, fixed_point, root

@@ -33,6 +33,8 @@ from freevars._solvers.options import check_options
 from freevars._solvers.signature import SolverCall
 from freevars.jax import _compat
 from freevars.jax._convert.static import as_static, from_static
+from freevars.jax._host.batching import batched_by, broadcast, on_batch_of_one
+from freevars.jax._host.example_aux import aux_leaves, aux_type
 from freevars.jax._host.oracle import (
     HostFunction,
     Layout,
@@ -48,7 +50,7 @@ from freevars.jax._solver.problem import Problem
 from freevars.jax._solver.ravel import to_vector
 from freevars.jax._solver.unknown import is_array
 
-__all__ = ["HostSolver", "on_host", "scipy_status"]
+__all__ = ["HostSolver", "on_host"]
 
 Vmap = Literal["sequential", "threads", "whole"]
 
@@ -177,27 +179,8 @@ class HostSolver(DecoratedSolver[P, R]):
             )
             raise TypeError(message)
         resolution.check(v, start, query, self.__name__, equations=oracle.equations)
-        return v, self._aux_leaves(aux, v0.shape[:1] if self._vmap == "whole" else ())
-
-    def _aux_leaves(self, aux: Any, lead: tuple[int, ...]) -> list[Any]:
-        """The leaves as copies, in arrays of the types of the example."""
-        leaves, tree = tree_util.tree_flatten(aux)
-        examples, expected = tree_util.tree_flatten(self._aux)
-        if tree != expected:
-            message = f"{self.__name__}: the solver returned aux {tree}, expected {expected}."
-            raise TypeError(message)
-        arrays = [np.array(leaf) for leaf in leaves]
-        for a, example in zip(arrays, examples, strict=True):
-            to = _aux_type(example)
-            if a.shape != (*lead, *to.shape) or _compat.kind(a.dtype) > _compat.kind(to.dtype):
-                message = (
-                    f"{self.__name__}: the solver returned {a!r} in aux where its example"
-                    f" {example!r} says {to.dtype}{[*lead, *to.shape]}."
-                )
-                raise TypeError(message)
-        # To the dtype of the example only where the solve was called: a thread of its own knows
-        # nothing of `jax.enable_x64`.
-        return arrays
+        lead = v0.shape[:1] if self._vmap == "whole" else ()
+        return v, aux_leaves(aux, self._aux, lead, self.__name__)
 
     def _call_eagerly(
         self, given: Any, oracle: Oracle, problem: Problem, v0: Any, arrays: list[Any]
@@ -207,11 +190,11 @@ class HostSolver(DecoratedSolver[P, R]):
         rest = [np.asarray(a) for a in arrays]
         if self._vmap == "whole":  # a batch of one
             rest = [a[None] for a in rest]
-            v, aux = self._call(_on_batch_of_one(query), oracle, v0[None], _options(given, rest))
+            v, aux = self._call(on_batch_of_one(query), oracle, v0[None], _options(given, rest))
             v, aux = v[0], [leaf[0] for leaf in aux]
         else:
             v, aux = self._call(query, oracle, v0, _options(given, rest))
-        types = [_aux_type(a).dtype for a in jax.tree.leaves(self._aux)]
+        types = [aux_type(a).dtype for a in jax.tree.leaves(self._aux)]
         return v, [leaf.astype(t) for leaf, t in zip(aux, types, strict=True)]
 
     def _in_program(
@@ -255,7 +238,7 @@ class HostSolver(DecoratedSolver[P, R]):
                     _ERRORS.get(int(np.ravel(number)[0]), []).append(error)
                 raise
 
-        aux = [_aux_type(a) for a in jax.tree.leaves(self._aux)]
+        aux = [aux_type(a) for a in jax.tree.leaves(self._aux)]
         enter = functools.partial(
             call_staged, Solve(run, tuple(aux), self.__name__), oracle, whole=whole
         )
@@ -268,17 +251,13 @@ class HostSolver(DecoratedSolver[P, R]):
 
         def together(size: int, batched: Any, problem: Problem, v0: Any, arrays: list[Any]) -> Any:
             axes = jax.tree.map(lambda b: 0 if b else None, batched[0])
-            v0, arrays = _broadcast(size, tuple(batched[1:]), (v0, arrays))
+            v0, arrays = broadcast(size, tuple(batched[1:]), (v0, arrays))
             lanes = functools.partial(enter, lanes=size, problem_axes=axes)
-            return _batched_by(None, lanes)(problem, v0, arrays)
+            return batched_by(None, lanes)(problem, v0, arrays)
 
-        one = _batched_by(None if self._vmap == "sequential" else together, alone)
+        one = batched_by(None if self._vmap == "sequential" else together, alone)
         out: tuple[Any, list[Any]] = one(problem, v0, [*arrays, number])
         return out
-
-
-def _aux_type(example: Any) -> Any:
-    return jax.ShapeDtypeStruct(np.shape(example), jax.numpy.result_type(example))
 
 
 # The errors of solvers in the programs that run for a call under way, by the number of the call. A
@@ -290,50 +269,6 @@ _CALLS = itertools.count(1)
 def _options(given: Any, arrays: Sequence[Any]) -> dict[str, Any]:
     """The options of a solver, from their structure and the arrays among them."""
     return dict(from_static(tree_util.tree_unflatten(given, arrays)))
-
-
-def _on_batch_of_one(query: Any) -> Any:
-    def asked(kind: str, v: Any, d: Any = None) -> Any:
-        return tuple(np.asarray(a)[None] for a in query(kind, v[0], None if d is None else d[0]))
-
-    return asked
-
-
-def _batched_by(rule: Callable[..., Any] | None, fun: Callable[..., Any]) -> Callable[..., Any]:
-    """`fun`, with `rule(size, batched, *args)` for what it gives on a batch; None: one by one."""
-    whole: Any = jax.custom_batching.custom_vmap(fun)
-
-    def one_by_one(size: int, batched: Any, *args: Any) -> Any:
-        del size
-        return _one_by_one(whole, batched, args)
-
-    def batch(size: int, batched: Any, *args: Any) -> Any:
-        out = (rule or one_by_one)(size, batched, *args)
-        return out, jax.tree.map(lambda _: True, out)
-
-    whole.def_vmap(batch)
-    wrapped: Callable[..., Any] = whole
-    return wrapped
-
-
-def _one_by_one(fun: Callable[..., Any], batched: Any, args: Any) -> Any:
-    """Call `fun` for each member of a batch in turn."""
-    leaves, tree = tree_util.tree_flatten(args)
-    is_batched = tree_util.tree_leaves(batched)
-
-    def body(members: list[Any]) -> Any:
-        left = iter(members)
-        merged = [next(left) if b else x for x, b in zip(leaves, is_batched, strict=True)]
-        return fun(*tree_util.tree_unflatten(tree, merged))
-
-    return jax.lax.map(body, [x for x, b in zip(leaves, is_batched, strict=True) if b])
-
-
-def _broadcast(size: int, batched: Any, args: Any) -> Any:
-    def lead(b: bool, x: Any) -> Any:  # noqa: FBT001
-        return x if b else jax.numpy.broadcast_to(x, (size, *np.shape(x)))
-
-    return jax.tree.map(lead, batched, args)
 
 
 class HostDecorator(Protocol):
@@ -387,9 +322,8 @@ def on_host(solver: Callable[..., Any] | None = None, /, **options: Unpack[Optio
             outside `vmap`.
 
     Raises:
-        What the solver raises, with a note that names it; inside `jit`, where only JAX can raise,
-            as
-        `jax.errors.JaxRuntimeError` with the original's traceback as text.
+        Exception: whatever the solver raises, with a note that names it; inside `jit`, where only
+            JAX can raise, a `jax.errors.JaxRuntimeError` with the original's traceback as text.
         TypeError: the solver returns a vector of another shape, or another aux, than expected; a
             derivative is taken and no rule stands above.
 
@@ -409,22 +343,3 @@ def on_host(solver: Callable[..., Any] | None = None, /, **options: Unpack[Optio
         return HostSolver(solver, **options)
 
     return decorate if solver is None else decorate(solver)
-
-
-def scipy_status(result: Any = None) -> dict[str, Any]:
-    """What an `OptimizeResult` of scipy says of its own success, as an aux for `on_host`.
-
-    Returns a dict of `success` (bool), `iterations` (int32; function evaluations where the method
-    counts no iterations) and `status` (int32, scipy's code of its message). Without an argument it
-    is the example that `on_host(aux=scipy_status())` asks for.
-
-    >>> import scipy.optimize, freevars.jax as fv
-    >>> fv.scipy_status(scipy.optimize.minimize(lambda x: x @ x, [0.0]))["success"].item()
-    True
-    """
-    count = getattr(result, "nit", getattr(result, "nfev", 0))
-    return {
-        "success": np.bool_(getattr(result, "success", False)),
-        "iterations": np.int32(count),
-        "status": np.int32(getattr(result, "status", 0)),
-    }
