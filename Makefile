@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 PIP = -m pip -qq --disable-pip-version-check
 
-.PHONY: test-torch-newest test-torch-oldest demo demo-torch examples test test-all bench lint types docs test-newest test-oldest clean
+.PHONY: test-torch-newest test-torch-oldest demo demo-torch examples test test-all bench lint types docs site test-newest test-oldest clean
 
 $(READY): pyproject.toml
 	@echo 'Setting up $(VENV), once.' >&2
@@ -22,7 +22,7 @@ demo-torch: $(READY)
 
 # Each checks its own result and says so with its exit status.
 examples: $(READY)
-	@for example in examples/*.py; do echo "-- $$example"; $(BIN)/python $$example || exit 1; done
+	@$(BIN)/python tools/gallery.py
 
 test: $(READY)
 	@$(BIN)/python -m pytest -n auto -m 'not slow'
@@ -48,6 +48,17 @@ types: $(READY)
 docs: $(READY)
 	@$(BIN)/python -m pytest -n0 --doctest-modules src/freevars
 	@$(BIN)/python tools/check_docs.py
+
+# The pages, the reference and the gallery, in build/site. Strict: a broken link fails. Examples that have
+# run since they were changed do not run again.
+site: $(READY) .venv-site/.ready
+	@$(BIN)/python tools/gallery.py --changed
+	@NO_MKDOCS_2_WARNING=1 .venv-site/bin/mkdocs --quiet build --strict
+
+.venv-site/.ready: pyproject.toml
+	@$(PYTHON) -m venv .venv-site
+	@.venv-site/bin/python $(PIP) install '.[docs]'
+	@touch $@
 
 # The quick tests of the JAX host with the newest JAX on the newest Python (on this one, if the machine has
 # none newer), and with the oldest supported JAX on this one. Each has its own environment, and tests
@@ -94,4 +105,4 @@ test-torch-newest test-torch-oldest: test-torch-%:
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-newest .venv-oldest .venv-torch-newest .venv-torch-oldest out
+	rm -rf .venv .venv-site build .venv-newest .venv-oldest .venv-torch-newest .venv-torch-oldest out

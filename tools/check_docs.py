@@ -2,9 +2,11 @@
 
     python tools/check_docs.py [FILE.md ...]
 
-The blocks of one page run in order and share their names, the way a reader would paste them. A
-block with ``>>>`` prompts is a doctest. Any other must not raise, and if lines of it end in
-``# -> text``, these texts must be what it prints, line by line.
+The blocks of one page run in order and share their names, the way a reader would paste them; those
+under a tab (``=== "PyTorch"``) share them with the tabs of that label, and see what the page's
+other blocks had defined before the first of them. A block with ``>>>`` prompts is a doctest. Any
+other must not raise, and if lines of it end in ``# -> text``, these texts must be what it prints,
+line by line.
 """
 
 import contextlib
@@ -12,27 +14,39 @@ import doctest
 import io
 import re
 import sys
+import textwrap
 import traceback
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
 PRINTS = re.compile(r"# -> (.*)$", re.MULTILINE)
-BLOCK = re.compile(r"^```(?:python|pycon)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+TAB = re.compile(r'^=== "(?P<tab>.*)"$', re.MULTILINE)
+BLOCK = re.compile(
+    rf"{TAB.pattern}|^(?P<indent> *)```(?:python|pycon)\n(?P<code>.*?)^(?P=indent)```$",
+    re.MULTILINE | re.DOTALL,
+)
 
 
 def check(page: Path) -> tuple[int, int]:
     """(how many blocks ran, how many failed); a failure is printed with its line in the page."""
     text = page.read_text()
-    names: dict[str, Any] = {"__name__": page.stem}
+    shared: dict[str, Any] = {"__name__": page.stem}
+    tabs: dict[str, dict[str, Any]] = {}
+    tab = ""
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     ran = failed = 0
     for block in BLOCK.finditer(text):
+        if block["tab"] is not None:
+            tab = block["tab"]
+            continue
         ran += 1
-        lines_before = text.count("\n", 0, block.start(1))
-        if ">>>" in block[1]:
+        code = textwrap.dedent(block["code"])
+        names = tabs.setdefault(tab, dict(shared)) if block["indent"] else shared
+        lines_before = text.count("\n", 0, block.start("code"))
+        if ">>>" in code:
             case = doctest.DocTestParser().get_doctest(
-                block[1], names, page.name, str(page), lines_before
+                code, names, page.name, str(page), lines_before
             )
             failed += bool(runner.run(case, clear_globs=False).failed)
             names.update(case.globs)
@@ -40,14 +54,14 @@ def check(page: Path) -> tuple[int, int]:
             printed = io.StringIO()
             try:
                 # The empty lines make a traceback show the line in the page.
-                code = compile("\n" * lines_before + block[1], str(page), "exec")
+                program = compile("\n" * lines_before + code, str(page), "exec")
                 with contextlib.redirect_stdout(printed):
-                    exec(code, names)  # noqa: S102
+                    exec(program, names)  # noqa: S102
             except Exception:  # noqa: BLE001 (whatever a page raises is a failure to report)
                 traceback.print_exc()
                 failed += 1
                 continue
-            expected, got = PRINTS.findall(block[1]), printed.getvalue().splitlines()
+            expected, got = PRINTS.findall(code), printed.getvalue().splitlines()
             if expected and expected != got:
                 print(f"{page}:{lines_before + 1}: expected to print {expected}, got {got}")
                 failed += 1

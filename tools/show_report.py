@@ -3,6 +3,7 @@
     python tools/show_report.py                print the report as text
     python tools/show_report.py --readme       put it into the README, between its two marks
     python tools/show_report.py --picture      and a picture of it into docs/images (needs chromium)
+    python tools/show_report.py --html FILE    save it as a page, for the site
 
 The example itself runs, up to the moment at which it hands its objective to ``fv.Closure``.
 """
@@ -74,6 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--readme", action="store_true", help="write it into the README")
     parser.add_argument("--picture", action="store_true", help="make the picture of docs/")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="save it as a page")
     options = parser.parse_args()
     shown = report()
     print(shown)
@@ -81,6 +83,8 @@ def main() -> None:
         (ROOT / "README.md").write_text(readme(str(shown)))
     if options.picture:
         picture(shown)
+    if options.html:
+        shown.save(options.html)
 
 
 if __name__ == "__main__":

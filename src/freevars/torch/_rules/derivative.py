@@ -90,9 +90,7 @@ class LinearOperator:
     with `operator(u) = b`, on real vectors of n numbers (a complex unknown counts as two).
 
     Attributes:
-        matvec: the product of the operator with a vector; calling the operator is the same.
-        rmatvec: the product of its transpose.
-        symmetric: whether the two are the same (`argmin`).
+        symmetric: whether the operator equals its transpose (`argmin`).
         structure: the unknown that a vector stands for, a pytree of tensors on the device "meta".
     """
 
@@ -111,9 +109,11 @@ class LinearOperator:
         return self.matvec(v)
 
     def matvec(self, v: Tensor) -> Tensor:
+        """The product of the operator with `v`, Float[Tensor, "n"]; calling the operator is it."""
         return self._product(v, transposed=self._transposed)
 
     def rmatvec(self, v: Tensor) -> Tensor:
+        """The product of the operator's transpose with `v`, Float[Tensor, "n"]."""
         return self._product(v, transposed=not self._transposed)
 
     def as_matrix(self) -> Tensor:
