@@ -21,7 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 PRINTS = re.compile(r"# -> (.*)$", re.MULTILINE)
-TAB = re.compile(r'^=== "(?P<tab>.*)"$', re.MULTILINE)
+TAB = re.compile(r'^=== "(?P<tab>[^"\n]*)"$', re.MULTILINE)
 BLOCK = re.compile(
     rf"{TAB.pattern}|^(?P<indent> *)```(?:python|pycon)\n(?P<code>.*?)^(?P=indent)```$",
     re.MULTILINE | re.DOTALL,
@@ -73,7 +73,7 @@ def main() -> int:
     pages = pages or [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
     results = {page: check(page) for page in pages}
     for page, (ran, failed) in results.items():
-        print(f"{page.name}: {ran} code blocks, {failed} failed")
+        print(f"{page.resolve().relative_to(ROOT)}: {ran} code blocks, {failed} failed")
     nothing_ran = not any(ran for ran, _ in results.values())
     return int(nothing_ran or any(failed for _, failed in results.values()))
 
