@@ -73,7 +73,7 @@ def main() -> int:
     pages = pages or [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
     results = {page: check(page) for page in pages}
     for page, (ran, failed) in results.items():
-        print(f"{page.resolve().relative_to(ROOT)}: {ran} code blocks, {failed} failed")
+        print(f"{page}: {ran} code blocks, {failed} failed")
     nothing_ran = not any(ran for ran, _ in results.values())
     return int(nothing_ran or any(failed for _, failed in results.values()))
 
