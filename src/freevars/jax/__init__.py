@@ -20,7 +20,8 @@ from freevars.jax._host.oracle import HostFunction
 from freevars.jax._host.scipy_status import scipy_status
 from freevars.jax._report.leaks import explain_leaks
 from freevars.jax._rules.operator import LinearOperator
-from freevars.jax._rules.rules import ImplicitSolver, argmin, fixed_point, root
+from freevars.jax._rules.rules import argmin, fixed_point, root
+from freevars.jax._rules.solver import ImplicitSolver
 from freevars.jax._rules.truncated import neumann, one_step
 
 __all__ = [

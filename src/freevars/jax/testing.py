@@ -15,7 +15,7 @@ from jax.test_util import check_grads
 
 from freevars._names.search import name_values
 from freevars.jax import _compat
-from freevars.jax._rules.rules import ImplicitSolver
+from freevars.jax._rules.solver import ImplicitSolver
 from freevars.jax._solver.problem import Problem
 
 __all__ = ["check_rule"]

@@ -21,7 +21,7 @@ from jax import lax
 
 import freevars.jax as fv
 from freevars.errors import NotASolutionError, StructureError
-from freevars.jax._rules.rules import ImplicitSolver
+from freevars.jax._rules.solver import ImplicitSolver
 
 TRACES = []
 

@@ -20,9 +20,10 @@ import jax.numpy as jnp
 from freevars._solvers.verdict import Figures, Limits, accepted
 from freevars.jax._rules import scaled
 from freevars.jax._rules.coordinates import Coordinates, Space, probe
+from freevars.jax._rules.iterative import DENSE_FALLBACK
 from freevars.jax._rules.krylov import combine, divide
-from freevars.jax._rules.linear import DENSE_FALLBACK, LinearSystem
 from freevars.jax._rules.operator import LinearOperator
+from freevars.jax._rules.system import LinearSystem
 
 __all__ = ["Diagnostics", "Unknown", "kept", "limits_of", "measure", "newton"]
 

@@ -1,0 +1,183 @@
+"""Systems that are only ever applied, to pytrees as they are.
+
+By default conjugate gradients for a second derivative and BiCGStab(2) otherwise; where these stand
+still, the matrix while it fits, then least squares. What a method returns is put back into the
+system; what does not solve it is NaN. Not here: the methods (`krylov`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from freevars.jax import _compat
+from freevars.jax._rules import krylov, scaled
+from freevars.jax._rules.coordinates import Space
+from freevars.jax._rules.direct import vectors
+from freevars.jax._rules.krylov import Solution, System
+from freevars.jax._rules.operator import LinearOperator, lineax_module
+from freevars.jax._rules.system import times, where
+from freevars.jax._solver.unknown import like
+
+__all__ = [
+    "DENSE_FALLBACK",
+    "Choice",
+    "is_sharded",
+    "nan_unless_solved",
+    "solve_by_default",
+    "solve_by_lineax",
+    "solve_transposed",
+]
+
+Tree: TypeAlias = Any  # a pytree of real arrays of one dtype
+Solve: TypeAlias = Callable[[Tree], Tree]  # b -> x
+
+# Up to this size the matrix is written out where an iteration stands still: 32 MB in float64.
+DENSE_FALLBACK = 2048
+
+
+class Choice(NamedTuple):
+    """What the caller of the default method chose."""
+
+    preconditioner: Callable[[LinearOperator], Solve] | None
+    dense_limit: int
+    least_squares: bool
+    check: bool
+
+
+def solve_by_default(
+    choice: Choice,
+    operator: LinearOperator,
+    space: Space,
+    eps: float,
+    b: Tree,
+    *,
+    tol: float | None = None,
+    sizes: Any = None,
+) -> Tree:
+    """The solution of A x = b; `tol` in place of eps^(3/4)."""
+    n = space.size(b)
+    fits = n <= max(DENSE_FALLBACK, choice.dense_limit) and space.is_local
+    fits = fits and not is_sharded(operator)
+    # In units in which b and A b are about 1, no square of anything overflows.
+    b_scale = _power_of_two(space.max(b))
+    b = times(1 / b_scale, b)
+    image = operator.matvec(b)
+    scale = _power_of_two(space.max(image))
+
+    def matvec(v: Tree) -> Tree:
+        return times(1 / scale, operator.matvec(v))
+
+    def rmatvec(v: Tree) -> Tree:
+        return times(1 / scale, operator.rmatvec(v))
+
+    bb = space.dot(b, b)
+    size = jnp.sqrt(krylov.divide(space.dot(image, image), bb)) / scale
+    precondition = None
+    if choice.preconditioner is not None:
+        about_inverse = choice.preconditioner(operator)
+        name = "preconditioner: the result"
+        precondition = lambda v: times(scale, like(about_inverse(v), v, name))  # noqa: E731
+    steps = 4 * n + 100 if fits else min(10 * n + 100, 20_000)
+    tol = eps**0.75 if tol is None else tol
+    symmetric = operator.symmetric
+    # Of conjugate gradients, the residual that they carry along is close to the true one.
+    verify = choice.check or fits or not symmetric
+    system = System(matvec, b, space.dot, tol, eps, size, steps, precondition, verify)
+    if choice.least_squares:
+        found = krylov.least_squares(system._replace(max_steps=2 * steps), rmatvec)
+        acceptable = found.solved
+    else:
+        found = (krylov.conjugate_gradients if symmetric else krylov.bicgstab)(system)
+        if fits:
+            found = _unless_solved(
+                found, lambda _, zero: _by_matrix(system, operator, scale, sizes, zero)
+            )
+        elif not symmetric:
+            found = _unless_solved(found, lambda x, _: krylov.least_squares(system, rmatvec, x))
+        acceptable = found.rr <= eps**0.5 * bb
+    x = times(b_scale / scale, found.x)
+    return where(acceptable, x) if choice.check else x
+
+
+def _unless_solved(first: Solution, then: Callable[[Tree, Any], Solution]) -> Solution:
+    """The solution of a second method, which is run only if the first solves nothing.
+
+    A loop of no or one turn, not a `cond`: under `vmap` that would compute both for every member.
+    `then` takes the x that there is, and the number of turns, which is 0. What depends on them is
+    computed in the loop; the rest XLA moves out of it, and computes in any case.
+    """
+
+    def turn(state: tuple[Solution, Any]) -> tuple[Solution, Any]:
+        first, turns = state
+        second = then(first.x, turns)
+        return second._replace(steps=first.steps + second.steps), turns + 1
+
+    return jax.lax.while_loop(lambda s: ~s[0].solved & (s[1] < 1), turn, (first, 0))[0]
+
+
+def _by_matrix(
+    system: System, operator: LinearOperator, scale: Any, sizes: Any, zero: Any
+) -> Solution:
+    columns = operator.columns(jnp.arange(operator.size) + zero)
+    matrix = jax.lax.stop_gradient(columns).T / scale
+    factors = scaled.factorise(matrix, *vectors(operator, sizes))
+    x = operator.unravel(factors.of(operator.ravel(system.b)))
+    r = krylov.combine(-1, system.matvec(x), system.b)
+    rr = system.dot(r, r)
+    return Solution(x, rr, jnp.isfinite(rr), zero)
+
+
+def solve_transposed(solve: Solve, again: Solve, b: Tree) -> Tree:
+    """The transpose of a caller's solver.
+
+    Where JAX can transpose what the function does, that is it: then also a function that uses
+    factors of its own, and never asks the operator, is transposed. What it cannot transpose, such
+    as a loop that stops by itself, is called `again`, for the transposed operator.
+    """
+    try:
+        transpose = jax.linear_transpose(solve, b)
+        jax.eval_shape(transpose, b)
+    except Exception:  # noqa: BLE001 (JAX says so with many classes; `solve` itself has run before)
+        return again(b)
+    return transpose(b)[0]
+
+
+def solve_by_lineax(solver: Any, operator: LinearOperator, space: Space, b: Tree) -> Tree:
+    if not space.is_local:
+        message = (
+            f"linear_solve: {solver!r} sums over one device only, and the function couples the"
+            " unknowns of several by a collective. Leave linear_solve out, or give a function"
+            " solve(operator, b)."
+        )
+        raise NotImplementedError(message)
+    lx = lineax_module()
+    definite = operator.symmetric and isinstance(solver, lx.CG)
+    # Only a solver for symmetric systems rests on symmetry.
+    plain = LinearOperator(operator.matvec, operator.structure, rmatvec=operator.rmatvec)
+    return solver.compute(solver.init(plain.as_lineax(definite=definite), {}), b, {})[0]
+
+
+def nan_unless_solved(
+    operator: LinearOperator, space: Space, x: Tree, b: Tree, *, least_squares: bool
+) -> Tree:
+    tol = float(jnp.finfo(jax.tree.leaves(b)[0].dtype).eps) ** 0.25
+    left = krylov.combine(-1, b, operator.matvec(x))
+    good = space.norm(left) <= tol * space.norm(b)
+    if least_squares:  # then the normal equations hold
+        normal, scale = (space.norm(operator.rmatvec(r)) for r in (left, b))
+        good |= normal <= tol * scale
+    return where(good, x)
+
+
+def _power_of_two(x: Any) -> Any:
+    """One near x, so that a product with it rounds nothing; 1 for what has none."""
+    good = (x > 0) & jnp.isfinite(x)
+    return jnp.where(good, jnp.exp2(jnp.round(jnp.log2(jnp.where(good, x, 1)))), 1)
+
+
+def is_sharded(operator: LinearOperator) -> bool:
+    return any(_compat.is_sharded(leaf) for leaf in jax.tree.leaves(operator.example))

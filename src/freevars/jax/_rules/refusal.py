@@ -1,0 +1,87 @@
+"""What is done about a solution that is refused.
+
+Where values are known, an error; inside a compiled program NaN tells, and with
+`on_failure="warn"` a callback says why. Not here: the figures (`diagnostics`), and what the error
+says (`explain`).
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import jax
+import numpy as np
+
+from freevars._solvers.failures import Context, failure
+from freevars._solvers.verdict import Figures, Limits
+from freevars.errors import FreevarsError, SingularError
+from freevars.jax import _compat
+from freevars.jax._rules import diagnostics
+from freevars.jax._rules.coordinates import Coordinates
+from freevars.jax._rules.diagnostics import Diagnostics
+from freevars.jax._rules.explain import explain, known_figures
+from freevars.jax._rules.rule import Rule
+
+__all__ = ["error", "tell_failure"]
+
+
+def tell_failure(
+    rule: Rule, found: Diagnostics, at: tuple[Any, Any, Any, Any], dx: Any, *, by_options: bool
+) -> None:
+    """Tell what can be told now: inside a compiled program NaN tells."""
+    limits = diagnostics.limits_of(Coordinates(at[0]), rule.tol)
+    if rule.on_failure == "warn":
+        jax.debug.callback(functools.partial(_warn, rule, limits), found.good, found.figures)
+        return
+    if isinstance(found.good, _compat.Tracer):
+        return
+    if not found.good:
+        raise error(rule, found, limits, *at, by_options=by_options)
+    leaves = jax.tree.leaves(dx)
+    known = not any(isinstance(dot, _compat.Tracer) for dot in leaves)
+    if known and not all(np.all(np.isfinite(dot)) for dot in leaves):
+        message = (
+            f"{rule.name}: the derivative is not finite: the iterative linear solver"
+            " stopped short, or the direction of differentiation is not finite itself. Give"
+            " another linear_solve, or more steps."
+        )
+        raise SingularError(message)
+
+
+def error(
+    rule: Rule,
+    found: Diagnostics,
+    limits: Limits,
+    x: Any,
+    x0: Any,
+    options: Any,
+    problem: Any,
+    *,
+    by_options: bool = False,
+) -> FreevarsError:
+    """The error for a verdict on known values."""
+    x, x0, problem = jax.tree.map(_compat.lowered, (x, x0, problem))
+    regular = bool(found.figures.rcond > limits.rcond)
+    if problem is not None and not regular and rule.on_failure != "least_squares":
+        kept = rule.compiled_kept(*problem, x)
+        found = found._replace(figures=found.figures._replace(conserved=kept))
+    return explain(
+        found,
+        limits,
+        name=rule.name,
+        kind=rule.kind,
+        least_squares=rule.on_failure == "least_squares",
+        x=x,
+        x0=x0,
+        options=options,
+        by_options=by_options,
+    )
+
+
+def _warn(rule: Rule, limits: Limits, good: Any, figures: Figures) -> None:
+    """Called with known values, from inside a program too."""
+    if not good:
+        context = Context(rule.name, rule.kind)
+        warnings.warn(str(failure(known_figures(figures), limits, context)), stacklevel=2)

@@ -1,0 +1,114 @@
+"""JAX's rule for a solver whose function has no forward mode: reverse mode alone.
+
+The mathematics stands in `reverse`; here it meets the solver's call and the verdict.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from freevars.jax import _compat
+from freevars.jax._rules import diagnostics, implicit, refusal, reverse
+from freevars.jax._rules.coordinates import Space
+from freevars.jax._rules.operator import LinearOperator
+from freevars.jax._rules.rule import Rule
+from freevars.jax._rules.system import guarded
+from freevars.jax._solver.problem import Problem, count
+
+__all__ = ["only_in_reverse", "pull_back", "solve_by_rows"]
+
+
+def only_in_reverse(
+    rule: Rule, problem: Problem, x0: Any, *, polish: bool
+) -> reverse.Pullback | None:
+    """How the condition is pulled back, if that is the only way to a derivative."""
+    if not _compat.has_custom_vjp(problem.fun._program.jaxpr):  # noqa: SLF001 (own package)
+        return None
+    if polish or rule.conserved:
+        return None
+    types, tree = jax.tree.flatten(
+        jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), x0)
+    )
+    has_aux = rule.fun_has_aux(problem, count(x0))
+    implicit.check_equations(rule.condition, problem, x0, has_aux=has_aux, name=rule.name)
+    leaves, structure = jax.tree.flatten(problem)
+    pullback = reverse.Pullback(rule.condition, structure, (tree, tuple(types)), has_aux)
+    return pullback.needed(pullback.coordinates.to_real(x0), leaves)
+
+
+def pull_back(
+    rule: Rule, by_rows: Any, pullback: reverse.Pullback, saved: Any, cotangent: Any
+) -> Any:
+    (problem, x0, *rest), out, (places, others) = saved
+    x, g = (out[0], cotangent[0]) if rule.has_aux else (out, cotangent)
+    coordinates = pullback.coordinates
+    v, v0 = coordinates.to_real(x), coordinates.to_real(x0)
+    (g,) = jax.linear_transpose(coordinates.from_real, v)(reverse.full(g))
+    leaves, structure = jax.tree.flatten(problem)
+    u, found = reverse.adjoint(
+        pullback, functools.partial(_solve, rule, by_rows), v, leaves, v0, g, tuple(places)
+    )
+    cotangents: list[Any] = [None] * len(leaves)
+    for i, ct in zip(places, found, strict=True):
+        cotangents[i] = ct
+    # Nothing, if x is a solution; what else it depends on is not known.
+    nothing = sum(0 * jnp.sum(leaf) for leaf in jax.tree.leaves(u))
+    flat, tree = jax.tree.flatten((x0, *rest))
+    none = [
+        jnp.broadcast_to(nothing, leaf.shape).astype(leaf.dtype) if i in others else None
+        for i, leaf in enumerate(flat)
+    ]
+    return jax.tree.unflatten(structure, cotangents), *tree.unflatten(none)
+
+
+def _solve(
+    rule: Rule,
+    by_rows: Any,
+    pullback: reverse.Pullback,
+    transposed: bool,  # noqa: FBT001
+    v: Any,
+    leaves: list[Any],
+    v0: Any,
+    b: Any,
+) -> Any:
+    u, found = by_rows(pullback, transposed, v, leaves, v0, b)
+    if rule.check and rule.on_failure != "nan":
+        x, x0 = map(pullback.coordinates.from_real, (v, v0))
+        refusal.tell_failure(rule, found, (x, x0, {}, None), u, by_options=False)
+    return u
+
+
+def solve_by_rows(
+    rule: Rule,
+    pullback: reverse.Pullback,
+    transposed: bool,  # noqa: FBT001
+    v: Any,
+    leaves: list[Any],
+    v0: Any,
+    b: Any,
+) -> Any:
+    """The solution of the system or its transpose, by the matrix, and the verdict on v."""
+    space = Space()
+    limits = diagnostics.limits_of(pullback.coordinates, rule.tol)
+    unknown = diagnostics.Unknown.of(v, v0, space, limits)
+    at = functools.partial(pullback.at, leaves=leaves)
+    operator = LinearOperator(
+        functools.partial(pullback.by_x, v, leaves, transposed=False),
+        v,
+        rmatvec=functools.partial(pullback.by_x, v, leaves, transposed=True),
+        symmetric=rule.condition is implicit.stationary,
+    )
+    sizes = unknown.v, unknown.d, limits
+    rows = pullback.rows(v, leaves)
+    system = rule.method.prepare_matrix(operator, space, rows, sizes)
+    found, good = None, True
+    if rule.check:
+        found = diagnostics.measure(system, unknown, at(v), at)
+        good = found.good
+    assert system.scaled is not None  # noqa: S101 (a matrix is given)
+    apply = system.scaled.transpose_of if transposed else system.scaled.of
+    return guarded(space, good, operator.unravel(apply(operator.ravel(b))), b), found

@@ -1,0 +1,195 @@
+"""The implicit rule of one decorated solver: what it states, and its derivative at a solution.
+
+The parts of a problem are leaves here, with the tree that they are rebuilt by, so that the maps can
+be compiled: the tree is static. Not here: JAX's rule around it and the running of the solver
+(`solver`), and what is done about a failure (`refusal`).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from freevars._solvers.verdict import Kind, OnFailure
+from freevars.jax import _compat
+from freevars.jax._closure import Closure
+from freevars.jax._rules import diagnostics, implicit, linear
+from freevars.jax._rules.coordinates import Coordinates
+from freevars.jax._rules.system import LinearSystem, nothing_if
+from freevars.jax._rules.totals import Totals
+from freevars.jax._solver.problem import Problem, count
+
+__all__ = ["Rule"]
+
+_CONDITIONS: dict[Kind, implicit.Condition] = {
+    "root": implicit.zero,
+    "argmin": implicit.stationary,
+    "fixed_point": implicit.fixed,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """What a solver's result satisfies, and how its derivative is taken and checked."""
+
+    name: str  # the solver's
+    kind: Kind
+    method: linear.Method
+    has_aux: bool = False
+    on_failure: OnFailure = "raise"
+    check: bool = True
+    tol: float | None = None
+    conserved: Totals | None = None
+
+    @property
+    def condition(self) -> implicit.Condition:
+        """The equations, from the function."""
+        return _CONDITIONS[self.kind]
+
+    # What is compiled for all calls of the solver. The tree that rebuilds the leaves is static.
+
+    @functools.cached_property
+    def compiled_tangent(self) -> Any:
+        """`tangent`."""
+        return jax.jit(self.tangent, static_argnums=(0, 1))
+
+    @functools.cached_property
+    def compiled_verdict(self) -> Any:
+        """`verdict`."""
+        return jax.jit(self.verdict, static_argnums=0)
+
+    @functools.cached_property
+    def compiled_kept(self) -> Any:
+        """`kept`."""
+        return jax.jit(self.kept, static_argnums=0)
+
+    @functools.cached_property
+    def compiled_polish(self) -> Any:
+        """`polished`."""
+        return jax.jit(self.polished, static_argnums=0)
+
+    def fun_has_aux(self, problem: Problem, n: int) -> bool:
+        """With aux, `fun` may have one too: its value is then what is of the right size."""
+        wanted = 1 if self.condition is implicit.stationary else n
+        return self.has_aux and problem.has_aux(wanted)
+
+    def read(self, problem: Problem, x0: Any) -> tuple[Problem, Any]:
+        """What the solution depends on."""
+        return problem, x0 if self.conserved else ()
+
+    def linearise(
+        self, tree: Any, leaves: list[Any], x: Any, moving: tuple[int, ...]
+    ) -> implicit.Linearised:
+        problem, _ = jax.tree.unflatten(tree, leaves)
+        has_aux = self.fun_has_aux(problem, count(x))
+        implicit.check_equations(self.condition, problem, x, has_aux=has_aux, name=self.name)
+        rebuild = functools.partial(jax.tree.unflatten, tree)
+        return implicit.linearise(
+            self.condition,
+            rebuild,
+            leaves,
+            x,
+            moving,
+            has_aux=has_aux,
+            totals=self.conserved,
+        )
+
+    def system(
+        self,
+        tree: Any,
+        leaves: list[Any],
+        x: Any,
+        x0: Any,
+        moving: tuple[int, ...] = (),
+        captured: Any = None,
+    ) -> tuple[implicit.Linearised, diagnostics.Unknown, LinearSystem]:
+        """The condition at x to first order, x with its sizes, and the system dF/dx."""
+        point = self.linearise(tree, leaves, x, moving)
+        limits = diagnostics.limits_of(point.coordinates, self.tol)
+        v0 = point.coordinates.to_real(x0)
+        unknown = diagnostics.Unknown.of(point.v, v0, point.space, limits)
+        bound = None
+        if captured is not None:
+            # An exact solve has its derivatives from the system, a truncated series its own.
+            fixed = (leaves, x) if self.method.is_truncated else jax.lax.stop_gradient((leaves, x))
+            forward, transposed = (functools.partial(closure, *fixed) for closure in captured)
+            bound = (forward, transposed)
+        sizes = unknown.v, unknown.d, limits
+        eps = point.coordinates.eps
+        return point, unknown, self.method.prepare(point.by_x, point.space, eps, bound, sizes)
+
+    def linear_captures(self, problem: Problem, x0: Any) -> Any:
+        """The functions that solve the linear system and its transpose, as closures, if they
+        capture traced values."""
+        if not self.method.calls_users_functions or not count(x0) or _compat.nothing_traced():
+            return None
+        leaves, tree = jax.tree.flatten(self.read(problem, x0))
+
+        def solve(leaves: list[Any], x: Any, b: Any, *, which: int) -> Any:
+            found = self.linearise(tree, leaves, x, ())
+            return self.method.methods(found.by_x, found.space, found.coordinates.eps)[which](b)
+
+        b = Coordinates(x0).to_real(x0)
+        solvers = [functools.partial(solve, which=which) for which in (0, 1)]
+        if not _compat.captured_tracers(jax.jit(solvers[0]), leaves, x0, b):
+            return None
+        return tuple(Closure(solver, leaves, x0, b) for solver in solvers)
+
+    def polished(self, tree: Any, leaves: list[Any], x: Any, x0: Any, captured: Any) -> Any:
+        """The solution after one more step, of Newton's method.
+
+        Unless a second one would be no shorter (Deuflhard's monotonicity test): then x is so far
+        from a solution that a step tells nothing, or so near that rounding is all that is left.
+        """
+        point, unknown, system = self.system(tree, leaves, x, x0, (), captured)
+        moved, _ = diagnostics.newton(system, unknown, point.f, point.at)
+        return point.coordinates.from_real(moved)
+
+    def verdict(self, tree: Any, leaves: list[Any], x: Any, x0: Any, captured: Any) -> Any:
+        """The verdict on x, and the Newton step."""
+        point, unknown, system = self.system(tree, leaves, x, x0, (), captured)
+        found = diagnostics.measure(system, unknown, point.f, point.at)
+        return found, point.coordinates.from_real(found.step)
+
+    def kept(self, tree: Any, leaves: list[Any], x: Any) -> Any:
+        """Of a singular system: whether it is so because it keeps totals."""
+        point = self.linearise(tree, leaves, x, ())
+        return diagnostics.kept(point.by_x, point.space)
+
+    def tangent(
+        self,
+        tree: Any,
+        moving: tuple[int, ...],
+        leaves: list[Any],
+        x: Any,
+        x0: Any,
+        dots: list[Any],
+        others: list[Any],
+        captured: Any,
+    ) -> Any:
+        """The direction x' for the direction `dots` of the moving leaves, which is linear in
+        `dots`, and what tells whether to trust it. `others` are directions of what the solution
+        does not depend on, if it is one."""
+        finite = True
+        if self.check:
+            # A member of a batch that is not asked for contributes 0, and not 0 times infinity.
+            for leaf in jax.tree.leaves(x):
+                finite &= jnp.all(jnp.isfinite(leaf))
+            x = jax.tree.map(lambda x, x0: jnp.where(jnp.isfinite(x), x, x0), x, x0)
+        point, unknown, system = self.system(tree, leaves, x, x0, moving, captured)
+        found, good = None, True
+        if self.check:
+            found = diagnostics.measure(system, unknown, point.f, point.at).unless(finite)
+            good = found.good
+        dv = jax.tree.map(jnp.zeros_like, point.v)
+        if moving:
+            minus = point.space.agree(system.solve(point.by_moved(dots), good))
+            dv = jax.tree.map(jnp.negative, minus)
+        if good is not True:
+            none = nothing_if(good, point.space, point.v, [*dots, *others])
+            dv = jax.tree.map(jnp.add, dv, none)
+        return point.to_x(dv), found

@@ -1,0 +1,268 @@
+"""A solver with a rule of JAX's: a call of it is a function of everything that its `fun` reads.
+
+A direction of what `fun` reads goes to the direction of x. That map is linear, JAX transposes it
+for reverse mode, and since the rule calls the decorated solver again for x, it differentiates
+itself to any order. Not here: the map (`rule`), reverse mode alone (`reverse_rule`), what is done
+about a failure (`refusal`), and how a call is taken apart (`signature`).
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, Self, TypedDict, TypeVar, Unpack, overload
+
+import jax
+from jax import tree_util
+
+from freevars._solvers.decorated import DecoratedSolver
+from freevars._solvers.options import check_options
+from freevars._solvers.signature import SolverCall
+from freevars._solvers.verdict import Kind, OnFailure
+from freevars.errors import StructureError
+from freevars.jax import _compat
+from freevars.jax._closure import Closure
+from freevars.jax._convert.static import as_static, from_static
+from freevars.jax._host.on_host import HostSolver
+from freevars.jax._rules import diagnostics, linear, refusal, reverse, reverse_rule
+from freevars.jax._rules.coordinates import Coordinates
+from freevars.jax._rules.explain import Diagnosis, known_figures
+from freevars.jax._rules.rule import Rule
+from freevars.jax._rules.totals import Totals
+from freevars.jax._solver.problem import Problem, count
+from freevars.jax._solver.unknown import as_unknown, is_array, like
+
+__all__ = ["ImplicitSolver", "Options"]
+
+P = ParamSpec("P")
+Q = ParamSpec("Q")
+R = TypeVar("R")
+S = TypeVar("S")
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments of `root`, `argmin` and `fixed_point`; see `root`."""
+
+    has_aux: bool  # False
+    linear_solve: linear.LinearSolve  # None
+    preconditioner: linear.Preconditioner | None  # None
+    dense_limit: int  # 512
+    on_failure: OnFailure  # "raise"
+    check: bool  # True
+    tol: float | None  # None
+    polish: bool  # False
+    conserved: Totals | None  # None
+    jit: bool  # True
+
+
+class ImplicitSolver(DecoratedSolver[P, R]):
+    """A solver with a derivative rule; made by `root`, `argmin` and `fixed_point`."""
+
+    def __init__(
+        self, solver: Callable[P, R], kind: Kind = "root", /, **options: Unpack[Options]
+    ) -> None:
+        check_options(kind, options, Options)
+        on_failure = options.get("on_failure", "raise")
+        check = options.get("check", True)
+        method = linear.Method(
+            options.get("linear_solve"),
+            options.get("preconditioner"),
+            options.get("dense_limit", linear.DENSE_LIMIT),
+            on_failure == "least_squares",
+            check,
+        )
+        method.validate()
+        self._polish = options.get("polish", False)
+        self._jit = options.get("jit", True) and not isinstance(solver, HostSolver)
+        super().__init__(solver, kind, **options)
+        self._rule = rule = Rule(
+            self.__name__,
+            kind,
+            method,
+            has_aux=options.get("has_aux", False),
+            on_failure=on_failure,
+            check=check,
+            tol=options.get("tol"),
+            conserved=options.get("conserved"),
+        )
+        self._run = jax.jit(self._run_solver) if self._jit else self._run_solver
+        self._run_converted = jax.jit(_call)
+        self._implicit = jax.custom_jvp(self._forward)
+        self._implicit.defjvp(self._push, symbolic_zeros=True)
+        self._in_reverse = jax.custom_vjp(self._forward_in_reverse, nondiff_argnums=(0,))
+        by_rows = jax.jit(
+            functools.partial(reverse_rule.solve_by_rows, rule), static_argnums=(0, 1)
+        )
+        pull_back = functools.partial(reverse_rule.pull_back, rule, by_rows)
+        self._in_reverse.defvjp(self._save_for_reverse, pull_back, symbolic_zeros=True)
+
+    @overload
+    def __get__(self, instance: None, owner: Any = None, /) -> Self: ...
+    @overload
+    def __get__(
+        self: ImplicitSolver[Concatenate[Any, Q], S], instance: object, owner: Any = None, /
+    ) -> ImplicitSolver[Q, S]: ...
+    def __get__(self, instance: Any, owner: Any = None, /) -> Any:
+        return super().__get__(instance, owner)
+
+    def _solve(self, call: SolverCall) -> Any:
+        problem, x0, options = self._convert(call)
+        captured = self._captured(problem, x0, options)
+        pullback = None if _compat.nothing_traced() else self._backwards(problem, x0)
+        if pullback is not None:
+            return self._in_reverse(pullback, problem, x0, options, (captured[0], None))
+        return self._implicit(problem, x0, options, captured)
+
+    def as_function(
+        self, /, *args: P.args, **kwargs: P.kwargs
+    ) -> tuple[Problem, Callable[[Problem], Any]]:
+        """What the derivatives of one call flow into, and x as a function of that."""
+        problem, x0, options = self._convert(self._signature.take_apart(args, kwargs))
+
+        def solve(problem: Problem) -> Any:
+            out = self._implicit(problem, x0, options, self._captured(problem, x0, options))
+            return out[0] if self._rule.has_aux else out
+
+        return problem, solve
+
+    def __repr__(self) -> str:
+        return f"<{self.__name__} with an implicit derivative rule>"
+
+    def _convert(self, call: SolverCall) -> tuple[Problem, Any, dict[str, Any]]:
+        x0 = as_unknown(call.x0, self.__name__)
+        # A Python number among the options stays one: solvers count with it.
+        options: dict[str, Any] = as_static(call.options, is_array)
+        return Problem.of(call.fun, x0, call.args, call.kwargs), x0, options
+
+    # Running the solver.
+
+    def _run_solver(self, problem: Problem, x0: Any, options: dict[str, Any]) -> Any:
+        if isinstance(self._solver, HostSolver):
+            out = self._solver.solve(
+                problem,
+                x0,
+                from_static(options),
+                equations=self._rule.kind != "argmin",
+                has_aux=self._rule.fun_has_aux(problem, count(x0)),
+            )
+        else:
+            call = SolverCall(problem.as_given(), x0, *problem.extra(), from_static(options))
+            out = self._signature.call(self._solver, call)
+        if not self._rule.has_aux:
+            return like(out, x0, f"{self.__name__}: the returned x")
+        if not (isinstance(out, tuple) and len(out) == 2):  # noqa: PLR2004
+            message = f"{self.__name__}: with has_aux=True a solver returns (x, aux), got {out!r}."
+            raise StructureError(message)
+        return like(out[0], x0, f"{self.__name__}: the returned x"), out[1]
+
+    def _own(self, problem: Problem, x0: Any, options: dict[str, Any]) -> Any:
+        """What runs the solver of this call, a pytree, or None for `self._run`.
+
+        What the solver captures that may be another value at the next call has to be an argument:
+        the traced values, or the rule could not be crossed, and the object of a method, which may
+        have changed. The solution does not depend on any of it, and so its derivative is zero.
+        Asking JAX for what it traced costs little, converting costs a trace, and most solvers
+        capture nothing.
+        """
+        if not self._jit:
+            return None if self._bound_to is None else tree_util.Partial(self._run_solver)
+        if self._bound_to is None and not isinstance(self._solver, types.MethodType):
+            if _compat.nothing_traced():
+                return None
+            if not _compat.captured_tracers(self._run, problem, x0, options):
+                return None
+        return Closure(self._run_solver, problem, x0, options)
+
+    def _captured(self, problem: Problem, x0: Any, options: dict[str, Any]) -> tuple[Any, Any]:
+        """What runs the solver, and what solves the linear system, as far as they capture."""
+        return self._own(problem, x0, options), self._rule.linear_captures(problem, x0)
+
+    def _forward(self, problem: Problem, x0: Any, options: dict[str, Any], captured: Any) -> Any:
+        own, linear_captures = captured
+        # The method of many objects shares this rule and what is compiled for it.
+        if own is None:
+            out = self._run(problem, x0, options)
+        elif isinstance(own, Closure):
+            out = self._run_converted(own, problem, x0, options)
+        else:
+            out = own(problem, x0, options)
+        if not self._polish:
+            return out
+        leaves, tree = jax.tree.flatten(self._rule.read(problem, x0))
+        if self._rule.has_aux:
+            x, aux = out
+            return self._rule.compiled_polish(tree, leaves, x, x0, linear_captures), aux
+        return self._rule.compiled_polish(tree, leaves, out, x0, linear_captures)
+
+    def diagnose(self, /, *args: Any, **kwargs: Any) -> Diagnosis:
+        """Solve, and give what is measured of the solution before a derivative is believed.
+
+        It takes what the solver takes, with known values.
+        """
+        problem, x0, options = self._convert(self._signature.take_apart(args, kwargs))
+        captured = self._captured(problem, x0, options)
+        out = self._implicit(problem, x0, options, captured)
+        x = out[0] if self._rule.has_aux else out
+        leaves, tree = jax.tree.flatten(self._rule.read(problem, x0))
+        found, step = self._rule.compiled_verdict(tree, leaves, x, x0, captured[1])
+        if isinstance(found.good, _compat.Tracer):
+            message = (
+                f"{self.__name__}.diagnose: it gives numbers of Python, which are not known inside"
+                ' jit, vmap or grad. on_failure="warn" tells of failures there.'
+            )
+            raise TypeError(message)
+        limits = diagnostics.limits_of(Coordinates(x), self._rule.tol)
+        error = (
+            None
+            if found.good
+            else refusal.error(self._rule, found, limits, x, x0, options, (tree, leaves))
+        )
+        return Diagnosis(bool(found.good), error, known_figures(found.figures), limits, x, step)
+
+    # The rule.
+
+    def _push(self, primals: Any, tangents: Any) -> Any:
+        out = self._implicit(*primals)  # the rule again, for higher orders
+        x, aux = out if self._rule.has_aux else (out, None)
+        problem, x0, options, (_, captured) = primals
+        leaves, tree = jax.tree.flatten(self._rule.read(problem, x0))
+        read = (tangents[0], tangents[1] if self._rule.conserved else ())
+        dots = jax.tree.leaves(read, is_leaf=_compat.is_symbolic_zero)
+        moving = tuple(i for i, dot in enumerate(dots) if not _compat.is_symbolic_zero(dot))
+        others = jax.tree.leaves(
+            tangents[2 if self._rule.conserved else 1 :], is_leaf=_compat.is_symbolic_zero
+        )
+        others = [dot for dot in others if not _compat.is_symbolic_zero(dot)] * self._rule.check
+        if moving or others:
+            directions = [dots[i] for i in moving]
+            dx, found = self._rule.compiled_tangent(
+                tree, moving, leaves, x, x0, directions, others, captured
+            )
+            if self._rule.check and self._rule.on_failure != "nan":
+                at = (x, x0, options, (tree, leaves))
+                refusal.tell_failure(self._rule, found, at, dx, by_options=not moving)
+        else:
+            dx = jax.tree.map(_compat.symbolic_zero, x)
+        if not self._rule.has_aux:
+            return x, dx
+        return out, (dx, jax.tree.map(_compat.symbolic_zero, aux))
+
+    # The rule for reverse mode alone.
+
+    def _backwards(self, problem: Problem, x0: Any) -> reverse.Pullback | None:
+        return reverse_rule.only_in_reverse(self._rule, problem, x0, polish=self._polish)
+
+    def _forward_in_reverse(self, _: reverse.Pullback, *primals: Any) -> Any:
+        return self._forward(*primals)
+
+    def _save_for_reverse(self, pullback: reverse.Pullback, *told: Any) -> Any:
+        primals = reverse.values(told)
+        out = self._in_reverse(pullback, *primals)
+        places = reverse.moving(told[0]), reverse.moving(told[1:])
+        # The structure of a dict is known where its values are not.
+        return out, (primals, out, [dict.fromkeys(some, ()) for some in places])
+
+
+def _call(own: Callable[..., Any], problem: Problem, x0: Any, options: dict[str, Any]) -> Any:
+    return own(problem, x0, options)
