@@ -20,7 +20,7 @@ from freevars.jax._host.oracle import HostFunction
 from freevars.jax._host.scipy_status import scipy_status
 from freevars.jax._report.leaks import explain_leaks
 from freevars.jax._rules.operator import LinearOperator
-from freevars.jax._rules.rules import argmin, fixed_point, root
+from freevars.jax._rules.rules import argmin, fixed_point, implicit, least_squares, root
 from freevars.jax._rules.solver import ImplicitSolver
 from freevars.jax._rules.truncated import neumann, one_step
 
@@ -42,6 +42,8 @@ __all__ = [
     "closure_convert",
     "explain_leaks",
     "fixed_point",
+    "implicit",
+    "least_squares",
     "neumann",
     "on_host",
     "one_step",

@@ -14,7 +14,7 @@ import numpy as np
 from jax import tree_util
 
 from freevars._solvers.failures import Context, failure, option_matters
-from freevars._solvers.verdict import Figures, Kind, Limits
+from freevars._solvers.verdict import Figures, Kind, Limits, is_minimum
 from freevars.errors import FreevarsError
 from freevars.jax._convert.static import from_static
 
@@ -103,7 +103,7 @@ def _on_a_bound(x: Any, x0: Any, step: Any, limits: Limits, options: Any, kind: 
             value = values[index]
             moves = abs(change[index]) > limits.step * abs(value)
             bound = any(value == value.dtype.type(g) for g in given)
-            if moves and (bound or (kind == "argmin" and _is_round(value))):
+            if moves and (bound or (is_minimum(kind) and _is_round(value))):
                 where = f"[{', '.join(map(str, index))}]" if index else ""
                 found.append(f"x{tree_util.keystr(path)}{where} = {value}")
     if len(found) > _SHOWN:

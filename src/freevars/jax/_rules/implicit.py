@@ -6,8 +6,9 @@ values and its extra arguments. Differentiate the condition along a direction t'
     dF/dx x' + dF/dt t' = 0,    so    x' = -(dF/dx)^-1 (dF/dt t').
 
 This holds for the exact solution of a regular system, however it was found. F is `fun` for a root,
-`grad fun` for a minimum, `x - fun(x)` for a fixed point; of this sign, because I - dfun/dx has an
-inverse that is the sum of the powers of dfun/dx where the iteration converges.
+`grad fun` for a minimum, J^T fun for least squares, `x - fun(x)` for a fixed point; of this sign,
+because I - dfun/dx has an inverse that is the sum of the powers of dfun/dx where the iteration
+converges. A condition of the user's is a root of what it returns.
 
 Both sides are maps of pytrees in real coordinates: x for the unknown, and F of the same structure
 and shapes, so that the system is a map of a space to itself and its transpose has an inner product
@@ -36,10 +37,12 @@ from freevars.jax._rules.totals import Totals, completed
 from freevars.jax._solver.problem import Problem, count
 
 __all__ = [
+    "MINIMA",
     "Condition",
     "Linearised",
     "check_equations",
     "fixed",
+    "least",
     "linearise",
     "optimality",
     "stationary",
@@ -74,6 +77,22 @@ def stationary(value: Value, v: Tree, coordinates: Coordinates) -> Tree:
     return jax.grad(value)(v)
 
 
+def least(value: Value, v: Tree, coordinates: Coordinates) -> Tree:
+    """F of least squares, J^T r."""
+
+    def half_square(v: Tree) -> Any:
+        residual = value(v)
+        parts = jax.tree.leaves(Coordinates(residual).to_real(residual))
+        squares = [jnp.sum(part.astype(coordinates.dtype) ** 2) for part in parts]
+        return sum(squares[1:], squares[0]) / 2
+
+    return jax.grad(half_square)(v)
+
+
+# Where F is a gradient, its system is symmetric.
+MINIMA = frozenset({stationary, least})
+
+
 def fixed(value: Value, v: Tree, coordinates: Coordinates) -> Tree:
     """F of a fixed point."""
     return jax.tree.map(jnp.subtract, v, coordinates.to_real(value(v)))
@@ -84,7 +103,7 @@ def optimality(
 ) -> Tree:
     """F at v."""
     f = condition(
-        lambda v: problem.value(coordinates.from_real(v), has_aux=has_aux), v, coordinates
+        lambda v: problem.states(coordinates.from_real(v), has_aux=has_aux), v, coordinates
     )
     return jax.tree.map(_compat.like_sharding, f, v)
 
@@ -93,8 +112,13 @@ def check_equations(
     condition: Condition, problem: Problem, x: Any, *, has_aux: bool, name: str
 ) -> None:
     """Refuse a function that has not one equation for each unknown."""
-    value = problem.fun.out_struct
+    value = problem.struct(problem.stated_by)
     value = value[0] if has_aux else value
+    if condition is least:
+        if not _is_inexact(value):
+            message = f"{name}: expected floating or complex residuals, got {value}."
+            raise StructureError(message)
+        return
     if condition is stationary:
         if jax.tree.map(lambda a: (a.shape, jnp.isrealobj(a)), value) != ((), True):
             message = (
@@ -104,12 +128,20 @@ def check_equations(
     elif count(value) != count(x):
         message = (
             f"{name}: expected one equation for each unknown, or there is no derivative; the"
-            f" function has {count(value)} components for {count(x)} unknowns."
+            f" {_CALLED[problem.stated_by]} has {count(value)} components for {count(x)} unknowns."
         )
         raise StructureError(message)
     if condition is fixed and _shapes(value) != _shapes(x):
         message = f"{name}: the function returns {value} for a fixed point {x}."
         raise StructureError(message)
+
+
+_CALLED = {"fun": "function", "condition": "condition"}
+
+
+def _is_inexact(tree: Any) -> bool:
+    leaves = jax.tree.leaves(tree)
+    return bool(leaves) and all(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves)
 
 
 def _shapes(tree: Any) -> Any:
@@ -172,7 +204,7 @@ def linearise(
     operator = LinearOperator(
         lambda d: lift(by_x(lower(d))),
         lift(v),
-        symmetric=condition is stationary and not totals,
+        symmetric=condition in MINIMA and not totals,
     )
     return Linearised(
         coordinates,

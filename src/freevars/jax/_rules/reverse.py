@@ -72,7 +72,10 @@ class Pullback(NamedTuple):
     def value(self, v: Tree, leaves: Leaves) -> Any:
         """What `fun` returns, without its aux."""
         problem: Problem = self.problem.unflatten(leaves)
-        return problem.value(self.coordinates.from_real(v), has_aux=self.has_aux)
+        value = problem.states(self.coordinates.from_real(v), has_aux=self.has_aux)
+        if self.condition is not implicit.least:
+            return value
+        return sum(jnp.sum(jnp.abs(leaf) ** 2) for leaf in jax.tree.leaves(value)) / 2
 
     def __call__(self, v: Tree, leaves: Leaves, u: Tree, places: Places) -> tuple[Tree, Leaves]:
         """(dF/dx)^T u, and (dF/dt)^T u for the leaves at some places."""
@@ -129,7 +132,7 @@ class Pullback(NamedTuple):
         try:
             jax.make_jaxpr(there_and_back)(v, [leaves[i] for i in places])
         except Exception:  # noqa: BLE001 (JAX has many classes for what it cannot transpose)
-            minimum = self.condition is implicit.stationary
+            minimum = self.condition in implicit.MINIMA
             return self._replace(over_reverse=minimum and plain)
         return None
 

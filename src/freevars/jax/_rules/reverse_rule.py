@@ -100,7 +100,7 @@ def solve_by_rows(
         functools.partial(pullback.by_x, v, leaves, transposed=False),
         v,
         rmatvec=functools.partial(pullback.by_x, v, leaves, transposed=True),
-        symmetric=rule.condition is implicit.stationary,
+        symmetric=rule.condition in implicit.MINIMA,
     )
     sizes = unknown.v, unknown.d, limits
     rows = pullback.rows(v, leaves)

@@ -29,6 +29,8 @@ _CONDITIONS: dict[Kind, implicit.Condition] = {
     "root": implicit.zero,
     "argmin": implicit.stationary,
     "fixed_point": implicit.fixed,
+    "least_squares": implicit.least,
+    "implicit": implicit.zero,
 }
 
 
@@ -74,8 +76,8 @@ class Rule:
 
     def fun_has_aux(self, problem: Problem, n: int) -> bool:
         """With aux, `fun` may have one too: its value is then what is of the right size."""
-        wanted = 1 if self.condition is implicit.stationary else n
-        return self.has_aux and problem.has_aux(wanted)
+        wanted = {"argmin": 1, "least_squares": None}.get(self.kind, n)
+        return self.has_aux and self.kind != "implicit" and problem.has_aux(wanted)
 
     def read(self, problem: Problem, x0: Any) -> tuple[Problem, Any]:
         """What the solution depends on."""

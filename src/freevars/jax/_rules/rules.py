@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, Protocol, TypeVar, Unpack, overload
 
 from freevars._solvers.options import check_options
-from freevars._solvers.verdict import Kind
+from freevars._solvers.stated import States, check_condition, kind_of
 from freevars.jax._rules.solver import ImplicitSolver, Options
 
-__all__ = ["Options", "argmin", "fixed_point", "root"]
+__all__ = ["Options", "argmin", "fixed_point", "implicit", "least_squares", "root"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -26,13 +26,53 @@ class Decorator(Protocol):
         """The solver with derivatives."""
 
 
-def _decorate(solver: Callable[..., Any] | None, kind: Kind, options: Options) -> Any:
-    check_options(kind, options, Options)
+def _decorate(solver: Callable[..., Any] | None, states: States, options: Options) -> Any:
+    check_options(kind_of(states), options, Options)
 
     def decorate(solver: Callable[P, R], /) -> ImplicitSolver[P, R]:
-        return ImplicitSolver(solver, kind, **options)
+        return ImplicitSolver(solver, states, **options)
 
     return decorate if solver is None else decorate(solver)
+
+
+def implicit(
+    condition: Callable[..., Any],
+    /,
+    *,
+    argument: Callable[[Any], Any] | None = None,
+    **options: Unpack[Options],
+) -> Decorator:
+    """Derivatives for a solver whose result x satisfies `condition(fun, x) = 0`.
+
+    The decorator on which `root`, `argmin`, `fixed_point` and `least_squares` stand. Everything
+    else is as for `root`, which also says what may be given as options.
+
+    Args:
+        condition: `condition(fun, x)` returns floating or complex arrays in any structure, as many
+            numbers as x has. `fun` is the function that the solver was given, with its extra
+            arguments; the condition may use its derivatives, other functions beside it, or other
+            functions only. Derivatives flow into everything that it captures.
+        argument: what `fun` takes, as a function of x; None: x itself.
+        **options: as for `root`.
+
+    >>> import jax, jax.numpy as jnp, freevars.jax as fv
+    >>> def eigenpair(matvec, x):
+    ...     return matvec(x["v"]) - x["l"] * x["v"], x["v"] @ x["v"] - 1
+    >>> @fv.implicit(eigenpair, argument=lambda x: x["v"])
+    ... def largest(matvec, x0):
+    ...     step = lambda _, v: matvec(v) / jnp.linalg.norm(matvec(v))
+    ...     v = jax.lax.fori_loop(0, 100, step, x0["v"])
+    ...     return {"v": v, "l": v @ matvec(v)}
+    >>> x0 = {"v": jnp.array([0.6, 0.8]), "l": jnp.array(0.0)}
+    >>> a = jnp.diag(jnp.array([1.0, 3.0]))
+    >>> slope = jax.grad(lambda a: largest(lambda v: a @ v, x0)["l"])(a)
+    >>> print(jnp.abs(slope).round(3))
+    [[0. 0.]
+     [0. 1.]]
+    """
+    check_condition(condition, argument)
+    decorator: Decorator = _decorate(None, (condition, argument), options)
+    return decorator
 
 
 @overload
@@ -152,3 +192,32 @@ def fixed_point(solver: Callable[..., Any] | None = None, /, **options: Unpack[O
     1.0886 0.9291
     """
     return _decorate(solver, "fixed_point", options)
+
+
+@overload
+def least_squares(
+    solver: Callable[P, R], /, **options: Unpack[Options]
+) -> ImplicitSolver[P, R]: ...
+@overload
+def least_squares(**options: Unpack[Options]) -> Decorator: ...
+def least_squares(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]) -> Any:
+    """Derivatives for a solver whose result x makes `|fun(x, *args, **kwargs)|^2` least.
+
+    `fun` returns the residuals r, floating or complex arrays in any structure; x makes J^T r = 0
+    for their Jacobian J. The system of the derivative is the whole second derivative, J^T J and
+    what the curvature of r adds to it: exact where residuals remain. With `has_aux=True`, a pair
+    that `fun` returns is `(residuals, aux)`. Everything else is as for `root`, which also says what
+    may be given as options.
+
+    >>> import jax, jax.numpy as jnp, freevars.jax as fv
+    >>> @fv.least_squares
+    ... def gauss_newton(fun, x0):
+    ...     step = lambda _, x: x - jnp.linalg.pinv(jax.jacobian(fun)(x)) @ fun(x)
+    ...     return jax.lax.fori_loop(0, 5, step, x0)
+    >>> t = jnp.array([0.0, 1.0, 2.0])
+    >>> def slope(y):
+    ...     return gauss_newton(lambda x: x[0] + x[1] * t - y, jnp.zeros(2))[1]
+    >>> print(jax.grad(slope)(jnp.array([1.0, 2.0, 4.0])).round(3) + 0.0)
+    [-0.5  0.   0.5]
+    """
+    return _decorate(solver, "least_squares", options)

@@ -16,10 +16,12 @@ from typing import Any, Concatenate, ParamSpec, Self, TypedDict, TypeVar, Unpack
 import jax
 from jax import tree_util
 
+from freevars._contract import check_callable
 from freevars._solvers.decorated import DecoratedSolver
 from freevars._solvers.options import check_options
 from freevars._solvers.signature import SolverCall
-from freevars._solvers.verdict import Kind, OnFailure
+from freevars._solvers.stated import States, kind_of
+from freevars._solvers.verdict import OnFailure
 from freevars.errors import StructureError
 from freevars.jax import _compat
 from freevars.jax._closure import Closure
@@ -42,7 +44,7 @@ S = TypeVar("S")
 
 
 class Options(TypedDict, total=False):
-    """The keyword arguments of `root`, `argmin` and `fixed_point`; see `root`."""
+    """The keyword arguments of all decorators; see `root`."""
 
     has_aux: bool  # False
     linear_solve: linear.LinearSolve  # None
@@ -57,12 +59,20 @@ class Options(TypedDict, total=False):
 
 
 class ImplicitSolver(DecoratedSolver[P, R]):
-    """A solver with a derivative rule; made by `root`, `argmin` and `fixed_point`."""
+    """A solver with a derivative rule; made by `implicit`, `root`, `argmin` and the like."""
 
     def __init__(
-        self, solver: Callable[P, R], kind: Kind = "root", /, **options: Unpack[Options]
+        self, solver: Callable[P, R], states: States = "root", /, **options: Unpack[Options]
     ) -> None:
+        kind = kind_of(states)
         check_options(kind, options, Options)
+        self._states = states
+        if isinstance(solver, HostSolver) and self._argument is not None:
+            message = (
+                "argument: a solver on the host asks its function at an x; got a condition whose"
+                " function takes another argument."
+            )
+            raise TypeError(message)
         on_failure = options.get("on_failure", "raise")
         check = options.get("check", True)
         method = linear.Method(
@@ -75,7 +85,7 @@ class ImplicitSolver(DecoratedSolver[P, R]):
         method.validate()
         self._polish = options.get("polish", False)
         self._jit = options.get("jit", True) and not isinstance(solver, HostSolver)
-        super().__init__(solver, kind, **options)
+        super().__init__(solver, states, **options)
         self._rule = rule = Rule(
             self.__name__,
             kind,
@@ -133,7 +143,26 @@ class ImplicitSolver(DecoratedSolver[P, R]):
         x0 = as_unknown(call.x0, self.__name__)
         # A Python number among the options stays one: solvers count with it.
         options: dict[str, Any] = as_static(call.options, is_array)
-        return Problem.of(call.fun, x0, call.args, call.kwargs), x0, options
+        return self._problem(call, x0), x0, options
+
+    @property
+    def _argument(self) -> Callable[[Any], Any] | None:
+        return None if isinstance(self._states, str) else self._states[1]
+
+    def _problem(self, call: SolverCall, x0: Any) -> Problem:
+        fun, args, kwargs = call.fun, call.args, call.kwargs
+        if isinstance(self._states, str):
+            return Problem.of(fun, x0, args, kwargs)
+        condition = self._states[0]
+        functions = {
+            "fun": lambda x, args, kwargs: fun(x, *args, **kwargs),
+            "condition": lambda x, args, kwargs: condition(
+                lambda *point: fun(*point, *args, **kwargs), x
+            ),
+        }
+        check_callable(fun)
+        point = x0 if self._argument is None else self._argument(x0)
+        return Problem.of_parts(functions, {"fun": point, "condition": x0}, args, kwargs)
 
     # Running the solver.
 
@@ -143,7 +172,7 @@ class ImplicitSolver(DecoratedSolver[P, R]):
                 problem,
                 x0,
                 from_static(options),
-                equations=self._rule.kind != "argmin",
+                equations=self._gives_equations(problem),
                 has_aux=self._rule.fun_has_aux(problem, count(x0)),
             )
         else:
@@ -155,6 +184,13 @@ class ImplicitSolver(DecoratedSolver[P, R]):
             message = f"{self.__name__}: with has_aux=True a solver returns (x, aux), got {out!r}."
             raise StructureError(message)
         return like(out[0], x0, f"{self.__name__}: the returned x"), out[1]
+
+    def _gives_equations(self, problem: Problem) -> bool:
+        """Whether a solver on the host is given equations, and not an objective."""
+        if self._rule.kind != "implicit":
+            return self._rule.kind != "argmin"
+        leaves = jax.tree.leaves(problem.struct())
+        return not (len(leaves) == 1 and leaves[0].shape == ())
 
     def _own(self, problem: Problem, x0: Any, options: dict[str, Any]) -> Any:
         """What runs the solver of this call, a pytree, or None for `self._run`.

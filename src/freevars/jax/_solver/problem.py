@@ -1,13 +1,18 @@
 """What a solver is given: a converted function with its extra arguments.
 
-Not here: what the solver does with it, and what its result satisfies.
+Mostly one function, and its closure. Where a call is about several (a function and a condition that
+is stated by it; an objective and its constraints) one closure has them all as its parts: what they
+capture in common is one value of it, and whoever asks for one part has the others removed as dead
+code. Not here: what the solver does with it, and what its result satisfies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import tree_util
 
@@ -16,6 +21,14 @@ from freevars.jax._closure import Closure
 from freevars.jax._convert.static import as_static, from_static
 
 __all__ = ["Problem", "count"]
+
+
+@tree_util.register_static
+@dataclass(frozen=True)
+class Parts:
+    """The names of the parts of a closure; of `fun` alone there are none."""
+
+    names: tuple[str, ...] = ()
 
 
 class Problem(NamedTuple):
@@ -27,6 +40,7 @@ class Problem(NamedTuple):
     fun: Closure[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    parts: Parts = Parts()
 
     @staticmethod
     def of(
@@ -41,9 +55,27 @@ class Problem(NamedTuple):
             closure = fun
         return Problem(closure, *as_static((args, kwargs), _compat.is_array))
 
+    @staticmethod
+    def of_parts(
+        functions: Mapping[str, Callable[..., Any]],
+        points: Mapping[str, Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Problem:
+        """Convert several functions `function(point, args, kwargs)`, each at a point of its own."""
+
+        def parts(points: dict[str, Any], args: Any, kwargs: Any) -> dict[str, Any]:
+            return {name: f(points[name], args, kwargs) for name, f in functions.items()}
+
+        closure = Closure(parts, dict(points), args, kwargs)
+        given = as_static((args, kwargs), _compat.is_array)
+        return Problem(closure, given[0], given[1], Parts(tuple(functions)))
+
     def as_given(self) -> Callable[..., Any]:
         """The function as the solver calls it: a pytree too, so that a solver may jit."""
         partial: Any = tree_util.Partial
+        if self.parts.names:
+            return partial(_Part("fun"), self.fun)
         return partial(_with_kwargs, self.fun) if self.kwargs else self.fun
 
     def extra(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -51,16 +83,54 @@ class Problem(NamedTuple):
         args, kwargs = from_static((self.args, self.kwargs))
         return args, kwargs
 
-    def has_aux(self, wanted: int) -> bool:
-        """Whether the function returns `(value, aux)`, with a value of so many real numbers."""
+    def struct(self, part: str = "fun") -> Any:
+        """What a part returns, with a `jax.ShapeDtypeStruct` for each array."""
         out = self.fun.out_struct
-        return isinstance(out, tuple) and len(out) == 2 and count(out[0]) == wanted  # noqa: PLR2004
+        return out[part] if self.parts.names else out
+
+    def has_aux(self, wanted: int | None) -> bool:
+        """Whether the function returns `(value, aux)`, with a value of so many real numbers."""
+        out = self.struct()
+        pair = isinstance(out, tuple) and len(out) == 2  # noqa: PLR2004
+        return pair and (wanted is None or count(out[0]) == wanted)
 
     def value(self, x: Any, *, has_aux: bool) -> Any:
         """The value of the function, without its aux."""
         args, kwargs = self.extra()
         out = self.as_given()(x, *args, **kwargs)
         return out[0] if has_aux else out
+
+    @property
+    def stated_by(self) -> str:
+        """The part that says what holds at the solution."""
+        return "condition" if "condition" in self.parts.names else "fun"
+
+    def states(self, x: Any, *, has_aux: bool) -> Any:
+        """The value at x of the part that says what holds there, without its aux."""
+        if self.stated_by == "fun":
+            return self.value(x, has_aux=has_aux)
+        args, kwargs = self.extra()
+        return _Part("condition")(self.fun, x, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One part of a closure as a function; compares by its name, so that nothing is compiled
+    twice."""
+
+    name: str
+
+    def __call__(self, closure: Closure[..., Any], point: Any, *args: Any, **kwargs: Any) -> Any:
+        points = {
+            # Dead code, at a point that is as good as any.
+            name: point if name == self.name else jax.tree.map(_ones, struct)
+            for name, struct in closure.in_struct[0].items()
+        }
+        return closure(points, args, kwargs)[self.name]
+
+
+def _ones(struct: Any) -> Any:
+    return jnp.ones(struct.shape, struct.dtype)
 
 
 def _with_kwargs(closure: Closure[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
