@@ -202,6 +202,61 @@ def _constants_exact(host: RuleHost, a: Any, b: Any) -> Any:
     return host.xp.stack([host.xp.exp(a[0]), host.xp.sqrt(b[0])])
 
 
+def _least_squares(host: RuleHost, a: Any, b: Any) -> Any:
+    """Residuals that remain, and curve: J^T J alone gives another derivative."""
+    xp = host.xp
+
+    def solver(fun: Any, x0: Any) -> Any:
+        derivative = host.jacobian(fun)
+        return newton(host)(lambda x: derivative(x).T @ fun(x), x0)
+
+    residual = lambda x: xp.concatenate([x**2 - xp.exp(a) - 1, b * x])
+    return host.fv.least_squares(solver)(residual, host.array(np.ones(2)))
+
+
+def _least_squares_exact(host: RuleHost, a: Any, b: Any) -> Any:
+    return host.xp.sqrt(host.xp.exp(a) + 1 - b**2 / 2)
+
+
+def _eigenpair(host: RuleHost, a: Any, b: Any) -> Any:
+    """The largest eigenvalue of a symmetric matrix, and how much of its vector is the first unit:
+    the solver is given the product with the matrix."""
+    xp = host.xp
+
+    def condition(matvec: Any, x: Any) -> Any:
+        return matvec(x["v"]) - x["l"] * x["v"], xp.sum(x["v"] ** 2) - 1
+
+    def power(matvec: Any, x0: Any) -> Any:
+        step = lambda v: matvec(v) / xp.sqrt(xp.sum(matvec(v) ** 2))
+        v = host.loop(40, step, x0["v"])
+        return {"v": v, "l": xp.sum(v * matvec(v))}
+
+    matvec = lambda v: xp.exp(a) * v + b[0] * v[xp.asarray([1, 0])]
+    x0 = {"v": host.array([0.6, 0.8]), "l": host.array(1.0)}
+    x = host.fv.implicit(condition, argument=lambda x: x["v"])(power)(matvec, x0)
+    return xp.stack([x["l"], x["v"][0] ** 2])
+
+
+def _eigenpair_exact(host: RuleHost, a: Any, b: Any) -> Any:
+    first, second = host.xp.exp(a)
+    half = host.xp.sqrt((first - second) ** 2 / 4 + b[0] ** 2)
+    share = (1 + (first - second) / (2 * half)) / 2
+    return host.xp.stack([(first + second) / 2 + half, share])
+
+
+def _other_functions(host: RuleHost, a: Any, b: Any) -> Any:
+    """The solver takes steps with a cheap function; what holds is said by an exact one, of which
+    the solver's is no part."""
+    xp = host.xp
+    energy = lambda x: xp.sum(xp.exp(a) * x**4 / 4 - b * x)
+    solve = host.fv.implicit(lambda _, x: host.grad(energy)(x))(richardson(host))
+    return solve(lambda x: 1.2 * (x**3 * xp.exp(a) - b), host.array(np.ones(2)))
+
+
+def _other_functions_exact(host: RuleHost, a: Any, b: Any) -> Any:
+    return (b / host.xp.exp(a)) ** (1 / 3)
+
+
 PROBLEMS = [
     Problem("root", _root, _root_exact),
     Problem("argmin", _argmin, _argmin_exact),
@@ -212,6 +267,9 @@ PROBLEMS = [
     Problem("aux", _aux, _aux_exact),
     Problem("arguments", _arguments, _arguments_exact),
     Problem("constants", _constants, _constants_exact),
+    Problem("least_squares", _least_squares, _least_squares_exact),
+    Problem("eigenpair", _eigenpair, _eigenpair_exact),
+    Problem("other functions", _other_functions, _other_functions_exact),
 ]
 
 

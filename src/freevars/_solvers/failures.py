@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from freevars._solvers.verdict import Figures, Kind, Limits
+from freevars._solvers.verdict import Figures, Kind, Limits, is_minimum
 from freevars.errors import FreevarsError, NotASolutionError, SingularError
 
 __all__ = ["Context", "failure", "option_matters"]
@@ -68,7 +68,7 @@ def _singular(figures: Figures, limits: Limits, context: Context) -> str:
             ' constant): on_failure="least_squares" takes the shortest derivative, or fix the'
             " freedom by one more condition."
         )
-    if context.kind == "argmin":
+    if is_minimum(context.kind):
         return f"{text} Two equations repeat each other, or the objective is flat along a curve."
     return (
         f"{text} Its null vectors are not those of its transpose: the equations repeat each other,"

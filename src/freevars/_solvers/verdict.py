@@ -33,12 +33,18 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-__all__ = ["Figures", "Kind", "Limits", "OnFailure", "accepted"]
+__all__ = ["Figures", "Kind", "Limits", "OnFailure", "accepted", "is_minimum"]
 
-Kind: TypeAlias = Literal["root", "argmin", "fixed_point"]
+# What holds at the result. Of "implicit" a function of the user's says it.
+Kind: TypeAlias = Literal["root", "argmin", "fixed_point", "least_squares", "implicit"]
 OnFailure: TypeAlias = Literal["raise", "warn", "nan", "least_squares"]
 
 _SINGLE = 1e-6  # the eps of float32 is below, those of the half precisions are above
+
+
+def is_minimum(kind: Kind) -> bool:
+    """Whether the equations are the gradient of an objective, so that their system is symmetric."""
+    return kind in {"argmin", "least_squares"}
 
 
 class Limits(NamedTuple):

@@ -19,7 +19,14 @@ from freevars.torch._captures import captures
 from freevars.torch._closure import Closure
 from freevars.torch._convert.convert import Converted, closure_convert
 from freevars.torch._rules.derivative import LinearOperator
-from freevars.torch._rules.rules import ImplicitSolver, argmin, fixed_point, root
+from freevars.torch._rules.rules import (
+    ImplicitSolver,
+    argmin,
+    fixed_point,
+    implicit,
+    least_squares,
+    root,
+)
 from freevars.torch._rules.truncated import neumann, one_step
 
 __all__ = [
@@ -37,6 +44,8 @@ __all__ = [
     "captures",
     "closure_convert",
     "fixed_point",
+    "implicit",
+    "least_squares",
     "neumann",
     "one_step",
     "root",

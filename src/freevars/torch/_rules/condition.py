@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from freevars._solvers.failures import Context
-from freevars._solvers.verdict import Limits
+from freevars._solvers.verdict import Kind, Limits, is_minimum
 from freevars.errors import FreevarsError, NotASolutionError, StructureError
 from freevars.torch._rules import diagnostics
 from freevars.torch._rules.conserved import completion
@@ -26,7 +26,6 @@ from freevars.torch._rules.ravel import Unknown
 
 __all__ = ["Condition", "Kind", "OnFailure", "Rng", "Rule", "Solution"]
 
-Kind = Literal["argmin", "root", "fixed_point"]
 OnFailure = Literal["raise", "nan", "least_squares"]
 Rng = Literal["replay", "allow", "error"]
 
@@ -47,6 +46,8 @@ class Rule:
     conserved: Callable[[Any], Any] | None = None
     batch_dims: int = 0
     rng: Rng = "replay"
+    # Of kind "implicit": condition(fun, x), and what `fun` takes.
+    stated: tuple[Callable[..., Any] | None, Callable[[Any], Any] | None] = (None, None)
 
     def __post_init__(self) -> None:
         if isinstance(self.batch_dims, bool) or not self.batch_dims >= 0:
@@ -266,7 +267,7 @@ class Condition:
         )
 
     def _system(self, leaf: Tensor, f: Tensor, x0: Tensor) -> System:
-        symmetric = self.rule.kind == "argmin" and self.rule.conserved is None
+        symmetric = is_minimum(self.rule.kind) and self.rule.conserved is None
         x = leaf.detach()
         return system_of(
             Derivative(leaf, f, symmetric=symmetric),

@@ -1,11 +1,12 @@
 """One call of a decorated solver, as a condition.
 
 Its values are x0, then the tensors among the arguments of the call, then the hoisted values of
-`fun`. Not here: the decorators (`rules.py`), and what follows from a condition (`condition.py`).
+`fun`, and of the user's condition if there is one. Not here: the decorators (`rules.py`), what F is
+(`optimality.py`), and what follows from a condition (`condition.py`).
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -22,7 +23,7 @@ from freevars.torch._describe import function_name
 from freevars.torch._rules.batch import DifferentiableCondition
 from freevars.torch._rules.condition import Rule
 from freevars.torch._rules.derivative import meta
-from freevars.torch._rules.implicit import vjp
+from freevars.torch._rules.optimality import STATED_BY, check_value, optimality
 from freevars.torch._rules.preserve_grad import caller_leaves, preserve_grad
 from freevars.torch._rules.ravel import Unknown
 
@@ -45,7 +46,7 @@ class Problem(DifferentiableCondition):
     def __init__(
         self,
         rule: Rule,
-        converted: Converted[..., Any],
+        functions: Mapping[str, Converted[..., Any]],
         unknown: Unknown,
         signature: SolverSignature,
         call: SolverCall,
@@ -54,7 +55,9 @@ class Problem(DifferentiableCondition):
         self._user: Callable[..., Any] | None = None
         fun_arguments, options = (call.args, call.kwargs), call.options
         self.rule = rule
-        self.converted = converted
+        self.functions = functions
+        self.converted = functions["fun"]
+        self.stated_by = functions[STATED_BY[rule.kind]]
         self.unknown = unknown
         self.signature = signature
         self._callers = caller_leaves(rule.solver, *options.values())
@@ -66,6 +69,8 @@ class Problem(DifferentiableCondition):
         self.constants = frozenset(k + 1 for k, i in enumerate(self._where) if i >= of_fun)
         if rule.conserved is None:
             self.constants |= {0}
+        if self.stated_by is not self.converted:  # what `fun` reads moves x where that calls it
+            self.constants |= set(range(*self._range(self.converted)))
         self._check_result()
 
     @contextmanager
@@ -89,26 +94,38 @@ class Problem(DifferentiableCondition):
         (args, kwargs), options = pytree.tree_unflatten(leaves, self._spec)
         return args, kwargs, options
 
-    def _hoisted(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
-        return values[1 + len(self._where) :]
+    def _range(self, function: Converted[..., Any]) -> tuple[int, int]:
+        """From where to where the hoisted values of a function stand among the values."""
+        start = 1 + len(self._where)
+        for other in self.functions.values():
+            if other is function:
+                break
+            start += len(other.captured)
+        return start, start + len(function.captured)
+
+    def _hoisted(self, values: Sequence[Tensor], function: Converted[..., Any]) -> Sequence[Tensor]:
+        return values[slice(*self._range(function))]
+
+    @property
+    def captured(self) -> list[Tensor]:
+        """The captured tensors that the last of the values stand for."""
+        return [t for function in self.functions.values() for t in function.captured]
 
     def equations(self, x: Tensor, /, *values: Tensor) -> Tensor:
         args, kwargs, _ = self._arguments(values)
-        hoisted = self._hoisted(values)
-        return self.optimality(lambda x: self.converted(x, args, kwargs, *hoisted), x)
+        hoisted = self._hoisted(values, self.stated_by)
+        return self.optimality(lambda x: self.stated_by(x, args, kwargs, *hoisted), x)
 
-    def optimality(self, fun: Callable[[Any], Any], x: Tensor) -> Tensor:
-        """`fun`, its gradient, or x - `fun`(x): with the sign that the JAX host gives it."""
-
-        def value(x: Tensor) -> Any:
-            out = fun(self.unknown.unravel(x))
-            return out[0] if self._fun_has_aux else out
-
-        if self.rule.kind == "argmin":
-            ones = torch.ones(self.unknown.batch, dtype=x.dtype, device=x.device)
-            return vjp(value, x, ones)
-        out = self.unknown.ravel(value(x), f"the result of {function_name(self.converted)}")
-        return x - out if self.rule.kind == "fixed_point" else out
+    def optimality(self, stated_by: Callable[[Any], Any], x: Tensor) -> Tensor:
+        """F, from the function that states it."""
+        return optimality(
+            self.rule.kind,
+            {STATED_BY[self.rule.kind]: stated_by},
+            self.unknown,
+            x,
+            has_aux=self._fun_has_aux,
+            name=function_name(self.stated_by),
+        )
 
     def totals(self, x: Tensor, /) -> Tensor:
         assert self.rule.conserved is not None  # noqa: S101 (for the type checker)
@@ -134,9 +151,14 @@ class Problem(DifferentiableCondition):
     def _check_result(self) -> None:
         """What `fun` returned on the example, against what the rule needs, before the solver
         runs."""
-        out = self.converted.out_struct
+        out = self.stated_by.out_struct
         self._fun_has_aux = False
-        if self.rule.has_aux and isinstance(out, tuple) and len(out) == 2:  # noqa: PLR2004
+        if (
+            self.stated_by is self.converted
+            and self.rule.has_aux
+            and isinstance(out, tuple)
+            and len(out) == 2  # noqa: PLR2004
+        ):
             try:
                 self._check_value(out[0])
             except StructureError:  # a value that is a pair itself, or neither
@@ -147,22 +169,14 @@ class Problem(DifferentiableCondition):
         self._check_value(out)
 
     def _check_value(self, out: Any) -> None:
-        name = function_name(self.converted)
-        batch = self.unknown.batch
-        if self.rule.kind != "argmin":
-            self.unknown.check(out, f"the result of {name}")
-        elif not isinstance(out, Tensor) or out.shape != batch or not out.is_floating_point():
-            got = Structure.shown(out)
-            wanted = f"real tensor of shape {list(batch)}" if batch else "real scalar tensor"
-            message = f"argmin expected {name} to return a {wanted}, got {got}."
-            raise StructureError(message)
+        check_value(self.rule.kind, out, self.unknown, function_name(self.stated_by))
 
     # --- the solver
 
     def run(self, *values: Tensor) -> tuple[Tensor, ...]:
         """Runs the user's solver, as it was called: x, and the tensors of aux."""
         args, kwargs, options = self._arguments(values)
-        hoisted = self._hoisted(values)
+        hoisted = self._hoisted(values, self.converted)
 
         @functools.wraps(self.converted)
         def fun(x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -194,11 +208,11 @@ class Problem(DifferentiableCondition):
     ) -> tuple[Tensor, ...] | None:
         """Runs a solver that takes a batch once for `size` calls, whose values have one more axis
         where `dims` says: as a longer batch. None where more than what `fun` captures differs."""
-        own = 1 + len(self._where)
+        own, end = self._range(self.converted)
         if not self.rule.batch_dims or self.rule.has_aux or any(d is not None for d in dims[1:own]):
             return None
         args, kwargs, options = self._arguments(values)
-        hoisted = self._hoisted(values)
+        hoisted = self._hoisted(values, self.converted)
 
         def split(x: Any) -> Any:
             return pytree.tree_map_only(Tensor, lambda t: t.unflatten(0, (size, -1)), x)
@@ -211,7 +225,7 @@ class Problem(DifferentiableCondition):
             def one(x: Any, *hoisted: Tensor) -> Any:
                 return self.converted(x, args, kwargs, *hoisted)
 
-            return join(torch.func.vmap(one, (0, *dims[own:]))(split(x), *hoisted))
+            return join(torch.func.vmap(one, (0, *dims[own:end]))(split(x), *hoisted))
 
         if dims[0] is None:
             start = self._repeated(values[0], size)

@@ -11,6 +11,7 @@ With `create_graph=True` the values get the cotangents in place of the graph, by
 evaluation (`implicit.py`): there x depends on the values, while the recorded leaf does not.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -28,9 +29,13 @@ __all__ = ["solve_and_attach"]
 
 
 def solve_and_attach(
-    problem: Problem, call: SolverCall, values: tuple[Tensor, ...]
+    problem: Problem,
+    call: SolverCall,
+    given: Callable[..., Any],
+    values: tuple[Tensor, ...],
 ) -> tuple[Tensor, ...]:
-    """The root, differentiable in whatever the user's function reads, and what comes with it."""
+    """The root, differentiable in whatever the user's function reads, and what comes with it;
+    `given` is what states the condition, as it was before conversion."""
     plain = tuple(v.detach() for v in values)
     with (
         _hooks.solver_running(),
@@ -44,10 +49,10 @@ def solve_and_attach(
     if not torch.is_grad_enabled() or not any(v.requires_grad for v in moving):
         return x, *others
     leaf = x.clone().requires_grad_()
-    converted = problem.converted
-    replaying = nullcontext() if converted.replay is None else converted.replay.replayed()
-    with constants_as_they_are(call.fun, converted.constants), replaying:
-        f = problem.optimality(lambda x: call.fun(x, *call.args, **call.kwargs), leaf)
+    stated_by = problem.stated_by
+    replaying = nullcontext() if stated_by.replay is None else stated_by.replay.replayed()
+    with constants_as_they_are(given, stated_by.constants), replaying:
+        f = problem.optimality(lambda x: given(x, call.args, call.kwargs), leaf)
     f = problem.completed(f, leaf, values[0], columns)
     problem.recorded = (leaf, f)
     out: Tensor = _Attach.apply(problem, x, leaf, f, columns, *values)  # type: ignore[no-untyped-call]
@@ -89,7 +94,8 @@ def _compare(
 ) -> None:
     """Refuses cotangents from a second evaluation that are not those of the recorded graph: what
     the function reads may have changed its derivative and not its value."""
-    read = [*values[: len(values) - len(problem.converted.captured)], *problem.converted.captured]
+    captured = problem.captured
+    read = [*values[: len(values) - len(captured)], *captured]
     wanted = [i for i, grad in enumerate(grads) if grad is not None and values[i].requires_grad]
     if not wanted or _compat.transforms_active():
         return

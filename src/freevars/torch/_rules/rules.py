@@ -10,6 +10,7 @@ one call of a solver as a problem (`problem.py`), linear systems (`linear.py`).
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import (
     Any,
     Concatenate,
@@ -28,18 +29,19 @@ from freevars._contract import check_callable
 from freevars._solvers.decorated import DecoratedSolver
 from freevars._solvers.options import check_options
 from freevars._solvers.signature import SolverCall
+from freevars._solvers.stated import States, check_condition, kind_of
 from freevars.torch import _compat
 from freevars.torch._compat import pytree
 from freevars.torch._convert.convert import closure_convert
 from freevars.torch._describe import function_name
-from freevars.torch._rules.condition import Kind, OnFailure, Rng, Rule
-from freevars.torch._rules.implicit import implicit
+from freevars.torch._rules import implicit as operation
+from freevars.torch._rules.condition import OnFailure, Rng, Rule
 from freevars.torch._rules.linear import LinearSolve, check_linear_solve
 from freevars.torch._rules.problem import Problem
 from freevars.torch._rules.ravel import Unknown
 from freevars.torch._rules.record import solve_and_attach
 
-__all__ = ["ImplicitSolver", "argmin", "fixed_point", "root"]
+__all__ = ["ImplicitSolver", "argmin", "fixed_point", "implicit", "least_squares", "root"]
 
 P = ParamSpec("P")
 Q = ParamSpec("Q")
@@ -48,7 +50,7 @@ S = TypeVar("S")
 
 
 class Options(TypedDict, total=False):
-    """The keyword arguments of `argmin`, `root` and `fixed_point`; see `argmin`."""
+    """The keyword arguments of all decorators; see `argmin`."""
 
     has_aux: bool  # False
     linear_solve: LinearSolve | None  # None
@@ -62,19 +64,25 @@ class Options(TypedDict, total=False):
 
 
 class ImplicitSolver(DecoratedSolver[P, R]):
-    """A solver with a derivative rule; made by `argmin`, `root` and `fixed_point`."""
+    """A solver with a derivative rule; made by `implicit`, `argmin`, `root` and the like."""
 
     def __init__(
-        self, solver: Callable[P, R], kind: Kind = "root", /, **options: Unpack[Options]
+        self,
+        solver: Callable[P, R],
+        states: States = "root",
+        /,
+        **options: Unpack[Options],
     ) -> None:
-        check_options(kind, options, Options)
+        check_options(kind_of(states), options, Options)
         check_linear_solve(options.get("linear_solve"))
-        super().__init__(solver, kind, **options)
+        super().__init__(solver, states, **options)
 
     def _use(self, solver: Callable[P, R]) -> None:
         super()._use(solver)
-        _, (kind,), options = self._made_from()
-        self._rule = Rule(kind, solver, function_name(solver), **options)
+        _, (states,), options = self._made_from()
+        stated = (None, None) if isinstance(states, str) else states
+        name = function_name(solver)
+        self._rule = Rule(kind_of(states), solver, name, stated=stated, **options)
 
     @overload
     def __get__(self, instance: None, owner: Any = None, /) -> Self: ...
@@ -108,20 +116,42 @@ class ImplicitSolver(DecoratedSolver[P, R]):
         def extended(x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return fun(x, *args, **kwargs)
 
-        unknown = Unknown(x0, self._rule.batch_dims)
-        converted, hoisted = closure_convert(extended, x0, fun_args, fun_kwargs, rng=self._rule.rng)
-        problem = Problem(self._rule, converted, unknown, self._signature, call)
+        rule = self._rule
+        unknown = Unknown(x0, rule.batch_dims)
+        condition, argument = rule.stated
+        example = x0 if argument is None else argument(x0)
+        converted, hoisted = closure_convert(extended, example, fun_args, fun_kwargs, rng=rule.rng)
+        functions = {"fun": converted}
+        given_by: Callable[..., Any] = extended
+        if condition is not None:
+            given_by = _stated(condition, extended)
+            with nullcontext() if converted.replay is None else converted.replay.replayed():
+                functions["condition"], more = closure_convert(
+                    given_by, x0, fun_args, fun_kwargs, rng=rule.rng
+                )
+            hoisted += more
+        problem = Problem(rule, functions, unknown, self._signature, call)
         leaves = pytree.tree_leaves(((fun_args, fun_kwargs), options))
         given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         values = (unknown.ravel(x0, "x0"), *given, *hoisted)
         if _compat.transforms_active():
-            v, _, _, *aux = implicit(problem, *values)
+            v, _, _, *aux = operation.implicit(problem, *values)
         else:
-            v, *aux = solve_and_attach(problem, call, values)
+            v, *aux = solve_and_attach(problem, call, given_by, values)
         if converted.replay is not None:
             converted.replay.advance()
         x = unknown.unravel(v)
-        return (x, problem.with_aux(aux)) if self._rule.has_aux else x
+        return (x, problem.with_aux(aux)) if rule.has_aux else x
+
+
+def _stated(condition: Callable[..., Any], extended: Callable[..., Any]) -> Callable[..., Any]:
+    """The user's condition as a function of what `extended` takes."""
+
+    @functools.wraps(condition, updated=())
+    def stated(x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return condition(lambda x: extended(x, args, kwargs), x)
+
+    return stated
 
 
 class Decorator(Protocol):
@@ -131,13 +161,54 @@ class Decorator(Protocol):
         """The solver with derivatives."""
 
 
-def _decorate(solver: Callable[..., Any] | None, kind: Kind, options: Options) -> Any:
-    check_options(kind, options, Options)
+def _decorate(solver: Callable[..., Any] | None, states: States, options: Options) -> Any:
+    check_options(kind_of(states), options, Options)
 
     def decorate(solver: Callable[P, R], /) -> ImplicitSolver[P, R]:
-        return ImplicitSolver(solver, kind, **options)
+        return ImplicitSolver(solver, states, **options)
 
     return decorate if solver is None else decorate(solver)
+
+
+def implicit(
+    condition: Callable[..., Any],
+    /,
+    *,
+    argument: Callable[[Any], Any] | None = None,
+    **options: Unpack[Options],
+) -> Decorator:
+    """Attaches the derivative of an x with `condition(fun, x) = 0` to a solver; else as `argmin`.
+
+    The decorator on which `root`, `argmin`, `fixed_point` and `least_squares` stand.
+
+    Args:
+        condition: `condition(fun, x)` returns real or complex tensors in any structure, as many
+            numbers as x has. `fun` is the function that the solver was given, with its extra
+            arguments; the condition may use its derivatives, other functions beside it, or other
+            functions only. Derivatives flow into everything that it reads.
+        argument: what `fun` takes, as a function of x; None: x itself.
+        **options: as for `argmin`.
+
+    Example:
+        >>> import torch
+        >>> import freevars.torch as fv
+        >>> def eigenpair(matvec, x):
+        ...     return matvec(x["v"]) - x["l"] * x["v"], x["v"] @ x["v"] - 1
+        >>> @fv.implicit(eigenpair, argument=lambda x: x["v"])
+        ... def largest(matvec, x0):
+        ...     v = x0["v"]
+        ...     for _ in range(100):
+        ...         v = matvec(v) / torch.linalg.vector_norm(matvec(v))
+        ...     return {"v": v, "l": v @ matvec(v)}
+        >>> a = torch.diag(torch.tensor([1.0, 3.0])).requires_grad_()
+        >>> x0 = {"v": torch.tensor([0.6, 0.8]), "l": torch.tensor(0.0)}
+        >>> torch.autograd.grad(largest(lambda v: a @ v, x0)["l"], a)[0].round(decimals=3).abs()
+        tensor([[0., 0.],
+                [0., 1.]])
+    """
+    check_condition(condition, argument)
+    decorator: Decorator = _decorate(None, (condition, argument), options)
+    return decorator
 
 
 @overload
@@ -268,3 +339,34 @@ def fixed_point(solver: Callable[..., Any] | None = None, /, **options: Unpack[O
         (tensor(2.),)
     """
     return _decorate(solver, "fixed_point", options)
+
+
+@overload
+def least_squares(
+    solver: Callable[P, R], /, **options: Unpack[Options]
+) -> ImplicitSolver[P, R]: ...
+@overload
+def least_squares(**options: Unpack[Options]) -> Decorator: ...
+def least_squares(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]) -> Any:
+    """Attaches the derivative of `x = argmin |fun(x, *args)|^2` to a solver; else as `argmin`.
+
+    `fun` returns the residuals r, real or complex tensors in any structure; x makes J^T r = 0 for
+    their Jacobian J. The system of the derivative is the whole second derivative, J^T J and what
+    the curvature of r adds to it: exact where residuals remain. With `has_aux=True`, a pair that
+    `fun` returns is `(residuals, aux)`.
+
+    Example:
+        >>> import torch
+        >>> import freevars.torch as fv
+        >>> @fv.least_squares
+        ... def gauss_newton(fun, x0):
+        ...     for _ in range(10):
+        ...         x0 = x0 - torch.linalg.pinv(torch.func.jacrev(fun)(x0)) @ fun(x0)
+        ...     return x0
+        >>> t = torch.tensor([0.0, 1.0, 2.0])
+        >>> y = torch.tensor([1.0, 2.0, 4.0], requires_grad=True)
+        >>> slope = gauss_newton(lambda x: x[0] + x[1] * t - y, torch.zeros(2))[1]
+        >>> torch.autograd.grad(slope, y)[0]
+        tensor([-0.5000,  0.0000,  0.5000])
+    """
+    return _decorate(solver, "least_squares", options)

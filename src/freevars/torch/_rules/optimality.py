@@ -1,0 +1,101 @@
+"""What holds at a solution, as F(x) = 0 on real vectors.
+
+Each kind of solver says it in its own words: `fun` is zero, its gradient is, it returns x, it is as
+small as it can be, or a condition of the user's that is stated by it. The signs are those of the
+JAX host. Not here: whose functions these are (`problem.py`).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freevars._solvers.verdict import Kind, is_minimum
+from freevars.errors import StructureError
+from freevars.torch._compat import pytree
+from freevars.torch._convert.structure import Structure
+from freevars.torch._rules.implicit import vjp
+from freevars.torch._rules.ravel import Unknown
+
+__all__ = ["STATED_BY", "check_value", "optimality"]
+
+Functions = Mapping[str, Callable[[Any], Any]]  # of x as the user has it
+
+# The function that F is computed from: `fun`, or a condition that calls it.
+STATED_BY: Mapping[Kind, str] = {
+    "root": "fun",
+    "argmin": "fun",
+    "fixed_point": "fun",
+    "least_squares": "fun",
+    "implicit": "condition",
+}
+
+
+def optimality(
+    kind: Kind, functions: Functions, unknown: Unknown, x: Tensor, *, has_aux: bool, name: str
+) -> Tensor:
+    """F at x, Float[Tensor, "problems n"]; `has_aux`: the function returns `(value, aux)`."""
+    fun = functions[STATED_BY[kind]]
+
+    def value(x: Tensor) -> Any:
+        out = fun(unknown.unravel(x))
+        return out[0] if has_aux else out
+
+    if is_minimum(kind):
+        ones = torch.ones(unknown.batch, dtype=x.dtype, device=x.device)
+        objective = value if kind == "argmin" else lambda x: _half_square(value(x), unknown)
+        return vjp(objective, x, ones)
+    if kind == "implicit":
+        return _joined(value(x), unknown)
+    out = unknown.ravel(value(x), f"the result of {name}")
+    return x - out if kind == "fixed_point" else out
+
+
+def _half_square(residual: Any, unknown: Unknown) -> Tensor:
+    """|r|^2 / 2 of each problem; its gradient is J^T r."""
+    sums = [t.square().reshape(unknown.problems, -1).sum(1) for t in _real_parts(residual)]
+    return torch.stack(sums).sum(0).to(unknown.dtype).reshape(unknown.batch) / 2
+
+
+def _joined(equations: Any, unknown: Unknown) -> Tensor:
+    """Equations in any structure as Float[Tensor, "problems n"]."""
+    parts = [t.reshape(unknown.problems, -1) for t in _real_parts(equations)]
+    return torch.cat([t.to(unknown.dtype) for t in parts], dim=1)
+
+
+def _real_parts(tree: Any) -> list[Tensor]:
+    leaves = pytree.tree_leaves(tree)
+    return [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in leaves]
+
+
+def check_value(kind: Kind, out: Any, unknown: Unknown, name: str) -> None:
+    """Refuses what a function of this name returned on the example, if F cannot be made of it."""
+    batch = unknown.batch
+    if kind == "argmin":
+        if not isinstance(out, Tensor) or out.shape != batch or not out.is_floating_point():
+            wanted = f"real tensor of shape {list(batch)}" if batch else "real scalar tensor"
+            message = f"argmin expected {name} to return a {wanted}, got {Structure.shown(out)}."
+            raise StructureError(message)
+        return
+    if kind in {"root", "fixed_point"}:
+        unknown.check(out, f"the result of {name}")
+        return
+    leaves = pytree.tree_leaves(out)
+    if not leaves or not all(_is_part(t, batch) for t in leaves):
+        of = f" that begin with the axes {list(batch)} of the problems" if batch else ""
+        shown = ", ".join(Structure.shown(t) for t in leaves) or "nothing"
+        message = f"{kind} expected {name} to return real or complex tensors{of}, got {shown}."
+        raise StructureError(message)
+    count = sum(t.numel() * (2 if t.is_complex() else 1) for t in leaves)
+    if kind == "implicit" and count != unknown.problems * unknown.n:
+        message = (
+            f"expected one equation for each unknown, or there is no derivative; {name} has {count}"
+            f" components for {unknown.problems * unknown.n} unknowns."
+        )
+        raise StructureError(message)
+
+
+def _is_part(t: Any, batch: tuple[int, ...]) -> bool:
+    is_number = isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())
+    return is_number and t.shape[: len(batch)] == batch
