@@ -113,13 +113,20 @@ def _not_converged(figures: Figures, limits: Limits, context: Context) -> str:
     )
 
 
-def option_matters(name: str, kind: Kind, step: float, limit: float) -> NotASolutionError:
-    """The error for a derivative by an option of the solver that the solution depends on."""
+def option_matters(
+    name: str, kind: Kind, step: float, limit: float, by: Sequence[str] = ()
+) -> NotASolutionError:
+    """The error for a derivative by an option of the solver that the solution depends on.
+
+    `by`: what the derivative is by, where a host can tell.
+    """
+    what = "an option of the solver (or by what the solver captures)"
+    if by:
+        what = f"{', '.join(by)} (an option of the solver, or what it captures)"
     return NotASolutionError(
-        f"{name}: a bound or constraint is active: a derivative by an option of the solver (or by"
-        f" what the solver captures) is asked for, and it is not zero, because the condition of"
-        f" {kind} does not hold at the result (a Newton step would move a component by {step:.1e},"
-        f" relative to its size; up to {limit:.1e} is accepted). Write the constraint into the"
-        " problem, as a root of its Karush-Kuhn-Tucker conditions, so that the option becomes a"
-        " value that fun captures."
+        f"{name}: a bound or constraint is active: a derivative by {what} is asked for, and it is"
+        f" not zero, because the condition of {kind} does not hold at the result (a Newton step"
+        f" would move a component by {step:.1e}, relative to its size; up to {limit:.1e} is"
+        " accepted). Write the constraint into the problem, as a root of its Karush-Kuhn-Tucker"
+        " conditions, so that the option becomes a value that fun captures."
     )

@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import tree_util
 
+from freevars._solvers.bounds import Component, on_a_bound
 from freevars._solvers.failures import Context, failure, option_matters
-from freevars._solvers.verdict import Figures, Kind, Limits, is_minimum
+from freevars._solvers.verdict import Figures, Kind, Limits
 from freevars.errors import FreevarsError
 from freevars.jax._convert.static import from_static
 
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from freevars.jax._rules.diagnostics import Diagnostics
 
 __all__ = ["Diagnosis", "explain", "known_figures"]
-
-_SHOWN = 3  # components on a bound that are listed
 
 
 class Diagnosis(NamedTuple):
@@ -78,11 +76,7 @@ def _same(x: Any, x0: Any) -> bool:
 
 
 def _on_a_bound(x: Any, x0: Any, step: Any, limits: Limits, options: Any, kind: Kind) -> list[str]:
-    """The components that should move and have a value that nobody finds by iterating.
-
-    A solver that stops early leaves numbers of many digits; one that a bound stops leaves the
-    bound: one among its options or, of a minimum, a round number.
-    """
+    """The components that a bound may have stopped."""
     if _same(x, x0):
         return []
     given = [
@@ -92,25 +86,20 @@ def _on_a_bound(x: Any, x0: Any, step: Any, limits: Limits, options: Any, kind: 
         for number in np.ravel(np.asarray(leaf))
         if np.isrealobj(number) and np.isreal(number)
     ]
-    found = []
     steps = [np.asarray(leaf) for leaf in jax.tree.leaves(step)]
     leaves = tree_util.tree_leaves_with_path(x)
     if len(steps) != len(leaves):  # complex unknowns, which have no order and no bounds
         return []
-    for (path, leaf), change in zip(leaves, steps, strict=True):
-        values = np.asarray(leaf)
-        for index in np.ndindex(values.shape):
-            value = values[index]
-            moves = abs(change[index]) > limits.step * abs(value)
-            bound = any(value == value.dtype.type(g) for g in given)
-            if moves and (bound or (is_minimum(kind) and _is_round(value))):
-                where = f"[{', '.join(map(str, index))}]" if index else ""
-                found.append(f"x{tree_util.keystr(path)}{where} = {value}")
-    if len(found) > _SHOWN:
-        return [*found[:_SHOWN], f"{len(found) - _SHOWN} more"]
-    return found
-
-
-def _is_round(value: Any) -> bool:
-    digits = f"{float(value):.3g}"
-    return bool(jnp.isfinite(value)) and bool(value.dtype.type(digits) == value)
+    components = (
+        Component(
+            f"x{tree_util.keystr(path)}" + (f"[{', '.join(map(str, index))}]" if index else ""),
+            float(values[index]),
+            float(change[index]),
+            str(values[index]),
+            values.dtype.type,
+        )
+        for (path, leaf), change in zip(leaves, steps, strict=True)
+        for values in [np.asarray(leaf)]
+        for index in np.ndindex(values.shape)
+    )
+    return on_a_bound(components, given, kind, limits.step)

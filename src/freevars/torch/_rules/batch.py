@@ -7,7 +7,7 @@ have an axis in front already (`batch_dims=`), or where it holds operations of P
 that vmap can run it too; else once for each.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ class LinearSystem:
         self.transposed = transposed
         self.many = many
         self.constants = frozenset({1, 2, *(i + 3 for i in of.constants)})
+        self.others: frozenset[int] = frozenset()
 
     def residual(self, u: Tensor, _: Tensor, /, *given: Tensor) -> Tensor:
         x, _f, columns, *values, b = given
@@ -114,7 +115,11 @@ class BatchedCondition(DifferentiableCondition):
         self.dims = tuple(dims)
         self.rule = of.rule
         self.unknown = of.unknown
-        self.constants = of.constants
+        self.constants, self.others = of.constants, of.others
+        self.by_options = of.by_options
+
+    def numbers(self) -> Iterable[float]:
+        return self.of.numbers()
 
     def equations(self, x: Tensor, /, *values: Tensor) -> Tensor:
         x0_dim, *dims = self.dims

@@ -8,18 +8,20 @@ x0.
 Not here: the user's function and solver (`problem.py`), derivatives (`record.py`, `implicit.py`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from freevars._solvers.failures import Context
+from freevars._solvers.bounds import on_a_bound
+from freevars._solvers.failures import Context, failure, option_matters
 from freevars._solvers.verdict import Kind, Limits, is_minimum
 from freevars.errors import FreevarsError, NotASolutionError, StructureError
 from freevars.torch._rules import diagnostics
 from freevars.torch._rules.conserved import completion
+from freevars.torch._rules.dense import Dense
 from freevars.torch._rules.derivative import Derivative
 from freevars.torch._rules.linear import LinearSolve, System, system_of
 from freevars.torch._rules.ravel import Unknown
@@ -79,6 +81,8 @@ class Condition:
     rule: Rule
     unknown: Unknown
     constants: frozenset[int]  # the positions of values on which x does not depend, or not smoothly
+    others: frozenset[int]  # those on which it does not depend if it is a root
+    by_options: Sequence[str] = ()  # what a derivative is by, where the function reads none of it
     recorded: tuple[Tensor, Tensor] | None = None  # the leaf and the value of the recorded F
 
     def __init__(self) -> None:
@@ -106,6 +110,10 @@ class Condition:
     def structure(self) -> Any:
         """The unknown as the user's function takes it, for the user's own `linear_solve`."""
         raise NotImplementedError
+
+    def numbers(self) -> Iterable[float]:
+        """What the solver was given: its bounds may be there."""
+        return ()
 
     def magnitude(self, x: Tensor) -> Tensor:
         return self.unknown.magnitude(x)
@@ -183,13 +191,21 @@ class Condition:
 
     def _failure(self, judged: _Judged, k: int, at: Solution, x0: Tensor) -> FreevarsError:
         problems = len(judged.good)
-        context = Context(
-            name=self.rule.name + (f" (problem {k} of {problems})" if problems > 1 else ""),
-            kind=self.rule.kind,
-            least_squares=self.rule.on_failure == "least_squares",
-            at_start=torch.equal(at.x[k], x0[k]),
-        )
-        return judged.figures.failure(k, self._limits(), context)
+        name = self.rule.name + (f" (problem {k} of {problems})" if problems > 1 else "")
+        at_start = torch.equal(at.x[k], x0[k])
+        limits, kind = self._limits(), self.rule.kind
+        figures = judged.figures.of(k)
+        least_squares = self.rule.on_failure == "least_squares"
+        regular = least_squares or figures.rcond > limits.rcond
+        stopped = figures.finite and not figures.step <= limits.step and not at_start
+        if stopped and regular and self.by_options:
+            return option_matters(name, kind, figures.step, limits.step, self.by_options)
+        bounded: list[str] = []
+        if stopped and isinstance(judged.system, Dense):
+            change = judged.system.newton_step()
+            components = self.unknown.components(k, at.x, change)
+            bounded = on_a_bound(components, self.numbers(), kind, limits.step)
+        return failure(figures, limits, Context(name, kind, least_squares, bounded, at_start))
 
     def _limits(self) -> Limits:
         return diagnostics.limits_of(self.unknown.dtype, self.rule.tol)

@@ -20,9 +20,7 @@ import torch
 from torch import Tensor
 
 from freevars._solvers import verdict
-from freevars._solvers.failures import Context, failure
 from freevars._solvers.verdict import Limits
-from freevars.errors import FreevarsError
 
 __all__ = ["Figures", "limits_of", "units"]
 
@@ -64,11 +62,10 @@ class Figures(NamedTuple):
         good: Tensor = verdict.accepted(figures, limits, least_squares=least_squares)
         return good
 
-    def failure(self, k: int, limits: Limits, context: Context) -> FreevarsError:
-        """The error for problem `k`, whose figures are not good."""
+    def of(self, k: int) -> verdict.Figures:
+        """Those of problem `k`, as Python numbers."""
         finite, step, rcond, residual, conserved = (float(figure[k]) for figure in self)
-        figures = verdict.Figures(bool(finite), step, 0.0, rcond, residual, 0.0, conserved)
-        return failure(figures, limits, context)
+        return verdict.Figures(bool(finite), step, 0.0, rcond, residual, 0.0, conserved)
 
 
 def units(size: Tensor) -> Tensor:

@@ -38,6 +38,9 @@ class Solvable(Protocol):
     constants: frozenset[int]
     """The positions of values that the root does not depend on, or not differentiably."""
 
+    others: frozenset[int]
+    """Those of them that it does not depend on if it is a root: to be asked where one moves."""
+
     def residual(self, x: Tensor, columns: Tensor, /, *values: Tensor) -> Tensor:
         """The optimality function, differentiable to any order."""
 
@@ -85,6 +88,7 @@ class _Implicit(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.condition, *values = inputs
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[1:])
         ctx.n_others = len(output) - 1
         saved = (*output[:_PARTS], *values)
@@ -94,7 +98,9 @@ class _Implicit(torch.autograd.Function):
             ctx.save_for_forward(*saved)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor, *_: Any) -> Any:
+    def backward(ctx: Any, g: Tensor | None, *_: Any) -> Any:
+        if g is None:
+            return (None,) * len(ctx.needs_input_grad)
         return None, *pull_back(ctx.condition, ctx.saved_tensors, g, ctx.needs_input_grad[1:])
 
     @staticmethod
@@ -114,6 +120,13 @@ class _Implicit(torch.autograd.Function):
 
             r = jvp(residual, [values[i] for i in wanted], some, like=x)
             dx = ctx.condition.system(tuple(saved), -r, transposed=False)
+            # Where a value moves on which a solution does not depend, x must be one.
+            others = [tangents[i + 1] for i in ctx.condition.others]
+            others = [primal(t).primal for t in others if t is not None]
+            if others:
+                asked = torch.stack([(t != 0).any() for t in others]).any()
+                asked = asked.to(x.dtype).expand_as(x)
+                dx = dx + 0 * ctx.condition.system(tuple(saved), asked, transposed=False)
             return dx, *(None,) * ctx.n_others
 
     @staticmethod

@@ -1,12 +1,11 @@
 """One call of a decorated solver, as a condition.
 
-Its values are x0, then the tensors among the arguments of the call, then the hoisted values of
-`fun`, and of the user's condition if there is one. Not here: the decorators (`rules.py`), what F is
+Not here: which values it has (`inputs.py`), the decorators (`rules.py`), what F is
 (`optimality.py`), and what follows from a condition (`condition.py`).
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -18,13 +17,16 @@ from freevars.errors import StructureError
 from freevars.torch import _compat
 from freevars.torch._compat import pytree
 from freevars.torch._convert.convert import Converted
+from freevars.torch._convert.operators import may_carry_derivative
 from freevars.torch._convert.structure import Structure, same
 from freevars.torch._describe import function_name
 from freevars.torch._rules.batch import DifferentiableCondition
 from freevars.torch._rules.condition import Rule
+from freevars.torch._rules.conserved import check_constant
 from freevars.torch._rules.derivative import meta
+from freevars.torch._rules.inputs import Inputs
 from freevars.torch._rules.optimality import STATED_BY, check_value, optimality
-from freevars.torch._rules.preserve_grad import caller_leaves, preserve_grad
+from freevars.torch._rules.preserve_grad import preserve_grad
 from freevars.torch._rules.ravel import Unknown
 
 __all__ = ["Problem"]
@@ -49,28 +51,26 @@ class Problem(DifferentiableCondition):
         functions: Mapping[str, Converted[..., Any]],
         unknown: Unknown,
         signature: SolverSignature,
-        call: SolverCall,
+        inputs: Inputs,
     ) -> None:
         super().__init__()
         self._user: Callable[..., Any] | None = None
-        fun_arguments, options = (call.args, call.kwargs), call.options
         self.rule = rule
         self.functions = functions
         self.converted = functions["fun"]
         self.stated_by = functions[STATED_BY[rule.kind]]
         self.unknown = unknown
         self.signature = signature
-        self._callers = caller_leaves(rule.solver, *options.values())
+        self.inputs = inputs
+        self.constants = self.others = inputs.others
+        moving = (v for i, v in enumerate(inputs.values) if i not in self.constants)
+        if not any(may_carry_derivative(v) for v in moving):
+            self.by_options = inputs.names_of_others()
+        if rule.conserved is not None:
+            check_constant(rule.conserved, inputs.x0, rule.name)
         self._aux: tuple[list[Any], Any] | None = None
-        leaves, self._spec = pytree.tree_flatten((fun_arguments, options))
-        self._where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        of_fun = len(pytree.tree_leaves(fun_arguments))
-        self.constants = frozenset(k + 1 for k, i in enumerate(self._where) if i >= of_fun)
-        if rule.conserved is None:
-            self.constants |= {0}
         if self.stated_by is not self.converted:  # what `fun` reads moves x where that calls it
-            self.constants |= set(range(*self._range(self.converted)))
+            self.constants |= inputs.positions("fun")
         self._check_result()
 
     @contextmanager
@@ -85,35 +85,14 @@ class Problem(DifferentiableCondition):
 
     # --- the function
 
-    def _arguments(self, values: Sequence[Tensor]) -> tuple[Any, Any, dict[str, Any]]:
-        """Positional and keyword arguments of `fun`, and the solver's options, with the given
-        values."""
-        leaves = list(self._leaves)
-        for i, t in zip(self._where, values[1:], strict=False):
-            leaves[i] = t
-        (args, kwargs), options = pytree.tree_unflatten(leaves, self._spec)
-        return args, kwargs, options
-
-    def _range(self, function: Converted[..., Any]) -> tuple[int, int]:
-        """From where to where the hoisted values of a function stand among the values."""
-        start = 1 + len(self._where)
-        for other in self.functions.values():
-            if other is function:
-                break
-            start += len(other.captured)
-        return start, start + len(function.captured)
-
-    def _hoisted(self, values: Sequence[Tensor], function: Converted[..., Any]) -> Sequence[Tensor]:
-        return values[slice(*self._range(function))]
-
     @property
     def captured(self) -> list[Tensor]:
-        """The captured tensors that the last of the values stand for."""
+        """The captured tensors that the hoisted values stand for."""
         return [t for function in self.functions.values() for t in function.captured]
 
     def equations(self, x: Tensor, /, *values: Tensor) -> Tensor:
-        args, kwargs, _ = self._arguments(values)
-        hoisted = self._hoisted(values, self.stated_by)
+        args, kwargs, _ = self.inputs.arguments(values)
+        hoisted = self.inputs.hoisted(values, STATED_BY[self.rule.kind])
         return self.optimality(lambda x: self.stated_by(x, args, kwargs, *hoisted), x)
 
     def optimality(self, stated_by: Callable[[Any], Any], x: Tensor) -> Tensor:
@@ -143,6 +122,9 @@ class Problem(DifferentiableCondition):
             )
             raise StructureError(message)
         return torch.cat([t.reshape(self.unknown.problems, -1) for t in leaves], 1)
+
+    def numbers(self) -> Iterable[float]:
+        return self.inputs.numbers()
 
     def structure(self) -> Any:
         zeros = torch.zeros(self.unknown.problems, self.unknown.n, dtype=self.unknown.dtype)
@@ -175,8 +157,8 @@ class Problem(DifferentiableCondition):
 
     def run(self, *values: Tensor) -> tuple[Tensor, ...]:
         """Runs the user's solver, as it was called: x, and the tensors of aux."""
-        args, kwargs, options = self._arguments(values)
-        hoisted = self._hoisted(values, self.converted)
+        args, kwargs, options = self.inputs.arguments(values)
+        hoisted = self.inputs.hoisted(values, "fun")
 
         @functools.wraps(self.converted)
         def fun(x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -189,7 +171,7 @@ class Problem(DifferentiableCondition):
             return pytree.tree_map_only(Tensor, Tensor.detach, out)
 
         call = SolverCall(fun, self.unknown.unravel(values[0]), args, kwargs, options)
-        with preserve_grad(self._callers):
+        with preserve_grad(self.inputs.leaves()), self.inputs.held_by_solver(values):
             out = self.signature.call(self.rule.solver, call)
         tensors = []
         if self.rule.has_aux:
@@ -208,11 +190,12 @@ class Problem(DifferentiableCondition):
     ) -> tuple[Tensor, ...] | None:
         """Runs a solver that takes a batch once for `size` calls, whose values have one more axis
         where `dims` says: as a longer batch. None where more than what `fun` captures differs."""
-        own, end = self._range(self.converted)
-        if not self.rule.batch_dims or self.rule.has_aux or any(d is not None for d in dims[1:own]):
+        if not self.rule.batch_dims or self.rule.has_aux:
             return None
-        args, kwargs, options = self._arguments(values)
-        hoisted = self._hoisted(values, self.converted)
+        if any(d is not None for d in self.inputs.besides_hoisted(dims)[1:]):
+            return None
+        args, kwargs, options = self.inputs.arguments(values)
+        hoisted = self.inputs.hoisted(values, "fun")
 
         def split(x: Any) -> Any:
             return pytree.tree_map_only(Tensor, lambda t: t.unflatten(0, (size, -1)), x)
@@ -225,14 +208,16 @@ class Problem(DifferentiableCondition):
             def one(x: Any, *hoisted: Tensor) -> Any:
                 return self.converted(x, args, kwargs, *hoisted)
 
-            return join(torch.func.vmap(one, (0, *dims[own:end]))(split(x), *hoisted))
+            return join(
+                torch.func.vmap(one, (0, *self.inputs.hoisted(dims, "fun")))(split(x), *hoisted)
+            )
 
         if dims[0] is None:
             start = self._repeated(values[0], size)
         else:
             start = torch.func.vmap(self.unknown.unravel, dims[0])(values[0])
         call = SolverCall(fun, join(start), args, kwargs, options)
-        with preserve_grad(self._callers):
+        with preserve_grad(self.inputs.leaves()), self.inputs.held_by_solver(values):
             out = self.signature.call(self.rule.solver, call)
         ravel = functools.partial(self.unknown.ravel, name=f"the result of {self.rule.name}")
         return (torch.func.vmap(ravel)(split(out)),)

@@ -4,11 +4,13 @@ Complex parts become two real ones, since what is solved for need not be holomor
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from freevars._solvers.bounds import Component
 from freevars.errors import StructureError
 from freevars.torch._compat import pytree
 from freevars.torch._convert.structure import Structure
@@ -74,6 +76,27 @@ class Unknown:
             )
         return pytree.tree_unflatten(leaves, self.spec)
 
+    def components(self, k: int, x: Tensor, change: Tensor) -> Iterator[Component]:
+        """The numbers of problem `k`, by name; none of a complex unknown, which has no order."""
+        steps = pytree.tree_leaves(self.unravel(change))
+        leaves = pytree.tree_flatten_with_path(self.unravel(x))[0]
+        at = _index(k, self.batch)
+        for (path, leaf), step in zip(leaves, steps, strict=True):
+            if leaf.is_complex():
+                return
+            own, own_step = leaf[at], step[at]
+            for i in range(own.numel()):
+                index = (*at, *_index(i, tuple(own.shape)))
+                where = f"[{', '.join(map(str, index))}]" if index else ""
+                value = own.reshape(-1)[i]
+                yield Component(
+                    f"x{pytree.keystr(path)}{where}",
+                    float(value),
+                    float(own_step.reshape(-1)[i]),
+                    str(float(value)),
+                    lambda number, like=value: float(torch.tensor(number).to(like.dtype)),  # type: ignore[misc]
+                )
+
     def magnitude(self, x: Tensor) -> Tensor:
         """How large each component of a ravelled `x` is; the parts of a complex number as it."""
         x = x.abs()
@@ -96,3 +119,12 @@ class Unknown:
 
     def _parts(self, x: Tensor) -> list[Tensor]:
         return list(torch.split(x, [n for _, _, n in self._like], dim=1))
+
+
+def _index(i: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The index of the `i`-th entry of a tensor of this shape."""
+    index: list[int] = []
+    for n in reversed(shape):
+        i, last = divmod(i, n)
+        index.insert(0, last)
+    return tuple(index)

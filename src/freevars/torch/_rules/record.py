@@ -45,8 +45,7 @@ def solve_and_attach(
     ):
         x, columns, others = problem.find(*plain)
     x = x.detach()
-    moving = (v for i, v in enumerate(values) if i not in problem.constants)
-    if not torch.is_grad_enabled() or not any(v.requires_grad for v in moving):
+    if not torch.is_grad_enabled() or not any(v.requires_grad for v in values):
         return x, *others
     leaf = x.clone().requires_grad_()
     stated_by = problem.stated_by
@@ -55,7 +54,9 @@ def solve_and_attach(
         f = problem.optimality(lambda x: given(x, call.args, call.kwargs), leaf)
     f = problem.completed(f, leaf, values[0], columns)
     problem.recorded = (leaf, f)
-    out: Tensor = _Attach.apply(problem, x, leaf, f, columns, *values)  # type: ignore[no-untyped-call]
+    attached, behind = problem.inputs.attached()
+    fixed = (problem, len(attached), x)
+    out: Tensor = _Attach.apply(*fixed, leaf, f, columns, *attached, *behind)  # type: ignore[no-untyped-call]
     return out, *others
 
 
@@ -64,6 +65,7 @@ class _Attach(torch.autograd.Function):
     def forward(
         ctx: Any,
         condition: Problem,
+        n: int,
         x: Tensor,
         leaf: Tensor,
         f: Tensor,
@@ -71,22 +73,27 @@ class _Attach(torch.autograd.Function):
         *values: Tensor,
     ) -> Tensor:
         ctx.condition = condition
+        ctx.set_materialize_grads(False)
         out = x.detach().clone()
-        ctx.save_for_backward(out, leaf, f, columns, *values)
+        ctx.save_for_backward(out, leaf, f, columns, *values[:n])
         return out
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
+    def backward(ctx: Any, g: Tensor | None) -> Any:
+        if g is None:
+            return (None,) * len(ctx.needs_input_grad)
         condition = ctx.condition
         x, leaf, f, columns, *values = ctx.saved_tensors
+        n, needed = len(values), ctx.needs_input_grad[6:]
+        behind = (None,) * (len(needed) - n)
         if torch.is_grad_enabled():
             saved = (x, f.detach(), columns, *values)
-            grads = pull_back(condition, saved, g, ctx.needs_input_grad[5:])
+            grads = pull_back(condition, saved, g, needed[:n])
             with torch.no_grad():
                 _compare(condition, Solution(leaf, f, columns), values, g, grads)
-            return None, None, None, None, None, *grads
+            return None, None, None, None, None, None, *grads, *behind
         u = _Answer.apply(condition, Solution(leaf, f, columns), values, g)  # type: ignore[no-untyped-call]
-        return None, None, None, -u.to(f.dtype), None, *(None,) * len(values)
+        return None, None, None, None, -u.to(f.dtype), None, *(None,) * n, *behind
 
 
 def _compare(
@@ -94,8 +101,7 @@ def _compare(
 ) -> None:
     """Refuses cotangents from a second evaluation that are not those of the recorded graph: what
     the function reads may have changed its derivative and not its value."""
-    captured = problem.captured
-    read = [*values[: len(values) - len(captured)], *captured]
+    read = problem.inputs.as_read(values, problem.captured)
     wanted = [i for i, grad in enumerate(grads) if grad is not None and values[i].requires_grad]
     if not wanted or _compat.transforms_active():
         return

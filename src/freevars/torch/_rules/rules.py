@@ -23,19 +23,17 @@ from typing import (
     overload,
 )
 
-from torch import Tensor
-
 from freevars._contract import check_callable
 from freevars._solvers.decorated import DecoratedSolver
 from freevars._solvers.options import check_options
 from freevars._solvers.signature import SolverCall
 from freevars._solvers.stated import States, check_condition, kind_of
 from freevars.torch import _compat
-from freevars.torch._compat import pytree
 from freevars.torch._convert.convert import closure_convert
 from freevars.torch._describe import function_name
 from freevars.torch._rules import implicit as operation
 from freevars.torch._rules.condition import OnFailure, Rng, Rule
+from freevars.torch._rules.inputs import Inputs
 from freevars.torch._rules.linear import LinearSolve, check_linear_solve
 from freevars.torch._rules.problem import Problem
 from freevars.torch._rules.ravel import Unknown
@@ -109,7 +107,7 @@ class ImplicitSolver(DecoratedSolver[P, R]):
         return super().__call__(*args, **kwargs)
 
     def _solve(self, call: SolverCall) -> Any:
-        fun, x0, fun_args, fun_kwargs, options = call
+        fun, x0, fun_args, fun_kwargs, _ = call
         check_callable(fun)
 
         @functools.wraps(fun, updated=())
@@ -120,24 +118,28 @@ class ImplicitSolver(DecoratedSolver[P, R]):
         unknown = Unknown(x0, rule.batch_dims)
         condition, argument = rule.stated
         example = x0 if argument is None else argument(x0)
-        converted, hoisted = closure_convert(extended, example, fun_args, fun_kwargs, rng=rule.rng)
-        functions = {"fun": converted}
+        converted, of_fun = closure_convert(extended, example, fun_args, fun_kwargs, rng=rule.rng)
+        functions, hoisted = {"fun": converted}, {"fun": of_fun}
         given_by: Callable[..., Any] = extended
         if condition is not None:
             given_by = _stated(condition, extended)
             with nullcontext() if converted.replay is None else converted.replay.replayed():
-                functions["condition"], more = closure_convert(
+                functions["condition"], hoisted["condition"] = closure_convert(
                     given_by, x0, fun_args, fun_kwargs, rng=rule.rng
                 )
-            hoisted += more
-        problem = Problem(rule, functions, unknown, self._signature, call)
-        leaves = pytree.tree_leaves(((fun_args, fun_kwargs), options))
-        given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        values = (unknown.ravel(x0, "x0"), *given, *hoisted)
+        inputs = Inputs(
+            rule.solver,
+            call,
+            unknown.ravel(x0, "x0"),
+            hoisted,
+            captured=[t for function in functions.values() for t in function.captured],
+            x0_matters=rule.conserved is not None,
+        )
+        problem = Problem(rule, functions, unknown, self._signature, inputs)
         if _compat.transforms_active():
-            v, _, _, *aux = operation.implicit(problem, *values)
+            v, _, _, *aux = operation.implicit(problem, *inputs.values)
         else:
-            v, *aux = solve_and_attach(problem, call, given_by, values)
+            v, *aux = solve_and_attach(problem, call, given_by, inputs.values)
         if converted.replay is not None:
             converted.replay.advance()
         x = unknown.unravel(v)
@@ -224,7 +226,9 @@ def argmin(solver: Callable[..., Any] | None = None, /, **options: Unpack[Option
     named `args`. To any order, in reverse and forward mode, under every torch.func transform.
     Everything else in its signature is an option of its own and gets no derivative, and neither
     does `x0`. What the solver itself captures gets none either, nor what the object of a method
-    holds, except where `fun` reads it: the solution does not depend on how it was found.
+    holds, except where `fun` reads it: the solution does not depend on how it was found. Where a
+    derivative by any of these is asked for and the result is no solution (an active bound), that is
+    an error which names it.
 
     At the solution `fun` runs once more, as it is, with a graph. A first derivative in PyTorch's
     own reverse mode takes vector-Jacobian products of that graph and sends the result into it:
