@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 PIP = -m pip -qq --disable-pip-version-check
 
-.PHONY: test-torch-newest test-torch-oldest demo demo-torch examples test test-all bench lint types docs site test-newest test-oldest clean
+.PHONY: test-torch-newest test-torch-oldest demo demo-torch examples test test-all bench bench-quick lint types docs site dist-check test-newest test-oldest clean
 
 $(READY): pyproject.toml
 	@echo 'Setting up $(VENV), once.' >&2
@@ -31,8 +31,12 @@ test: $(READY)
 test-all: $(READY)
 	@$(BIN)/python -m pytest -n auto
 
+# Takes its time; the page that it writes is part of the site.
 bench: $(READY)
-	@$(BIN)/python -m benchmarks
+	@$(BIN)/python -m benchmarks --write docs/benchmarks.md
+
+bench-quick: $(READY)
+	@$(BIN)/python -m benchmarks --quick
 
 lint: $(READY)
 	@$(BIN)/ruff check --quiet .
@@ -57,7 +61,16 @@ site: $(READY) .venv-site/.ready
 
 .venv-site/.ready: pyproject.toml
 	@$(PYTHON) -m venv .venv-site
-	@.venv-site/bin/python $(PIP) install '.[docs]'
+	@.venv-site/bin/python $(PIP) install '.[docs,release]'
+	@touch $@
+
+# What would be uploaded: built, checked, installed where nothing of the project is, and the README run there.
+dist-check: .venv-site/.ready .venv-dist/.ready
+	@.venv-site/bin/python tools/check_dist.py .venv-dist/bin/python $(if $(RELEASE),--release)
+
+.venv-dist/.ready: pyproject.toml
+	@$(PYTHON) -m venv .venv-dist
+	@.venv-dist/bin/python $(PIP) install '.[all]'
 	@touch $@
 
 # The quick tests of the JAX host with the newest JAX on the newest Python (on this one, if the machine has
@@ -105,4 +118,4 @@ test-torch-newest test-torch-oldest: test-torch-%:
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-site build .venv-newest .venv-oldest .venv-torch-newest .venv-torch-oldest out
+	rm -rf .venv .venv-site .venv-dist build dist .venv-newest .venv-oldest .venv-torch-newest .venv-torch-oldest out

@@ -45,13 +45,20 @@ def seconds(value: float) -> str:
     return f"{value:.3g} s"
 
 
-def show(title: str, rows: Iterable[Row]) -> list[Row]:
-    """Prints the table, and returns its rows for the summary."""
-    rows = list(rows)
+def lines(rows: Sequence[Row]) -> list[str]:
+    """The table in Markdown, its columns aligned."""
     table: list[Sequence[str]] = [HEADER, *(row.cells() for row in rows)]
     widths = [max(len(line[i]) for line in table) for i in range(len(HEADER))]
     table.insert(1, ["-" * width for width in widths])
+    return [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"
+        for line in table
+    ]
+
+
+def show(title: str, rows: Iterable[Row]) -> list[Row]:
+    """Prints the table, and returns its rows for the summary."""
+    rows = list(rows)
     print(f"\n{title}\n")
-    for line in table:
-        print("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |")
+    print("\n".join(lines(rows)), flush=True)
     return rows

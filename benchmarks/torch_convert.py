@@ -1,37 +1,22 @@
 """The cost of a converted function in PyTorch, against the same function with explicit arguments.
 
-    python -m benchmarks.torch_convert
-
-One thread. Both sides run in turn within one loop; each figure is the ratio of their medians. The
-figures that must be reached stand beside them.
+One thread; forward and backward, unless a row says otherwise.
 """
 
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks._table import Row, seconds
+from benchmarks._timing import alternate
 from freevars.torch import closure_convert
 
+TITLE = "PyTorch: a converted function, forward and backward, one thread"
+OPERATIONS = 200
+
 Timed = Callable[[], Any]
-
-
-def medians(sides: dict[str, Timed], rounds: int) -> dict[str, float]:
-    """Seconds of each side, alternated, the median over `rounds`."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(3):
-        for run in sides.values():
-            run()
-    for k in range(rounds):
-        order = list(sides.items())
-        for name, run in order if k % 2 else order[::-1]:
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(t) for name, t in times.items()}
 
 
 def elementwise(n: int, ops: int) -> tuple[Any, Tensor, list[Tensor]]:
@@ -128,44 +113,45 @@ def by_call(net: nn.Module, x: Tensor) -> dict[str, Timed]:
     }
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    rows: list[tuple[str, float, str, str]] = []
-
-    def ratio(name: str, limit: float, sides: dict[str, Timed], rounds: int) -> None:
-        m = medians(sides, rounds)
-        a, b = m.values()
-        rows.append((name, b / a, f"<= {limit}", f"{a * 1e6:,.0f} us -> {b * 1e6:,.0f} us"))
-
-    ratio(
-        "120 elementwise operations, 100,000 elements", 1.05, both(*elementwise(100_000, 120)), 41
-    )
-    d = Block(512)
-    values = [p for m in d.children() for p in m.parameters()]
-    x = torch.randn(2, 64, 512)
-    ratio("transformer block, d = 512", 1.05, both(block, x, values), 41)
-    ratio(
-        "MLP, 3 layers of 512, batch 32", 1.05, both(mlp, torch.randn(32, 512), layers(512, 3)), 201
-    )
-    ratio("MLP, 3 layers of 64, batch 32", 1.2, both(mlp, torch.randn(32, 64), layers(64, 3)), 1001)
+def cases() -> Iterator[tuple[str, float, dict[str, Timed]]]:
+    """(case, the ratio to reach, the two sides): the baseline first."""
+    block_ = Block(512)
+    values = [p for m in block_.children() for p in m.parameters()]
     net = nn.Sequential(*(m for _ in range(3) for m in (nn.Linear(64, 64), nn.Tanh())))
-    ratio(
-        "the same as a module, at its own parameters", 1.2, of_module(net, torch.randn(32, 64)), 501
-    )
-    ratio("the same, against functional_call", 1.0, by_call(net, torch.randn(32, 64)), 501)
-    m = medians(both(*elementwise(8, 200), backward=False), 501)
-    added = (m["converted"] - m["explicit"]) / 200 * 1e6
-    rows.append(("added time per tiny operation, us", added, "<= 2", ""))
-    m = medians({"forward": lambda: d(x), "conversion": lambda: closure_convert(d, x)}, 41)
-    shown = f"{m['forward'] * 1e6:,.0f} us, {m['conversion'] * 1e6:,.0f} us"
-    rows.append(
-        ("conversion of the block, in forwards", m["conversion"] / m["forward"], "<= 1.1", shown)
-    )
-    print(f"PyTorch {torch.__version__}, one thread; forward and backward unless said otherwise")
-    for name, value, limit, detail in rows:
-        print(f"{name:<48} {value:6.2f}  {limit:<8} {detail}")
+    batch, small = torch.randn(32, 512), torch.randn(32, 64)
+    many = both(*elementwise(100_000, 120))
+    yield "120 elementwise operations, 100,000 elements", 1.05, many
+    yield "transformer block, d = 512", 1.05, both(block, torch.randn(2, 64, 512), values)
+    yield "MLP, 3 layers of 512, batch 32", 1.05, both(mlp, batch, layers(512, 3))
+    yield "MLP, 3 layers of 64, batch 32", 1.2, both(mlp, small, layers(64, 3))
+    yield "the same as a module, at its own parameters", 1.2, of_module(net, small)
+    yield "the same with other values, over functional_call", 1.0, by_call(net, small)
 
 
-if __name__ == "__main__":
-    main()
+def rows() -> Iterator[Row]:
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for case, target, sides in cases():
+            timing = alternate(*sides.values())
+            base, ours = timing.seconds
+            yield Row(case, timing.ratios[1], target, seconds(base), seconds(ours))
+        timing = alternate(*both(*elementwise(8, OPERATIONS), backward=False).values())
+        base, ours = timing.seconds
+        added = (ours - base) / OPERATIONS * 1e6
+        yield Row(
+            "added time per tiny operation", added, 2.0, seconds(base), seconds(ours), unit=" us"
+        )
+        net, x = Block(512), torch.randn(2, 64, 512)
+        timing = alternate(lambda: net(x), lambda: closure_convert(net, x))
+        base, ours = timing.seconds
+        yield Row(
+            "conversion of the block, over its forward",
+            timing.ratios[1],
+            1.1,
+            seconds(base),
+            seconds(ours),
+        )
+    finally:
+        torch.set_num_threads(threads)

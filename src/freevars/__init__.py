@@ -1,4 +1,4 @@
-"""Gradients for functions of functions.
+"""Derivatives for functions that take functions.
 
 A solver takes a function, and that function reads values from outside its arguments. freevars turns
 those captured values into explicit arguments, so that they get derivatives too. Choose the host:
@@ -9,4 +9,4 @@ those captured values into explicit arguments, so that they get derivatives too.
 ``import freevars`` alone loads neither framework.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
