@@ -4,15 +4,16 @@
 Function modes see the Python API of PyTorch, but not all of it. The gaps are closed here by
 *stateless hooks*: wrappers around a few of PyTorch's own functions that look at the calling
 thread's stack of function modes and do nothing unless one of ours (a `CaptureMode`) is on it. They
-hold no state, so there is nothing to undo when a function fails, and threads do not see each other.
-`_selftest.py` tries each of them once, at first use. What a new release of PyTorch has broken is
-refused by name where a function needs it.
+hold no state but which custom Functions run now, so there is nothing to undo when a function fails,
+and threads do not see each other. `_selftest.py` tries each of them once, at first use. What a new
+release of PyTorch has broken is refused by name where a function needs it.
 
 Not here: what a mode does with what it sees (`discovery.py`, `substitution.py`).
 """
 
 import functools
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -26,7 +27,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from freevars.errors import CaptureError
-from freevars.torch._compat import checkpointing, compiling, transform_level, unwrap
+from freevars.torch._compat import (
+    CheckpointFunction,
+    checkpointing,
+    compiling,
+    transform_level,
+    unwrap,
+)
 
 __all__ = [
     "HOOKS",
@@ -35,6 +42,7 @@ __all__ = [
     "active",
     "broken",
     "broken_message",
+    "forwards_running",
     "hook_compiler",
     "install_hooks",
     "keep_watching_backward",
@@ -217,15 +225,34 @@ class _WatchedClass:
         return value
 
 
+class _Forwards(threading.local):
+    def __init__(self) -> None:
+        self.running: list[tuple[Any, tuple[Any, ...]]] = []
+
+
+_forwards = _Forwards()
+
+
+def forwards_running() -> list[tuple[Any, tuple[Any, ...]]]:
+    """The custom Functions whose forward runs on this thread, each with what it was given.
+
+    What it reads besides has no derivative; but reentrant checkpointing runs its function again.
+    """
+    return [(cls, args) for cls, args in _forwards.running if cls is not CheckpointFunction]
+
+
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     """In place of the `apply` of custom Functions, which no function mode sees."""
     watches = active()
     for watch in watches:
         args = watch.custom_function(cls, args)
     tokens = [(watch, watch.begin(args)) for watch in watches]
+    running = _forwards.running
+    running.append((cls, args))
     try:
         outputs = super(_OWNER, cls).apply(*args, **kwargs)
     finally:
+        running.pop()
         for watch, token in tokens:
             watch.end(token)
     for watch in watches:

@@ -703,3 +703,42 @@ def test_without_pytorch() -> None:
     code = "import sys; sys.modules['torch'] = None\ntry:\n import freevars.torch\nexcept ImportError as e: print(e)"  # noqa: E501
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pip install 'freevars[torch]'" in shown.stdout
+
+
+# --- a call without hoisted values
+
+
+class _Once(torch.autograd.Function):
+    """fun(x), and no derivative but by what it is given."""
+
+    @staticmethod
+    def forward(ctx: Any, fun: Any, x: Tensor, *hoisted: Tensor) -> Tensor:
+        return fun(x).detach()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return (None,) * len(ctx.needs_input_grad)
+
+
+def test_hoisted_values_that_a_custom_function_was_not_given() -> None:
+    w, x = fresh(3), fresh(3)
+    converted, hoisted = closure_convert(lambda x: x * w, x)
+    with pytest.raises(StructureError, match=r"1 hoisted values, got .* of _Once, .* reaches w "):
+        _Once.apply(converted, x)
+    # It lists them beside, as adjoints do; the derivative reaches them; or nobody asks for one.
+    same(_Once.apply(converted, x, *hoisted), x * w)
+    same(torch.autograd.grad(converted(x).sum(), w), torch.autograd.grad((x * w).sum(), w))
+    with torch.no_grad():
+        same(converted(x), x * w)
+    outer, again = closure_convert(lambda x: converted(x) * 2, x)
+    same(_Once.apply(lambda x: outer(x, *again), x, *again), 2 * x * w)
+    checkpoint = torch.utils.checkpoint.checkpoint
+    checkpoint(converted, x, use_reentrant=True).sum().backward()
+    same(w.grad, x)
+
+
+def test_a_hoisted_value_in_the_place_of_an_argument() -> None:
+    w, x = fresh(3), fresh(3)
+    converted, hoisted = closure_convert(lambda x, y: x * y * w, x, x)
+    with pytest.raises(StructureError, match=r"2 arguments and 1 hoisted .* in place of an arg"):
+        converted(x, *hoisted)

@@ -50,8 +50,9 @@ def closure_convert(
     ``converted(*args, *hoisted)`` equals ``fun(*args)``, in value and in derivatives of any
     order. Each hoisted value has a partial derivative of its own, and a derivative that reaches
     it flows on to the captured tensor; the parameters of a module stand for themselves.
-    ``converted(*args)`` uses the hoisted values returned here. What is hoisted are the tensors met
-    here: binding a variable to another tensor later changes nothing.
+    ``converted(*args)`` uses the hoisted values returned here, for adjoints that list them beside;
+    inside a custom Function that was not given them it is refused. What is hoisted are the tensors
+    met here: binding a variable to another tensor later changes nothing.
 
     Args:
         fun: anything callable. It runs once here, on the example, and again at every call.

@@ -210,14 +210,11 @@ class Converted(Generic[P, R]):
         """The arguments of `fun`, and the hoisted values; raises where the values do not fit."""
         n = len(args) - len(self._keys)
         count = max(n, 0) if self._structure is None else self._structure.count
-        if self._structure is not None and len(args) == count:
-            return args, self.hoisted
         if n != count:
-            message = (
-                f"{self._name} expected {count} arguments and {len(self._keys)} "
-                f"hoisted values, got {len(args)} values in all."
-            )
-            raise StructureError(message)
+            if self._structure is not None and len(args) == count:
+                self._check_reached(args)
+                return args, self.hoisted
+            raise StructureError(self._count_message(f"{len(args)} values in all"))
         values = args[n:]
         for i, (value, (shape, dtype)) in enumerate(zip(values, self._types, strict=True)):
             if value is self.hoisted[i]:
@@ -232,6 +229,27 @@ class Converted(Generic[P, R]):
                 )
                 raise StructureError(message)
         return args[:n], values
+
+    def _count_message(self, got: str) -> str:
+        expected = f"{self._structure.count if self._structure else 'some'} arguments and"
+        return f"{self._name} expected {expected} {len(self._keys)} hoisted values, got {got}."
+
+    def _check_reached(self, args: tuple[Any, ...]) -> None:
+        """Refuses a call without hoisted values where derivatives would not reach them."""
+        if any(x is t for x in args for t in self.hoisted) and not self._runs_as_it_is:
+            raise StructureError(self._count_message("a hoisted value in place of an argument"))
+        running = _hooks.forwards_running()
+        given = {id(x) for _, values in running for x in values}
+        for i, t in enumerate(self.hoisted if running else ()):
+            now = resolve(t)
+            if operators.may_carry_derivative(now) and given.isdisjoint((id(t), id(now))):
+                name = running[-1][0].__name__
+                lost = describe(self._captured[i], self._fun, self.first_reads[i])
+                got = (
+                    f"the arguments alone, in the forward of {name}, where no derivative reaches "
+                    f"{lost}. Give the hoisted values to {name}.apply"
+                )
+                raise StructureError(self._count_message(got))
 
     def _sharded_message(self, i: int) -> str:
         named = describe(self._captured[i], self._fun, self.first_reads[i])
