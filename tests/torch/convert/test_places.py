@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from freevars.torch import CaptureError, Closure, closure_convert
+from freevars.torch._convert.places import Search
 from tests.torch import other_module
 from tests.torch.explicit import fresh, same
 
@@ -382,3 +383,23 @@ def test_a_copy_that_keeps_something_else_is_refused() -> None:
             pickle.loads(dumped)
     finally:
         SCALE = before
+
+
+def test_packages_without_pytorch_are_not_searched() -> None:
+    """Their globals hold no tensor, and lead to the whole process."""
+    w = fresh(3)
+
+    def fun(x: Tensor) -> Tensor:
+        if x.dim() > 5:
+            pytest.approx(0).never()
+        return w * x
+
+    met = Search(fun).met
+    assert id(w) in met
+    assert id(pytest.approx) in met  # code mentions it
+    assert len(met) < 1_000
+
+
+def test_a_variable_of_a_package_with_pytorch_has_a_place() -> None:
+    fun = lambda x: other_module.scaled(x)
+    assert id(other_module.SCALE) in Search(fun).met

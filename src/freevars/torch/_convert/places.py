@@ -11,7 +11,6 @@ Nothing here runs code of what it looks at. Not here: what a person would call a
 
 import functools
 import operator
-import sys
 import threading
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FRAMEWORKS = frozenset({"jax", "jaxlib", "torch", "numpy", "scipy", "freevars"})
+from freevars.torch._convert.packages import outside, uses_torch
 
 __all__ = ["GONE", "Kept", "Place", "Places", "Search", "follow"]
 
@@ -177,7 +176,8 @@ class Search:
             self._link(node, keyword_default, name, x)
         for name, x in fun.__dict__.items():
             self._link(node, attribute, name, x)
-        if not outside(fun.__globals__.get("__name__")):
+        module = fun.__globals__.get("__name__")
+        if not outside(module) and uses_torch(module):
             self._variables(node, variable, fun.__globals__, self._mentioned(fun.__code__), 0)
 
     def _variables(
@@ -320,12 +320,6 @@ _OWN: set[str] = {
     "Converted",
     "ImplicitSolver",
 }  # our own classes that hold tensors of the user
-
-
-def outside(module: object) -> bool:
-    """Whether code of this module is never entered: a framework's, or the standard library's."""
-    root = module.partition(".")[0] if isinstance(module, str) else ""
-    return root in FRAMEWORKS or root in sys.stdlib_module_names
 
 
 class Places:

@@ -1,0 +1,47 @@
+"""Into whose code a search for tensors looks: not a framework's, nor that of a package without
+PyTorch."""
+
+import sys
+from types import FunctionType, ModuleType
+from typing import Any
+
+__all__ = ["outside", "uses_torch"]
+
+_FRAMEWORKS = frozenset({"jax", "jaxlib", "torch", "numpy", "scipy", "freevars"})
+
+
+def outside(module: object) -> bool:
+    """Whether code of this module is never entered: a framework's, or the standard library's."""
+    root = module.partition(".")[0] if isinstance(module, str) else ""
+    return root in _FRAMEWORKS or root in sys.stdlib_module_names
+
+
+def uses_torch(module: object) -> bool:
+    """Whether the package of this module has anything of PyTorch among its variables. The globals
+    of a plotting or testing library hold no tensor, and lead to tens of thousands of objects."""
+    root = module.partition(".")[0] if isinstance(module, str) else "__main__"
+    known, count = _uses_torch.get(root, (root == "__main__", 0))
+    if not known and count != len(sys.modules):  # another module of it may have come in
+        inside = [m for name, m in list(sys.modules.items()) if name.partition(".")[0] == root]
+        known = not inside or any(map(_is_torch, (x for m in inside for x in _variables(m))))
+        _uses_torch[root] = known, len(sys.modules)
+    return known
+
+
+_uses_torch: dict[str, tuple[bool, int]] = {}
+
+
+def _variables(module: object) -> list[Any]:
+    return list(module.__dict__.values()) if type(module) is ModuleType else []
+
+
+def _is_torch(x: object) -> bool:
+    """Whether it is PyTorch, a class, function or instance of it; without running code of `x`."""
+    kind = type(x)
+    if kind is ModuleType:
+        home = x.__dict__.get("__name__")
+    elif kind is FunctionType or kind is type:
+        home = x.__module__
+    else:
+        home = kind.__module__
+    return isinstance(home, str) and home.partition(".")[0] == "torch"
