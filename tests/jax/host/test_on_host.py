@@ -308,6 +308,7 @@ def test_wrong_returns_are_refused():
         fv.on_host(vmap="sideways")
 
 
+@pytest.mark.slow
 def test_a_solve_inside_a_solve():
     minimize = MINIMIZERS["lbfgs"]
 
@@ -375,6 +376,7 @@ def test_warm_start_in_scan():
     assert steps[1:3] == [0, 0]  # it starts where the last one ended
 
 
+@pytest.mark.slow
 def test_stress_large_captures_nested_solves_and_threads():
     """Hundreds of solves in compiled programs, from several threads, none of which may hang."""
     big = jnp.ones((512, 512))

@@ -147,6 +147,7 @@ def least(fun: Any, x0: Tensor) -> Tensor:
     return x0 - torch.linalg.solve(f.hessian(fun)(x0), f.grad(fun)(x0))
 
 
+@pytest.mark.slow
 def test_three_levels() -> None:
     """x(y) = a y, y(z) = a z / (1 + a^2), z = argmin (y - 1)^2 + z^2."""
     zero = torch.zeros(2, dtype=F64)

@@ -227,6 +227,7 @@ def bilevel(theta: Tensor) -> Tensor:
     return by_scipy(outer, torch.zeros(2, dtype=F64))
 
 
+@pytest.mark.slow
 def test_bilevel_in_bilevel() -> None:
     theta = torch.tensor([0.7, 1.3], dtype=F64, requires_grad=True)
     assert torch.autograd.gradcheck(bilevel, theta, atol=1e-4)
