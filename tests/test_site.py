@@ -2,6 +2,8 @@
 
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,3 +70,15 @@ def test_every_page_has_a_place_in_the_navigation():
     listed = set(re.findall(r"(\S+\.md)$", navigation, re.MULTILINE))
     pages = {str(page.relative_to(DOCS)) for page in DOCS.glob("**/*.md")}
     assert pages - listed == set()
+
+
+def test_every_refusal_is_on_its_page():
+    script = ROOT / "tools" / "refusals.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_figures_of_the_readme_are_those_of_the_benchmarks():
+    command = [sys.executable, ROOT / "tools" / "figures.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

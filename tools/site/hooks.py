@@ -23,6 +23,8 @@ FILES = {
     "RELEASING.md": "releasing.md",
     "SECURITY.md": "security.md",
 }
+PICTURE = re.compile(r"!\[[^\]]*\]\(images/captures\.png\)")  # of a report: shown live instead
+LIVE = "assets/captures.html"
 LINK = re.compile(r"\]\(([^)\s#:]+)(#[^)\s]*)?\)")
 
 
@@ -76,7 +78,8 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
             return link[0]
         return f"]({posixpath.relpath(shown, folder or '.')}{link[2] or ''})"
 
-    return LINK.sub(relink, markdown)
+    live = f'<iframe class="report" title="A capture report" src="{LIVE}"></iframe>'
+    return LINK.sub(relink, PICTURE.sub(live, markdown))
 
 
 GALLERY = """# Gallery
