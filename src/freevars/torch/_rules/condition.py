@@ -25,6 +25,7 @@ from freevars.torch._rules.dense import Dense
 from freevars.torch._rules.derivative import Derivative
 from freevars.torch._rules.linear import LinearSolve, System, system_of
 from freevars.torch._rules.ravel import Unknown
+from freevars.torch._rules.sizes import PARTS, Sizes
 
 __all__ = ["Condition", "Kind", "OnFailure", "Rng", "Rule", "Solution"]
 
@@ -84,6 +85,7 @@ class Condition:
     others: frozenset[int]  # those on which it does not depend if it is a root
     by_options: Sequence[str] = ()  # what a derivative is by, where the function reads none of it
     recorded: tuple[Tensor, Tensor] | None = None  # the leaf and the value of the recorded F
+    nearby: Sequence[Tensor] = ()  # F nearby, recorded where x is tiny next to x - x0
 
     def __init__(self) -> None:
         self._known: tuple[tuple[Tensor, ...], _Judged] | None = None
@@ -138,7 +140,7 @@ class Condition:
             at = x.clone().requires_grad_()
             with torch.enable_grad():
                 f = self.residual(at, columns, *values)
-            x = x - self._system(at, f, values[0]).newton_step()
+            x = x - self._system(self._derivative(at, f), values[0]).newton_step()
         return x, columns, others
 
     def solve(self, *values: Tensor) -> tuple[Tensor, ...]:
@@ -216,10 +218,14 @@ class Condition:
         if self._known is not None and all(map(torch.equal, self._known[0], key)):
             return self._known[1]
         leaf, f = self._evaluated(at, values)
-        system = self._system(leaf, f, values[0])
+        derivative = self._derivative(leaf, f)
+        system = self._system(derivative, values[0])
         if self.rule.check and len(f) > 1:
             self._check_independent(leaf, f)
-        figures = system.figures() if self.rule.check else diagnostics.Figures.unmeasured(at.x)
+        figures = diagnostics.Figures.unmeasured(at.x)
+        if self.rule.check:
+            certain = self._limits().certain
+            figures = system.figures(derivative, self._sizes(at, values), certain)
         least_squares = self.rule.on_failure == "least_squares"
         good = figures.good(self._limits(), least_squares=least_squares)
         if not self.rule.check:
@@ -257,6 +263,12 @@ class Condition:
         self.compare(f.detach(), at.f)
         return leaf, f
 
+    def _nearby(self, at: Solution, values: tuple[Tensor, ...]) -> Sequence[Tensor]:
+        if self.recorded is not None and torch.equal(self.recorded[0], at.x):
+            return self.nearby
+        with torch.no_grad():
+            return [self.residual((1 - h) * at.x, at.columns, *values).detach() for h in PARTS]
+
     def compare(self, now: Tensor, recorded: Tensor) -> None:
         """Refuses an F that is not bit for bit what was recorded, 0.0 and -0.0 apart."""
         if same_bits(now, recorded):
@@ -282,19 +294,30 @@ class Condition:
             "derivative before that, or capture a copy."
         )
 
-    def _system(self, leaf: Tensor, f: Tensor, x0: Tensor) -> System:
+    def _derivative(self, leaf: Tensor, f: Tensor) -> Derivative:
         symmetric = is_minimum(self.rule.kind) and self.rule.conserved is None
-        x = leaf.detach()
+        return Derivative(leaf, f, symmetric=symmetric)
+
+    def _system(self, derivative: Derivative, x0: Tensor) -> System:
         return system_of(
-            Derivative(leaf, f, symmetric=symmetric),
-            self._size(x, x0),
-            lambda: diagnostics.units(
-                torch.maximum(self.unknown.leafwise(x), self.unknown.leafwise(x - x0))
-            ),
+            derivative,
+            self._size(derivative.at.detach(), x0),
             self.structure,
             own=self.rule.linear_solve,
             least_squares=self.rule.on_failure == "least_squares",
         )
+
+    def _sizes(self, at: Solution, values: tuple[Tensor, ...]) -> Sizes:
+        x, x0 = at.x, values[0]
+
+        def by_leaf() -> tuple[Tensor, Tensor]:
+            near = self.unknown.leafwise(x)
+            return near, torch.maximum(near, self.unknown.leafwise(x - x0))
+
+        def nearby() -> Sequence[Tensor]:
+            return self._nearby(at, values)
+
+        return Sizes(x, self.magnitude(x), self._size(x, x0), by_leaf, nearby)
 
     def _size(self, x: Tensor, x0: Tensor) -> Tensor:
         return torch.maximum(self.magnitude(x), self.magnitude(x - x0))

@@ -5,10 +5,14 @@ largest entry (van der Sluis 1969): neither what is found nor what is said about
 units of a problem. Not here: which systems are written out (`linear.py`).
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
+from freevars.torch._rules.derivative import Derivative
 from freevars.torch._rules.diagnostics import Figures, limits_of, units
+from freevars.torch._rules.sizes import Sizes, all_error
 
 __all__ = ["Dense"]
 
@@ -59,19 +63,39 @@ class Dense:
         step = self.solve(self._f, transposed=False)
         return step.to(self._dtype)
 
-    def figures(self) -> Figures:
+    def figures(self, derivative: Derivative, sizes: Sizes, certain: float) -> Figures:
+        """A component that may be zero is looked at where the step is not `certain` to be small."""
         finite = torch.isfinite(self._f).all(1) & torch.isfinite(self._scaled).all(2).all(1)
-        step = (self.solve(self._f, transposed=False) / self._columns).abs()
+        step = self.solve(self._f, transposed=False)
         entries = self._scaled.abs()
-        change = (entries * step[:, None, :]).amax(2) / self._sums(entries)
-        change = torch.where(change.isnan() & (self._f == 0), 0, change)
-        worst = change.amax(1) if change.shape[1] else torch.zeros_like(self._rcond)
+        near, far = (t.to(step.dtype) for t in sizes[1:3])
+        worst = self._worst(entries, step, near)
+        open_ = worst > certain
+        if bool(open_.any()) and bool((self._worst(entries, step, far)[open_] <= certain).any()):
+            inverse = functools.partial(self.solve, transposed=False)
+            rounding = self._rounding(entries, near)
+            error = all_error(sizes, derivative, step, rounding, inverse)
+            worst = self._worst(entries, step, torch.where(error, far, near))
         return Figures(finite, worst, self._rcond, torch.zeros_like(worst), self._conserved)
 
-    def _sums(self, entries: Tensor) -> Tensor:
+    def _worst(self, entries: Tensor, step: Tensor, size: Tensor) -> Tensor:
+        """By how much of all that an equation adds up the step changes a term of it, at most."""
+        change = (entries * (step / self._columns).abs()[:, None, :]).amax(2)
+        change = change / self._sums(entries, size)
+        change = torch.where(change.isnan() & (self._f == 0), 0, change)
+        return change.amax(1) if change.shape[1] else torch.zeros_like(self._rcond)
+
+    def _rounding(self, entries: Tensor, size: Tensor) -> Tensor:
+        """|A^-1| |A| `size`, by probes."""
+        terms = self._rows * (entries @ (size / self._columns)[:, :, None])[..., 0]
+        k = torch.arange(1, terms.shape[1] + 1, dtype=terms.dtype, device=terms.device)
+        signs = torch.stack([torch.sin(k**2).sign(), torch.sin(k**2 + k).sign()])
+        return self.solve(signs[:, None] * terms, transposed=False).abs().amax(0)
+
+    def _sums(self, entries: Tensor, size: Tensor) -> Tensor:
         """What each equation adds up: its terms as they are, or, where they are all of components
         that may as well be zero, as rounding leaves them next to the largest one."""
-        size, unit = self._size, units(self._size)
+        unit = units(size)
         sums, large, floor = (
             (entries @ (t / self._columns)[:, :, None])[..., 0]
             for t in (size, torch.where(size < unit, 0, size), unit)

@@ -55,6 +55,29 @@ class Derivative:
         )
         return out.to(v.dtype)
 
+    def curvature(self, s: Tensor) -> Tensor:
+        """The second derivative of f along s twice; needs an f that is differentiable three times,
+        and raises what PyTorch does elsewhere."""
+        zero = torch.zeros_like(s)
+        if not self.f.requires_grad:
+            return zero
+        with torch.enable_grad():
+            u = torch.zeros_like(self.f, requires_grad=True)
+            (product,) = torch.autograd.grad(
+                self.f, self.at, u, create_graph=True, materialize_grads=True
+            )
+            along = (product * s).sum()
+            if not along.requires_grad:
+                return zero
+            (change,) = torch.autograd.grad(
+                along, self.at, create_graph=True, materialize_grads=True
+            )
+            along = (change * s).sum()
+            if not along.requires_grad:
+                return zero
+        (out,) = torch.autograd.grad(along, u, retain_graph=True, materialize_grads=True)
+        return out
+
     def matrix(self) -> Tensor:
         """A of each problem, Float[Tensor, "problems n n"], from n products whatever the number of
         problems."""

@@ -1,7 +1,7 @@
 """The figures of a derivative in this host: one for each problem of a batch.
 
-`freevars._solvers.verdict` says what they are and how far they are trusted. Two are measured in a
-way of this host. With s = A^-1 F, the Newton step, and d, the units of the unknowns,
+`freevars._solvers.verdict` says what they are and how far they are trusted. The step is measured in
+a way of this host. With s = A^-1 F, the Newton step, and d, the size of a component (`sizes.py`),
 
     step = max |A_ki s_i| / sum_j |A_kj| d_j   over equations k and components i:
 

@@ -8,6 +8,7 @@ the matrix after all, while it fits.
 Not here: where products come from (`derivative.py`), and what the figures mean (`diagnostics.py`).
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from freevars.torch._rules.dense import Dense
 from freevars.torch._rules.derivative import Derivative, LinearOperator
-from freevars.torch._rules.diagnostics import Figures
+from freevars.torch._rules.diagnostics import Figures, units
 from freevars.torch._rules.krylov import conjugate_gradients, gmres
+from freevars.torch._rules.sizes import Sizes, all_error
 from freevars.torch._rules.truncated import Truncated
 
 __all__ = [
@@ -55,7 +57,7 @@ class System(Protocol):
 
     def solve(self, b: Tensor, *, transposed: bool) -> Tensor: ...
 
-    def figures(self) -> Figures: ...
+    def figures(self, derivative: Derivative, sizes: Sizes, certain: float) -> Figures: ...
 
     def newton_step(self) -> Tensor:
         """A^-1 F."""
@@ -67,13 +69,11 @@ class Iterative:
     def __init__(
         self,
         derivative: Derivative,
-        unit: Tensor,
         dense: Callable[[], System],
         structure: object,
         own: LinearSolve | None,
     ) -> None:
         self._a = derivative
-        self._unit = unit  # of each tensor of the unknown
         self._make_dense = dense
         self._structure = structure
         self._own = own
@@ -92,14 +92,17 @@ class Iterative:
     def newton_step(self) -> Tensor:
         return self.solve(self._a.f.detach(), transposed=False)
 
-    def figures(self) -> Figures:
+    def figures(self, derivative: Derivative, sizes: Sizes, certain: float) -> Figures:
         """The Newton step is measured against each tensor of the unknown: in full where a product
         with A is one with A^T, and by its components along two random directions elsewhere, which
         products of A^T give."""
         f = self._a.f.detach()
-        step = self._size_of_step(f)
+        near, far = map(units, sizes.by_leaf())
+        step = self._size_of_step(f, near)
+        if step > certain and self._dense is None and self._size_of_step(f, far) <= certain:
+            step = self._beside_zeros(sizes, near, far)
         if self._dense is not None:
-            return self._dense.figures()
+            return self._dense.figures(derivative, sizes, certain)
         measured = Figures.unmeasured(f)
         finite = measured.finite & torch.isfinite(self._a.at.detach()).all(1)
         return measured._replace(
@@ -108,17 +111,24 @@ class Iterative:
             residual=torch.full_like(measured.residual, self._residual),
         )
 
-    def _size_of_step(self, f: Tensor) -> float:
+    def _beside_zeros(self, sizes: Sizes, near: Tensor, far: Tensor) -> float:
+        """The size of the step, with what is all error in units of how far the solver came."""
+        step = self.newton_step()
+        inverse = functools.partial(self.solve, transposed=False)
+        error = all_error(sizes, self._a, step, sizes.near, inverse)
+        return float((step / torch.where(error, far, near)).square().mean().sqrt())
+
+    def _size_of_step(self, f: Tensor, unit: Tensor) -> float:
         if not bool(f.any()) or not bool(torch.isfinite(f).all()):
             return 0.0
         if self._a.symmetric:
-            s = self._solve(f, False, 1e-2) / self._unit
+            s = self._solve(f, False, 1e-2) / unit
             return float(s.square().mean().sqrt())
         generator = torch.Generator().manual_seed(0)
         sizes = []
         for _ in range(2 if self._own is None else 1):
             signs = torch.randint(0, 2, f.shape, generator=generator).to(f) * 2 - 1
-            w = signs / self._unit
+            w = signs / unit
             scale = float(w.abs().max())
             v = self._solve(w / scale, True, 1e-2)
             sizes.append(abs(float((v * f).sum())) * scale / math.sqrt(f.numel()))
@@ -162,7 +172,6 @@ class Iterative:
 def system_of(
     derivative: Derivative,
     size: Tensor,
-    leafwise: Callable[[], Tensor],
     structure: object,
     *,
     own: LinearSolve | None,
@@ -176,4 +185,4 @@ def system_of(
 
     if own is None and f.shape[1] <= DENSE_LIMIT:
         return dense()
-    return Iterative(derivative, leafwise(), dense, structure, own)
+    return Iterative(derivative, dense, structure, own)

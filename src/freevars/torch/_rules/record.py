@@ -23,6 +23,7 @@ from freevars.torch import _compat, _hooks
 from freevars.torch._rules.condition import Condition, Solution
 from freevars.torch._rules.implicit import pull_back
 from freevars.torch._rules.problem import Problem
+from freevars.torch._rules.sizes import PARTS
 from freevars.torch._rules.snapshot import constants_as_they_are
 
 __all__ = ["solve_and_attach"]
@@ -49,15 +50,31 @@ def solve_and_attach(
         return x, *others
     leaf = x.clone().requires_grad_()
     stated_by = problem.stated_by
-    replaying = nullcontext() if stated_by.replay is None else stated_by.replay.replayed()
-    with constants_as_they_are(given, stated_by.constants), replaying:
-        f = problem.optimality(lambda x: given(x, call.args, call.kwargs), leaf)
-    f = problem.completed(f, leaf, values[0], columns)
+
+    def equations(x: Tensor) -> Tensor:
+        replay = stated_by.replay
+        with nullcontext() if replay is None else replay.replayed():
+            f = problem.optimality(lambda x: given(x, call.args, call.kwargs), x)
+        return problem.completed(f, x, values[0], columns)
+
+    with constants_as_they_are(given, stated_by.constants):
+        f = equations(leaf)
+        if problem.rule.check and _is_tiny(x, plain[0]):
+            with torch.no_grad():
+                problem.nearby = [equations((1 - part) * x).detach() for part in PARTS]
     problem.recorded = (leaf, f)
     attached, behind = problem.inputs.attached()
     fixed = (problem, len(attached), x)
     out: Tensor = _Attach.apply(*fixed, leaf, f, columns, *attached, *behind)  # type: ignore[no-untyped-call]
     return out, *others
+
+
+def _is_tiny(x: Tensor, x0: Tensor) -> bool:
+    """Whether a problem's whole solution is tiny next to how far the solver came."""
+    if not x.numel():
+        return False
+    size, way = x.abs().amax(1), (x - x0).abs().amax(1)
+    return bool(((size > 0) & (size <= torch.finfo(x.dtype).eps ** 0.5 * way)).any())
 
 
 class _Attach(torch.autograd.Function):
