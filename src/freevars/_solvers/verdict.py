@@ -16,13 +16,21 @@ sign of a singular system.)
 
 *Converged.* The Newton step s = A^-1 f tells how far x is from the solution. Let
 
-    r = |A^-1| |A| far                         rounding x, or the terms of F, moves x by eps r
-    u = max(|x|, min(sqrt(eps) r, d), 4 eps^(3/4) r)
+    r = |A^-1| |A| |x|                         rounding x moves x by eps r
+    u = max(|x|, min(sqrt(eps) r, sqrt(eps) max|x|), 4 eps^(3/4) r)
 
 The step in units of u is the relative error of x. Beside |x| there is a second unit because a
-component may be zero. Below `certain` x is a solution. Up to `step` it is one if the derivative is
-the same all along the step: the second simplified Newton step, A^-1 F(x - s), is then much smaller
-than the first. It costs an evaluation of F, and is asked for nowhere else.
+component may be a difference of others. Below `certain` x is a solution. Up to `step` it is one if
+the derivative is the same all along the step: the second simplified Newton step, A^-1 F(x - s), is
+then much smaller than the first.
+
+Where a component of the solution is zero, all that the solver leaves there is an error, and no unit
+can be read off x. How far the solver came tells what it could see, sqrt(eps) |x - x0|. But it is a
+unit only for what is zero: from x0 = 1 a solver may find x = 1e-9 to a few percent, and that is
+wrong by a few percent. So it is asked for, by values of F. F does not see x change by a part of the
+step, and x is what rounding leaves; or x - s is zero as far as F sees, and the second step is much
+smaller than the first: the solver was on its way to zero. Else the unit is u, from wherever the
+solver came. This costs values of F, and is asked for only where the step is not certain.
 
 Sources: r is the condition of Skeel 1979, "Scaling for numerical stability in Gaussian
 elimination"; the second step is the natural monotonicity test of Deuflhard 2004, "Newton Methods

@@ -11,8 +11,6 @@ from jax import lax
 import freevars.jax as fv
 from freevars.errors import NotASolutionError, SingularError
 
-pytestmark = pytest.mark.slow  # each test compiles a rule with its system and its check
-
 
 @pytest.fixture(autouse=True)
 def _float64():
@@ -25,6 +23,10 @@ def returns(x):
     return lambda fun, x0: x
 
 
+# The same with x as an option: what is compiled for it serves every x.
+ROOT, ARGMIN = (kind(lambda fun, x0, x: x) for kind in (fv.root, fv.argmin))
+
+
 def newton_steps(fun, x0, steps=30):
     return lax.fori_loop(0, steps, lambda _, x: x - fun(x) / jax.grad(fun)(x), x0)
 
@@ -34,63 +36,94 @@ X = np.array([1.5, -0.8, 0.4])
 B = A @ X**2
 
 
-def derivative(rows, columns, error, dtype=jnp.float64, start=None):
+def derivative(rows, columns, error, start):
     """d(x)/d(scale of b) of A x^2 = scale b in units of the equations and unknowns, at an x that is
-    off by `error`, in the units of x."""
-    m = jnp.asarray(rows[:, None] * A / columns**2, dtype)
-    b = jnp.asarray(rows * B, dtype)
-    x = jnp.asarray(X * columns * (1 + error), dtype)
-    start = x * 0 if start is None else jnp.asarray(start, dtype)
-    solve = fv.root(returns(x))
-    by_scale = jax.jacrev(lambda s: solve(lambda x: m @ (x * x) - s * b, start))(
-        jnp.ones((), dtype)
-    )
-    return by_scale / columns
+    off by `error`; all in the units of x. NaN where it is refused."""
+    m = rows[:, None] * A.astype(rows.dtype) / columns**2
+    b = rows * B.astype(rows.dtype)
+    x = X.astype(rows.dtype) * columns * (1 + error)
+    by_scale = jax.jacrev(lambda s: ROOT(lambda x: m @ (x * x) - s * b, columns * start, x))
+    return by_scale(jnp.ones((), rows.dtype)) / columns
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("spread", [0, 3])
-def test_units_change_nothing(dtype, spread):
-    rows, columns = 10.0 ** np.linspace(-spread, spread, 3), 10.0 ** np.linspace(spread, -spread, 3)
-    for r, c in ((rows, columns[::-1] ** 0.5), (rows**2, columns), (1e-9 * rows, 1e-6 + 0 * rows)):
-        got = derivative(r, c, 0.0, dtype)
-        np.testing.assert_allclose(got, X / 2, rtol=1e-4 if dtype == "float32" else 1e-9)
-        for start in (None, 1e2 * c):
-            with pytest.raises(NotASolutionError, match="did not converge"):
-                derivative(r, c, np.array([0.0, 0.0, 0.4]), dtype, start)
-            with pytest.raises(NotASolutionError, match="did not converge"):
-                derivative(r, c, np.array([-0.3, 0.0, 0.0]), dtype, start)
+def test_units_change_nothing(dtype):
+    every = jax.jit(jax.vmap(derivative))
+    spreads = [(10.0 ** np.linspace(-k, k, 3), 10.0 ** np.linspace(k, -k, 3)) for k in (0, 3)]
+    cases = [
+        (rows, columns, error, start)
+        for r, c in spreads
+        for rows, columns in ((r, c[::-1] ** 0.5), (r**2, c), (1e-9 * r, 1e-6 + 0 * r))
+        for error in (0 * X, np.array([0, 0, 0.4]), np.array([-0.3, 0, 0]))
+        for start in (0 * X, 1 + 0 * X, 1e2 + 0 * X)
+    ]
+    rows, columns, error, start = (
+        jnp.asarray(np.stack(x), dtype) for x in zip(*cases, strict=True)
+    )
+    got = every(rows, columns, error, start)
+    right = ~np.any(error != 0, axis=1)
+    want = np.broadcast_to(X / 2, got[right].shape)
+    np.testing.assert_allclose(got[right], want, rtol=1e-4 if dtype == "float32" else 1e-9)
+    assert np.all(np.isnan(got[~right]))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_objectives_and_equations_of_any_size(dtype):
     x = jnp.asarray([2.0, 3.0], dtype)
     least = 1e-30 if dtype == "float32" else 1e-200
-    for size in (least, 1.0, 1 / least):
-        for kind, fun in (
-            (fv.argmin, lambda a: lambda x: size * jnp.sum((x - a) ** 2)),
-            (fv.root, lambda a: lambda x: size * (x - a)),
-        ):
-            solve = kind(returns(x))
-            got = jax.jacrev(lambda a: solve(fun(a), jnp.zeros_like(x)))(x)
-            np.testing.assert_array_equal(got, np.eye(2))
+    for solve, fun in (
+        (ARGMIN, lambda size, a: lambda x: size * jnp.sum((x - a) ** 2)),
+        (ROOT, lambda size, a: lambda x: size * (x - a)),
+    ):
+        by = jax.jit(
+            lambda size, solve=solve, fun=fun: jax.jacrev(
+                lambda a: solve(fun(size, a), jnp.zeros_like(x), x)
+            )(x)
+        )
+        for size in (least, 1.0, 1 / least):
+            np.testing.assert_array_equal(by(jnp.asarray(size, dtype)), np.eye(2))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_solver_that_stops_early_is_caught_however_small_x_is(dtype):
-    for x in (1e-9, 1e-3, 1.0, 1e9):
-        # On the way from 1, what is far below sqrt(eps) cannot be told from zero.
-        starts = (2 * x, 0.0, 1.0) if x > jnp.finfo(dtype).eps else (2 * x, 0.0)
-        for start in starts:
-            a = jnp.asarray(x, dtype) ** 2
-            for off, is_right in ((1e-6, True), (0.5, False), (0.1, False)):
-                solve = fv.root(returns(jnp.asarray(x * (1 + off), dtype)))
-                by = jax.grad(lambda a: solve(lambda x: x * x - a, jnp.asarray(start, dtype)))
-                if is_right:
-                    np.testing.assert_allclose(by(a), 0.5 / x, rtol=1e-3)
-                else:
-                    with pytest.raises(NotASolutionError, match="did not converge"):
-                        by(a)
+    def by(a, start, x):
+        return jax.grad(lambda a: ROOT(lambda x: x * x - a, start, x))(a)
+
+    # Far below what rounding leaves of the start, too: the equation tells x from zero.
+    x, start, off = (
+        jnp.asarray(each.ravel(), dtype)
+        for each in np.meshgrid(
+            [1e-9, 1e-6, 1e-3, 1.0, 1e9], [np.nan, 0.0, 1.0, 1e4], [1e-6, 0.1, 0.5, 1e2]
+        )
+    )
+    start = jnp.where(jnp.isnan(start), 2 * x, start)
+    got = jax.jit(jax.vmap(by))(x * x, start, x * (1 + off))
+    right = off < 1e-5
+    np.testing.assert_allclose(got[right], 0.5 / x[right], rtol=1e-3)
+    assert np.all(np.isnan(got[~right]))
+    x = jnp.asarray(2e-9, dtype)
+    early = jax.grad(lambda a: fv.root(returns(x))(lambda x: x * x - a, jnp.ones((), dtype)))
+    with pytest.raises(NotASolutionError, match="did not converge"):
+        early(jnp.asarray(1e-18, dtype))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_solution_that_is_zero_counts_by_how_far_the_solver_came(dtype):
+    def by(t, start, x):
+        return jax.grad(lambda t: ROOT(lambda x: jnp.exp(x) - 1 - t, start, x))(t)
+
+    eps = float(jnp.finfo(dtype).eps)
+    cases = (
+        (0.0, 1.0, eps / 2, True),  # what rounding leaves: the equation does not see it
+        (0.0, 1.0, eps, True),
+        (0.0, 1.0, 3e-4 * eps**0.5, True),  # on the way to zero
+        (0.0, 1.0, 0.1, False),
+        (0.1, 1.0, 0.11, False),
+    )
+    t, start, x, right = (np.array(each) for each in zip(*cases, strict=True))
+    got = jax.jit(jax.vmap(by))(*(jnp.asarray(each, dtype) for each in (t, start, x)))
+    np.testing.assert_array_equal(np.isfinite(got), right)
+    np.testing.assert_allclose(got[right], 1.0, rtol=1e-3)
 
 
 def test_a_second_step_tells_where_the_derivative_changes_on_the_way():
@@ -111,12 +144,10 @@ def test_a_second_step_tells_where_the_derivative_changes_on_the_way():
 
 def test_components_that_are_zero():
     m = jnp.asarray(A)
+    by = jax.jit(lambda x, x0: jax.jacfwd(lambda b: ROOT(lambda x: m @ x - b, x0, x))(m @ x))
     for x0 in (jnp.zeros(3), jnp.ones(3)):
         for x in (jnp.zeros(3), jnp.array([1.0, 0.0, 0.0])):
-            solve = fv.root(returns(x))
-            b = m @ x
-            got = jax.jacfwd(lambda b: solve(lambda x: m @ x - b, x0))(b)
-            np.testing.assert_allclose(got, np.linalg.inv(A), rtol=1e-12)
+            np.testing.assert_allclose(by(x, x0), np.linalg.inv(A), rtol=1e-12)
 
 
 SINGULAR = {
@@ -128,18 +159,21 @@ SINGULAR = {
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("name", SINGULAR)
-def test_singular_systems_are_refused_in_every_unit(name, dtype):
-    for rows, columns in ((np.ones(3), np.ones(3)), (10.0 ** np.arange(3), 10.0 ** -np.arange(3))):
-        m = jnp.asarray(rows[:, None] * SINGULAR[name] * columns, dtype)
-        x = jnp.asarray(np.array([0.7, 1.3, -1.1]) / columns, dtype)
-        solve = fv.root(returns(x))
-        by = jax.jacfwd(lambda s: solve(lambda x: m @ x - s * (m @ lax.stop_gradient(x)), 0 * x))
-        f = jax.jacfwd(lambda s: solve(lambda y: m @ (y - s * x), 0 * x))
-        with pytest.raises(SingularError, match="is singular"):
-            f(jnp.ones((), dtype))
-        assert np.all(np.isnan(jax.jit(f)(jnp.ones((), dtype))))
-        del by
+def test_singular_systems_are_refused_in_every_unit(dtype):
+    def by(m, x):
+        return jax.jacfwd(lambda s: ROOT(lambda y: m @ (y - s * x), 0 * x, x))(jnp.ones((), dtype))
+
+    compiled = jax.jit(by)
+    for name, matrix in SINGULAR.items():
+        for rows, columns in (
+            (np.ones(3), np.ones(3)),
+            (10.0 ** np.arange(3), 10.0 ** -np.arange(3)),
+        ):
+            m = jnp.asarray(rows[:, None] * matrix * columns, dtype)
+            x = jnp.asarray(np.array([0.7, 1.3, -1.1]) / columns, dtype)
+            assert np.all(np.isnan(compiled(m, x))), name
+    with pytest.raises(SingularError, match="is singular"):
+        by(m, x)
 
 
 # --- What is asked for ----------------------------------------------------------------------------
@@ -269,6 +303,7 @@ def in_closed_form(k, x0):
 K, X0 = np.array([1.0, 0.5]), np.array([1.0, 2.0, 0.0])
 
 
+@pytest.mark.slow  # many programs
 def test_conserved_totals():
     want = jax.jacfwd(in_closed_form, (0, 1))(K, X0)
     kept = lambda x: {"a": x[0] + x[2], "b": x[1] + x[2]}
@@ -286,6 +321,7 @@ def test_conserved_totals():
         jax.jacfwd(lambda k: wrong(reaction(k), X0))(K)
 
 
+@pytest.mark.slow  # many programs
 def test_least_squares_takes_freedoms_and_refuses_totals():
     by_k = lambda **how: jax.jacfwd(lambda k: fv.root(steady, **how)(reaction(k), X0))
     with pytest.raises(SingularError, match="conserved=lambda x"):

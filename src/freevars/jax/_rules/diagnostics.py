@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from freevars._solvers.verdict import Figures, Limits, accepted
 from freevars.jax._rules import scaled
+from freevars.jax._rules.closer import Step, look
 from freevars.jax._rules.coordinates import Coordinates, Space, probe
 from freevars.jax._rules.iterative import DENSE_FALLBACK
 from freevars.jax._rules.krylov import combine, divide
@@ -111,7 +112,7 @@ def _written_out(
     system: LinearSystem, unknown: Unknown, f: Tree, again: Callable[[Tree], Tree]
 ) -> tuple[Figures, Tree]:
     operator = system.operator
-    v, far, d = map(operator.ravel, unknown[:3])
+    v, far = map(operator.ravel, unknown[:2])
 
     def by_vector(v: Any) -> Any:
         return operator.ravel(again(operator.unravel(v)))
@@ -121,7 +122,7 @@ def _written_out(
         system.scaled,
         unknown.limits,
         v,
-        (far, d),
+        far,
         operator.ravel(f),
         by_vector,
         least_squares=system.least_squares,
@@ -134,8 +135,7 @@ def _applied(
 ) -> tuple[Figures, Tree]:
     operator, space, limits = system.operator, system.space, unknown.limits
     v, d = unknown.v, unknown.d
-    unit = jax.tree.map(lambda x, d: jnp.maximum(jnp.abs(x), limits.column * d), v, d)
-    unit = _at_least(unit, limits.column * space.max(unknown.far))
+    unit = _at_least(jax.tree.map(jnp.abs, v), limits.column * space.max(v))
     largest = space.max(v) + space.max(f)
     figures = _unmeasured(jnp.zeros_like(largest))._replace(finite=jnp.isfinite(largest))
     if not system.exact:
@@ -181,15 +181,17 @@ def _applied(
     inverse = jax.tree.map(jnp.divide, found, d)
     growth = space.norm(_over(inverse, space.max(inverse))) * space.max(inverse)
     rcond = space.norm(mixed) / growth
-    size = _largest(space, step, unit)
-
-    def second(step: Tree) -> Any:
-        f = jax.lax.stop_gradient(again(combine(-1, step, v)))
-        return divide(_largest(space, solve(f)[0], unit), size)
-
+    everywhere = space.max(unknown.far)
+    size, second = look(
+        lambda sides: jax.lax.map(lambda b: solve(b)[0], sides),
+        lambda v: jax.lax.stop_gradient(again(v)),
+        Step(v, f, step, unit, _at_least(unknown.far, everywhere), _at_least(unit, space.max(v))),
+        limits,
+        space.max,
+    )
     figures = figures._replace(
         step=size,
-        second=scaled.second_step(second, step, size, limits),
+        second=second,
         rcond=jnp.where(jnp.isfinite(rcond), rcond, 0),
         residual=jnp.where(jnp.isfinite(residual), residual, jnp.inf),
     )

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from freevars._solvers.verdict import Figures, Limits
-from freevars.jax import _compat
+from freevars.jax._rules.closer import Step, look
 
-__all__ = ["Scaled", "factorise", "measure", "second_step", "wrap"]
+__all__ = ["Scaled", "factorise", "measure", "wrap"]
 
 Vector: TypeAlias = Any  # Float[Array, "n"]
 Solve: TypeAlias = Callable[[Any], Any]  # of Float[Array, "n k"]
@@ -115,69 +115,50 @@ def measure(
     system: Scaled,
     limits: Limits,
     x: Vector,
-    sizes: tuple[Vector, Vector],
+    far: Vector,
     f: Vector,
     again: Callable[[Vector], Vector],
     *,
     least_squares: bool = False,
 ) -> tuple[Figures, Vector]:
     """The figures of a system at x, where F is f, and the Newton step; `again` is F."""
-    far, d = sizes
+    size = jnp.abs(x)
     if len(x) == 1 and not least_squares:
         step = f / system.matrix[0]
-        rounding = far
+        rounding = size
         rcond = jnp.where(jnp.isfinite(step[0]) & (system.matrix[0, 0] != 0), 1, 0).astype(x.dtype)
     else:
-        step, rounding, rcond = _by_probes(system, far, f)
-    unit = jnp.maximum(jnp.minimum(limits.column * rounding, d), limits.rounding * rounding)
-    unit = jnp.maximum(jnp.abs(x), unit.astype(x.dtype))
-    size = _largest(step, unit)
+        step, rounding, rcond = _by_probes(system, size, f)
+    among = jnp.maximum(size, limits.column * jnp.max(size, initial=0))
+    least = jnp.minimum(limits.column * rounding, among)
+    least = jnp.maximum(least, limits.rounding * rounding)
+    near = jnp.maximum(size, least.astype(x.dtype))
+    relative, second = look(
+        jax.vmap(system.of),
+        again,
+        Step(x, f, step, near, far, rounding),
+        limits,
+        lambda v: jnp.max(jnp.abs(v), initial=0),
+    )
     if least_squares:
         # What no step removes is no rounding either: x is not a solution.
         left = system.rows * (f - system.matrix @ step)
-        size = jnp.maximum(size, jnp.max(jnp.abs(left), initial=0))
-
-    def second(step: Vector) -> Any:
-        following = jnp.abs(system.of(again(x - step)))
-        noise = (4 * limits.column**2 * rounding).astype(x.dtype)
-        return _largest(jnp.maximum(following - noise, 0), unit) / size
-
-    found = second_step(second, step, size, limits)
+        relative = jnp.maximum(relative, jnp.max(jnp.abs(left), initial=0))
     finite = jnp.all(jnp.isfinite(x)) & jnp.all(jnp.isfinite(f))
     finite &= jnp.all(jnp.isfinite(system.matrix))
-    zero = jnp.zeros_like(size)
+    zero = jnp.zeros_like(relative)
     left = zero
     if not (system.own or least_squares):
-        # Somebody else's factors may be of a system of another kind.
         sides = jnp.asarray(_signs(len(f)), f.dtype)
         left = jnp.linalg.norm(system.scaled @ system.solve(sides) - sides) / jnp.linalg.norm(sides)
         left = jnp.where(jnp.isnan(left), jnp.inf, left)
-    return Figures(finite, size, found, rcond, left, zero, zero), step
+    return Figures(finite, relative, second, rcond, left, zero, zero), step
 
 
-def second_step(second: Callable[[Any], Any], step: Any, size: Any, limits: Limits) -> Any:
-    """`second(step)` where the first step of that size calls for it, else 0.
-
-    A loop of no or one turn, not a `cond`: under `vmap` that would compute it for every member.
-    """
-    if not limits.certain < limits.step:
-        return jnp.zeros_like(size)
-    needed = (size > limits.certain) & (size <= limits.step)
-    # Members of a batch that do not need it take no step: F may not be defined there.
-    safe = jax.tree.map(lambda leaf: jnp.where(needed, leaf, 0), step)
-
-    def turn(state: tuple[Any, Any]) -> tuple[Any, Any]:
-        found = _compat.like_type(second(safe).astype(size.dtype), size)
-        return state[0] & False, found
-
-    begin = (needed, jnp.zeros_like(size))
-    return jax.lax.while_loop(lambda state: state[0], turn, begin)[1]
-
-
-def _by_probes(system: Scaled, far: Vector, f: Vector) -> tuple[Vector, Vector, Any]:
+def _by_probes(system: Scaled, size: Vector, f: Vector) -> tuple[Vector, Vector, Any]:
     """The Newton step, r, and the reciprocal condition number of S."""
     probes = jnp.asarray(_signs(len(f)), f.dtype)
-    weights = system.rows * (jnp.abs(system.matrix) @ far)
+    weights = system.rows * (jnp.abs(system.matrix) @ size)
     sides = [(system.rows * f)[:, None], probes, weights[:, None] * probes]
     found = system.solve(jnp.concatenate(sides, axis=1))
     step = system.columns * found[:, 0]
@@ -193,11 +174,6 @@ def _by_probes(system: Scaled, far: Vector, f: Vector) -> tuple[Vector, Vector, 
     norm = jnp.sqrt(jnp.max(jnp.sum(absolute, axis=0)) * jnp.max(jnp.sum(absolute, axis=1)))
     rcond = 1 / (inverse_norm * jnp.minimum(norm, jnp.linalg.norm(system.scaled)))
     return step, rounding, jnp.where(jnp.isfinite(rcond), rcond, 0)
-
-
-def _largest(v: Vector, unit: Vector) -> Any:
-    """The largest component in its unit; one that is not zero in no unit is infinite."""
-    return jnp.max(jnp.where(v == 0, 0, jnp.abs(v) / unit), initial=0)
 
 
 @functools.cache

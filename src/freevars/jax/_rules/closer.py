@@ -1,0 +1,119 @@
+"""A closer look at a Newton step that is not small next to the solution.
+
+Such a step has three reasons. The derivative is the same all along it, and it is short: x is good
+enough. The solution has a component that is zero, so that all of what a solver leaves there is an
+error: the next iterate is zero up to what is known of it. Or x is as near as rounding allows:
+the function does not see a change of x by a part of the step. In the last two the step counts by
+how far the solver came; in any other case by the component itself, however small that is next to
+the start.
+
+It takes three values of F and a solve with three right-hand sides, and is computed only where asked
+for. Not here: the figures that need no closer look.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from freevars._solvers.verdict import Limits
+from freevars.jax import _compat
+
+__all__ = ["Step", "look"]
+
+Tree: TypeAlias = Any  # a pytree of real arrays
+
+_PART = (
+    1 / 16
+)  # of a step or a component: so far a function is straight where Newton's method works
+_BLURRED = 0.5  # how far it is from that where it does not see a change of x
+
+
+class Step(NamedTuple):
+    """A Newton step at x, in trees like x."""
+
+    v: Tree  # x
+    f: Tree  # F there
+    step: Tree
+    near: Tree  # the unit of each component
+    far: Tree  # how far the solver came with it
+    rounding: Tree  # what a relative error of 1 in the terms of F moves it by
+
+
+def look(
+    inverse: Callable[[Tree], Tree],
+    again: Callable[[Tree], Tree],
+    at: Step,
+    limits: Limits,
+    largest: Callable[[Tree], Any],
+) -> tuple[Any, Any]:
+    """The largest component of the step in its unit, and that of a second one relative to it.
+
+    Args:
+        inverse: solves for right-hand sides stacked along a first axis.
+        again: F.
+        at: the step.
+        limits: of the verdict.
+        largest: the largest absolute value of a component.
+    """
+    v, f, step, near, far, rounding = at
+    eps = limits.column**2
+    wide = jax.tree.map(lambda n, d: jnp.maximum(n, (limits.column * d).astype(n.dtype)), near, far)
+    size = largest(_over(step, near))
+    reach = largest(_over(step, wide))
+    needed = (size > limits.certain) & (reach <= limits.step)
+    # Members of a batch that do not need it take no step: F may not be defined there.
+    safe = jax.tree.map(lambda s: jnp.where(needed, s, 0), step)
+
+    def turn(_: Any) -> tuple[Any, Any, Any]:
+        offends = jax.tree.map(lambda s, n: jnp.abs(s) > limits.certain * n, safe, near)
+
+        def part(s: Any, v: Any, off: Any) -> Any:
+            short = jnp.where(v == 0, jnp.abs(s), jnp.minimum(jnp.abs(s), jnp.abs(v)))
+            return jnp.where(off, jnp.sign(s) * short * _PART, 0).astype(v.dtype)
+
+        h = jax.tree.map(part, safe, v, offends)
+        end = jax.tree.map(jnp.subtract, v, safe)
+        k = jax.tree.map(lambda x, off: jnp.where(off, x * _PART, 0).astype(x.dtype), end, offends)
+        points = jax.tree.map(lambda v, h, e, k: jnp.stack([v - h, e, e - k]), v, h, end, k)
+        values = jax.lax.map(again, points)  # one at a time: F may hold what has no batches
+        solved = inverse(
+            jax.tree.map(lambda f, g: jnp.stack([f - g[0], g[1], g[1] - g[2]]), f, values)
+        )
+
+        def sort(s: Any, h: Any, x: Any, k: Any, off: Any, r: Any, found: Any) -> tuple[Any, Any]:
+            seen, following, seen_there = found[0], jnp.abs(found[1]), found[2]
+            noise = 4 * eps * r
+            blurred = off & (jnp.abs(seen - h) >= _BLURRED * jnp.abs(h))
+            unknown = jnp.abs(x) <= noise + 4 * eps * jnp.abs(s) + 2 * following
+            unknown |= jnp.abs(seen_there - k) >= _BLURRED * jnp.abs(k)
+            is_zero = off & unknown & (following <= limits.second * jnp.abs(s))
+            left = jnp.where(blurred, 0, jnp.maximum(following - noise, 0))
+            return blurred | is_zero, left.astype(s.dtype)
+
+        leaves, tree = jax.tree.flatten(safe)
+        others = [jax.tree.leaves(x) for x in (h, end, k, offends, rounding, solved)]
+        sorted_ = [sort(*parts) for parts in zip(leaves, *others, strict=True)]
+        excused, left = (tree.unflatten([x[i] for x in sorted_]) for i in (0, 1))
+        unit = jax.tree.map(jnp.where, excused, wide, near)
+        found = largest(_over(safe, unit))
+        relative = largest(_over(left, unit)) / jnp.where(found > 0, found, 1)
+        return _like(needed & False, needed), _like(found, size), _like(relative, size)
+
+    if not limits.certain < limits.step:  # `tol`: whatever a second step is
+        return size, jnp.zeros_like(size)
+    # A loop of no or one turn, not a `cond`: under `vmap` that would compute it for every member.
+    begin = (needed, size, jnp.zeros_like(size))
+    return jax.lax.while_loop(lambda state: state[0], turn, begin)[1:]
+
+
+def _like(a: Any, b: Any) -> Any:
+    return _compat.like_type(a.astype(b.dtype), b)
+
+
+def _over(v: Tree, unit: Tree) -> Tree:
+    """In units; what is not zero in no unit is infinite."""
+    return jax.tree.map(lambda a, u: jnp.where(a == 0, 0, jnp.abs(a) / u), v, unit)
