@@ -77,6 +77,15 @@ def test_a_backward_pass_that_cannot_be_transposed(cube):
     assert np.isnan(jax.jit(by_early)(1.5))
 
 
+def test_options_that_need_forward_mode_are_refused():
+    solve = lambda b, **how: fv.root(bisect, **how)(lambda x: by_a_loop(x, b) - 8.0, jnp.ones(()))
+    for how in ({"polish": True}, {"conserved": lambda x: x}):
+        with pytest.raises(NotImplementedError, match=rf"bisect: {next(iter(how))}=.*custom_vjp"):
+            jax.grad(lambda b, how=how: solve(b, **how))(1.5)
+    with pytest.raises(NotImplementedError, match="polish=True"):
+        solve(1.5, polish=True)
+
+
 def test_the_second_order_is_as_far_as_the_backward_pass_goes():
     # The backward pass holds a rule for reverse mode itself, as an ODE solver's does.
     @jax.custom_vjp

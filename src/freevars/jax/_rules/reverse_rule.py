@@ -28,8 +28,6 @@ def only_in_reverse(
     """How the condition is pulled back, if that is the only way to a derivative."""
     if not _compat.has_custom_vjp(problem.fun._program.jaxpr):  # noqa: SLF001 (own package)
         return None
-    if polish or rule.conserved:
-        return None
     types, tree = jax.tree.flatten(
         jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), x0)
     )
@@ -37,7 +35,16 @@ def only_in_reverse(
     implicit.check_equations(rule.condition, problem, x0, has_aux=has_aux, name=rule.name)
     leaves, structure = jax.tree.flatten(problem)
     pullback = reverse.Pullback(rule.condition, structure, (tree, tuple(types)), has_aux)
-    return pullback.needed(pullback.coordinates.to_real(x0), leaves)
+    needed = pullback.needed(pullback.coordinates.to_real(x0), leaves)
+    if needed is not None and (polish or rule.conserved):
+        option = "polish=True" if polish else "conserved="
+        message = (
+            f"{rule.name}: {option} takes a derivative of fun in forward mode, and fun holds a"
+            " jax.custom_vjp whose backward pass JAX cannot transpose. Leave the option out, or"
+            " give fun a jax.custom_jvp."
+        )
+        raise NotImplementedError(message)
+    return needed
 
 
 def pull_back(

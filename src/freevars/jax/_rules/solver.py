@@ -119,7 +119,8 @@ class ImplicitSolver(DecoratedSolver[P, R]):
     def _solve(self, call: SolverCall) -> Any:
         problem, x0, options = self._convert(call)
         captured = self._captured(problem, x0, options)
-        pullback = None if _compat.nothing_traced() else self._backwards(problem, x0)
+        plain = _compat.nothing_traced() and not self._polish  # no derivative is asked for
+        pullback = None if plain else self._backwards(problem, x0)
         if pullback is not None:
             return self._in_reverse(pullback, problem, x0, options, (captured[0], None))
         return self._implicit(problem, x0, options, captured)
