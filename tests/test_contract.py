@@ -18,6 +18,7 @@ from freevars import errors
 ONLY_EXPORTS = {
     "jax": {
         *("HostFunction", "HostSolver", "on_host", "scipy_status"),  # PyTorch is on the host
+        "Diagnosis",  # what `diagnose` gives
         "explain_leaks",  # of tracers
         "testing",  # torch.autograd.gradcheck takes a decorated solver as it is
     },

@@ -19,6 +19,7 @@ from freevars.jax._host.on_host import HostSolver, on_host
 from freevars.jax._host.oracle import HostFunction
 from freevars.jax._host.scipy_status import scipy_status
 from freevars.jax._report.leaks import explain_leaks
+from freevars.jax._rules.explain import Diagnosis
 from freevars.jax._rules.operator import LinearOperator
 from freevars.jax._rules.rules import argmin, fixed_point, implicit, least_squares, root
 from freevars.jax._rules.solver import ImplicitSolver
@@ -28,6 +29,7 @@ __all__ = [
     "CaptureError",
     "Closure",
     "Converted",
+    "Diagnosis",
     "FreevarsError",
     "HostFunction",
     "HostSolver",
