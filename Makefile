@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 PIP = -m pip -qq --disable-pip-version-check
 
-.PHONY: test-torch-newest test-torch-oldest demo demo-torch examples test test-all bench bench-quick lint types docs site dist-check test-newest test-oldest clean
+.PHONY: test-torch-newest test-torch-oldest demo demo-torch examples test test-all bench bench-quick lint types docs matrix site dist-check test-newest test-oldest clean
 
 $(READY): pyproject.toml
 	@echo 'Setting up $(VENV), once.' >&2
@@ -52,6 +52,10 @@ types: $(READY)
 docs: $(READY)
 	@$(BIN)/python -m pytest -n0 --doctest-modules src/freevars
 	@$(BIN)/python tools/check_docs.py
+
+# What crosses what, measured, and compared with what docs/ says of it.
+matrix: $(READY)
+	@$(BIN)/python -W ignore -m benchmarks.behaviour --check docs/behaviour.md
 
 # The pages, the reference and the gallery, in build/site. Strict: a broken link fails. Examples that have
 # run since they were changed do not run again.

@@ -1,22 +1,30 @@
 """Which implicit rules cross what: measured, and printed as a Markdown table.
 
     python -m benchmarks.behaviour > docs/behaviour.md
+    python -m benchmarks.behaviour --check docs/behaviour.md     fail where it says otherwise
 
 Every cell solves x^2 = a for the x above zero, by a function that captures a, and differentiates
 that in its own way. ok: the right number to 1e-4. Otherwise the wrong number, or the class
 of the error. Not here: how fast any of them is.
 """
 
+import argparse
+import difflib
+import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import torch
 from jax import lax
 
 import freevars.jax as fv
+from benchmarks import torch_behaviour
 from benchmarks._peers import installed
 
 Solve = Callable[[Callable[[Any], Any]], Any]  # residual of a vector of one -> x
@@ -197,28 +205,57 @@ def table(columns: dict[str, Column], rows: dict[str, Solve]) -> Iterator[str]:
         yield f"| {name} | " + " | ".join(cell(column, solve) for solve in rows.values()) + " |"
 
 
-def main() -> None:
+def page() -> str:
+    lines = [
+        "# What crosses what",
+        "",
+        f"Printed by `python -m benchmarks.behaviour`, with {VERSIONS}. Every cell solves",
+        "x^2 = a by a function that captures a and is differentiated by it, in the way that its",
+        "row says. ok is the right number to 1e-4; otherwise the wrong number or the class of the",
+        "error.",
+        "",
+        "## Solvers in JAX",
+        "",
+        *table(COMPOSITIONS, ROWS),
+        "",
+        "A traced value of another kind captured too, under `jit(grad)`:",
+        "",
+        *table(KINDS, ROWS),
+        "",
+        "## Solvers in NumPy or scipy",
+        "",
+        *table(COMPOSITIONS | KINDS, ON_HOST),
+        "",
+        "optimistix has solvers of its own only, and so no row here.",
+        "",
+        "## Solvers in PyTorch",
+        "",
+        *table(torch_behaviour.COLUMNS, torch_behaviour.ROWS),
+        "",
+        "`autograd.Function` is a rule by hand around the same solver, which is handed the",
+        "function as it is. A derivative that is lost without a word shows as the number 0.0.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+VERSIONS = f"jax {jax.__version__} and torch {torch.__version__.partition('+')[0]}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--check", type=Path, metavar="PAGE", help="compare with a page instead")
+    against = parser.parse_args().check
     jax.config.update("jax_enable_x64", True)
-    print("# What crosses what\n")
-    print(
-        f"Printed by `python -m benchmarks.behaviour`, with jax {jax.__version__}. Every cell"
-        " solves"
-    )
-    print(
-        "x^2 = a by a function that captures a and is differentiated by it, in the way that its row"
-    )
-    print(
-        "says. ok is the right number to 1e-4; otherwise the wrong number or the class of the"
-        " error."
-    )
-    print("\n## Solvers in JAX\n")
-    print("\n".join(table(COMPOSITIONS, ROWS)))
-    print("\nA traced value of another kind captured too, under `jit(grad)`:\n")
-    print("\n".join(table(KINDS, ROWS)))
-    print("\n## Solvers in NumPy or scipy\n")
-    print("\n".join(table(COMPOSITIONS | KINDS, ON_HOST)))
-    print("\noptimistix has solvers of its own only, and so no row here.")
+    today = page()
+    if against is None:
+        print(today, end="")
+        return 0
+    # Other releases may have printed it; what counts is what the cells say.
+    written = re.sub(r"with jax \S+ and torch \S+\.", f"with {VERSIONS}.", against.read_text())
+    difference = list(difflib.unified_diff(written.splitlines(), today.splitlines(), lineterm=""))
+    print("\n".join(difference) or f"{against}: as printed today")
+    return int(bool(difference))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

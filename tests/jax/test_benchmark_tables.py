@@ -16,7 +16,7 @@ from benchmarks import _timing
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # jaxopt's, about itself
-    from benchmarks import behaviour
+    from benchmarks import behaviour, torch_behaviour
 
 PAGE = Path(__file__).parents[2] / "docs" / "behaviour.md"
 OURS = "freevars"
@@ -101,6 +101,7 @@ def test_the_page_is_what_the_script_prints():
         (behaviour.COMPOSITIONS, behaviour.ROWS),
         (behaviour.KINDS, behaviour.ROWS),
         (behaviour.COMPOSITIONS | behaviour.KINDS, behaviour.ON_HOST),
+        (torch_behaviour.COLUMNS, torch_behaviour.ROWS),
     ]
     assert len(cells) == len(want)
     for (head, _, *lines), (columns, rows) in zip(cells, want, strict=True):
