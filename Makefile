@@ -53,7 +53,7 @@ docs: $(READY)
 	@$(BIN)/python -m pytest -n0 --doctest-modules src/freevars
 	@$(BIN)/python tools/check_docs.py
 
-# What crosses what, measured, and compared with what docs/ says of it.
+# The compatibility matrix, measured and compared with the page that shows it.
 matrix: $(READY)
 	@$(BIN)/python -W ignore -m benchmarks.behaviour --check docs/behaviour.md
 

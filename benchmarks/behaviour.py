@@ -1,4 +1,4 @@
-"""Which implicit rules cross what: measured, and printed as a Markdown table.
+"""The compatibility matrix: which implicit rules work under which transformations, measured.
 
     python -m benchmarks.behaviour > docs/behaviour.md
     python -m benchmarks.behaviour --check docs/behaviour.md     fail where it says otherwise
@@ -207,7 +207,7 @@ def table(columns: dict[str, Column], rows: dict[str, Solve]) -> Iterator[str]:
 
 def page() -> str:
     lines = [
-        "# What crosses what",
+        "# Compatibility matrix",
         "",
         f"Printed by `python -m benchmarks.behaviour`, with {VERSIONS}. Every cell solves",
         "x^2 = a by a function that captures a and is differentiated by it, in the way that its",

@@ -1,4 +1,4 @@
-"""Which implicit rules cross what in PyTorch: the columns and rows of ``benchmarks.behaviour``.
+"""The compatibility matrix of PyTorch, for ``benchmarks.behaviour``.
 
 Every cell solves x^2 = a for the x above zero, by a function that captures a. Not here: printing.
 """
