@@ -18,9 +18,10 @@ from freevars.torch import _compat, _hooks
 from freevars.torch._compat import pytree
 from freevars.torch._convert import operators
 from freevars.torch._convert.autograd_graph import check_autograd_graph
-from freevars.torch._convert.converted import Converted, Rng, outputs_of, refuse_hidden
+from freevars.torch._convert.converted import Converted, Rng
 from freevars.torch._convert.discovery import DiscoveryMode
 from freevars.torch._convert.draws import Draws, state_of
+from freevars.torch._convert.outputs import outputs_of, refuse_hidden
 from freevars.torch._convert.places import Search
 from freevars.torch._convert.structure import Structure, struct_of
 from freevars.torch._hooks import resolve

@@ -12,7 +12,7 @@ it is. Not here: finding out what is captured (`convert.py`), and replacing it (
 import functools
 import inspect
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
@@ -26,7 +26,10 @@ from freevars.torch._compat import pytree
 from freevars.torch._convert import operators
 from freevars.torch._convert.autograd_graph import check_autograd_graph
 from freevars.torch._convert.draws import Draws
-from freevars.torch._convert.places import GONE, Kept, Place, Places, Search, follow
+from freevars.torch._convert.kept import Kept
+from freevars.torch._convert.outputs import outputs_of, refuse_hidden, refuse_late
+from freevars.torch._convert.places import Places, Search
+from freevars.torch._convert.steps import GONE, Place, follow
 from freevars.torch._convert.structure import Structure
 from freevars.torch._convert.substitution import (
     AllocationTracker,
@@ -37,7 +40,7 @@ from freevars.torch._convert.substitution import (
 from freevars.torch._describe import Line, describe, function_name, reachable
 from freevars.torch._hooks import resolve
 
-__all__ = ["Converted", "Rng", "as_leaf", "outputs_of", "refuse_hidden"]
+__all__ = ["Converted", "Rng", "as_leaf"]
 
 Rng = Literal["allow", "error", "replay"]
 P = ParamSpec("P")
@@ -416,42 +419,3 @@ def _copied(
     )
     copy.first_reads, copy.origin = first_reads, origin
     return copy
-
-
-# What a function may return before it has run: generators, `map`, coroutines.
-_LATER = (Iterator, AsyncIterator, Awaitable)
-
-
-def refuse_late(leaf: Any) -> None:
-    """Refuses what has yet to run."""
-    if isinstance(leaf, _LATER):
-        message = (
-            f"expected a function that has run when it returns, got a {type(leaf).__name__}, "
-            "which reads its values later, where they cannot be replaced. Return a list, or "
-            "run it inside."
-        )
-        raise CaptureError(message)
-
-
-def refuse_hidden(out: Any, captured: Callable[[Tensor], bool], fun: Any) -> None:
-    """Refuses captured tensors that `fun` returned inside an object that is no pytree."""
-    for leaf in pytree.tree_leaves(out):
-        if isinstance(leaf, Tensor | int | float | complex | str | bytes | type(None)):
-            continue
-        refuse_late(leaf)
-        for t, name in reachable(leaf).values():
-            if captured(t):
-                message = (
-                    "expected captured tensors to be returned in containers that PyTorch's pytrees "
-                    f"know, got {describe(t, fun)} inside a {type(leaf).__name__} (at {name}), "
-                    "where it cannot be replaced. Return a tuple, list or dict, or register the "
-                    "class."
-                )
-                raise CaptureError(message)
-
-
-def outputs_of(out: Any) -> list[Tensor]:
-    """The tensors that a function returned."""
-    if isinstance(out, Tensor):
-        return [out]
-    return [x for x in pytree.tree_leaves(out) if isinstance(x, Tensor)]

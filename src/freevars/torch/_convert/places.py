@@ -5,25 +5,42 @@ attribute `_parameters`, the entry `'weight'`. A place means the same in a copy 
 in another process, where `id` does not, and it tells when a variable has been bound to something
 else. `Search` looks at the function before its first run, so what that run changes is known too.
 
-Nothing here runs code of what it looks at. Not here: what a person would call a tensor
-(`_describe.py`).
+Nothing here runs code of what it looks at. Not here: the links themselves (`steps.py`), what a run
+keeps in places (`kept.py`), and what a person would call a tensor (`_describe.py`).
 """
 
 import functools
 import operator
-import threading
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from freevars.torch._convert.kept import Kept, holds
 from freevars.torch._convert.packages import outside, uses_torch
+from freevars.torch._convert.steps import (
+    CHANGEABLE,
+    GONE,
+    MISSING,
+    Link,
+    Place,
+    attribute,
+    cell,
+    default,
+    entry,
+    item,
+    keyword_default,
+    member,
+    part,
+    read,
+    slot,
+    variable,
+)
 
-__all__ = ["GONE", "Kept", "Place", "Places", "Search", "follow"]
+__all__ = ["Places", "Search"]
 
 _WIDEST = 20_000  # entries looked at in one container
 _MOST = 100_000  # objects looked at in one search
@@ -31,57 +48,6 @@ _ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), type(...)
 _TORCH_ATOMS = frozenset({torch.dtype, torch.device, torch.layout, torch.Size, torch.Generator})
 _PLAIN_DICTS = frozenset({dict, OrderedDict, defaultdict})  # which have no attributes to speak of
 _SKIPPED = _ATOMS | _TORCH_ATOMS | {CodeType}
-
-
-# --- links: each reads one step again, on this function or on a copy of it
-
-
-def cell(fun: Any, i: int) -> Any:
-    return fun.__closure__[i].cell_contents
-
-
-def variable(fun: Any, name: str) -> Any:
-    return fun.__globals__[name]
-
-
-def default(fun: Any, i: int) -> Any:
-    return fun.__defaults__[i]
-
-
-def keyword_default(fun: Any, name: str) -> Any:
-    return fun.__kwdefaults__[name]
-
-
-def attribute(obj: Any, name: str) -> Any:
-    return object.__getattribute__(obj, "__dict__")[name]
-
-
-def slot(obj: Any, name: str) -> Any:
-    return object.__getattribute__(obj, name)
-
-
-def entry(obj: Any, key: Any) -> Any:
-    return dict.__getitem__(obj, key)
-
-
-def item(obj: Any, i: int) -> Any:
-    return list.__getitem__(obj, i) if isinstance(obj, list) else tuple.__getitem__(obj, i)
-
-
-def part(obj: Any, name: str) -> Any:
-    """Of what Python itself defines: a method's `__self__`, the `func` of a partial."""
-    return getattr(obj, name)
-
-
-def member(obj: Any, where: tuple[int, str]) -> Any:
-    """What the class of `obj`, or a class that it derives from, has under a name."""
-    cls = obj if isinstance(obj, type) else type(obj)
-    found = cls.__mro__[where[0]].__dict__[where[1]]
-    return getattr(found, "fget", None) or getattr(found, "__func__", found)
-
-
-Link = tuple[Callable[[Any, Any], Any], Any]
-Place = tuple[Link, ...]
 
 
 class _Object:
@@ -255,66 +221,11 @@ class Search:
             if len(now) == len(before) and all(map(operator.is_, now.values(), before.values())):
                 continue
             for key, x in list(dict.items(now)):
-                if x is not before.get(key, GONE) and _holds(x, made):
+                if x is not before.get(key, GONE) and holds(x, made):
                     found.append((node.place(), follow, key, before.get(key, GONE)))
         return Kept(tuple(found))
 
 
-def _holds(x: Any, made: Mapping[int, Tensor]) -> bool:
-    if isinstance(x, Tensor):
-        return id(x) in made
-    if isinstance(x, dict):
-        return any(_holds(y, made) for y in dict.values(x))
-    return isinstance(x, list | tuple) and any(_holds(y, made) for y in list(x))
-
-
-class Kept:
-    """The attributes and entries in which a run of `fun` keeps tensors that it made (a table of
-    rotary embeddings), and what was there before. They were computed from the captured tensors, so
-    each call begins without them and makes its own from the values that it is given."""
-
-    def __init__(self, found: tuple[tuple[Place, Any, Any, Any], ...]) -> None:
-        self._found = found
-
-    def __bool__(self) -> bool:
-        return bool(self._found)
-
-    @contextmanager
-    def as_before(self, fun: Any) -> Iterator[dict[int, Tensor]]:
-        """Inside, they hold what they held before the first run; afterwards what they hold now.
-        What stands for the latter in a later recomputation (checkpointing) is in what this gives,
-        by id, at its end."""
-        made: dict[int, Tensor] = {}
-        with _lock:  # what a run keeps, all threads see
-            holders = [
-                (_holder(follow(fun, at), link), key, old) for at, link, key, old in self._found
-            ]
-            now = [(holder, key, holder.get(key, GONE)) for holder, key, _ in holders]
-            for holder, key, old in holders:
-                _put(holder, key, old)
-            try:
-                yield made
-            finally:
-                for holder, key, x in now:
-                    mine = holder.get(key, GONE)
-                    _put(holder, key, x)
-                    if isinstance(x, Tensor) and isinstance(mine, Tensor):
-                        made[id(x)] = mine
-
-
-def _holder(obj: Any, link: Any) -> dict[Any, Any]:
-    found: dict[Any, Any] = obj if link is entry else object.__getattribute__(obj, "__dict__")
-    return found
-
-
-def _put(holder: dict[Any, Any], key: Any, x: Any) -> None:
-    if x is GONE:
-        holder.pop(key, None)
-    else:
-        holder[key] = x
-
-
-_lock = threading.RLock()
 _OWN: set[str] = {
     "Closure",
     "Converted",
@@ -339,7 +250,7 @@ class Places:
         for key in found:  # grows while it is walked
             for edge in into.get(key, ()):
                 self._out.setdefault(id(edge[2]), []).append(edge)
-                if edge[0] in _CHANGEABLE:
+                if edge[0] in CHANGEABLE:
                     self._checked.append(edge)
                 if id(edge[2]) not in leading:
                     leading.add(id(edge[2]))
@@ -347,7 +258,7 @@ class Places:
 
     def forget_removed(self) -> None:
         """Forgets the ways that the first run has removed (the hooks of a lazy module)."""
-        gone = {id(e) for e in self._checked if _read(e[0], e[2], e[1]) is GONE}
+        gone = {id(e) for e in self._checked if read(e[0], e[2], e[1]) is GONE}
         self._checked = [e for e in self._checked if id(e) not in gone]
         self._out = {k: [e for e in out if id(e) not in gone] for k, out in self._out.items()}
 
@@ -355,7 +266,7 @@ class Places:
         """Whether every variable, attribute and entry on the way holds what it held."""
         try:
             return all(link(holder, key) is held for link, key, holder, held in self._checked)
-        except _GONE:
+        except MISSING:
             return False
 
     def now(self, fun: Any) -> Iterator[tuple[int, Any]]:
@@ -370,33 +281,4 @@ class Places:
         elif (id(then), id(now)) not in seen:
             seen.add((id(then), id(now)))
             for link, key, _, held in self._out.get(id(then), ()):
-                yield from self._below(held, _read(link, now, key), seen)
-
-
-def follow(fun: Any, place: Place) -> Any:
-    """What is at `place`, starting from `fun`, or `GONE`."""
-    for step, key in place:
-        fun = _read(step, fun, key)
-    return fun
-
-
-def _read(step: Callable[[Any, Any], Any], holder: Any, key: Any) -> Any:
-    try:
-        return GONE if holder is GONE else step(holder, key)
-    except _GONE:
-        return GONE
-
-
-class _Gone:
-    def __repr__(self) -> str:
-        return "nothing"
-
-    def __reduce__(self) -> str:
-        return "GONE"  # there is one
-
-
-GONE = _Gone()
-_GONE = (AttributeError, IndexError, KeyError, TypeError, ValueError)
-_CHANGEABLE = frozenset(
-    {cell, variable, attribute, slot, entry, item, member, default, keyword_default}
-)
+                yield from self._below(held, read(link, now, key), seen)
