@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 import types
 
 import jax
@@ -47,6 +48,15 @@ class Comparable:
     __hash__ = None
 
 
+class Locked(Plain):
+    """With a part that has no pickled form."""
+
+    def __init__(self, power):
+        super().__init__(power)
+        self.lock = threading.Lock()
+        self.inner = lambda: power
+
+
 class Unpicklable(Comparable):
     def __reduce__(self):
         msg = "not this one"
@@ -66,6 +76,7 @@ def replace_item(x, power):
 MUTABLE = {
     "dataclass": (Config, lambda x: x.power, set_power),
     "plain object": (Plain, lambda x: x.power, set_power),
+    "with a lock": (Locked, lambda x: x.power, set_power),
     "equality without a hash": (Comparable, lambda x: x.power, set_power),
     "namespace": (lambda n: types.SimpleNamespace(power=n), lambda x: x.power, set_power),
     "set": (lambda n: {n}, lambda x: next(iter(x)), replace_item),

@@ -8,8 +8,8 @@ are of one type and mean the same *now*, as Python itself tells it:
   and -0.0;
 - what hashes by its content, by its own `==`; functions, classes and modules equal themselves;
 - any other object can have changed since it was last seen, so that it counts with its state, in the
-  form in which it would be pickled. Where it has none and no hash either, it is refused, as
-  `jax.jit` refuses it.
+  form in which it would be pickled, and what in that cannot be pickled by identity. Where it has
+  none and no hash either, it is refused, as `jax.jit` refuses it.
 
 Not here: which leaves are to be static.
 """
@@ -20,16 +20,16 @@ import dataclasses
 import enum
 import functools
 import hashlib
+import io
 import pickle
 import struct
+import sys
 import types
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import numpy as np
 from jax import tree_util
-
-__all__ = ["Same", "as_static", "from_static", "scalar_key", "static_key", "tree_key"]
 
 __all__ = [
     "Same",
@@ -135,20 +135,59 @@ def _by_state(x: Any) -> Hashable:
     own_hash: Any = type(x).__hash__
     if isinstance(x, _NEVER_CHANGE) or own_hash not in (None, object.__hash__):
         return (type(x), x)
-    try:
-        state = hashlib.blake2b(pickle.dumps(x)).digest()
-    except Exception:  # noqa: BLE001 (what pickling raises has no common class)
-        state = b""
+    state = _State(x)
     if own_hash is not None:
-        return (type(x), Same(x), state)
-    if not state:
+        return (type(x), Same(x), state.digest, state.by_identity)
+    if not state.digest:
         message = (
             f"{x!r} is static, and it can neither be hashed nor pickled, so that nothing would tell"
             " that it has changed. Pass something that has a hash, such as a tuple, a frozenset or"
             " a frozen dataclass."
         )
         raise TypeError(message)
-    return (type(x), state)
+    return (type(x), state.digest, state.by_identity)
+
+
+class _State(pickle.Pickler):
+    """The state of an object, as it would be pickled; what in it does not pickle (a lambda, a lock,
+    an open file) counts by identity, as it does for Python."""
+
+    def __init__(self, x: Any) -> None:
+        self._whole = x
+        self._found: list[Same] = []
+        file = io.BytesIO()
+        super().__init__(file)
+        try:
+            self.dump(x)
+            self.digest = hashlib.blake2b(file.getvalue()).digest()
+        except Exception:  # noqa: BLE001 (what pickling raises has no common class)
+            self.digest = b""  # not the object itself either
+        self.by_identity = tuple(self._found)
+
+    def reducer_override(self, x: Any) -> Any:
+        if not isinstance(x, _NEVER_CHANGE):
+            try:
+                return x.__reduce_ex__(pickle.DEFAULT_PROTOCOL)
+            except Exception:
+                if x is self._whole:
+                    raise
+        elif isinstance(x, enum.Enum | np.dtype) or _has_a_name(x):
+            return NotImplemented
+        self._found.append(Same(x))
+        return _position, (len(self._found),)
+
+
+def _has_a_name(x: Any) -> bool:
+    """Whether a function or class is pickled as the name by which it is imported."""
+    found: Any = sys.modules.get(getattr(x, "__module__", None) or "")
+    for name in getattr(x, "__qualname__", "").split("."):
+        found = getattr(found, name, None)
+    return found is x
+
+
+def _position(i: int) -> int:
+    """What stands for an object that counts by identity."""
+    return i
 
 
 _NEVER_CHANGE = (
