@@ -32,27 +32,25 @@ def first_read(jaxpr: Any, position: int) -> str:
 def captured_by_rules(jaxpr: Any, count: int) -> set[int]:
     """Which of the first inputs of an open program the body of a function with a custom rule
     captures, where the rule stays a function of JAX's."""
-    found: set[int] = set()
+    known: dict[int, set[int]] = {}  # by program: each is looked into once
 
-    def walk(jaxpr: Any, stands_for: dict[Any, set[int]]) -> None:
+    def of(jaxpr: Any) -> set[int]:
+        if id(jaxpr) in known:
+            return known[id(jaxpr)]
+        place = {v: i for i, v in enumerate(jaxpr.invars)}
+        found: set[int] = set()
         for eqn in jaxpr.eqns:
-            operands = [
-                set() if type(v) is _compat.Literal else stands_for.get(v, set())
-                for v in eqn.invars
-            ]
-            if not any(operands):
+            if not eqn.params:
                 continue
-            found.update(*operands[: _compat.captured_by_rule(eqn)])
+            captured: set[int | None] = set(range(_compat.captured_by_rule(eqn)))
             for program, positions in _nested(eqn):
-                inner: dict[Any, set[int]] = {}
-                for var, position in zip(program.invars, positions, strict=True):
-                    if position is not None and operands[position]:
-                        inner[var] = operands[position]
-                if inner:
-                    walk(program, inner)
+                captured.update([positions[i] for i in of(program)])
+            atoms = [eqn.invars[i] for i in captured if i is not None]
+            found.update([place[v] for v in atoms if type(v) is _compat.Var and v in place])
+        known[id(jaxpr)] = found
+        return found
 
-    walk(jaxpr, {v: {i} for i, v in enumerate(jaxpr.invars[:count])})
-    return found
+    return {i for i in of(jaxpr) if i < count}
 
 
 def _walk(jaxpr: Any, readers: dict[Any, list[Reads]], caller: Any = None) -> None:
