@@ -46,9 +46,9 @@ class Closure(Generic[P, R]):
     Attributes:
         values: the captured arrays, in the order in which `fun` first reads them; every array met,
             traced, concrete or NumPy.
-        constants: concrete arrays captured by a custom derivative rule inside `fun` that cannot be
-            traced alone (one with `symbolic_zeros`, say). They cannot be replaced, so they are part
-            of the structure and not leaves.
+        constants: concrete arrays captured by a function inside `fun` that has a `custom_vjp`,
+            along which there is no derivative, or a rule that cannot be traced alone. They cannot
+            be replaced, so they are part of the structure and not leaves.
         captures: a report of what is captured, by name (`freevars.report.CaptureReport`).
         in_struct: the example arguments, a tuple, with a `jax.ShapeDtypeStruct` for each array.
         out_struct: the same for the result.

@@ -689,6 +689,38 @@ def captured_by_rule(eqn: Eqn) -> int:
     return count
 
 
+def jvp_program(eqn: Eqn, smooth: Sequence[bool]) -> tuple[Any, list[bool]] | None:
+    """The rule of a `custom_jvp` as JAX traces it when a derivative is taken along all arguments
+    that have one: a program of the arguments and these tangents, to the results and the tangents
+    that are not known to be zero; and which these are.
+
+    The public way, `jax.make_jaxpr` of `jax.jvp`, traces the rule and then its trace once more.
+    None where only that way will do.
+    """
+    symbolic = eqn.params["symbolic_zeros"]
+    # What the body captures stands before the arguments, as far as it was captured earlier.
+    earlier = captured_by_rule(eqn) - eqn.params["num_consts"]
+    zeros = [True] * earlier + [symbolic and not s for s in smooth]
+    jaxpr, consts, out_zeros = eqn.params["jvp_jaxpr_fun"].call_wrapped(*zeros)
+    opened = _partial_eval.convert_constvars_jaxpr(jaxpr)
+    held, args = opened.invars[: len(consts)], opened.invars[len(consts) + earlier :]
+    args, dots = args[: len(smooth)], args[len(smooth) :]
+    if not symbolic:
+        read = {v for e in opened.eqns for v in e.invars if type(v) is Var} | set(opened.outvars)
+        if any(v in read for v, s in zip(dots, smooth, strict=True) if not s):
+            return None
+        dots = [v for v, s in zip(dots, smooth, strict=True) if s]
+    results = opened.outvars[: len(out_zeros)]
+    waiting = iter(opened.outvars[len(out_zeros) :])
+    made = [None if zero else next(waiting) for zero in out_zeros]
+    moved = [
+        dot is not None and is_smooth(v.aval) for dot, v in zip(made, eqn.outvars, strict=True)
+    ]
+    outvars = [*results, *[dot for dot, m in zip(made, moved, strict=True) if m]]
+    opened = replace(opened, invars=[*held, *args, *dots], outvars=outvars)
+    return close(opened, consts), moved
+
+
 # Primitives that call a function of the user's on the host each time that they run.
 CALLBACKS = {"pure_callback", "io_callback", "debug_callback", "buffer_callback"}
 

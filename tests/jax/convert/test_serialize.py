@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export, lax
+from jax.custom_derivatives import SymbolicZero
 
 import freevars.jax as fv
 from freevars.errors import StructureError
@@ -306,14 +307,16 @@ def test_traced_and_deleted_values_are_refused() -> None:
 
 def test_a_rule_that_stays_a_function_is_refused() -> None:
     @jax.custom_jvp
-    def f(x):
-        return x * W
+    def f(x, c):
+        return x * c
 
     @partial(f.defjvp, symbolic_zeros=True)
     def _(primals, tangents):
-        return f(*primals), tangents[0] * W
+        if not isinstance(tangents[1], SymbolicZero):
+            raise TypeError
+        return f(*primals), tangents[0] * primals[1]
 
-    closure = fv.Closure(lambda x: f(x), X)
+    closure = fv.Closure(lambda x: f(x, W), X)
     with pytest.raises(pickle.PicklingError, match="custom derivative rule"):
         pickle.dumps(closure)
 

@@ -25,7 +25,7 @@ from freevars.jax import _compat
 from freevars.jax._convert.arguments import ArgSpec, describe, insert, partition
 from freevars.jax._convert.from_jit import JittedCall
 from freevars.jax._convert.hoist import policy_of
-from freevars.jax._convert.jaxpr_key import JaxprKey, array_key
+from freevars.jax._convert.jaxpr_key import JaxprKey, array_key, frozen
 from freevars.jax._convert.lambda_lift import lambda_lift
 from freevars.jax._convert.program import Program
 from freevars.jax._convert.rule_call import with_rules
@@ -100,9 +100,9 @@ def convert(fun: Callable[..., Any], example_args: Sequence[Any]) -> Conversion:
     _refuse_refs(fun, traced.jaxpr, met)
     jaxpr_key = JaxprKey(traced.jaxpr)
     jaxpr, values, fixed = _keep_what_rules_hold(fun, traced)
-    constants = set(map(id, fixed))
-    places = tuple([(i, array_key(v)) for i, v in enumerate(met) if id(v) in constants])
-    program = share(jaxpr, jaxpr_key, fixed, places, inputs, outputs, _name(fun))
+    free = set(map(identity, values)) if fixed else set()
+    places = [(i, array_key(v)) for i, v in enumerate(met) if fixed and identity(v) not in free]
+    program = share(jaxpr, jaxpr_key, fixed, tuple(places), inputs, outputs, _name(fun))
     if call is not None:
         call.keep(program, values)
     return Conversion(program, tuple(values))
@@ -194,7 +194,7 @@ def _keep_what_rules_hold(
     return (
         _compat.replace(jaxpr, invars=invars),
         [v for _, v in free],
-        [v for _, v in fixed],
+        [frozen(v) for _, v in fixed],
     )
 
 

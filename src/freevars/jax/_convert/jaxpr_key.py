@@ -23,7 +23,7 @@ from freevars.jax._convert.static import Same, scalar_key, static_key, tree_key
 from freevars.jax._convert.traced_rules import Rule, rule_p
 from freevars.jax._convert.wrapped import Wrapped
 
-__all__ = ["JaxprKey", "Key", "array_key"]
+__all__ = ["JaxprKey", "Key", "array_key", "frozen"]
 
 # The primitives that call a nested program carry the name of the function it was traced from.
 _NAMED = {"jit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call"}
@@ -206,7 +206,7 @@ class JaxprKey:
         made = tuple([(self._closed(program), places) for program, places in rule.programs])
         self._open.pop()
         self._programs = programs
-        key = Key((rule.kind, rule.smooth, rule.smooth_out, rule.held, made))
+        key = Key((rule.kind, rule.smooth, rule.moved, rule.symbolic, rule.ends, rule.held, made))
         if self._lowest >= depth:
             self._rules[id(rule)] = key
         self._lowest = min(self._lowest, lowest)
@@ -225,4 +225,21 @@ def array_key(x: Any) -> Hashable:
         readable = x.nbytes <= _READ_BYTES and x.is_fully_addressable and not _compat.is_opaque(x)
         if readable:
             return (x.aval, x.sharding, np.asarray(x).tobytes())
+    if _is_small_numpy(x):
+        return (_compat.example_type(x), np.asarray(x).tobytes())
     return Same(x)
+
+
+def frozen(x: Any) -> Any:
+    """An array that becomes part of a program: a copy of one that is compared by content and could
+    change."""
+    if not _is_small_numpy(x):
+        return x
+    copy = np.array(x)
+    typed = isinstance(x, _compat.TYPED_NUMPY)
+    return _compat.typed_numpy(copy, weak=_compat.example_type(x).weak_type) if typed else copy
+
+
+def _is_small_numpy(x: Any) -> bool:
+    kinds: Any = (np.ndarray, *_compat.TYPED_NUMPY)
+    return isinstance(x, kinds) and x.size * x.dtype.itemsize <= _READ_BYTES

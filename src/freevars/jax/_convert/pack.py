@@ -63,9 +63,8 @@ class _Packer:
         packed = []
         for rule in self._rules:  # which grows
             programs = tuple([(self._nested(p), places) for p, places in rule.programs])
-            packed.append(
-                PackedRule(rule.kind, rule.smooth, rule.smooth_out, rule.name, rule.held, programs)
-            )
+            fields = {name: getattr(rule, name) for name in PackedRule._fields}
+            packed.append(PackedRule(**{**fields, "programs": programs}))
         return tuple(packed)
 
     def _nested(self, jaxpr: Any) -> Nested:
@@ -107,7 +106,7 @@ class _Packer:
             rule = _compat.program_name(eqn.params["call_jaxpr"])
             message = (
                 f"{self._name} holds the custom derivative rule of {rule}, which stays a Python"
-                " function: it asks which tangents are zero, or could not be traced alone."
+                " function: it could not be traced alone."
             )
             raise pickle.PicklingError(message)
         given = _compat.without_derived(eqn)

@@ -77,6 +77,9 @@ class PackedRule(NamedTuple):
     kind: str
     smooth: tuple[bool, ...]
     smooth_out: tuple[bool, ...]
+    moved: tuple[bool, ...]
+    symbolic: bool
+    ends: bool
     name: str
     held: int
     programs: tuple[tuple[Nested, tuple[int, ...]], ...]

@@ -25,7 +25,7 @@ from freevars.errors import CaptureError
 from freevars.jax import _compat
 from freevars.jax._compat import Eqn
 from freevars.jax._convert.arguments import describe
-from freevars.jax._convert.traced_rules import Rule, rule_p
+from freevars.jax._convert.traced_rules import TOWER, Rule, rule_p
 
 __all__ = ["with_rules"]
 
@@ -89,6 +89,8 @@ def _function(rule: Rule, body: Any, captured: int) -> Callable[..., Any]:
         return _compat.evaluate(opened, [*operands[:captured], *operands[held:]])
 
     call.__name__ = call.__qualname__ = rule.name
+    if rule.ends:
+        return _without_rule(call, rule.name)
     if rule.kind == "jvp":
         return _with_jvp(call, rule, captured, held)
     by_rule = _with_vjp(call, rule, captured, held)
@@ -101,6 +103,23 @@ def _function(rule: Rule, body: Any, captured: int) -> Callable[..., Any]:
         return by_rule(*map(fixed, operands[:captured]), *operands[captured:])
 
     return with_captures
+
+
+def _without_rule(call: Callable[..., Any], name: str) -> Any:
+    """The function where its rules, each of which leads to the next, are at an end."""
+    function = jax.custom_jvp(call)
+
+    @function.defjvp  # type: ignore[untyped-decorator]
+    def _(*_: Any) -> Any:
+        message = (
+            f"{name}: its derivative rule leads to itself with other static arguments, without end,"
+            f" and a conversion holds the first {TOWER} of such rules: a derivative of this order"
+            " is not in it. Take it of the function itself, or convert a function that has the"
+            " inner derivatives in it."
+        )
+        raise CaptureError(message)
+
+    return function
 
 
 def _no_derivative(name: str) -> Callable[[Any], Any]:
@@ -141,31 +160,78 @@ def _program(rule: Rule, which: int) -> Callable[[Sequence[Any], Sequence[Any]],
 
 def _with_jvp(call: Callable[..., Any], rule: Rule, captured: int, held: int) -> Any:
     function = jax.custom_jvp(call)
-    run = _program(rule, 0)
+    push = _pushforward(rule)
 
     @partial(function.defjvp, symbolic_zeros=True)
     def _(primals: Any, tangents: Any) -> Any:
-        results, terms = None, []
+        found = []
         if not all(map(_compat.is_symbolic_zero, tangents[held:])):
-            dots = [_dense(t) for t, s in zip(tangents[held:], rule.smooth, strict=True) if s]
-            made = run(primals[captured:held], [*primals[held:], *dots])
-            count = len(rule.smooth_out)
-            results, waiting = made[:count], iter(made[count:])
-            terms.append([next(waiting) if s else None for s in rule.smooth_out])
+            found.append(push(primals[captured:held], primals[held:], tangents[held:]))
         by_captures = _along_captures(call, captured, primals, tangents)
         if by_captures is not None:
-            results = by_captures[0] if results is None else results
-            terms.append(by_captures[1])
-        if results is None:
-            results, terms = call(*primals), [[None] * len(rule.smooth_out)]
+            found.append(by_captures)
+        if not found:
+            found.append((call(*primals), [None] * len(rule.smooth_out)))
+        results = found[0][0]
+        terms = zip(*[dots for _, dots in found], strict=True)
         return results, [
-            sum(dots[1:], start=dots[0])
-            if smooth and dots[0] is not None
-            else SymbolicZero.from_primal_value(result)
-            for result, smooth, *dots in zip(results, rule.smooth_out, *terms, strict=True)
+            _total(result, [dot for dot in dots if smooth and dot is not None])
+            for result, smooth, dots in zip(results, rule.smooth_out, terms, strict=True)
         ]
 
     return function
+
+
+def _total(result: Any, dots: list[Any]) -> Any:
+    return sum(dots[1:], start=dots[0]) if dots else SymbolicZero.from_primal_value(result)
+
+
+def _pushforward(rule: Rule) -> Callable[..., tuple[list[Any], list[Any]]]:
+    """The rule of a `custom_jvp`: what it holds, the arguments and their tangents, to the results
+    and a tangent for each, None where that is known to be zero."""
+    run = _program(rule, 0)
+
+    def push(values: Any, args: Any, tangents: Any) -> tuple[list[Any], list[Any]]:
+        given = [t for t, s in zip(tangents, rule.smooth, strict=True) if s]
+        moving = [i for i, t in enumerate(given) if not _compat.is_symbolic_zero(t)]
+        dots = list(map(_dense, given))
+        count = len(rule.moved)
+        if not rule.symbolic or len(moving) == len(given):
+            made = run(values, [*args, *dots])
+            waiting = iter(made[count:])
+            return made[:count], [next(waiting) if m else None for m in rule.moved]
+        # The rule asks which tangents are zero, and its program is that for none. It is linear in
+        # them, so that its derivative along the others at zero is what it makes of these alone:
+        # what belongs to a tangent that is known to be zero is not computed, and not added.
+        made, along = jax.jvp(
+            lambda *moved: run(values, [*args, *_put(dots, moving, moved)]),
+            [jnp.zeros_like(dots[i]) for i in moving],
+            [dots[i] for i in moving],
+        )
+        program, places = rule.programs[0]
+        before = len(places) + len(args)
+        reached = _reached(getattr(program, "jaxpr", program), [before + i for i in moving])
+        waiting = iter(zip(along[count:], reached[count:], strict=True))
+        pairs = [next(waiting) if m else (None, False) for m in rule.moved]
+        return made[:count], [dot if reads else None for dot, reads in pairs]
+
+    return push
+
+
+def _reached(jaxpr: Any, places: Sequence[int]) -> list[bool]:
+    """Which outputs of an open program may depend on some of its inputs."""
+    moving = {jaxpr.invars[i] for i in places}
+    for eqn in jaxpr.eqns:
+        if any(type(v) is not _compat.Literal and v in moving for v in eqn.invars):
+            moving.update(eqn.outvars)
+    return [type(v) is not _compat.Literal and v in moving for v in jaxpr.outvars]
+
+
+def _put(xs: Sequence[Any], places: Sequence[int], values: Sequence[Any]) -> list[Any]:
+    xs = list(xs)
+    for i, value in zip(places, values, strict=True):
+        xs[i] = value
+    return xs
 
 
 def _with_vjp(call: Callable[..., Any], rule: Rule, captured: int, held: int) -> Any:

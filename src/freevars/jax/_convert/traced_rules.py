@@ -8,8 +8,9 @@ reads from outside shows up as constants of these programs, like anything else t
 captures. A rule that calls its own function again meets itself there: the trace ends where a rule
 comes round that is being traced already.
 
-A few rules stay functions: JAX's own and this library's, which are compared by identity and read no
-state; and those that cannot be traced alone, because they ask which tangents are zero or fail.
+A rule that asks which tangents are zero is traced for none: being linear in them, that program says
+what it makes of fewer. A few rules stay functions: JAX's own and this library's, which are compared
+by identity and read no state; and those that fail where they are traced alone.
 Not here: how a traced rule runs (`rule_call`), and who compares programs (`jaxpr_key`).
 """
 
@@ -28,7 +29,7 @@ from freevars.jax._convert.static import Same
 from freevars.jax._convert.wrapped import Wrapped
 from freevars.jax._describe.tracers import identity
 
-__all__ = ["Rule", "RuleTracer", "Values", "rule_p"]
+__all__ = ["TOWER", "Rule", "RuleTracer", "Values", "rule_p"]
 
 # An equation of a function with a traced rule, until `rule_call` makes one of JAX's of it. Its
 # operands are what the body captures, what the rule holds, and the arguments; its parameters are
@@ -36,9 +37,9 @@ __all__ = ["Rule", "RuleTracer", "Values", "rule_p"]
 rule_p = Primitive("freevars_rule")
 rule_p.multiple_results = True
 
-# How often one function may come round with other static arguments before its rule stays a
-# function: a rule that calls for the next derivative each time has no end.
-_AGAIN = 3
+# How often the rule of one function may lead to itself with other static arguments: a rule that
+# calls for the next derivative each time has no end. Derivatives of a higher order are refused.
+TOWER = 3
 _DEEP = 16  # rules within rules
 
 
@@ -51,6 +52,11 @@ class Rule:
         args = eqn.invars[_compat.captured_by_rule(eqn) :]
         self.smooth = tuple([_compat.is_smooth(v.aval) for v in args])
         self.smooth_out = tuple([_compat.is_smooth(v.aval) for v in eqn.outvars])
+        self.moved = self.smooth_out  # which results have a tangent by the rule
+        self.symbolic = bool(eqn.params["symbolic_zeros"])  # whether it asks which are zero
+        # Whether it has no program: none is ever asked for, or it would be one more of a tower of
+        # rules without end (`TOWER`).
+        self.ends = not any(self.smooth)
         self.name = _compat.program_name(eqn.params["call_jaxpr"])
         self.raw: list[Any] = []  # the programs as traced, with their constants
         # How many values the programs hold. Rules that call each other in a circle hold the same.
@@ -158,19 +164,19 @@ class RuleTracer:
         if known is not None:
             return known
         base = tuple([Same(x) for x in parts.foreign if isinstance(x, FunctionType)])
-        again = sum(frame.base == base for frame in self._stack)
-        if again >= _AGAIN or len(self._stack) >= _DEEP or not _is_plain(eqn):
+        above = sum(frame.base == base for frame in self._stack)
+        if len(self._stack) >= _DEEP or not _is_plain(eqn):
             return None
         rule = Rule(eqn)
+        if above >= TOWER:
+            if not parts.foreign:
+                return None  # JAX's own, which reads no state
+            rule.ends = True
+        if rule.ends:
+            return rule
         try:
             rule.raw = (_trace_jvp if rule.kind == "jvp" else _trace_vjp)(eqn, rule)
         except Exception:  # noqa: BLE001 (whatever a rule of the user's raises when it is alone)
-            return None
-        if eqn.params["symbolic_zeros"]:
-            # Which tangents are zero is not known yet, and the rule may ask. That it was traced for
-            # none tells what it holds.
-            for program in rule.raw:
-                self.kept += _held(program)
             return None
         self._resolve_inside(rule, key, base)
         return rule
@@ -234,16 +240,6 @@ def _reads_state(program: Any) -> bool:
     )
 
 
-def _held(program: Any) -> list[Any]:
-    """The constants of a program and of those nested in it."""
-    jaxpr = getattr(program, "jaxpr", program)
-    found = list(getattr(program, "consts", ()))
-    for eqn in jaxpr.eqns:
-        for nested in _compat.nested_programs(eqn) if eqn.params else ():
-            found += _held(nested)
-    return found
-
-
 def _add_literals(atoms: Sequence[Any], values: Values) -> None:
     for v in atoms:
         if type(v) is Literal and _compat.is_array_literal(v):
@@ -272,6 +268,11 @@ def _put(args: Sequence[Any], places: Sequence[int], values: Sequence[Any]) -> l
 def _trace_jvp(eqn: Eqn, rule: Rule) -> list[Any]:
     """One program: arguments and a tangent for each smooth one, to results and the tangents of
     those that have one."""
+    made = _compat.jvp_program(eqn, rule.smooth)
+    if made is not None:
+        program, moved = made
+        rule.moved = tuple(moved)
+        return [program]
     call, captures, args, places = _split(eqn, rule)
     out = [i for i, s in enumerate(rule.smooth_out) if s]
 

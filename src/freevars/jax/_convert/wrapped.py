@@ -81,6 +81,8 @@ class Wrapped:
         read = _PARTS.get(tuple if isinstance(x, tuple) else type(x))
         if read is not None:
             return (type(x), self._all(read(x)))
+        if isinstance(x, (set, frozenset)):
+            return (type(x), frozenset(self._all(x)))
         if isinstance(x, tree_util.PyTreeDef):
             return tree_key(x)
         if isinstance(x, (np.dtype, *_compat.VALUES)):
