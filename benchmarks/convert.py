@@ -23,6 +23,8 @@ from benchmarks._timing import Timing, alternate
 TITLE = "convert: cold conversion against jax.make_jaxpr of the same function"
 TARGET = 1.25
 TARGET_JITTED = 0.15
+TARGET_RULES, TARGET_OWN_RULES = 1.15, 2.0
+MANY_CAPTURED, MANY_EQUATIONS = 5_000, 20_000
 EQUATIONS = (30, 300, 3000)
 CAPTURED = (10, 100, 1000)
 
@@ -101,6 +103,54 @@ def jitted(equations: int) -> Row:
     )
 
 
+def with_rules(count: int, rule: Callable[[int], Callable[[Array], Array]]) -> Row:
+    """A fresh function that calls ``count`` functions with custom rules, made before."""
+    functions = [rule(i) for i in range(count)]
+
+    def build() -> Callable[[Array], Array]:
+        def fun(x: Array) -> Array:
+            for function in functions:
+                x = function(2.0 * x)
+            return x
+
+        return fun
+
+    own = functions[0] is not functions[1]
+    return against_a_trace(
+        f"{count} custom rules of " + ("the user's" if own else "JAX's (relu)"),
+        build,
+        TARGET_OWN_RULES if own else TARGET_RULES,
+    )
+
+
+def own_rule(i: int) -> Callable[[Array], Array]:
+    @jax.custom_jvp
+    def sine(x: Array) -> Array:
+        return jnp.sin(x) * float(i)
+
+    @sine.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        (x,), (dot,) = primals, tangents
+        return sine(x), jnp.cos(x) * dot * float(i)
+
+    return sine
+
+
+def against_a_trace(
+    what: str, build: Callable[[], Callable[[Array], Array]], target: float = TARGET
+) -> Row:
+    timing = alternate(
+        lambda: jax.make_jaxpr(build())(X), lambda: fv.Closure(build(), X), budget=1.0
+    )
+    return Row(
+        case=f"Closure, {what}",
+        baseline=seconds(timing.seconds[0]),
+        ours=seconds(timing.seconds[1]),
+        figure=timing.ratios[1],
+        target=target,
+    )
+
+
 def rows() -> Iterator[Row]:
     per_unit: dict[tuple[str, str], list[float]] = {}
     cases = [("equations", n, 2, chain) for n in EQUATIONS]
@@ -144,3 +194,11 @@ def rows() -> Iterator[Row]:
             target=TARGET,
         )
     yield jitted(EQUATIONS[1])
+    yield with_rules(50, lambda _: jax.nn.relu)
+    yield with_rules(50, own_rule)
+    many = [jnp.full(8, 0.5 + i / MANY_CAPTURED) for i in range(MANY_CAPTURED)]
+    for what, build in (
+        (f"{MANY_CAPTURED:,} captured arrays", partial(captured, MANY_CAPTURED, many)),
+        (f"{MANY_EQUATIONS:,} equations", partial(chain, MANY_EQUATIONS, many[:2])),
+    ):
+        yield against_a_trace(what, build)

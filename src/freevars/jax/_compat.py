@@ -244,7 +244,24 @@ def drop_dead_code(jaxpr: Any, keep_inputs: Sequence[bool]) -> tuple[Any, list[b
             " False)."
         )
         raise NotImplementedError(message)
+    if _all_live(jaxpr, keep_inputs):
+        return jaxpr, [True] * len(keep_inputs)
     return _partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), list(keep_inputs))
+
+
+def _all_live(jaxpr: Any, keep_inputs: Sequence[bool]) -> bool:
+    """Whether a program needs all that it computes, as most do. What it does not need inside a
+    nested program is found by JAX alone, and matters where that reads what is not to be kept."""
+    live = {v for v in jaxpr.outvars if type(v) is Var}
+    droppable = {v for v, keep in zip(jaxpr.invars, keep_inputs, strict=True) if not keep}
+    for eqn in reversed(jaxpr.eqns):
+        if live.isdisjoint(eqn.outvars):
+            return False
+        reads = [v for v in eqn.invars if type(v) is Var]
+        if eqn.params and not droppable.isdisjoint(reads) and nested_programs(eqn):
+            return False
+        live.update(reads)
+    return droppable <= live
 
 
 _SCAN3: Any = getattr(_config, "scan3", None)
@@ -699,7 +716,7 @@ def jvp_program(eqn: Eqn, smooth: Sequence[bool]) -> tuple[Any, list[bool]] | No
     """
     symbolic = eqn.params["symbolic_zeros"]
     # What the body captures stands before the arguments, as far as it was captured earlier.
-    earlier = captured_by_rule(eqn) - eqn.params["num_consts"]
+    earlier = len(eqn.invars) - len(smooth) - eqn.params["num_consts"]
     zeros = [True] * earlier + [symbolic and not s for s in smooth]
     jaxpr, consts, out_zeros = eqn.params["jvp_jaxpr_fun"].call_wrapped(*zeros)
     opened = _partial_eval.convert_constvars_jaxpr(jaxpr)

@@ -58,6 +58,7 @@ class Traced(NamedTuple):
     inputs: ArgSpec
     outputs: ArgSpec
     kept: list[Any]  # what a custom rule that stays a function is known to capture
+    keys: dict[int, Hashable]  # of what JAX keeps of its own rules
 
 
 def trace(fun: Callable[..., Any], example_args: Sequence[Any]) -> Traced:
@@ -80,9 +81,9 @@ def trace(fun: Callable[..., Any], example_args: Sequence[Any]) -> Traced:
     outputs = ArgSpec(result[0], tuple(closed.out_avals), _statics(result[1]))
     lifted = lambda_lift(closed)
     jaxpr, values = _in_order_of_use(lifted.jaxpr, lifted.values, len(arrays))
-    captured = captured_by_rules(jaxpr, len(values))
-    kept = lifted.kept + [values[i] for i in sorted(captured)]
-    return Traced(jaxpr, values, inputs, outputs, kept)
+    captured = captured_by_rules(jaxpr, len(values)) if lifted.captures else set()
+    kept = [values[i] for i in sorted(captured)]
+    return Traced(jaxpr, values, inputs, outputs, kept, lifted.keys)
 
 
 def _statics(leaves: Sequence[tuple[int, Any]]) -> tuple[tuple[int, Static], ...]:
@@ -98,7 +99,7 @@ def convert(fun: Callable[..., Any], example_args: Sequence[Any]) -> Conversion:
     traced = trace(fun, example_args)
     inputs, outputs, met = traced.inputs, traced.outputs, traced.values
     _refuse_refs(fun, traced.jaxpr, met)
-    jaxpr_key = JaxprKey(traced.jaxpr)
+    jaxpr_key = JaxprKey(traced.jaxpr, traced.keys)
     jaxpr, values, fixed = _keep_what_rules_hold(fun, traced)
     free = set(map(identity, values)) if fixed else set()
     places = [(i, array_key(v)) for i, v in enumerate(met) if fixed and identity(v) not in free]

@@ -11,7 +11,8 @@ user sees them.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ _READ_BYTES = 1 << 12
 # functions, its own among them. None for one that holds a function of the user's or an array.
 _NESTED: weakref.WeakKeyDictionary[Any, Key | None] = weakref.WeakKeyDictionary()
 
+_NOTHING: Mapping[int, Hashable] = MappingProxyType({})
 _SCALARS = {type(None), bool, int, str, bytes, float, complex}
 
 
@@ -70,9 +72,15 @@ class Key:
 
 
 class JaxprKey:
-    """The key of one program, and whether it keeps anything of the user's for later."""
+    """The key of one program, and whether it keeps anything of the user's for later.
 
-    def __init__(self, jaxpr: Any) -> None:
+    Args:
+        jaxpr: the open program.
+        known: keys of what it keeps for later, by identity, as far as they are known.
+    """
+
+    def __init__(self, jaxpr: Any, known: Mapping[int, Hashable] = _NOTHING) -> None:
+        self._known = known
         self.foreign = False  # whether the program holds an array or a function of the user's
         self._programs: dict[int, tuple[Any, Key]] = {}
         self._rules: dict[int, Key] = {}
@@ -150,6 +158,9 @@ class JaxprKey:
     def _kept(self, x: Any) -> Hashable:
         """A function that JAX runs later. What it reads then is unknown if it is the user's, so it
         equals nothing but itself."""
+        found = self._known.get(id(x))
+        if found is not None:
+            return found
         wrapped = Wrapped(self._closed)
         key = wrapped.of(x)
         if not wrapped.foreign:

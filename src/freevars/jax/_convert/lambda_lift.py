@@ -11,7 +11,7 @@ of the lifted values are then hoisted.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, TypeAlias
 
 from freevars.jax import _compat
@@ -87,7 +87,8 @@ class Lifted(NamedTuple):
 
     jaxpr: Any  # open; reads the constants and then what it read before
     values: list[Any]
-    kept: list[Any]  # what rules hold that stay functions, as far as that is known
+    captures: bool  # whether a function with a rule captures anything that JAX gives no rule
+    keys: dict[int, Hashable]  # of what JAX keeps of its own rules
 
 
 def lambda_lift(closed: Any) -> Lifted:
@@ -98,7 +99,7 @@ def lambda_lift(closed: Any) -> Lifted:
     lifter.rules.visit(closed, found)
     lifter.copies.update(twins(found.read, found.held))
     jaxpr, values = lifter.whole(closed)
-    return Lifted(jaxpr, values, lifter.rules.kept)
+    return Lifted(jaxpr, values, lifter.captures, lifter.rules.keys)
 
 
 def _consts(jaxpr: Any) -> list[Any]:
@@ -115,6 +116,7 @@ class _Lifter:
     def __init__(self) -> None:
         self.rules = RuleTracer(self._lift_rule)
         self.copies: dict[Any, Any] = {}  # what a rule holds, to what it is a copy of
+        self.captures = False
         self._memo: dict[int, tuple[Any, Any, Constants]] = {}
 
     def whole(self, closed: Any) -> tuple[Any, list[Any]]:
@@ -165,16 +167,19 @@ class _Lifter:
             return eqn
         name = eqn.primitive.name
         if name in _compat.RULED:
-            traced = self.rules.rule_of(visited)
-            return eqn if traced is None else self._with_rule(eqn, traced, constants)
+            traced, count = self.rules.rule_of(visited)
+            if traced is not None:
+                return self._with_rule(eqn, traced, count, constants)
+            self.captures |= count > 0
+            return eqn
         rule = _RULES.get(name)
         if rule is not None:
             return rule(self, eqn, constants)
         return self._unknown(eqn) if _compat.nested_programs(eqn) else eqn
 
-    def _with_rule(self, eqn: Eqn, rule: TracedRule, constants: Constants) -> Eqn:
-        count = _compat.captured_by_rule(eqn)
+    def _with_rule(self, eqn: Eqn, rule: TracedRule, count: int, constants: Constants) -> Eqn:
         body, inner = self.nested(eqn.params["call_jaxpr"])
+        self.captures |= rule.kind == "vjp" and count + len(inner.values) > 0
         invars = [
             *constants.operands_for(inner),
             *eqn.invars[:count],

@@ -16,7 +16,7 @@ Not here: how a traced rule runs (`rule_call`), and who compares programs (`jaxp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -46,10 +46,10 @@ _DEEP = 16  # rules within rules
 class Rule:
     """One traced rule: programs of what it holds, the arguments, and tangents or cotangents."""
 
-    def __init__(self, eqn: Eqn) -> None:
+    def __init__(self, eqn: Eqn, captured: int) -> None:
         self.kind = _compat.RULED[eqn.primitive.name]  # "jvp" or "vjp"
         # Which arguments and results have a derivative.
-        args = eqn.invars[_compat.captured_by_rule(eqn) :]
+        args = eqn.invars[captured:]
         self.smooth = tuple([_compat.is_smooth(v.aval) for v in args])
         self.smooth_out = tuple([_compat.is_smooth(v.aval) for v in eqn.outvars])
         self.moved = self.smooth_out  # which results have a tangent by the rule
@@ -105,9 +105,11 @@ class RuleTracer:
     """
 
     def __init__(self, lift: Callable[[Any], tuple[Any, list[Any]]]) -> None:
-        self.kept: list[Any] = []  # what rules hold that stay functions
+        # The keys of what JAX keeps of rules of its own, by identity.
+        self.keys: dict[int, Hashable] = {}
         self._lift = lift
-        self._rules: dict[int, tuple[Eqn, Rule | None]] = {}  # by equation
+        # By equation: its rule, and how many values its body captures.
+        self._rules: dict[int, tuple[Eqn, Rule | None, int]] = {}
         self._whole: dict[Any, Rule] = {}
         self._part: dict[Any, tuple[Rule, _Frame]] = {}  # of a frame that is still open
         self._stack: list[_Frame] = []
@@ -115,9 +117,10 @@ class RuleTracer:
         self._held: dict[int, list[tuple[Any, Any]]] = {}
         self._keep: list[Any] = []  # objects whose ids are in keys
 
-    def rule_of(self, eqn: Eqn) -> Rule | None:
-        """The traced rule of an equation that was visited, or None where it stays a function."""
-        return self._rules[id(eqn)][1]
+    def rule_of(self, eqn: Eqn) -> tuple[Rule | None, int]:
+        """The traced rule of an equation that was visited, or None where it stays a function; and
+        how many values the body captures."""
+        return self._rules[id(eqn)][1:]
 
     def held_by(self, rule: Rule) -> list[tuple[Any, Any]]:
         """The values that a rule holds, with their types; none while it is being traced."""
@@ -149,15 +152,18 @@ class RuleTracer:
 
     def _of(self, eqn: Eqn) -> Rule | None:
         if id(eqn) not in self._rules:
-            self._rules[id(eqn)] = (eqn, self._resolve(eqn))
+            count = _compat.captured_by_rule(eqn)
+            self._rules[id(eqn)] = (eqn, self._resolve(eqn, count), count)
         return self._rules[id(eqn)][1]
 
-    def _resolve(self, eqn: Eqn) -> Rule | None:
+    def _resolve(self, eqn: Eqn, captured: int) -> Rule | None:
         parts = Wrapped()
         objects = tuple([parts.of(x) for x in _compat.rule_objects(eqn)])
         key = (eqn.primitive, objects, tuple([v.aval for v in eqn.invars]))
         own = not parts.foreign and not any(map(_reads_state, parts.programs))
-        if own and (not _compat.captured_by_rule(eqn) or eqn.params["symbolic_zeros"]):
+        if own and (not captured or eqn.params["symbolic_zeros"]):
+            if not parts.programs:
+                self.keys.update(zip(map(id, _compat.rule_objects(eqn)), objects, strict=True))
             return None
         self._keep.append(parts)
         known = self._known(key)
@@ -167,7 +173,7 @@ class RuleTracer:
         above = sum(frame.base == base for frame in self._stack)
         if len(self._stack) >= _DEEP or not _is_plain(eqn):
             return None
-        rule = Rule(eqn)
+        rule = Rule(eqn, captured)
         if above >= TOWER:
             if not parts.foreign:
                 return None  # JAX's own, which reads no state
@@ -253,7 +259,7 @@ def _is_plain(eqn: Eqn) -> bool:
 def _split(eqn: Eqn, rule: Rule) -> tuple[Any, list[Any], list[Any], list[int]]:
     """The equation as a function; the types of its captures and arguments; which of these move."""
     avals = [v.aval for v in eqn.invars]
-    count = _compat.captured_by_rule(eqn)
+    count = len(avals) - len(rule.smooth)
     call = _compat.as_function(eqn)
     return call, avals[:count], avals[count:], [i for i, s in enumerate(rule.smooth) if s]
 

@@ -64,6 +64,11 @@ class Wrapped:
         return tuple([self.of(x) for x in xs])
 
     def _of(self, x: Any) -> Hashable:
+        read = _PARTS.get(tuple if isinstance(x, tuple) else type(x))
+        if read is not None:
+            return (type(x), self._all(read(x)))
+        if isinstance(x, tree_util.PyTreeDef):
+            return tree_key(x)
         if isinstance(x, _compat.JAXPR_TYPES):
             self.programs.append(x)
             return self._program(x)
@@ -78,13 +83,8 @@ class Wrapped:
             return (type(x), self._all(parts))
         if isinstance(x, types.FunctionType):
             return self._of_function(x)
-        read = _PARTS.get(tuple if isinstance(x, tuple) else type(x))
-        if read is not None:
-            return (type(x), self._all(read(x)))
         if isinstance(x, (set, frozenset)):
             return (type(x), frozenset(self._all(x)))
-        if isinstance(x, tree_util.PyTreeDef):
-            return tree_key(x)
         if isinstance(x, (np.dtype, *_compat.VALUES)):
             return x
         return self._of_object(x)
