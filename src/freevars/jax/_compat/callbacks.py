@@ -1,0 +1,38 @@
+"""Functions that run on the host in the middle of a program."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental.buffer_callback import buffer_callback
+
+__all__ = ["CALLBACKS", "host_call"]
+
+# Primitives that call a function of the user's on the host each time that they run.
+CALLBACKS = {"pure_callback", "io_callback", "debug_callback", "buffer_callback"}
+
+
+def host_call(callback: Any, results: Sequence[Any], *args: Any) -> list[Any]:
+    """Call `callback(*args) -> arrays` on NumPy arrays from inside a program.
+
+    `jax.pure_callback` first makes JAX arrays of the operands, and waiting for these inside a
+    callback is one of the ways to a deadlock. On a CPU the experimental `buffer_callback` hands the
+    memory over as it is; elsewhere the operands have to be copied from the device anyway.
+    """
+    results = tuple(results)
+    if jax.default_backend() != "cpu":
+        return list(jax.pure_callback(lambda *a: _checked(callback(*a), results), results, *args))
+
+    def on_buffers(_: Any, out: Any, *buffers: Any) -> None:
+        values = callback(*[np.asarray(b) for b in buffers])
+        for target, value in zip(out, values, strict=True):
+            np.asarray(target)[...] = value
+
+    return list(buffer_callback(on_buffers, results)(*args))
+
+
+def _checked(values: Sequence[Any], results: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(np.asarray(v, r.dtype) for v, r in zip(values, results, strict=True))
