@@ -28,7 +28,7 @@ CAPTURED = (100, 1000)
 @contextlib.contextmanager
 def without_names() -> Iterator[None]:
     """Conversions that leave out the check whose error would name a value, and cannot name one."""
-    hooks = {"_refuse_refs": _nothing, "describe_capture": None, "add_name": None}
+    hooks = {"_refuse_refs": _nothing, "describe_capture": None}
     kept = {name: getattr(_convert, name) for name in hooks}
     try:
         for name, hook in hooks.items():
@@ -78,7 +78,7 @@ def rows() -> Iterator[Row]:
         )
     for count in CAPTURED:
         objective, _ = nested(count)
-        jaxpr, values, _, _ = _convert.trace(objective, (X,))
+        jaxpr, values, *_ = _convert.trace(objective, (X,))
         timing = alternate(
             lambda: fv.Closure(lambda x: objective(x), X),  # noqa: PLW0108 (traced afresh)
             lambda: _convert._refuse_refs(objective, jaxpr, values),  # noqa: SLF001

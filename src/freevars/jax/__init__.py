@@ -14,7 +14,7 @@ from freevars.jax import (
 )
 from freevars.jax._captures import captures
 from freevars.jax._closure import Closure
-from freevars.jax._convert.convert import Converted, closure_convert
+from freevars.jax._convert.converted import Converted, closure_convert
 from freevars.jax._host.on_host import HostSolver, on_host
 from freevars.jax._host.oracle import HostFunction
 from freevars.jax._host.scipy_status import scipy_status

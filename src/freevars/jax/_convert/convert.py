@@ -11,35 +11,28 @@ goes stale and nothing is kept.
 
 from __future__ import annotations
 
-import copy
-import inspect
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Generic, NamedTuple, ParamSpec, Self, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 from jax import tree_util
 
-from freevars._contract import Hoist, check_callable
-from freevars.errors import CaptureError, StructureError
+from freevars._contract import check_callable
+from freevars.errors import CaptureError
 from freevars.jax import _compat
-from freevars.jax._convert.arguments import ArgSpec, describe, insert, partition
+from freevars.jax._convert.arguments import ArgSpec, insert, partition
 from freevars.jax._convert.from_jit import JittedCall
-from freevars.jax._convert.hoist import policy_of
 from freevars.jax._convert.jaxpr_key import JaxprKey, array_key, frozen
 from freevars.jax._convert.lambda_lift import lambda_lift
 from freevars.jax._convert.program import Program
 from freevars.jax._convert.rule_call import with_rules
 from freevars.jax._convert.static import Static, tree_key
-from freevars.jax._convert.stored import restore, store
 from freevars.jax._describe.describe import describe_capture
 from freevars.jax._describe.reads import captured_by_rules
 from freevars.jax._describe.tracers import identity
 from freevars.jax._selftest import check_release
 
-__all__ = ["Conversion", "closure_convert", "convert", "share", "trace"]
-
-P = ParamSpec("P")
-R = TypeVar("R")
+__all__ = ["Conversion", "convert", "name_of", "share", "trace"]
 
 
 class Conversion(NamedTuple):
@@ -103,7 +96,7 @@ def convert(fun: Callable[..., Any], example_args: Sequence[Any]) -> Conversion:
     jaxpr, values, fixed = _keep_what_rules_hold(fun, traced)
     free = set(map(identity, values)) if fixed else set()
     places = [(i, array_key(v)) for i, v in enumerate(met) if fixed and identity(v) not in free]
-    program = share(jaxpr, jaxpr_key, fixed, tuple(places), inputs, outputs, _name(fun))
+    program = share(jaxpr, jaxpr_key, fixed, tuple(places), inputs, outputs, name_of(fun))
     if call is not None:
         call.keep(program, values)
     return Conversion(program, tuple(values))
@@ -179,7 +172,7 @@ def _keep_what_rules_hold(
     lost = [x for x in values if isinstance(x, _compat.Tracer) and not _compat.is_open(x)]
     for x in [x for x in kept if isinstance(x, _compat.Tracer)] + lost:
         message = (
-            f"{_name(fun)}: a custom derivative rule in it, or the function that has the rule,"
+            f"{name_of(fun)}: a custom derivative rule in it, or the function that has the rule,"
             f" captures the traced value {describe_capture(fun, x, jaxpr, values)}, and says"
             " nothing of the derivative along it. Pass the value to the function that has the rule"
             " as an argument."
@@ -203,7 +196,7 @@ def _refuse_refs(fun: Callable[..., Any], jaxpr: Any, values: Sequence[Any]) -> 
     for var, value in zip(jaxpr.invars, values, strict=False):
         if isinstance(var.aval, _compat.REF_TYPE):
             message = (
-                f"{_name(fun)} captures the mutable reference"
+                f"{name_of(fun)} captures the mutable reference"
                 f" {describe_capture(fun, value, jaxpr, values)}."
                 " Reading or writing it is an effect that an argument list cannot carry: pass the"
                 " reference as an argument, or read it before and capture the array."
@@ -215,164 +208,9 @@ def _arg_spec_key(spec: ArgSpec) -> Any:
     return (tree_key(spec.tree), spec.types, spec.statics)
 
 
-def _name(fun: Callable[..., Any]) -> str:
+def name_of(fun: Callable[..., Any]) -> str:
     name = getattr(fun, "__name__", None)
     if isinstance(name, str):
         return name
     inner = getattr(fun, "func", None)
-    return _name(inner) if callable(inner) else type(fun).__name__
-
-
-class Converted(Generic[P, R]):
-    """A function whose captured values are its last arguments; made by `closure_convert`.
-
-    `converted.__wrapped__` is the function itself, which a copy that was pickled does not have.
-    """
-
-    __wrapped__: Callable[P, R]
-
-    def __init__(
-        self,
-        fun: Callable[P, R],
-        program: Program,
-        values: tuple[Any, ...],
-        hoisted: tuple[int, ...],
-    ) -> None:
-        self.__name__ = self.__qualname__ = _name(fun)
-        self.__doc__ = getattr(fun, "__doc__", None)
-        self.__module__ = getattr(fun, "__module__", __name__)
-        self.__wrapped__ = fun
-        # Not the signature of `fun`: the hoisted values follow its arguments.
-        self.__signature__ = _SIGNATURE
-        self._program = program
-        self._hoisted = hoisted
-        self._n_args = len(program.inputs.tree.children())
-        self._n_all = self._n_args + len(hoisted)
-        # What stays inside: the values that are not hoisted, at their places among all.
-        inside = [] if len(hoisted) == len(values) else list(values)
-        for i in hoisted if inside else ():
-            inside[i] = None
-        self._constants = tuple(inside)
-
-    def __call__(self, *args_and_hoisted: Any) -> R:
-        n = self._n_args
-        if len(args_and_hoisted) != self._n_all:
-            self._refuse_count(len(args_and_hoisted))
-        values: Any = args_and_hoisted[n:]
-        if self._constants:
-            values = self._with_constants(values)
-        try:
-            result: R = self._program(values, args_and_hoisted[:n])
-        except StructureError as error:
-            if hasattr(self, "__wrapped__"):
-                add_name(error, self.__wrapped__, args_and_hoisted[:n])
-            raise
-        return result
-
-    def _with_constants(self, hoisted: tuple[Any, ...]) -> Sequence[Any]:
-        if not hoisted:
-            return self._constants
-        merged = list(self._constants)
-        for i, value in zip(self._hoisted, hoisted, strict=True):
-            merged[i] = value
-        return tuple(merged)
-
-    def _refuse_count(self, got: int) -> None:
-        message = (
-            f"{self.__name__}, converted, takes {self._n_args} arguments and {len(self._hoisted)}"
-            " hoisted"
-            f" values, {self._n_all} in all, got {got}. Call it as"
-            " converted(*args, *hoisted)."
-        )
-        raise StructureError(message)
-
-    def __copy__(self) -> Self:
-        return self._with(self._constants)
-
-    def __deepcopy__(self, memo: Any) -> Self:
-        return self._with(copy.deepcopy(self._constants, memo))
-
-    def _with(self, constants: tuple[Any, ...]) -> Self:
-        """The same function over other constants."""
-        made = object.__new__(type(self))
-        vars(made).update(vars(self), _constants=constants)
-        return made
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = {name: value for name, value in vars(self).items() if name not in _NOT_SENT}
-        return {**state, "_constants": tuple(map(store, self._constants))}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        constants = tuple(map(restore, state["_constants"]))
-        vars(self).update(state, _constants=constants, __signature__=_SIGNATURE)
-
-    def __repr__(self) -> str:
-        inputs = ", ".join(map(describe, self._program.inputs.types))
-        hoisted = ", ".join(describe(self._program.value_types[i]) for i in self._hoisted)
-        return f"<converted {self.__name__}({inputs}; hoisted: {hoisted or 'none'})>"
-
-
-_NOT_SENT = {"__wrapped__", "__signature__"}  # a pickled one is its program, not the function
-_SIGNATURE = inspect.Signature(
-    [inspect.Parameter("args_and_hoisted", inspect.Parameter.VAR_POSITIONAL)]
-)
-
-
-def closure_convert(
-    fun: Callable[P, R], *example_args: Any, hoist: Hoist = "traced"
-) -> tuple[Converted[P, R], list[Any]]:
-    """A function that takes the values `fun` captures as arguments, and these values.
-
-    `converted(*args, *hoisted)` equals `fun(*args)`, in value and in every derivative, and other
-    values of the same types may stand for `hoisted`.
-
-    Args:
-        fun: any callable, pure. It runs once, on tracers.
-        *example_args: pytrees that fix structure, shapes and dtypes. `jax.ShapeDtypeStruct` will
-            not do for an array; a leaf that JAX does not take as an array (a string, a function,
-            None, a dtype) is static: `fun` sees it as it is, and each call must bring an equal one.
-        hoist: "traced" for the tracers that `fun` meets, of any dtype and any transformation, while
-            concrete arrays stay inside as constants; "all" for every array met, concrete
-            `jax.Array` and NumPy arrays too, so that the list is the same inside and outside a
-            transformation; "floating" for those of floating or complex dtype, and what is traced;
-            "differentiable" for the tracers that a derivative may flow into, the list that
-            `jax.closure_convert` gives; or a function that decides for each value. Python numbers
-            and NumPy scalars are part of the program in all of them.
-
-    Returns:
-        `(converted, hoisted)`: `hoisted` is a list of arrays, each once, in the order in which
-        `fun` first reads them; a value that only dead code reads is not in it. What a custom
-        derivative rule inside `fun` holds counts as read, along with what its function captures.
-
-    Raises:
-        TypeError: `fun` is not callable, or a call brings another structure, shape, dtype, static
-            leaf or number of values than the example (`freevars.errors.StructureError`, which names
-            the first path that differs).
-        freevars.errors.CaptureError: `fun` captures a mutable reference, or a custom derivative
-            rule inside it that cannot be traced alone captures a traced value.
-
-    >>> import jax, jax.numpy as jnp, freevars.jax as fv
-    >>> def slope(w):
-    ...     converted, hoisted = fv.closure_convert(lambda x: w * x**2, 1.0)
-    ...     return converted(3.0, *hoisted)
-    >>> print(jax.grad(slope)(2.0))
-    9.0
-    """
-    policy = policy_of(hoist)
-    program, values = convert(fun, example_args)
-    which = tuple([i for i, v in enumerate(values) if policy(v)])
-    return Converted(fun, program, values, which), [values[i] for i in which]
-
-
-def add_name(error: StructureError, fun: Callable[..., Any], args: Sequence[Any]) -> None:
-    """Say the name of the captured value that an error is about, by tracing `fun` once more."""
-    if error.captured is None:
-        return
-    try:
-        traced = trace(fun, args)
-        value = traced.values[error.captured]
-        text = describe_capture(fun, value, traced.jaxpr, traced.values)
-    except Exception:  # noqa: BLE001 (what is being raised matters more than its name)
-        return
-    _, colon, rest = str(error).partition(": expected ")
-    error.args = (f"captured value {error.captured} of {_name(fun)}, {text}{colon}{rest}",)
+    return name_of(inner) if callable(inner) else type(fun).__name__

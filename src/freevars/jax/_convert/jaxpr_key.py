@@ -20,8 +20,8 @@ from jax import tree_util
 
 from freevars.jax import _compat
 from freevars.jax._compat import Array, Literal, Tracer
+from freevars.jax._convert.rule import Rule, rule_p
 from freevars.jax._convert.static import Same, scalar_key, static_key, tree_key
-from freevars.jax._convert.traced_rules import Rule, rule_p
 from freevars.jax._convert.wrapped import Wrapped
 
 __all__ = ["JaxprKey", "Key", "array_key", "frozen"]

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple, TypeAlias
 
 from freevars.jax import _compat
 from freevars.jax._compat import Eqn, Literal, Var
-from freevars.jax._convert.traced_rules import Rule as TracedRule
-from freevars.jax._convert.traced_rules import RuleTracer, Values, rule_p
+from freevars.jax._convert.rule import Rule as TracedRule
+from freevars.jax._convert.rule import rule_p
+from freevars.jax._convert.traced_rules import RuleTracer, Values
 from freevars.jax._convert.twins import twins
 from freevars.jax._describe.tracers import identity
 

@@ -36,8 +36,8 @@ from freevars.jax._convert.packed import (
     Structure,
 )
 from freevars.jax._convert.program import Program
+from freevars.jax._convert.rule import Rule
 from freevars.jax._convert.stored import store, store_mesh
-from freevars.jax._convert.traced_rules import Rule
 
 __all__ = ["equations_of", "pack"]
 

@@ -25,7 +25,7 @@ from freevars.errors import CaptureError
 from freevars.jax import _compat
 from freevars.jax._compat import Eqn
 from freevars.jax._convert.arguments import describe
-from freevars.jax._convert.traced_rules import TOWER, Rule, rule_p
+from freevars.jax._convert.rule import TOWER, Rule, rule_p
 
 __all__ = ["with_rules"]
 

@@ -20,50 +20,17 @@ from collections.abc import Callable, Hashable, Sequence
 from types import FunctionType
 from typing import Any
 
-import jax
-import numpy as np
-
 from freevars.jax import _compat
-from freevars.jax._compat import Eqn, Literal, Primitive
+from freevars.jax._compat import Eqn, Literal
+from freevars.jax._convert.rule import TOWER, Rule
+from freevars.jax._convert.rule_programs import trace_jvp, trace_vjp
 from freevars.jax._convert.static import Same
 from freevars.jax._convert.wrapped import Wrapped
 from freevars.jax._describe.tracers import identity
 
-__all__ = ["TOWER", "Rule", "RuleTracer", "Values", "rule_p"]
+__all__ = ["RuleTracer", "Values"]
 
-# An equation of a function with a traced rule, until `rule_call` makes one of JAX's of it. Its
-# operands are what the body captures, what the rule holds, and the arguments; its parameters are
-# `rule`, `body` (a program of the captures and the arguments) and `captured` (how many).
-rule_p = Primitive("freevars_rule")
-rule_p.multiple_results = True
-
-# How often the rule of one function may lead to itself with other static arguments: a rule that
-# calls for the next derivative each time has no end. Derivatives of a higher order are refused.
-TOWER = 3
 _DEEP = 16  # rules within rules
-
-
-class Rule:
-    """One traced rule: programs of what it holds, the arguments, and tangents or cotangents."""
-
-    def __init__(self, eqn: Eqn, captured: int) -> None:
-        self.kind = _compat.RULED[eqn.primitive.name]  # "jvp" or "vjp"
-        # Which arguments and results have a derivative.
-        args = eqn.invars[captured:]
-        self.smooth = tuple([_compat.is_smooth(v.aval) for v in args])
-        self.smooth_out = tuple([_compat.is_smooth(v.aval) for v in eqn.outvars])
-        self.moved = self.smooth_out  # which results have a tangent by the rule
-        self.symbolic = bool(eqn.params["symbolic_zeros"])  # whether it asks which are zero
-        # Whether it has no program: none is ever asked for, or it would be one more of a tower of
-        # rules without end (`TOWER`).
-        self.ends = not any(self.smooth)
-        self.name = _compat.program_name(eqn.params["call_jaxpr"])
-        self.raw: list[Any] = []  # the programs as traced, with their constants
-        # How many values the programs hold. Rules that call each other in a circle hold the same.
-        self.held = 0
-        # The programs without constants, and which of the held values each one takes.
-        self.programs: list[tuple[Any, tuple[int, ...]]] = []
-        self.native: dict[int, Any] = {}  # see `rule_call`
 
 
 class Values:
@@ -181,7 +148,7 @@ class RuleTracer:
         if rule.ends:
             return rule
         try:
-            rule.raw = (_trace_jvp if rule.kind == "jvp" else _trace_vjp)(eqn, rule)
+            rule.raw = (trace_jvp if rule.kind == "jvp" else trace_vjp)(eqn, rule)
         except Exception:  # noqa: BLE001 (whatever a rule of the user's raises when it is alone)
             return None
         self._resolve_inside(rule, key, base)
@@ -254,79 +221,3 @@ def _add_literals(atoms: Sequence[Any], values: Values) -> None:
 
 def _is_plain(eqn: Eqn) -> bool:
     return all(hasattr(v.aval, "dtype") and hasattr(v.aval, "shape") for v in eqn.invars)
-
-
-def _split(eqn: Eqn, rule: Rule) -> tuple[Any, list[Any], list[Any], list[int]]:
-    """The equation as a function; the types of its captures and arguments; which of these move."""
-    avals = [v.aval for v in eqn.invars]
-    count = len(avals) - len(rule.smooth)
-    call = _compat.as_function(eqn)
-    return call, avals[:count], avals[count:], [i for i, s in enumerate(rule.smooth) if s]
-
-
-def _put(args: Sequence[Any], places: Sequence[int], values: Sequence[Any]) -> list[Any]:
-    args = list(args)
-    for i, value in zip(places, values, strict=True):
-        args[i] = value
-    return args
-
-
-def _trace_jvp(eqn: Eqn, rule: Rule) -> list[Any]:
-    """One program: arguments and a tangent for each smooth one, to results and the tangents of
-    those that have one."""
-    made = _compat.jvp_program(eqn, rule.smooth)
-    if made is not None:
-        program, moved = made
-        rule.moved = tuple(moved)
-        return [program]
-    call, captures, args, places = _split(eqn, rule)
-    out = [i for i, s in enumerate(rule.smooth_out) if s]
-
-    def push(captures: Any, args: Any, dots: Any) -> list[Any]:
-        results, tangents = jax.jvp(
-            lambda *moved: call(*captures, *_put(args, places, moved)),
-            [args[i] for i in places],
-            dots,
-        )
-        return [*results, *[tangents[i] for i in out]]
-
-    dots = [args[i].to_tangent_aval() for i in places]
-    return [_without_captures(jax.make_jaxpr(push)(captures, args, dots), len(captures))]
-
-
-def _trace_vjp(eqn: Eqn, rule: Rule) -> list[Any]:
-    """Two programs: arguments to residuals and results; residuals and the cotangents of those
-    results that have one, to a cotangent for each smooth argument."""
-    call, captures, args, places = _split(eqn, rule)
-    structure: list[Any] = []
-
-    def forward(captures: Any, args: Any) -> list[Any]:
-        results, pull = jax.vjp(
-            lambda *moved: call(*captures, *_put(args, places, moved)), *[args[i] for i in places]
-        )
-        residuals, tree = jax.tree.flatten(pull)
-        structure[:] = [tree]
-        return [*results, *residuals]
-
-    def backward(residuals: Any, cotangents: Any) -> list[Any]:
-        waiting = iter(cotangents)
-        whole = [
-            next(waiting) if s else np.zeros(v.aval.shape, jax.dtypes.float0)
-            for v, s in zip(eqn.outvars, rule.smooth_out, strict=True)
-        ]
-        return list(jax.tree.unflatten(structure[0], residuals)(whole))
-
-    first = _without_captures(jax.make_jaxpr(forward)(captures, args), len(captures))
-    residuals = list(first.out_avals)[len(eqn.outvars) :]
-    cotangents = [
-        v.aval.to_tangent_aval() for v, s in zip(eqn.outvars, rule.smooth_out, strict=True) if s
-    ]
-    return [first, jax.make_jaxpr(backward)(residuals, cotangents)]
-
-
-def _without_captures(closed: Any, count: int) -> Any:
-    """The rule without the values that the body captures: JAX gives it none of them."""
-    opened, consts = _compat.separate_constants(closed)
-    n = len(consts)
-    invars = [*opened.invars[:n], *opened.invars[n + count :]]
-    return _compat.close(_compat.replace(opened, invars=invars), consts)

@@ -31,9 +31,9 @@ from freevars.jax._convert.packed import (
     Structure,
 )
 from freevars.jax._convert.program import Program
+from freevars.jax._convert.rule import Rule
 from freevars.jax._convert.static import Static
 from freevars.jax._convert.stored import Devices, Stored, Typed, restore, restore_mesh
-from freevars.jax._convert.traced_rules import Rule
 
 __all__ = ["unpack"]
 
