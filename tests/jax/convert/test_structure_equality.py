@@ -364,6 +364,7 @@ EQUAL = {
     "fori_loop": lambda w: lambda x: lax.fori_loop(0, 3, lambda i, c: jnp.sin(c * w), x),
     "while_loop": _while,
     "cond": lambda w: lambda x: lax.cond(x[0] > 0, lambda x: x * w, lambda x: x - w, x),
+    "reduce": lambda w: lambda x: lax.reduce(x * w, jnp.float32(0), lambda a, b: a + 2 * b, (0,)),
     "switch": lambda w: lambda x: lax.switch(1, [lambda x: x * w, lambda x: x - w, jnp.sin], x),
     "map": lambda w: lambda x: lax.map(lambda y: y * w, x),
     "associative_scan": lambda w: lambda x: lax.associative_scan(jnp.add, x * w),

@@ -176,7 +176,7 @@ class _Lifter:
         rule = _RULES.get(name)
         if rule is not None:
             return rule(self, eqn, constants)
-        return self._unknown(eqn) if _compat.nested_programs(eqn) else eqn
+        return self.unknown(eqn) if _compat.nested_programs(eqn) else eqn
 
     def _with_rule(self, eqn: Eqn, rule: TracedRule, count: int, constants: Constants) -> Eqn:
         body, inner = self.nested(eqn.params["call_jaxpr"])
@@ -190,7 +190,7 @@ class _Lifter:
         params = {"rule": rule, "body": body, "captured": len(inner.values) + count}
         return eqn.replace(primitive=rule_p, invars=invars, params=params)
 
-    def _unknown(self, eqn: Eqn) -> Eqn:
+    def unknown(self, eqn: Eqn) -> Eqn:
         """An equation that calls programs in a way that is not known here: they keep their
         constants, and get traced rules."""
 
@@ -284,7 +284,14 @@ def _with_more_inputs(closed: Any, inner: Constants, union: Constants) -> Any:
     return _compat.close(_compat.replace(jaxpr, invars=[*leading, *jaxpr.invars[count:]]))
 
 
+def _reduce(lifter: _Lifter, eqn: Eqn, _: Constants) -> Eqn:
+    # The Python function beside the program would run again whenever a derivative is taken.
+    eqn = lifter.unknown(eqn)
+    return eqn.replace(params=_compat.with_derived(eqn.primitive, _compat.without_derived(eqn)))
+
+
 _RULES: dict[str, Handler] = {
+    "reduce": _reduce,
     "jit": _call("jaxpr"),
     "closed_call": _call("call_jaxpr"),
     "core_call": _call("call_jaxpr"),
