@@ -4,9 +4,10 @@
 
     min  risk(w) / 2 - returns . w   subject to  sum(w) = 1  and  w >= 0.
 
-`argmin` is for minima without constraints. One with constraints is a root of its Karush-Kuhn-Tucker
-conditions, in the weights and the multipliers together; the derivatives are exact where no limit is
-about to begin or cease to bind.
+`argmin` takes constraints from parameters of the solver (`bounds`, `equality`, `inequality`). Here
+they are written out, for a solver that finds the multipliers too: a constrained minimum is a root
+of its Karush-Kuhn-Tucker conditions, in the weights and the multipliers together; the derivatives
+are exact where no limit is about to begin or cease to bind.
 """
 
 import jax

@@ -55,6 +55,12 @@ def failure(figures: Figures, limits: Limits, context: Context) -> FreevarsError
     return NotASolutionError(_not_converged(figures, limits, context))
 
 
+_STATE_IT = (
+    "give it to a solver under argmin in a parameter named bounds, equality or inequality, or write"
+    " the problem as a root of its Karush-Kuhn-Tucker conditions"
+)
+
+
 def _singular(figures: Figures, limits: Limits, context: Context) -> str:
     text = (
         f"{context.name}: the system of the derivative is singular (reciprocal condition number"
@@ -85,8 +91,7 @@ def _not_converged(figures: Figures, limits: Limits, context: Context) -> str:
             f"{name}: a bound or constraint is active: the solver stopped at {some} although the"
             f" condition of {context.kind} does not hold there (a Newton step would move a"
             f" component by {step:.1e}, relative). The derivative of a constrained solution needs"
-            " the constraint: write the problem as a root of its Karush-Kuhn-Tucker conditions, or"
-            " keep x inside by a change of variables."
+            f" the constraint: {_STATE_IT}."
         )
     if context.at_start:
         advice = (
@@ -127,6 +132,6 @@ def option_matters(
         f"{name}: a bound or constraint is active: a derivative by {what} is asked for, and it is"
         f" not zero, because the condition of {kind} does not hold at the result (a Newton step"
         f" would move a component by {step:.1e}, relative to its size; up to {limit:.1e} is"
-        " accepted). Write the constraint into the problem, as a root of its Karush-Kuhn-Tucker"
-        " conditions, so that the option becomes a value that fun captures."
+        f" accepted). For a constraint, {_STATE_IT}; anything else that x depends on belongs into"
+        " fun."
     )

@@ -117,8 +117,9 @@ class HostSolver(DecoratedSolver[P, R]):
         if not all(map(_compat.is_symbolic_zero, moving)):
             message = (
                 f"{self.__name__}: a solver on the host has no derivative of its own. Say what"
-                " holds at its result: put fv.root (fun(x) = 0), fv.argmin (a minimum of fun) or"
-                " fv.fixed_point (fun(x) = x) above fv.on_host."
+                " holds at its result: put fv.root (fun(x) = 0), fv.argmin (a minimum of fun),"
+                " fv.fixed_point (fun(x) = x), fv.least_squares (a minimum of |fun(x)|) or"
+                " fv.implicit (any other condition) above fv.on_host."
             )
             raise TypeError(message)
         out = self._without_rule(*primals)
@@ -132,7 +133,9 @@ class HostSolver(DecoratedSolver[P, R]):
     ) -> Any:
         """What the solver returns: `x`, or `(x, aux)`; `has_aux`: the function may have one too."""
         layout = Layout.of(x0)
-        oracle = Oracle(layout, equations, has_aux)
+        oracle = Oracle(layout, equations, has_aux, problem.constraints)
+        if problem.bounds is not None:
+            options |= {"bounds": self._as_taken(problem.bounds)}
         # A Python number stays one: solvers count with it.
         arrays, given = tree_util.tree_flatten(as_static(options, is_array))
         values = (*jax.tree.leaves((problem, x0)), *arrays)
@@ -148,6 +151,10 @@ class HostSolver(DecoratedSolver[P, R]):
         if not self._has_aux:
             return x
         return x, tree_util.tree_unflatten(jax.tree.structure(self._aux), aux)
+
+    def _as_taken(self, bounds: Any) -> Any:
+        """The two sides as the solver takes an x."""
+        return tuple(to_vector(side)[0] for side in bounds) if self._flat else bounds
 
     def _call(
         self, query: Any, oracle: Oracle, v0: Any, options: dict[str, Any]
@@ -165,6 +172,10 @@ class HostSolver(DecoratedSolver[P, R]):
             told=resolution.asked,
         )
         x0 = form.to_tree(v0) if form else v0
+        options |= {
+            name: HostFunction.of_constraint(query, v0.shape, name, form)
+            for name in oracle.constraints
+        }
         try:
             out = self._signature.call(self._solver, SolverCall(fun, x0, (), {}, options))
         except Exception as error:
@@ -312,7 +323,8 @@ def on_host(solver: Callable[..., Any] | None = None, /, **options: Unpack[Optio
             and `fun` is a NumPy function of such a vector (`HostFunction`): for an objective
             `fun(v)`, `fun.value_and_grad(v)`, `fun.grad(v)`, `fun.hessian(v)` and `fun.hvp(v, d)`;
             for equations `fun(v)`, `fun.jacobian(v)` and `fun.hvp(v, d)`. Options that are arrays
-            arrive as NumPy ones.
+            arrive as NumPy ones; of the constraints of `argmin`, `bounds` as a pair of vectors and
+            the others as functions like equations.
         flat: False gives the solver pytrees of NumPy arrays, of the dtypes of `x0`, for vectors.
         aux: an example, a pytree of arrays or numbers, of what the solver returns beside x: it then
             returns `(x, aux)`, and aux has the types of the example.

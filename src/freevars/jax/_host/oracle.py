@@ -55,9 +55,19 @@ class Oracle(NamedTuple):
     layout: Layout
     equations: bool  # a system of equations, not an objective
     has_aux: bool  # the function returns (value, aux)
+    constraints: tuple[str, ...] = ()  # functions that are asked beside it
 
-    def function(self, problem: Problem) -> Callable[[Any], Any]:
+    def kinds(self) -> list[str]:
+        """All questions that a program answers."""
+        gradient = () if self.equations else ("value_and_grad",)
+        own = ["value", *gradient, "product", "products"]
+        beside = ("value", "product", "products")
+        return own + [f"{name}:{kind}" for name in self.constraints for kind in beside]
+
+    def function(self, problem: Problem, constraint: str = "") -> Callable[[Any], Any]:
         """The function on vectors: a scalar for an objective, a vector for equations."""
+        if constraint:
+            return lambda v: to_vector(problem.constraint(constraint)(self.layout.to_tree(v)))[0]
 
         def f(v: Any) -> Any:
             value = problem.value(self.layout.to_tree(v), has_aux=self.has_aux)
@@ -68,13 +78,14 @@ class Oracle(NamedTuple):
 
 def evaluate(kind: str, oracle: Oracle, problem: Problem, v: Any, d: Any) -> tuple[Any, ...]:
     """The answer to one kind of question at the vector v, in a traced function."""
-    f = oracle.function(problem)
+    constraint, _, kind = kind.rpartition(":")
+    f = oracle.function(problem, constraint)
     if kind == "value":
         return (f(v),)
     if kind == "value_and_grad":
         value, gradient = jax.value_and_grad(f)(v)
         return (value, gradient)
-    derivative = f if oracle.equations else jax.grad(f)
+    derivative = f if oracle.equations or constraint else jax.grad(f)
     if kind == "product":
         return (jax.jvp(derivative, (v,), (d,))[1],)
     assert kind == "matrix", kind  # noqa: S101 (our own word)
@@ -134,6 +145,19 @@ class HostFunction:
         self._equations = equations
         self._to_vector = pytrees.to_vector if pytrees else real
         self._out = pytrees.to_tree if pytrees else _copy
+
+    @staticmethod
+    def of_constraint(
+        query: Query, shape: tuple[int, ...], name: str, pytrees: PytreeForm | None
+    ) -> HostFunction:
+        """A constraint: a vector of an x, with its Jacobian."""
+
+        def asked(kind: str, v: Any, *d: Any) -> tuple[Any, ...]:
+            return query(f"{name}:{kind}", v, *d)
+
+        function = HostFunction(asked, shape, equations=True, pytrees=pytrees)
+        function._out = _copy
+        return function
 
     def _in(self, v: Any) -> Any:
         v = self._to_vector(v)

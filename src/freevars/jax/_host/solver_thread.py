@@ -71,18 +71,18 @@ class SolverThread:
                 self._questions.put(end)
 
     def _query(self, kind: str, v: Any, d: Any = None) -> tuple[Any, ...]:
-        if kind == "matrix":
-            return (self._matrix(v),)
+        if kind.endswith("matrix"):
+            return (self._matrix(v, kind.removesuffix("matrix")),)
         block = np.zeros_like(v) if d is None else d
         return self._exchange(kind, v, block[..., None, :])
 
-    def _matrix(self, v: Any) -> Any:
-        """The matrix of the derivative, in blocks of columns."""
+    def _matrix(self, v: Any, of: str) -> Any:
+        """The matrix of the derivative, in blocks of columns; `of`: a prefix of the kind."""
         n = v.shape[-1]
         columns = []
         for start in range(0, n, _BLOCK):
             block = np.eye(min(_BLOCK, n - start), n, start)
-            columns.append(self._exchange("products", v, block)[0][..., : len(block), :])
+            columns.append(self._exchange(f"{of}products", v, block)[0][..., : len(block), :])
         return np.swapaxes(np.concatenate(columns, axis=-2), -1, -2)
 
     def _exchange(self, kind: str, v: Any, block: Any) -> tuple[Any, ...]:

@@ -88,8 +88,7 @@ def call_staged(
     """
     struct = oracle.layout.struct()
     shape = BatchShape(struct.size, lanes, whole)
-    gradient = () if oracle.equations else ("value_and_grad",)
-    callbacks = _Callbacks(solve, shape, ("value", *gradient, "product", "products"))
+    callbacks = _Callbacks(solve, shape, oracle.kinds())
     state = (
         jax.ShapeDtypeStruct((), jnp.int32),  # the number of the solvers
         jax.ShapeDtypeStruct((), jnp.int32),  # what comes next: start (0), a question, or done
@@ -99,8 +98,9 @@ def call_staged(
 
     def compute(kind: str, v: Any, block: Any) -> Any:
         def one(problem: Any, v: Any, block: Any) -> Any:
-            if kind == "products":
-                return jax.vmap(lambda d: evaluate("product", oracle, problem, v, d))(block)
+            if kind.endswith("products"):
+                product = kind.removesuffix("s")
+                return jax.vmap(lambda d: evaluate(product, oracle, problem, v, d))(block)
             return evaluate(kind, oracle, problem, v, block[0])
 
         if lanes is not None:

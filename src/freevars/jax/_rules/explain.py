@@ -46,10 +46,12 @@ def explain(
     x0: Any,
     options: Any,
     by_options: bool,
+    constrained: bool = False,
 ) -> FreevarsError:
     """The error for a verdict on x, which a solver with these options found from x0.
 
-    `by_options`: the derivative is by nothing that the function reads.
+    `by_options`: the derivative is by nothing that the function reads. `constrained`: the solver's
+    bounds are part of the problem.
     """
     figures = known_figures(found.figures)
     converged = figures.finite and figures.step <= limits.step
@@ -60,7 +62,7 @@ def explain(
         name,
         kind,
         least_squares,
-        () if converged else _on_a_bound(x, x0, found.step, limits, options, kind),
+        () if converged or constrained else _on_a_bound(x, x0, found.step, limits, options, kind),
         at_start=_same(x, x0),
     )
     return failure(figures, limits, context)

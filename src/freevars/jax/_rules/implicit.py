@@ -31,6 +31,7 @@ import jax.numpy as jnp
 
 from freevars.errors import StructureError
 from freevars.jax import _compat
+from freevars.jax._rules.constrained import Constrained
 from freevars.jax._rules.coordinates import Coordinates, Space
 from freevars.jax._rules.operator import LinearOperator
 from freevars.jax._rules.totals import Totals, completed
@@ -51,7 +52,7 @@ __all__ = [
 
 Tree: TypeAlias = Any  # a pytree of real arrays
 Value: TypeAlias = Callable[[Tree], Any]  # the function at real coordinates of x, without aux
-Condition: TypeAlias = Callable[[Value, Tree, Coordinates], Tree]
+Condition: TypeAlias = Callable[[Value, Tree, Coordinates], Tree] | Constrained
 
 
 def zero(value: Value, v: Tree, coordinates: Coordinates) -> Tree:
@@ -102,6 +103,8 @@ def optimality(
     condition: Condition, problem: Problem, coordinates: Coordinates, v: Tree, *, has_aux: bool
 ) -> Tree:
     """F at v."""
+    if isinstance(condition, Constrained):
+        return condition(problem, coordinates, v, has_aux=has_aux)
     f = condition(
         lambda v: problem.states(coordinates.from_real(v), has_aux=has_aux), v, coordinates
     )
@@ -114,12 +117,12 @@ def check_equations(
     """Refuse a function that has not one equation for each unknown."""
     value = problem.struct(problem.stated_by)
     value = value[0] if has_aux else value
-    if condition is least:
+    if condition is least or (isinstance(condition, Constrained) and condition.squares):
         if not _is_inexact(value):
             message = f"{name}: expected floating or complex residuals, got {value}."
             raise StructureError(message)
         return
-    if condition is stationary:
+    if condition is stationary or isinstance(condition, Constrained):
         if jax.tree.map(lambda a: (a.shape, jnp.isrealobj(a)), value) != ((), True):
             message = (
                 f"{name}: expected an objective that is a real number of shape (), got {value}."

@@ -18,7 +18,7 @@ from freevars._solvers.failures import Context, failure
 from freevars._solvers.verdict import Figures, Limits
 from freevars.errors import FreevarsError, SingularError
 from freevars.jax import _compat
-from freevars.jax._rules import diagnostics
+from freevars.jax._rules import constrained, diagnostics
 from freevars.jax._rules.coordinates import Coordinates
 from freevars.jax._rules.diagnostics import Diagnostics
 from freevars.jax._rules.explain import explain, known_figures
@@ -63,6 +63,18 @@ def error(
 ) -> FreevarsError:
     """The error for a verdict on known values."""
     x, x0, problem = jax.tree.map(_compat.lowered, (x, x0, problem))
+    stated = None if problem is None else jax.tree.unflatten(*problem)[0]
+    if stated is not None and stated.constrained and found.figures.residual <= limits.residual:
+        reason = constrained.explain(
+            stated,
+            x,
+            has_aux=rule.fun_has_aux(stated, 1),
+            squares=rule.kind == "least_squares",
+            name=rule.name,
+            tol=rule.tol,
+        )
+        if reason is not None:
+            return reason
     regular = bool(found.figures.rcond > limits.rcond)
     if problem is not None and not regular and rule.on_failure != "least_squares":
         kept = rule.compiled_kept(*problem, x)
@@ -77,6 +89,7 @@ def error(
         x0=x0,
         options=options,
         by_options=by_options,
+        constrained=stated is not None and stated.constrained,
     )
 
 

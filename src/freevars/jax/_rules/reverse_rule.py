@@ -32,9 +32,10 @@ def only_in_reverse(
         jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), x0)
     )
     has_aux = rule.fun_has_aux(problem, count(x0))
-    implicit.check_equations(rule.condition, problem, x0, has_aux=has_aux, name=rule.name)
+    condition = rule.condition(problem)
+    implicit.check_equations(condition, problem, x0, has_aux=has_aux, name=rule.name)
     leaves, structure = jax.tree.flatten(problem)
-    pullback = reverse.Pullback(rule.condition, structure, (tree, tuple(types)), has_aux)
+    pullback = reverse.Pullback(condition, structure, (tree, tuple(types)), has_aux)
     needed = pullback.needed(pullback.coordinates.to_real(x0), leaves)
     if needed is not None and (polish or rule.conserved):
         option = "polish=True" if polish else "conserved="
@@ -107,7 +108,7 @@ def solve_by_rows(
         functools.partial(pullback.by_x, v, leaves, transposed=False),
         v,
         rmatvec=functools.partial(pullback.by_x, v, leaves, transposed=True),
-        symmetric=rule.condition in implicit.MINIMA,
+        symmetric=pullback.condition in implicit.MINIMA,
     )
     sizes = unknown.v, unknown.d, limits
     rows = pullback.rows(v, leaves)

@@ -18,6 +18,7 @@ from freevars._solvers.verdict import Kind, OnFailure
 from freevars.jax import _compat
 from freevars.jax._closure import Closure
 from freevars.jax._rules import diagnostics, implicit, linear
+from freevars.jax._rules.constrained import Constrained
 from freevars.jax._rules.coordinates import Coordinates
 from freevars.jax._rules.system import LinearSystem, nothing_if
 from freevars.jax._rules.totals import Totals
@@ -46,10 +47,12 @@ class Rule:
     check: bool = True
     tol: float | None = None
     conserved: Totals | None = None
+    one_sided: bool = False
 
-    @property
-    def condition(self) -> implicit.Condition:
-        """The equations, from the function."""
+    def condition(self, problem: Problem) -> implicit.Condition:
+        """The equations, from the functions of a call."""
+        if problem.constrained:
+            return Constrained(self.kind == "least_squares", self.one_sided, self.check)
         return _CONDITIONS[self.kind]
 
     # What is compiled for all calls of the solver. The tree that rebuilds the leaves is static.
@@ -88,10 +91,11 @@ class Rule:
     ) -> implicit.Linearised:
         problem, _ = jax.tree.unflatten(tree, leaves)
         has_aux = self.fun_has_aux(problem, count(x))
-        implicit.check_equations(self.condition, problem, x, has_aux=has_aux, name=self.name)
+        condition = self.condition(problem)
+        implicit.check_equations(condition, problem, x, has_aux=has_aux, name=self.name)
         rebuild = functools.partial(jax.tree.unflatten, tree)
         return implicit.linearise(
-            self.condition,
+            condition,
             rebuild,
             leaves,
             x,

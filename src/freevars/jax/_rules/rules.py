@@ -126,6 +126,8 @@ def root(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]
             It captures nothing that is differentiated by.
         jit: False runs the solver as it is, for one that cannot be traced; it then needs known
             values.
+        one_sided: of `argmin` and `least_squares` with constraints. True: where a constraint is
+            reached with a multiplier of zero, the derivative is the one that keeps it active.
 
     Raises:
         freevars.errors.NotASolutionError, freevars.errors.SingularError: see `on_failure`.
@@ -155,9 +157,24 @@ def argmin(**options: Unpack[Options]) -> Decorator: ...
 def argmin(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]) -> Any:
     """Derivatives for a solver whose result x satisfies `grad(fun)(x, *args, **kwargs) = 0`.
 
-    A minimum, a maximum or a saddle of a real function of shape (), without constraints: x has to
-    be where the gradient vanishes, and the second derivative there has to be regular. Everything
-    else is as for `root`, which also says what may be given as options.
+    A minimum, a maximum or a saddle of a real function of shape (): x has to be where the gradient
+    vanishes, and the second derivative there has to be regular. Everything else is as for `root`,
+    which also says what may be given as options.
+
+    Constraints are what a call gives for parameters of the solver with these names; derivatives
+    flow into them and into what they capture:
+
+    - `bounds`: a pair (lower, upper), each like x0, a number, or None for no bound.
+    - `equality`: a function with c(x) = 0, `inequality`: one with g(x) >= 0, as in scipy. They
+      reach the solver as closures, one on the host as NumPy functions with `jacobian`.
+
+    Then x is a root of the Karush-Kuhn-Tucker system of the constraints that are active at x, for
+    multipliers that the system determines. It is refused where x violates a constraint, a
+    multiplier has the wrong sign, the gradients of the active constraints depend on each other, or
+    a constraint is reached with a multiplier of zero (see `one_sided`).
+
+    Source: Fiacco 1983, "Introduction to Sensitivity and Stability Analysis in Nonlinear
+    Programming", chapter 3.
 
     >>> import jax, jax.numpy as jnp, freevars.jax as fv
     >>> @fv.argmin
@@ -168,6 +185,15 @@ def argmin(solver: Callable[..., Any] | None = None, /, **options: Unpack[Option
     ...     return descend(lambda m: jnp.mean((data - m) ** 2) + penalty * m**2, 0.0)
     >>> print(f"{center(0.5):.3f} {jax.grad(center)(0.5):.3f}")  # 3 / (1 + p), -3 / (1 + p)^2
     2.000 -1.333
+
+    >>> @fv.argmin
+    ... def project(fun, x0, *, bounds):
+    ...     step = lambda _, x: jnp.clip(x - 0.3 * jax.grad(fun)(x), *bounds)
+    ...     return jax.lax.fori_loop(0, 100, step, x0)
+    >>> def nearest(cap):
+    ...     return project(lambda x: jnp.sum((x - data) ** 2), jnp.zeros(3), bounds=(0.0, cap))
+    >>> print(nearest(3.0), jax.jacobian(nearest)(3.0))
+    [1. 2. 3.] [0. 0. 1.]
     """
     return _decorate(solver, "argmin", options)
 
@@ -207,7 +233,7 @@ def least_squares(solver: Callable[..., Any] | None = None, /, **options: Unpack
     for their Jacobian J. The system of the derivative is the whole second derivative, J^T J and
     what the curvature of r adds to it: exact where residuals remain. With `has_aux=True`, a pair
     that `fun` returns is `(residuals, aux)`. Everything else is as for `root`, which also says what
-    may be given as options.
+    may be given as options; the constraints are those of `argmin`.
 
     >>> import jax, jax.numpy as jnp, freevars.jax as fv
     >>> @fv.least_squares

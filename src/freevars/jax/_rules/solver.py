@@ -17,6 +17,7 @@ import jax
 from jax import tree_util
 
 from freevars._contract import check_callable
+from freevars._solvers import kkt
 from freevars._solvers.decorated import DecoratedSolver
 from freevars._solvers.options import check_options
 from freevars._solvers.signature import SolverCall
@@ -27,7 +28,7 @@ from freevars.jax import _compat
 from freevars.jax._closure import Closure
 from freevars.jax._convert.static import as_static, from_static
 from freevars.jax._host.on_host import HostSolver
-from freevars.jax._rules import diagnostics, linear, refusal, reverse, reverse_rule
+from freevars.jax._rules import constrained, diagnostics, linear, refusal, reverse, reverse_rule
 from freevars.jax._rules.coordinates import Coordinates
 from freevars.jax._rules.explain import Diagnosis, known_figures
 from freevars.jax._rules.rule import Rule
@@ -56,6 +57,7 @@ class Options(TypedDict, total=False):
     polish: bool  # False
     conserved: Totals | None  # None
     jit: bool  # True
+    one_sided: bool  # False
 
 
 class ImplicitSolver(DecoratedSolver[P, R]):
@@ -95,9 +97,13 @@ class ImplicitSolver(DecoratedSolver[P, R]):
             check=check,
             tol=options.get("tol"),
             conserved=options.get("conserved"),
+            one_sided=options.get("one_sided", False),
         )
         self._run = jax.jit(self._run_solver) if self._jit else self._run_solver
         self._run_converted = jax.jit(_call)
+        self._multipliers = jax.jit(
+            constrained.with_multipliers, static_argnames=("has_aux", "squares")
+        )
         self._implicit = jax.custom_jvp(self._forward)
         self._implicit.defjvp(self._push, symbolic_zeros=True)
         self._in_reverse = jax.custom_vjp(self._forward_in_reverse, nondiff_argnums=(0,))
@@ -122,8 +128,16 @@ class ImplicitSolver(DecoratedSolver[P, R]):
         plain = _compat.nothing_traced() and not self._polish  # no derivative is asked for
         pullback = None if plain else self._backwards(problem, x0)
         if pullback is not None:
-            return self._in_reverse(pullback, problem, x0, options, (captured[0], None))
-        return self._implicit(problem, x0, options, captured)
+            out = self._in_reverse(pullback, problem, x0, options, (captured[0], None))
+        else:
+            out = self._implicit(problem, x0, options, captured)
+        return self._x_of(problem, out)
+
+    def _x_of(self, problem: Problem, out: Any) -> Any:
+        """What the solver returned, without multipliers."""
+        if not problem.constrained:
+            return out
+        return (out[0]["x"], out[1]) if self._rule.has_aux else out["x"]
 
     def as_function(
         self, /, *args: P.args, **kwargs: P.kwargs
@@ -133,6 +147,7 @@ class ImplicitSolver(DecoratedSolver[P, R]):
 
         def solve(problem: Problem) -> Any:
             out = self._implicit(problem, x0, options, self._captured(problem, x0, options))
+            out = self._x_of(problem, out)
             return out[0] if self._rule.has_aux else out
 
         return problem, solve
@@ -142,9 +157,30 @@ class ImplicitSolver(DecoratedSolver[P, R]):
 
     def _convert(self, call: SolverCall) -> tuple[Problem, Any, dict[str, Any]]:
         x0 = as_unknown(call.x0, self.__name__)
+        constraints = kkt.take_constraints(
+            self._rule.kind, call.options, conserved=self._rule.conserved is not None
+        )
+        given = {name: value for name, value in call.options.items() if name not in constraints}
         # A Python number among the options stays one: solvers count with it.
-        options: dict[str, Any] = as_static(call.options, is_array)
+        options: dict[str, Any] = as_static(given, is_array)
+        if constraints:
+            problem = self._constrained(call, x0, constraints)
+            return problem, constrained.unknown(problem, x0), options
         return self._problem(call, x0), x0, options
+
+    def _constrained(self, call: SolverCall, x0: Any, constraints: dict[str, Any]) -> Problem:
+        fun, args, kwargs = call.fun, call.args, call.kwargs
+        check_callable(fun)
+        functions: dict[str, Callable[..., Any]] = {
+            "fun": lambda x, args, kwargs: fun(x, *args, **kwargs)
+        }
+        for name in ("equality", "inequality"):
+            if name in constraints:
+                functions[name] = lambda x, _args, _kwargs, name=name: constraints[name](x)
+        bounds = constraints.get("bounds")
+        if bounds is not None:
+            bounds = constrained.bounds_like(bounds, x0, self.__name__)
+        return Problem.of_parts(functions, dict.fromkeys(functions, x0), args, kwargs, bounds)
 
     @property
     def _argument(self) -> Callable[[Any], Any] | None:
@@ -168,6 +204,15 @@ class ImplicitSolver(DecoratedSolver[P, R]):
     # Running the solver.
 
     def _run_solver(self, problem: Problem, x0: Any, options: dict[str, Any]) -> Any:
+        if problem.constrained:
+            out = self._run_plain(problem, x0["x"], options)
+            x, *aux = out if self._rule.has_aux else (out,)
+            how = {"has_aux": self._rule.fun_has_aux(problem, 1)}
+            y = self._multipliers(problem, x, squares=self._rule.kind == "least_squares", **how)
+            return (y, *aux) if aux else y
+        return self._run_plain(problem, x0, options)
+
+    def _run_plain(self, problem: Problem, x0: Any, options: dict[str, Any]) -> Any:
         if isinstance(self._solver, HostSolver):
             out = self._solver.solve(
                 problem,
@@ -177,7 +222,11 @@ class ImplicitSolver(DecoratedSolver[P, R]):
                 has_aux=self._rule.fun_has_aux(problem, count(x0)),
             )
         else:
-            call = SolverCall(problem.as_given(), x0, *problem.extra(), from_static(options))
+            given = from_static(options)
+            if problem.bounds is not None:
+                given["bounds"] = problem.bounds
+            given |= {name: problem.constraint(name) for name in problem.constraints}
+            call = SolverCall(problem.as_given(), x0, *problem.extra(), given)
             out = self._signature.call(self._solver, call)
         if not self._rule.has_aux:
             return like(out, x0, f"{self.__name__}: the returned x")

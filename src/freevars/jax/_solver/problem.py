@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import tree_util
 
+from freevars._solvers.kkt import CONSTRAINTS
 from freevars.jax import _compat
 from freevars.jax._closure import Closure
 from freevars.jax._convert.static import as_static, from_static
@@ -41,6 +42,7 @@ class Problem(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     parts: Parts = Parts()
+    bounds: Any = None  # (lower, upper), each like x
 
     @staticmethod
     def of(
@@ -61,6 +63,7 @@ class Problem(NamedTuple):
         points: Mapping[str, Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        bounds: Any = None,
     ) -> Problem:
         """Convert several functions `function(point, args, kwargs)`, each at a point of its own."""
 
@@ -69,7 +72,7 @@ class Problem(NamedTuple):
 
         closure = Closure(parts, dict(points), args, kwargs)
         given = as_static((args, kwargs), _compat.is_array)
-        return Problem(closure, given[0], given[1], Parts(tuple(functions)))
+        return Problem(closure, given[0], given[1], Parts(tuple(functions)), bounds)
 
     def as_given(self) -> Callable[..., Any]:
         """The function as the solver calls it: a pytree too, so that a solver may jit."""
@@ -101,6 +104,25 @@ class Problem(NamedTuple):
         return out[0] if has_aux else out
 
     @property
+    def constrained(self) -> bool:
+        """Whether the solution is a minimum with constraints."""
+        return self.bounds is not None or bool(self.constraints)
+
+    @property
+    def constraints(self) -> tuple[str, ...]:
+        """The parts that are constraints."""
+        return tuple(name for name in self.parts.names if name in CONSTRAINTS)
+
+    def constraint(self, name: str) -> Callable[[Any], Any]:
+        """A constraint as the solver calls it, a pytree too."""
+        partial: Any = tree_util.Partial
+        return partial(_Constraint(name), self)
+
+    def parts_at(self, x: Any) -> dict[str, Any]:
+        """The values of all parts at one point."""
+        return self.fun(dict.fromkeys(self.parts.names, x), *self.extra())
+
+    @property
     def stated_by(self) -> str:
         """The part that says what holds at the solution."""
         return "condition" if "condition" in self.parts.names else "fun"
@@ -127,6 +149,16 @@ class _Part:
             for name, struct in closure.in_struct[0].items()
         }
         return closure(points, args, kwargs)[self.name]
+
+
+@dataclass(frozen=True)
+class _Constraint:
+    """As `_Part`, for a function of x alone."""
+
+    name: str
+
+    def __call__(self, problem: Problem, x: Any) -> Any:
+        return problem.parts_at(x)[self.name]
 
 
 def _ones(struct: Any) -> Any:

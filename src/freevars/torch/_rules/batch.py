@@ -115,6 +115,7 @@ class BatchedCondition(DifferentiableCondition):
         self.dims = tuple(dims)
         self.rule = of.rule
         self.unknown = of.unknown
+        self.constrained = of.constrained
         self.constants, self.others = of.constants, of.others
         self.by_options = of.by_options
 

@@ -49,6 +49,7 @@ class Rule:
     conserved: Callable[[Any], Any] | None = None
     batch_dims: int = 0
     rng: Rng = "replay"
+    one_sided: bool = False
     # Of kind "implicit": condition(fun, x), and what `fun` takes.
     stated: tuple[Callable[..., Any] | None, Callable[[Any], Any] | None] = (None, None)
 
@@ -84,6 +85,7 @@ class Condition:
     constants: frozenset[int]  # the positions of values on which x does not depend, or not smoothly
     others: frozenset[int]  # those on which it does not depend if it is a root
     by_options: Sequence[str] = ()  # what a derivative is by, where the function reads none of it
+    constrained: bool = False  # the solver's bounds are part of the equations
     recorded: tuple[Tensor, Tensor] | None = None  # the leaf and the value of the recorded F
     nearby: Sequence[Tensor] = ()  # F nearby, recorded where x is tiny next to x - x0
 
@@ -187,14 +189,24 @@ class Condition:
         bad = ~judged.good & wanted
         if bool(bad.any()):
             if self.rule.on_failure != "nan":
-                raise self._failure(judged, int(bad.nonzero()[0]), at, values[0])
+                raise self._failure(judged, int(bad.nonzero()[0]), at, values)
             u = torch.where(bad[:, None], float("nan"), u)
         return torch.where((~judged.good & ~wanted)[:, None], 0, u)
 
-    def _failure(self, judged: _Judged, k: int, at: Solution, x0: Tensor) -> FreevarsError:
+    def explained(self, k: int, at: Solution, values: Sequence[Tensor], /) -> FreevarsError | None:
+        """The error of problem k in words of what it is about, where these say more."""
+        del k, at, values
+        return None
+
+    def _failure(
+        self, judged: _Judged, k: int, at: Solution, values: Sequence[Tensor]
+    ) -> FreevarsError:
+        explained = self.explained(k, at, values)
+        if explained is not None:
+            return explained
         problems = len(judged.good)
         name = self.rule.name + (f" (problem {k} of {problems})" if problems > 1 else "")
-        at_start = torch.equal(at.x[k], x0[k])
+        at_start = torch.equal(at.x[k], values[0][k])
         limits, kind = self._limits(), self.rule.kind
         figures = judged.figures.of(k)
         least_squares = self.rule.on_failure == "least_squares"
@@ -203,7 +215,7 @@ class Condition:
         if stopped and regular and self.by_options:
             return option_matters(name, kind, figures.step, limits.step, self.by_options)
         bounded: list[str] = []
-        if stopped and isinstance(judged.system, Dense):
+        if stopped and not self.constrained and isinstance(judged.system, Dense):
             change = judged.system.newton_step()
             components = self.unknown.components(k, at.x, change)
             bounded = on_a_bound(components, self.numbers(), kind, limits.step)

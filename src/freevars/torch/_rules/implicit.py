@@ -220,4 +220,7 @@ def jvp(fun: Fun, inputs: Sequence[Tensor], tangents: Sequence[Tensor], *, like:
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         u = torch.zeros_like(like).detach().requires_grad_()
-        return torch.autograd.grad(paired(u), u, create_graph=again, materialize_grads=True)[0]
+        pairing = paired(u)
+        if not pairing.requires_grad:  # the derivative is zero
+            return torch.zeros_like(like)
+        return torch.autograd.grad(pairing, u, create_graph=again, materialize_grads=True)[0]

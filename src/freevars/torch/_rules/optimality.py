@@ -18,7 +18,7 @@ from freevars.torch._convert.structure import Structure
 from freevars.torch._rules.implicit import vjp
 from freevars.torch._rules.ravel import Unknown
 
-__all__ = ["STATED_BY", "check_value", "optimality"]
+__all__ = ["STATED_BY", "check_value", "joined", "optimality", "value_of"]
 
 Functions = Mapping[str, Callable[[Any], Any]]  # of x as the user has it
 
@@ -44,12 +44,17 @@ def optimality(
 
     if is_minimum(kind):
         ones = torch.ones(unknown.batch, dtype=x.dtype, device=x.device)
-        objective = value if kind == "argmin" else lambda x: _half_square(value(x), unknown)
-        return vjp(objective, x, ones)
+        return vjp(lambda x: value_of(kind, fun(unknown.unravel(x)), unknown, has_aux), x, ones)
     if kind == "implicit":
-        return _joined(value(x), unknown)
+        return joined(value(x), unknown)
     out = unknown.ravel(value(x), f"the result of {name}")
     return x - out if kind == "fixed_point" else out
+
+
+def value_of(kind: Kind, out: Any, unknown: Unknown, has_aux: bool) -> Tensor:  # noqa: FBT001
+    """The objective of a minimum, of each problem, from what the function returned."""
+    out = out[0] if has_aux else out
+    return out if kind == "argmin" else _half_square(out, unknown)
 
 
 def _half_square(residual: Any, unknown: Unknown) -> Tensor:
@@ -58,7 +63,7 @@ def _half_square(residual: Any, unknown: Unknown) -> Tensor:
     return torch.stack(sums).sum(0).to(unknown.dtype).reshape(unknown.batch) / 2
 
 
-def _joined(equations: Any, unknown: Unknown) -> Tensor:
+def joined(equations: Any, unknown: Unknown) -> Tensor:
     """Equations in any structure as Float[Tensor, "problems n"]."""
     parts = [t.reshape(unknown.problems, -1) for t in _real_parts(equations)]
     return torch.cat([t.to(unknown.dtype) for t in parts], dim=1)

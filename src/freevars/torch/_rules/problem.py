@@ -58,7 +58,6 @@ class Problem(DifferentiableCondition):
         self.rule = rule
         self.functions = functions
         self.converted = functions["fun"]
-        self.stated_by = functions[STATED_BY[rule.kind]]
         self.unknown = unknown
         self.signature = signature
         self.inputs = inputs
@@ -69,7 +68,7 @@ class Problem(DifferentiableCondition):
         if rule.conserved is not None:
             check_constant(rule.conserved, inputs.x0, rule.name)
         self._aux: tuple[list[Any], Any] | None = None
-        if self.stated_by is not self.converted:  # what `fun` reads moves x where that calls it
+        if "fun" not in self.stating:  # what `fun` reads moves x where the condition calls it
             self.constants |= inputs.positions("fun")
         self._check_result()
 
@@ -90,20 +89,35 @@ class Problem(DifferentiableCondition):
         """The captured tensors that the hoisted values stand for."""
         return [t for function in self.functions.values() for t in function.captured]
 
-    def equations(self, x: Tensor, /, *values: Tensor) -> Tensor:
-        args, kwargs, _ = self.inputs.arguments(values)
-        hoisted = self.inputs.hoisted(values, STATED_BY[self.rule.kind])
-        return self.optimality(lambda x: self.stated_by(x, args, kwargs, *hoisted), x)
+    @property
+    def stating(self) -> Mapping[str, Converted[..., Any]]:
+        """The functions that F is computed from."""
+        name = STATED_BY[self.rule.kind]
+        return {name: self.functions[name]}
 
-    def optimality(self, stated_by: Callable[[Any], Any], x: Tensor) -> Tensor:
-        """F, from the function that states it."""
+    def views(self, values: Sequence[Tensor]) -> dict[str, Callable[[Any], Any]]:
+        """The functions that F is computed from as functions of x, at the given values."""
+        args, kwargs, _ = self.inputs.arguments(values)
+
+        def view(name: str) -> Callable[[Any], Any]:
+            hoisted = self.inputs.hoisted(values, name)
+            return lambda x: self.functions[name](x, args, kwargs, *hoisted)
+
+        return {name: view(name) for name in self.stating}
+
+    def equations(self, x: Tensor, /, *values: Tensor) -> Tensor:
+        return self.optimality(self.views(values), x)
+
+    def optimality(self, functions: Mapping[str, Callable[[Any], Any]], x: Tensor) -> Tensor:
+        """F, from the functions that state it."""
+        (function,) = self.stating.values()
         return optimality(
             self.rule.kind,
-            {STATED_BY[self.rule.kind]: stated_by},
+            functions,
             self.unknown,
             x,
             has_aux=self._fun_has_aux,
-            name=function_name(self.stated_by),
+            name=function_name(function),
         )
 
     def totals(self, x: Tensor, /) -> Tensor:
@@ -133,13 +147,11 @@ class Problem(DifferentiableCondition):
     def _check_result(self) -> None:
         """What `fun` returned on the example, against what the rule needs, before the solver
         runs."""
-        out = self.stated_by.out_struct
+        stated_by = "fun" if "fun" in self.stating else "condition"
+        out = self.functions[stated_by].out_struct
         self._fun_has_aux = False
         if (
-            self.stated_by is self.converted
-            and self.rule.has_aux
-            and isinstance(out, tuple)
-            and len(out) == 2  # noqa: PLR2004
+            stated_by == "fun" and self.rule.has_aux and isinstance(out, tuple) and len(out) == 2  # noqa: PLR2004
         ):
             try:
                 self._check_value(out[0])
@@ -151,7 +163,8 @@ class Problem(DifferentiableCondition):
         self._check_value(out)
 
     def _check_value(self, out: Any) -> None:
-        check_value(self.rule.kind, out, self.unknown, function_name(self.stated_by))
+        (function,) = self.stating.values()
+        check_value(self.rule.kind, out, self.unknown, function_name(function))
 
     # --- the solver
 
@@ -170,7 +183,8 @@ class Problem(DifferentiableCondition):
                 out = user(x, *args, **kwargs)
             return pytree.tree_map_only(Tensor, Tensor.detach, out)
 
-        call = SolverCall(fun, self.unknown.unravel(values[0]), args, kwargs, options)
+        options = self._options(options, values)
+        call = SolverCall(fun, self._start(values), args, kwargs, options)
         with preserve_grad(self.inputs.leaves()), self.inputs.held_by_solver(values):
             out = self.signature.call(self.rule.solver, call)
         tensors = []
@@ -183,7 +197,21 @@ class Problem(DifferentiableCondition):
                 raise StructureError(message)
             out, aux = out
             tensors = self._take_apart(aux)
-        return self.unknown.ravel(out, f"the result of {self.rule.name}"), *tensors
+        return self._found(out, values), *tensors
+
+    def _start(self, values: Sequence[Tensor]) -> Any:
+        """What the solver starts from."""
+        return self.unknown.unravel(values[0])
+
+    def _options(self, options: dict[str, Any], values: Sequence[Tensor]) -> dict[str, Any]:
+        """The solver's options, as it is given them."""
+        del values
+        return options
+
+    def _found(self, out: Any, values: Sequence[Tensor]) -> Tensor:
+        """The unknown, from what the solver returned."""
+        del values
+        return self.unknown.ravel(out, f"the result of {self.rule.name}")
 
     def run_many(
         self, size: int, dims: Sequence[int | None], *values: Tensor

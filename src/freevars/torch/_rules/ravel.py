@@ -49,6 +49,11 @@ class Unknown:
         self.dtype: torch.dtype = leaves[0].dtype.to_real()
         self.n = sum(n for _, _, n in self._like)
 
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The shape of each tensor."""
+        return [tuple(shape) for shape, _, _ in self._like]
+
     def ravel(self, x: Any, name: str) -> Tensor:
         """`name` is for the error where `x` is of another structure."""
         leaves = self.check(x, name)

@@ -11,8 +11,8 @@ With `create_graph=True` the values get the cotangents in place of the graph, by
 evaluation (`implicit.py`): there x depends on the values, while the recorded leaf does not.
 """
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from freevars._solvers.signature import SolverCall
 from freevars.torch import _compat, _hooks
+from freevars.torch._convert.convert import Converted
 from freevars.torch._rules.condition import Condition, Solution
 from freevars.torch._rules.implicit import pull_back
 from freevars.torch._rules.problem import Problem
@@ -32,11 +33,11 @@ __all__ = ["solve_and_attach"]
 def solve_and_attach(
     problem: Problem,
     call: SolverCall,
-    given: Callable[..., Any],
+    given: Mapping[str, Callable[..., Any]],
     values: tuple[Tensor, ...],
 ) -> tuple[Tensor, ...]:
     """The root, differentiable in whatever the user's function reads, and what comes with it;
-    `given` is what states the condition, as it was before conversion."""
+    `given` are the functions of the problem as they were before conversion."""
     plain = tuple(v.detach() for v in values)
     with (
         _hooks.solver_running(),
@@ -49,15 +50,14 @@ def solve_and_attach(
     if not torch.is_grad_enabled() or not any(v.requires_grad for v in values):
         return x, *others
     leaf = x.clone().requires_grad_()
-    stated_by = problem.stated_by
+    stated = {name: _as_it_is(given[name], of, call) for name, of in problem.stating.items()}
 
     def equations(x: Tensor) -> Tensor:
-        replay = stated_by.replay
-        with nullcontext() if replay is None else replay.replayed():
-            f = problem.optimality(lambda x: given(x, call.args, call.kwargs), x)
-        return problem.completed(f, x, values[0], columns)
+        return problem.completed(problem.optimality(stated, x), x, values[0], columns)
 
-    with constants_as_they_are(given, stated_by.constants):
+    with ExitStack() as constants:
+        for name, function in problem.stating.items():
+            constants.enter_context(constants_as_they_are(given[name], function.constants))
         f = equations(leaf)
         if problem.rule.check and _is_tiny(x, plain[0]):
             with torch.no_grad():
@@ -75,6 +75,18 @@ def _is_tiny(x: Tensor, x0: Tensor) -> bool:
         return False
     size, way = x.abs().amax(1), (x - x0).abs().amax(1)
     return bool(((size > 0) & (size <= torch.finfo(x.dtype).eps ** 0.5 * way)).any())
+
+
+def _as_it_is(
+    given: Callable[..., Any], converted: Converted[..., Any], call: SolverCall
+) -> Callable[[Any], Any]:
+    """A function before conversion, as a function of x that draws what its conversion drew."""
+
+    def function(x: Any) -> Any:
+        with nullcontext() if converted.replay is None else converted.replay.replayed():
+            return given(x, call.args, call.kwargs)
+
+    return function
 
 
 class _Attach(torch.autograd.Function):

@@ -9,7 +9,7 @@ one call of a solver as a problem (`problem.py`), linear systems (`linear.py`).
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import (
     Any,
@@ -24,6 +24,7 @@ from typing import (
 )
 
 from freevars._contract import check_callable
+from freevars._solvers import kkt
 from freevars._solvers.decorated import DecoratedSolver
 from freevars._solvers.options import check_options
 from freevars._solvers.signature import SolverCall
@@ -33,6 +34,7 @@ from freevars.torch._convert.convert import closure_convert
 from freevars.torch._describe import function_name
 from freevars.torch._rules import implicit as operation
 from freevars.torch._rules.condition import OnFailure, Rng, Rule
+from freevars.torch._rules.constrained import ConstrainedProblem, bounds_like, unknown_of
 from freevars.torch._rules.inputs import Inputs
 from freevars.torch._rules.linear import LinearSolve, check_linear_solve
 from freevars.torch._rules.problem import Problem
@@ -59,6 +61,7 @@ class Options(TypedDict, total=False):
     conserved: Callable[[Any], Any] | None  # None
     batch_dims: int  # 0
     rng: Rng  # "replay"
+    one_sided: bool  # False
 
 
 class ImplicitSolver(DecoratedSolver[P, R]):
@@ -107,7 +110,7 @@ class ImplicitSolver(DecoratedSolver[P, R]):
         return super().__call__(*args, **kwargs)
 
     def _solve(self, call: SolverCall) -> Any:
-        fun, x0, fun_args, fun_kwargs, _ = call
+        fun, x0, fun_args, fun_kwargs, options = call
         check_callable(fun)
 
         @functools.wraps(fun, updated=())
@@ -120,30 +123,58 @@ class ImplicitSolver(DecoratedSolver[P, R]):
         example = x0 if argument is None else argument(x0)
         converted, of_fun = closure_convert(extended, example, fun_args, fun_kwargs, rng=rule.rng)
         functions, hoisted = {"fun": converted}, {"fun": of_fun}
-        given_by: Callable[..., Any] = extended
+        as_given: dict[str, Callable[..., Any]] = {"fun": extended}
+        constraints = kkt.take_constraints(rule.kind, options, conserved=rule.conserved is not None)
         if condition is not None:
-            given_by = _stated(condition, extended)
+            as_given["condition"] = _stated(condition, extended)
+        as_given |= {name: _as_function(name, value) for name, value in constraints.items()}
+        for name, function in list(as_given.items())[1:]:
             with nullcontext() if converted.replay is None else converted.replay.replayed():
-                functions["condition"], hoisted["condition"] = closure_convert(
-                    given_by, x0, fun_args, fun_kwargs, rng=rule.rng
+                functions[name], hoisted[name] = closure_convert(
+                    function, x0, fun_args, fun_kwargs, rng=rule.rng
                 )
+        start, of_x = x0, unknown
+        if constraints:
+            start = unknown_of(x0, functions, of_x)
+            unknown = Unknown(start, rule.batch_dims)
         inputs = Inputs(
             rule.solver,
-            call,
-            unknown.ravel(x0, "x0"),
+            # What the functions among the constraints capture is hoisted from them.
+            call._replace(options=_without_functions(options, constraints)),
+            unknown.ravel(start, "x0"),
             hoisted,
             captured=[t for function in functions.values() for t in function.captured],
             x0_matters=rule.conserved is not None,
         )
-        problem = Problem(rule, functions, unknown, self._signature, inputs)
+        of = (rule, functions, unknown, self._signature, inputs)
+        problem = ConstrainedProblem(*of, of_x) if constraints else Problem(*of)
         if _compat.transforms_active():
             v, _, _, *aux = operation.implicit(problem, *inputs.values)
         else:
-            v, *aux = solve_and_attach(problem, call, given_by, inputs.values)
+            v, *aux = solve_and_attach(problem, call, as_given, inputs.values)
         if converted.replay is not None:
             converted.replay.advance()
         x = unknown.unravel(v)
+        x = x[0] if constraints else x
         return (x, problem.with_aux(aux)) if rule.has_aux else x
+
+
+def _without_functions(options: dict[str, Any], constraints: Mapping[str, Any]) -> dict[str, Any]:
+    taken = constraints.keys() - {"bounds"}
+    return {name: value for name, value in options.items() if name not in taken}
+
+
+def _as_function(name: str, constraint: Any) -> Callable[..., Any]:
+    """A constraint as a function of what the extended `fun` takes."""
+    if name == "bounds":
+        return bounds_like(constraint)
+
+    @functools.wraps(constraint, updated=())
+    def extended(x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        del args, kwargs
+        return constraint(x)
+
+    return extended
 
 
 def _stated(condition: Callable[..., Any], extended: Callable[..., Any]) -> Callable[..., Any]:
@@ -277,6 +308,20 @@ def argmin(solver: Callable[..., Any] | None = None, /, **options: Unpack[Option
             `fun` of `argmin` returns one number for each problem.
         rng: "replay" gives every evaluation of `fun` in one solve the same random numbers, so that
             dropout draws one mask for each solve; "allow" draws afresh in each; "error" refuses.
+        one_sided: of `argmin` and `least_squares` with constraints. True: where a constraint is
+            reached with a multiplier of zero, the derivative is the one that keeps it active.
+
+    Constraints are what a call gives for parameters of the solver with these names; derivatives
+    flow into them and into what they capture:
+
+    - `bounds`: a pair (lower, upper), each like x0, a number, or None for no bound.
+    - `equality`: a function with c(x) = 0, `inequality`: one with g(x) >= 0, as in scipy; with
+      `batch_dims`, the axes of the problems come first.
+
+    Then x is a root of the Karush-Kuhn-Tucker system of the constraints that are active at x, for
+    multipliers that the system determines. It is refused where x violates a constraint, a
+    multiplier has the wrong sign, the gradients of the active constraints depend on each other, or
+    a constraint is reached with a multiplier of zero.
 
     Raises:
         NotASolutionError, SingularError: see `on_failure`; where the derivative is taken.
@@ -284,7 +329,8 @@ def argmin(solver: Callable[..., Any] | None = None, /, **options: Unpack[Option
         CaptureError: as `closure_convert` does.
 
     The mathematics: the implicit function theorem; Blondel et al. 2022, "Efficient and Modular
-    Implicit Differentiation".
+    Implicit Differentiation"; for constraints, Fiacco 1983, "Introduction to Sensitivity and
+    Stability Analysis in Nonlinear Programming", chapter 3.
 
     Example:
         >>> import torch

@@ -1,0 +1,182 @@
+"""Minima with constraints: what holds there, which constraints are active, and what is refused.
+
+    min f(x)   subject to   c(x) = 0,   g(x) >= 0,   lower <= x <= upper.
+
+Where a minimum is regular there are multipliers, and with the active set A (the inequalities that
+hold as equations) x and they are the root of the Karush-Kuhn-Tucker system
+
+    x_i - bound_i = 0            where a bound of x_i is active
+    [grad f - c'^T l - g'^T m]_i = 0     elsewhere
+    c(x) = 0
+    g_k(x) = 0 for k in A,       m_k = 0 for the others.
+
+Its derivative is that of the minimum as long as the active set stays: the rule of a root does the
+rest, second derivatives included. The multiplier of a bound is the gradient of the Lagrangian at
+its component and no unknown.
+
+*Active.* Each inequality has a gap and a pull, of which one is zero. Both are measured so that no
+unit counts: the gap relative to how much the constraint changes over the size of x, the pull (the
+force of the multiplier) relative to how much the gradient of the Lagrangian changes over it, and to
+its terms. A constraint is active where its pull exceeds its gap. A solver that stops at a distance
+from the bound, as interior-point methods do, is read rightly as long as it is precise: what it
+leaves is the product of the two.
+
+*Degenerate.* Where both are zero the minimum has a derivative on each side, and they differ. Both
+count as zero below sqrt(eps), or below ten times what the solver leaves of the other equations.
+
+*Multipliers* are found from x: those that minimise
+
+    | W D (grad f - c'^T l - g'^T m) |^2 + | gap * m |^2
+
+with m in units of the objective, D the size of x, and W near zero where a bound may be active.
+
+Sources: Fiacco 1983, "Introduction to Sensitivity and Stability Analysis in Nonlinear Programming",
+chapter 3 (the derivative); Facchinei, Fischer, Kanzow 1998, "On the accurate identification of
+active constraints" (the multipliers). Not here: the linear algebra, which is the host's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from freevars._solvers.verdict import Kind, Limits, is_minimum
+from freevars.errors import FreevarsError, NotASolutionError, SingularError
+
+__all__ = [
+    "CONSTRAINTS",
+    "WRONG",
+    "Found",
+    "Pair",
+    "explain",
+    "on_the_spot",
+    "pair",
+    "take_constraints",
+    "threshold",
+]
+
+# The parameters of a solver that are constraints, if it is one of minima.
+CONSTRAINTS = ("bounds", "equality", "inequality")
+
+# A multiplier below this, relative, is no rounding error.
+WRONG = -1e-2
+
+_SHOWN = 3  # constraints that an error lists
+
+
+def take_constraints(kind: Kind, options: Mapping[str, Any], *, conserved: bool) -> dict[str, Any]:
+    """The constraints among the options of a call, those that are None left out.
+
+    Raises:
+        TypeError: one of them is not what a constraint is.
+    """
+    if not is_minimum(kind):
+        return {}
+    given = {name: options[name] for name in CONSTRAINTS if name in options}
+    for name in ("equality", "inequality"):
+        if given.get(name) is not None and not callable(given[name]):
+            message = (
+                f"{name}: expected a function of x, whose result is"
+                f" {'0' if name == 'equality' else '0 or more'}, or None, got {given[name]!r}."
+            )
+            raise TypeError(message)
+    bounds = given.get("bounds")
+    if bounds is not None and not (isinstance(bounds, (tuple, list)) and len(bounds) == 2):  # noqa: PLR2004
+        message = (
+            "bounds: expected a pair (lower, upper), each like x0, a number, or None for no bound,"
+            f" got {bounds!r}."
+        )
+        raise TypeError(message)
+    active = {name: value for name, value in given.items() if value is not None}
+    if active and conserved:
+        message = "conserved: totals that are kept are an equality constraint; give them as one."
+        raise TypeError(message)
+    return active
+
+
+class Pair(NamedTuple):
+    """A gap and a pull, which are complementary: arrays of the host."""
+
+    active: Any  # bool
+    certain: Any  # the larger of the two: zero where the point is degenerate
+    left: Any  # the absolute value of that which should be zero
+
+
+def pair(xp: Any, gap: Any, pull: Any) -> Pair:
+    """Which of the two counts."""
+    active = gap < pull
+    return Pair(
+        active,
+        xp.maximum(xp.abs(gap), pull),
+        xp.abs(
+            xp.where(
+                active, gap, xp.where(pull > 0, pull, xp.where(gap < 0, gap, xp.zeros_like(pull)))
+            )
+        ),
+    )
+
+
+def on_the_spot(xp: Any, value: Any, constant: Any, near: Any) -> Any:
+    """A row of F that holds by decision: its derivative, without its value where that is near 0.
+
+    How far an interior-point method keeps from a bound is no error of x, and nor is what rounding
+    leaves of a multiplier that is zero. `constant` is the value without its derivative.
+    """
+    return value - xp.where(near, constant, xp.zeros_like(constant))
+
+
+def threshold(xp: Any, left: Any, eps: float) -> Any:
+    """Up to which value both sides of a pair count as zero, for what is left of the equations."""
+    return xp.clip(10 * left, eps**0.5, eps**0.25)
+
+
+class Found(NamedTuple):
+    """What an error looks at, as numbers of Python."""
+
+    names: list[str]  # of each bound and inequality
+    gaps: list[float]
+    pulls: list[float]
+    violated: float  # the largest equality constraint, relative
+    left: float  # of the equations, relative
+    dependent: bool  # the gradients of the active constraints are
+
+
+def explain(name: str, found: Found, limits: Limits, eps: float) -> FreevarsError | None:
+    """The error in words of the constraints, if these say why there is no derivative."""
+    sides = list(zip(found.names, found.gaps, found.pulls, strict=True))
+    outside = [f"{n} by {-gap:.1e}" for n, gap, _ in sides if gap < -limits.certain]
+    if found.violated > limits.certain:
+        outside.append(f"the equality constraint by {found.violated:.1e}")
+    if outside:
+        return NotASolutionError(
+            f"{name}: the result violates {_listed(outside)}, relative to the size of x. Let the"
+            " solver run longer or to a tighter tolerance."
+        )
+    near = limits.certain
+    wrong = [f"{n} ({p:.1e})" for n, gap, p in sides if abs(gap) <= near and p < WRONG]
+    if wrong:
+        return NotASolutionError(
+            f"{name}: the multiplier of {_listed(wrong)} has the wrong sign, relative to the"
+            " gradient's terms: the result lies on the constraint, and the objective falls away"
+            " from it. The solver did not converge, or inequality(x) >= 0 is written the other way"
+            " round."
+        )
+    least = min(max(10 * found.left, eps**0.5), eps**0.25)
+    zero = [n for n, gap, pull in sides if max(abs(gap), pull) <= least]
+    if zero:
+        return NotASolutionError(
+            f"{name}: degenerate: {_listed(zero)} is reached with a multiplier of zero, so that the"
+            " minimum has another derivative on each side of here. one_sided=True takes the one"
+            " that keeps the constraint active."
+        )
+    if found.dependent:
+        return SingularError(
+            f"{name}: the gradients of the active constraints are not independent, so that their"
+            " multipliers are not determined. Leave out constraints that follow from the others."
+        )
+    return None
+
+
+def _listed(items: list[str]) -> str:
+    shown = ", ".join(items[:_SHOWN])
+    return f"{shown} and {len(items) - _SHOWN} more" if len(items) > _SHOWN else shown

@@ -1,0 +1,233 @@
+"""The Karush-Kuhn-Tucker system of a minimum with constraints, on pytrees as they are.
+
+The unknown is x with the multipliers of `equality` and `inequality`. What is active is decided at
+the unknown itself and is a constant of the system; `freevars._solvers.kkt` says how, and why. Not
+here: the derivative of the system's root (`implicit`), and who is told about a refusal (`refusal`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import tree_util
+
+from freevars._solvers import kkt
+from freevars._solvers.kkt import Found, Pair
+from freevars._solvers.verdict import Limits
+from freevars.errors import FreevarsError, StructureError
+from freevars.jax._rules.active import (
+    Functions,
+    Scaled,
+    flat,
+    pairs,
+    positive,
+    rows_of,
+    size_of,
+)
+from freevars.jax._rules.coordinates import Coordinates
+from freevars.jax._rules.diagnostics import limits_of
+from freevars.jax._solver.problem import Problem, count
+
+__all__ = ["Constrained", "bounds_like", "explain", "unknown", "with_multipliers"]
+
+Tree: TypeAlias = Any  # a pytree of real arrays
+
+
+def bounds_like(bounds: Any, x0: Any, name: str) -> tuple[Any, Any]:
+    """The two sides as arrays like those of x0, infinite where there is none."""
+    if any(map(jnp.iscomplexobj, jax.tree.leaves(x0))):
+        message = f"{name}: bounds: complex numbers have no order, got a complex x0."
+        raise StructureError(message)
+
+    def side(given: Any, default: float) -> Any:
+        def fill(bound: Any, part: Any) -> Any:
+            value = default if bound is None else bound
+            return jax.tree.map(
+                lambda leaf: jnp.broadcast_to(jnp.asarray(value, leaf.dtype), leaf.shape), part
+            )
+
+        try:
+            return tree_util.tree_map(fill, given, x0, is_leaf=lambda b: b is None)
+        except (ValueError, TypeError) as error:
+            message = f"{name}: bounds: expected each side like x0, or a number: {error}."
+            raise StructureError(message) from None
+
+    lower, upper = bounds
+    return side(lower, -jnp.inf), side(upper, jnp.inf)
+
+
+def unknown(problem: Problem, x0: Any) -> Any:
+    """x0 with multipliers of zero."""
+    dtype = Coordinates(x0).dtype
+    sizes = {name: count(problem.struct(name)) for name in problem.constraints}
+    return {"x": x0, **{name: jnp.zeros(size, dtype) for name, size in sizes.items()}}
+
+
+@dataclass(frozen=True)
+class Constrained:
+    """F of a minimum with constraints."""
+
+    squares: bool  # the objective is half the sum of squares
+    one_sided: bool
+    check: bool
+
+    def __call__(
+        self, problem: Problem, coordinates: Coordinates, y: Tree, *, has_aux: bool
+    ) -> Tree:
+        """At y, in the coordinates of the unknown; NaN where the point is degenerate."""
+        return _conditions(self, problem, coordinates, y, has_aux=has_aux)
+
+
+def _conditions(
+    of: Constrained, problem: Problem, coordinates: Coordinates, y: Tree, *, has_aux: bool
+) -> Tree:
+    at = Functions.of(problem, coordinates.from_real(y)["x"], has_aux=has_aux, squares=of.squares)
+    v, multipliers = y["x"], {name: y[name] for name in problem.constraints}
+    gradient, values = at.gradient(v, multipliers), at.constraints(v)
+    fixed = jax.lax.stop_gradient((v, multipliers, gradient, values))
+    scaled: Scaled = jax.lax.stop_gradient(Scaled.of(at, *fixed))
+    least = kkt.threshold(jnp, scaled.left, coordinates.eps)
+
+    def keeps(pair: Pair) -> Any:
+        return (pair.active | (pair.certain <= least)) if of.one_sided else pair.active
+
+    near = Limits.of(coordinates.eps).certain
+
+    def at_bound(x: Any, bound: Any, gap: Any) -> Any:
+        constant = jax.lax.stop_gradient(x - bound)
+        return kkt.on_the_spot(jnp, x - bound, constant, jnp.abs(gap) <= near)
+
+    def row(lower: Pair, upper: Pair, fixed: Any, x: Any, sides: Any, gaps: Any, slope: Any) -> Any:
+        below, above = (at_bound(x, *side) for side in zip(sides, gaps, strict=True))
+        at_lower = keeps(lower) | fixed
+        return jnp.where(at_lower, below, jnp.where(keeps(upper), above, slope))
+
+    leaves, tree = jax.tree.flatten(v)
+    rows = [
+        row(*parts)
+        for parts in zip(
+            pairs(scaled.lower),
+            pairs(scaled.upper),
+            jax.tree.leaves(at.fixed),
+            leaves,
+            zip(*map(jax.tree.leaves, (at.lower, at.upper)), strict=True),
+            zip(*map(jax.tree.leaves, scaled.gaps[:2]), strict=True),
+            jax.tree.leaves(gradient),
+            strict=True,
+        )
+    ]
+    f: dict[str, Any] = {"x": tree.unflatten(rows)}
+    if "equality" in values:
+        f["equality"] = values["equality"]
+    if scaled.inequality is not None:
+        active = keeps(scaled.inequality)
+        zero = kkt.on_the_spot(
+            jnp,
+            multipliers["inequality"],
+            jax.lax.stop_gradient(multipliers["inequality"]),
+            scaled.pulls[1] > kkt.WRONG,
+        )
+        f["inequality"] = jnp.where(active, values["inequality"], zero)
+    if of.check and not of.one_sided:
+        degenerate = jax.lax.stop_gradient(scaled.certain(at) <= least)
+        f = jax.tree.map(lambda leaf: jnp.where(degenerate, jnp.nan, leaf), f)
+    return f
+
+
+def with_multipliers(problem: Problem, x: Any, *, has_aux: bool, squares: bool) -> Any:
+    """The unknown at x, with the multipliers that its stationarity says."""
+    if not problem.constraints:
+        return {"x": x}
+    at = Functions.of(problem, x, has_aux=has_aux, squares=squares)
+    v = Coordinates(x).to_real(x)
+    size = jax.tree.map(size_of, v, at.lower, at.upper)
+    gap = jax.tree.map(
+        lambda x, low, up, d: jnp.minimum(jnp.abs(x - low), jnp.abs(up - x)) / d,
+        *(v, at.lower, at.upper, size),
+    )
+    weight = jax.tree.map(
+        lambda g, d: d * jnp.where(jnp.isinf(g), 1, g / jnp.sqrt(1 + g**2)), gap, size
+    )
+    matrix, values = rows_of(at, v)
+    rows = positive(jnp.sum(jnp.abs(matrix) * flat(size), axis=1))
+    system = (flat(weight) * matrix / rows[:, None]).T
+    right = flat(weight) * flat(jax.grad(at.objective)(v))
+    if "inequality" in values:
+        k = values["inequality"].size
+        slack = values["inequality"] / rows[-k:]
+        pad = jnp.zeros((k, rows.size - k), slack.dtype)
+        system = jnp.concatenate([system, jnp.concatenate([pad, jnp.diag(slack)], 1)])
+        right = jnp.concatenate([right, jnp.zeros(k, right.dtype)])
+    solution = jnp.linalg.lstsq(system, right)[0] / rows
+    found, start = {}, 0
+    for name, value in values.items():
+        found[name] = solution[start : start + value.size]
+        start += value.size
+    return {"x": x, **found}
+
+
+def explain(
+    problem: Problem, y: Any, *, has_aux: bool, squares: bool, name: str, tol: float | None
+) -> FreevarsError | None:
+    """The error in words of the constraints, for known values."""
+    coordinates = Coordinates(y)
+    at = Functions.of(problem, y["x"], has_aux=has_aux, squares=squares)
+    v = Coordinates(y["x"]).to_real(y["x"])
+    multipliers = {name: y[name] for name in problem.constraints}
+    values = at.constraints(v)
+    scaled = Scaled.of(at, v, multipliers, at.gradient(v, multipliers), values)
+    names: list[str] = []
+    gaps: list[float] = []
+    pulls: list[float] = []
+    paths = [tree_util.keystr(path) for path, _ in tree_util.tree_leaves_with_path(y["x"])]
+    free: list[Any] = []
+    for path, low, up, pull, fixed, is_low, is_up in zip(
+        paths,
+        *map(jax.tree.leaves, (*scaled.gaps[:2], scaled.pulls[0], at.fixed)),
+        pairs(scaled.lower),
+        pairs(scaled.upper),
+        strict=True,
+    ):
+        free.append(np.ravel(~np.asarray(is_low.active | is_up.active | fixed)))
+        for side, gap, sign in (("lower", low, 1), ("upper", up, -1)):
+            for index in np.argwhere(np.isfinite(gap) & ~np.asarray(fixed)):
+                where = f"[{', '.join(map(str, index))}]" if index.size else ""
+                opposite = (up if sign > 0 else low)[tuple(index)]
+                force = sign * float(pull[tuple(index)])
+                names.append(f"the {side} bound of x{path}{where}")
+                gaps.append(float(gap[tuple(index)]))
+                # What pulls away from one side may lean on the other.
+                pulls.append(max(force, 0.0) if opposite < coordinates.eps**0.25 else force)
+    if scaled.inequality is not None:
+        for i, (gap, pull) in enumerate(zip(scaled.gaps[2], scaled.pulls[1], strict=True)):
+            names.append(f"inequality[{i}]")
+            gaps.append(float(gap))
+            pulls.append(float(pull))
+    found = Found(
+        names,
+        gaps,
+        pulls,
+        float(scaled.violated),
+        float(scaled.left),
+        _dependent(at, v, scaled, np.concatenate(free) if free else np.zeros(0, bool)),
+    )
+    return kkt.explain(name, found, limits_of(coordinates, tol), coordinates.eps)
+
+
+def _dependent(at: Functions, v: Tree, scaled: Scaled, free: Any) -> bool:
+    """Whether the gradients of the active constraints are, in the space that the bounds leave."""
+    matrix, values = rows_of(at, v)
+    if not values:
+        return False
+    keep = np.ones(matrix.shape[0], bool)
+    if scaled.inequality is not None:
+        keep[-scaled.inequality.active.size :] = scaled.inequality.active
+    rows = np.asarray(matrix * flat(scaled.size))[keep][:, free]
+    largest = np.max(np.abs(rows), axis=1, initial=0, keepdims=True)
+    rows = rows / np.where(largest > 0, largest, 1)
+    eps = float(np.finfo(rows.dtype).eps)
+    return bool(np.linalg.matrix_rank(rows, tol=10 * eps * max(rows.shape, default=1)) < len(rows))

@@ -1,0 +1,199 @@
+"""Which constraints are active at a point, and the system that holds there.
+
+Vectors are Float[Tensor, "problems n"], a row for each problem of a batch.
+`freevars._solvers.kkt` says what is decided, and why. Not here: whose functions these are
+(`constrained.py`).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from freevars._solvers import kkt
+from freevars._solvers.kkt import Pair
+from freevars._solvers.verdict import Limits
+from freevars.torch._rules.implicit import jvp, vjp
+
+__all__ = ["Functions", "Multipliers", "Scaled", "multipliers_at", "rows_of", "system_at"]
+
+Vectors = Callable[[Tensor], Tensor]
+Multipliers = dict[str, Tensor]
+
+
+class Functions(NamedTuple):
+    """The functions of a minimum, of x as real vectors."""
+
+    objective: Vectors  # Float[Tensor, "problems"]
+    constraints: dict[str, Vectors]  # equality, inequality
+    lower: Tensor  # infinite where there is no bound
+    upper: Tensor
+
+    @property
+    def fixed(self) -> Tensor:
+        """The components that the bounds leave no choice."""
+        return self.lower == self.upper
+
+    def lagrangian(self, x: Tensor, multipliers: Multipliers) -> Tensor:
+        value = self.objective(x)
+        for name, m in multipliers.items():
+            value = value - (m * self.constraints[name](x)).sum(1)
+        return value
+
+    def gradient(self, x: Tensor, multipliers: Multipliers) -> Tensor:
+        """Of the Lagrangian by x."""
+        return vjp(lambda x: self.lagrangian(x, multipliers), x, torch.ones_like(x[:, 0]))
+
+
+class Scaled(NamedTuple):
+    """The gaps and pulls of all inequalities, and what they decide."""
+
+    lower: Pair
+    upper: Pair
+    inequality: Pair | None
+    gaps: tuple[Tensor, Tensor, Tensor]  # of lower bounds, upper bounds, inequalities
+    pulls: tuple[Tensor, Tensor]  # of bounds, of inequalities
+    violated: Tensor  # of the equalities, relative: one for each problem
+    left: Tensor  # of all equations, relative: one for each problem
+    size: Tensor
+
+    @staticmethod
+    def of(at: Functions, x: Tensor, multipliers: Multipliers, gradient: Tensor) -> "Scaled":
+        """At a point, with the gradient of the Lagrangian there."""
+        size = _size(x, at)
+        k = torch.arange(1, x.shape[1] + 1, dtype=x.dtype, device=x.device)
+        along = size * torch.cos(k**2)
+        plain = at.gradient(x, {})
+        change = jvp(lambda x: at.gradient(x, multipliers), [x], [along], like=x)
+        unit = _positive(change.abs() + plain.abs() + (plain - gradient).abs())
+        pull = gradient / unit
+        below, above = (x - at.lower) / size, (at.upper - x) / size
+        lower, upper = kkt.pair(torch, below, pull), kkt.pair(torch, above, -pull)
+        left = [lower.left, upper.left]
+        nothing = x[:, :0]
+        violated, gap, force, inequality = nothing, nothing, nothing, None
+        matrix = rows_of(at, x).abs()
+        variation = _positive((matrix * size[:, None]).sum(2))
+        weight = (matrix / unit[:, None]).amax(2)
+        start = 0
+        for name, constraint in at.constraints.items():
+            value = constraint(x)
+            part = slice(start, start + value.shape[1])
+            start = part.stop
+            if name == "equality":
+                violated = (value / variation[:, part]).abs()
+                left.append(violated)
+            else:
+                gap, force = value / variation[:, part], multipliers[name] * weight[:, part]
+                inequality = kkt.pair(torch, gap, force)
+                left.append(torch.where(inequality.active, gap, force).abs())
+        return Scaled(
+            lower,
+            upper,
+            inequality,
+            (below, above, gap),
+            (pull, force),
+            _largest(violated),
+            _largest(torch.cat(left, 1)),
+            size,
+        )
+
+    def certain(self, fixed: Tensor) -> Tensor:
+        """The least certain of all decisions of each problem."""
+        sides = [torch.where(fixed, torch.inf, p.certain) for p in (self.lower, self.upper)]
+        if self.inequality is not None:
+            sides.append(self.inequality.certain)
+        return torch.cat(sides, 1).amin(1)
+
+
+def system_at(
+    at: Functions,
+    x: Tensor,
+    multipliers: Multipliers,
+    *,
+    eps: float,
+    one_sided: bool,
+    check: bool,
+) -> Tensor:
+    """F at x and its multipliers; NaN where a problem is degenerate."""
+    gradient = at.gradient(x, multipliers)
+    with torch.no_grad():
+        fixed = {name: m.detach() for name, m in multipliers.items()}
+        scaled = Scaled.of(at, x.detach(), fixed, gradient.detach())
+        least = kkt.threshold(torch, scaled.left, eps)[:, None]
+
+    def keeps(pair: Pair) -> Tensor:
+        active: Tensor = (pair.active | (pair.certain <= least)) if one_sided else pair.active
+        return active
+
+    at_lower = keeps(scaled.lower) | at.fixed
+    near = Limits.of(eps).certain
+    below, above = (
+        kkt.on_the_spot(torch, x - bound, (x - bound).detach(), gap.abs() <= near)
+        for bound, gap in zip((at.lower, at.upper), scaled.gaps, strict=False)
+    )
+    rows = [torch.where(at_lower, below, torch.where(keeps(scaled.upper), above, gradient))]
+    for name, constraint in at.constraints.items():
+        value = constraint(x)
+        if name == "inequality" and scaled.inequality is not None:
+            m = multipliers[name]
+            zero = kkt.on_the_spot(torch, m, m.detach(), scaled.pulls[1] > kkt.WRONG)
+            value = torch.where(keeps(scaled.inequality), value, zero)
+        rows.append(value)
+    f = torch.cat(rows, 1)
+    if check and not one_sided:
+        degenerate = scaled.certain(at.fixed)[:, None] <= least
+        # Added, so that what is refused is not a constant: its derivative is NaN too.
+        f = f + torch.where(degenerate, torch.nan, 0.0)
+    return f
+
+
+def multipliers_at(at: Functions, x: Tensor) -> Multipliers:
+    """The multipliers that stationarity says."""
+    if not at.constraints:
+        return {}
+    size = _size(x, at)
+    gap = torch.minimum((x - at.lower).abs(), (at.upper - x).abs()) / size
+    weight = size * torch.where(torch.isinf(gap), 1, gap / (1 + gap**2).sqrt())
+    values = {name: constraint(x).detach() for name, constraint in at.constraints.items()}
+    matrix = rows_of(at, x)
+    rows = _positive((matrix.abs() * size[:, None]).sum(2))
+    system = (matrix * weight[:, None] / rows[:, :, None]).mT
+    right = weight * at.gradient(x, {}).detach()
+    if "inequality" in values:
+        k = values["inequality"].shape[1]
+        slack = values["inequality"] / rows[:, -k:]
+        pad = slack.new_zeros(len(x), k, rows.shape[1] - k)
+        system = torch.cat([system, torch.cat([pad, torch.diag_embed(slack)], 2)], 1)
+        right = torch.cat([right, torch.zeros_like(slack)], 1)
+    solution = (torch.linalg.pinv(system) @ right[..., None])[..., 0] / rows
+    sizes = [value.shape[1] for value in values.values()]
+    return dict(zip(values, torch.split(solution, sizes, 1), strict=True))
+
+
+def rows_of(at: Functions, x: Tensor) -> Tensor:
+    """The Jacobian of the constraints, Float[Tensor, "problems constraints n"]."""
+    rows = []
+    for constraint in at.constraints.values():
+        value = constraint(x)
+        for i in range(value.shape[1]):
+            unit = torch.zeros_like(value)
+            unit[:, i] = 1
+            rows.append(vjp(constraint, x, unit).detach())
+    return torch.stack(rows, 1) if rows else x[:, None, :][:, :0]
+
+
+def _size(x: Tensor, at: Functions) -> Tensor:
+    """How large the components are, also where one of them happens to be zero."""
+    ends = [torch.where(torch.isfinite(b), b, 0).abs() for b in (at.lower, at.upper)]
+    largest = torch.maximum(x.abs(), torch.maximum(*ends))
+    return _positive(torch.maximum(largest, 1e-3 * largest.amax(1, keepdim=True)))
+
+
+def _positive(size: Tensor) -> Tensor:
+    return torch.where(size > 0, size, 1)
+
+
+def _largest(parts: Tensor) -> Tensor:
+    return torch.cat([parts.new_zeros(len(parts), 1), parts], 1).amax(1)

@@ -1,0 +1,211 @@
+"""One call of a solver with constraints, as a condition: its Karush-Kuhn-Tucker system.
+
+The unknown is x with the multipliers of `equality` and `inequality`, side by side. Not here: what
+holds, and which constraints are active (`active.py`).
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freevars._solvers import kkt
+from freevars._solvers.kkt import CONSTRAINTS, Found
+from freevars._solvers.signature import SolverSignature
+from freevars.errors import FreevarsError, StructureError
+from freevars.torch._compat import pytree
+from freevars.torch._convert.convert import Converted
+from freevars.torch._describe import function_name
+from freevars.torch._rules.active import Functions, Scaled, multipliers_at, rows_of, system_at
+from freevars.torch._rules.condition import Rule, Solution
+from freevars.torch._rules.inputs import Inputs
+from freevars.torch._rules.optimality import check_value, joined, value_of
+from freevars.torch._rules.problem import Problem
+from freevars.torch._rules.ravel import Unknown
+
+__all__ = ["ConstrainedProblem", "bounds_like", "unknown_of"]
+
+
+def bounds_like(bounds: Any) -> Callable[..., Any]:
+    """The two sides as a function of x, like it; infinite where there is none."""
+
+    def sides(x: Any, _args: Any = (), _kwargs: Any = None) -> Any:
+        lower, upper = bounds
+        return _side(lower, x, -math.inf), _side(upper, x, math.inf)
+
+    return sides
+
+
+def _side(given: Any, x: Any, default: float) -> Any:
+    leaves, spec = pytree.tree_flatten(x)
+    if given is None or isinstance(given, (int, float, Tensor)):
+        sides = [given] * len(leaves)
+    else:
+        sides, other = pytree.tree_flatten(given)
+        if other != spec:
+            message = f"bounds: expected each side like x0, or a number, got {given!r}."
+            raise StructureError(message)
+    found = []
+    for side, leaf in zip(sides, leaves, strict=True):
+        if leaf.is_complex():
+            message = "bounds: complex numbers have no order, got a complex x0."
+            raise StructureError(message)
+        value = default if side is None else side
+        try:
+            found.append(torch.zeros_like(leaf) + value)
+        except RuntimeError as error:
+            message = f"bounds: expected each side like x0, or a number: {error}."
+            raise StructureError(message) from None
+    return pytree.tree_unflatten(found, spec)
+
+
+def unknown_of(x0: Any, functions: Mapping[str, Converted[..., Any]], of_x: Unknown) -> Any:
+    """x0 with multipliers of zero, as the unknown has it."""
+    like = pytree.tree_leaves(x0)[0]
+    parts = [x0]
+    for name in ("equality", "inequality"):
+        if name in functions:
+            out = functions[name].out_struct
+            check_value("least_squares", out, of_x, function_name(functions[name]))
+            count = sum(t.numel() * (2 if t.is_complex() else 1) for t in pytree.tree_leaves(out))
+            shape = (*of_x.batch, count // max(of_x.problems, 1))
+            parts.append(torch.zeros(shape, dtype=of_x.dtype, device=like.device))
+    return tuple(parts)
+
+
+class ConstrainedProblem(Problem):
+    """The Karush-Kuhn-Tucker system of the user's functions, and how the user's solver finds x."""
+
+    constrained = True
+
+    def __init__(
+        self,
+        rule: Rule,
+        functions: Mapping[str, Converted[..., Any]],
+        unknown: Unknown,
+        signature: SolverSignature,
+        inputs: Inputs,
+        of_x: Unknown,
+    ) -> None:
+        self.of_x = of_x
+        super().__init__(rule, functions, unknown, signature, inputs)
+
+    @property
+    def stating(self) -> Mapping[str, Converted[..., Any]]:
+        return self.functions
+
+    def _functions(self, functions: Mapping[str, Callable[[Any], Any]], x: Tensor) -> Functions:
+        of_x, has_aux = self.of_x, self._fun_has_aux
+
+        def objective(x: Tensor) -> Tensor:
+            value = value_of(self.rule.kind, functions["fun"](of_x.unravel(x)), of_x, has_aux)
+            return value.reshape(of_x.problems)
+
+        def vectors(name: str) -> Callable[[Tensor], Tensor]:
+            return lambda x: joined(functions[name](of_x.unravel(x)), of_x)
+
+        lower, upper = x.new_tensor(-math.inf), x.new_tensor(math.inf)
+        if "bounds" in functions:
+            sides = functions["bounds"](of_x.unravel(x))
+            lower, upper = (of_x.ravel(side, "a bound") for side in sides)
+        else:
+            lower, upper = lower.expand_as(x), upper.expand_as(x)
+        names = [name for name in CONSTRAINTS[1:] if name in functions]
+        return Functions(objective, {name: vectors(name) for name in names}, lower, upper)
+
+    def _split(self, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        sizes = [self.of_x.n]
+        names = [name for name in CONSTRAINTS[1:] if name in self.functions]
+        shapes = self.unknown.shapes
+        sizes += [shape[-1] for shape in shapes[len(shapes) - len(names) :]]
+        x, *parts = torch.split(y, sizes, 1)
+        return x, dict(zip(names, parts, strict=True))
+
+    def optimality(self, functions: Mapping[str, Callable[[Any], Any]], x: Tensor) -> Tensor:
+        point, multipliers = self._split(x)
+        return system_at(
+            self._functions(functions, point),
+            point,
+            multipliers,
+            eps=float(torch.finfo(self.unknown.dtype).eps),
+            one_sided=self.rule.one_sided,
+            check=self.rule.check,
+        )
+
+    def run_many(
+        self, size: int, dims: Sequence[int | None], *values: Tensor
+    ) -> tuple[Tensor, ...] | None:
+        del size, dims, values
+        return None  # the multipliers of each are found on their own
+
+    def _start(self, values: Sequence[Tensor]) -> Any:
+        return self.of_x.unravel(self._split(values[0])[0])
+
+    def _options(self, options: dict[str, Any], values: Sequence[Tensor]) -> dict[str, Any]:
+        views = self.views(values)
+        return options | {name: views[name] for name in CONSTRAINTS[1:] if name in self.functions}
+
+    def _found(self, out: Any, values: Sequence[Tensor]) -> Tensor:
+        x = self.of_x.ravel(out, f"the result of {self.rule.name}").detach()
+        multipliers = multipliers_at(self._functions(self.views(values), x), x)
+        return torch.cat([x, *multipliers.values()], 1).detach()
+
+    def _check_value(self, out: Any) -> None:
+        check_value(self.rule.kind, out, self.of_x, function_name(self.converted))
+
+    # --- an error in words of the constraints
+
+    def explained(self, k: int, at: Solution, values: Sequence[Tensor]) -> FreevarsError | None:
+        y = at.x.detach()
+        x, multipliers = self._split(y)
+        functions = self._functions(self.views(values), x)
+        scaled = Scaled.of(functions, x, multipliers, functions.gradient(x, multipliers))
+        eps = float(torch.finfo(self.unknown.dtype).eps)
+        names: list[str] = []
+        gaps: list[float] = []
+        pulls: list[float] = []
+        fixed = functions.fixed[k]
+        for side, gap, other, sign in (
+            ("lower", scaled.gaps[0], scaled.gaps[1], 1),
+            ("upper", scaled.gaps[1], scaled.gaps[0], -1),
+        ):
+            for i in (torch.isfinite(gap[k]) & ~fixed).nonzero()[:, 0].tolist():
+                force = sign * float(scaled.pulls[0][k, i])
+                names.append(f"the {side} bound of x[{i}]")
+                gaps.append(float(gap[k, i]))
+                # What pulls away from one side may lean on the other.
+                pulls.append(max(force, 0.0) if float(other[k, i]) < eps**0.25 else force)
+        if scaled.inequality is not None:
+            for i in range(scaled.gaps[2].shape[1]):
+                names.append(f"inequality[{i}]")
+                gaps.append(float(scaled.gaps[2][k, i]))
+                pulls.append(float(scaled.pulls[1][k, i]))
+        found = Found(
+            names,
+            gaps,
+            pulls,
+            float(scaled.violated[k]),
+            float(scaled.left[k]),
+            self._is_dependent(functions, x, scaled, k),
+        )
+        return kkt.explain(self.rule.name, found, self._limits(), eps)
+
+    def _is_dependent(self, functions: Functions, x: Tensor, scaled: Scaled, k: int) -> bool:
+        """Whether the gradients of the active constraints are, in the space that bounds leave."""
+        free = ~(scaled.lower.active | scaled.upper.active | functions.fixed)[k]
+        rows = (rows_of(functions, x) * scaled.size[:, None])[k]
+        if scaled.inequality is not None:
+            active = scaled.inequality.active[k]
+            keep = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+            keep[len(rows) - len(active) :] = active
+            rows = rows[keep]
+        rows = rows[:, free]
+        if not len(rows):
+            return False
+        if not rows.shape[1]:
+            return True
+        rows = rows / rows.abs().amax(1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+        least = 10 * float(torch.finfo(rows.dtype).eps) * max(rows.shape)
+        return bool((torch.linalg.svdvals(rows) > least).sum() < len(rows))

@@ -1,0 +1,127 @@
+"""Minima with constraints in PyTorch."""
+
+import numpy as np
+import pytest
+import torch
+
+import freevars.torch as fv
+from freevars.errors import StructureError
+from tests.constrained_problems import PROBLEMS, REFUSED, T, active_set
+from tests.rule_problems import RuleHost
+
+F64 = torch.float64
+
+
+class Host(RuleHost):
+    def numpy(self, x):
+        return x.detach().numpy() if isinstance(x, torch.Tensor) else x
+
+    def on_host(self, solver, **options):
+        return solver
+
+
+def _array(values):
+    return torch.as_tensor(np.asarray(values, dtype="float64"))
+
+
+HOST = Host(
+    xp=torch,
+    fv=fv,
+    array=_array,
+    grad=torch.func.grad,
+    jacobian=torch.func.jacrev,
+    loop=None,
+    tree_map=None,
+)
+MINIMIZE = fv.argmin(active_set(HOST))
+
+
+def _backward(f, t, order):
+    """The derivative of the sum of sines, of an order."""
+    t = t.clone().requires_grad_()
+    out = f(t).sin().sum()
+    for k in range(order):
+        (out,) = torch.autograd.grad(out, t, create_graph=k + 1 < order)
+    return out
+
+
+TRANSFORMATIONS = {
+    "value": lambda f, t: f(t),
+    "backward": lambda f, t: _backward(f, t, 1),
+    "second": lambda f, t: _backward(f, t, 2),
+    "jvp": lambda f, t: torch.func.jvp(f, (t,), (torch.ones_like(t),))[1],
+    "func_grad": lambda f, t: torch.func.grad(lambda t: f(t).sum())(t),
+}
+
+
+@pytest.mark.parametrize("transformation", TRANSFORMATIONS)
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
+def test_equals_the_closed_form(problem, transformation) -> None:
+    transform, t = TRANSFORMATIONS[transformation], torch.tensor(T, dtype=F64)
+    got = transform(lambda t: problem.solve(HOST, MINIMIZE, t), t)
+    expected = transform(lambda t: problem.exact(HOST, t), t)
+    torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-9)
+
+
+def test_a_batch_of_problems() -> None:
+    """A box that each problem has for itself, and one equation in each."""
+
+    def project(fun, x0, bounds, equality):
+        low, high = bounds
+        price = torch.zeros(len(x0), 1, dtype=F64)
+        for _ in range(200):  # of the dual: the objective is |x - a|^2 / 2
+            x = torch.clamp(x0 - torch.func.grad(lambda x: fun(x).sum())(x0) - price, low, high)
+            price = price + equality(x)[:, None] / 2
+        return x
+
+    solve = fv.argmin(project, batch_dims=1)
+    a = torch.tensor([[0.5, 0.4, -2.0], [0.2, 0.3, 0.1]], dtype=F64, requires_grad=True)
+    x = solve(
+        lambda x: ((x - a) ** 2).sum(1) / 2,
+        torch.zeros(2, 3, dtype=F64),
+        bounds=(0.0, 1.0),
+        equality=lambda x: x.sum(1) - 1,
+    )
+    torch.testing.assert_close(
+        x.detach(), torch.tensor([[0.55, 0.45, 0.0], [1 / 3, 13 / 30, 7 / 30]], dtype=F64)
+    )
+    (by_a,) = torch.autograd.grad(x[:, 0].sum(), a)
+    expected = torch.tensor([[1 / 2, -1 / 2, 0.0], [2 / 3, -1 / 3, -1 / 3]], dtype=F64)
+    torch.testing.assert_close(by_a, expected)
+
+
+@pytest.mark.parametrize("refused", REFUSED, ids=lambda r: r.name)
+def test_what_is_refused(refused) -> None:
+    def slope(**options):
+        t = torch.tensor(1.0, dtype=F64, requires_grad=True)
+        return torch.autograd.grad(refused.solve(HOST, options, t), t)[0]
+
+    with pytest.raises(getattr(fv, refused.error), match=refused.text):
+        slope()
+    assert slope(on_failure="nan").isnan()
+
+
+def test_one_sided() -> None:
+    """At the degenerate point, the bound stays active."""
+    t = torch.tensor(1.0, dtype=F64, requires_grad=True)
+    x = REFUSED[0].solve(HOST, {"one_sided": True}, t)
+    assert torch.autograd.grad(x, t)[0] == 1.0
+
+
+def test_bounds_have_derivatives() -> None:
+    top = torch.tensor([0.5, 2.0], dtype=F64, requires_grad=True)
+    x = MINIMIZE(lambda x: ((x - 1) ** 2).sum(), torch.zeros(2, dtype=F64), bounds=(None, top))
+    assert torch.autograd.grad(x.sum(), top)[0].tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "text"),
+    [
+        ({"bounds": 3.0}, TypeError, "bounds: expected a pair"),
+        ({"equality": 3.0}, TypeError, "equality: expected a function of x, whose result is 0"),
+        ({"bounds": (torch.zeros(3), None)}, StructureError, "bounds: expected each side like x0"),
+    ],
+)
+def test_mistakes(given, error, text) -> None:
+    with pytest.raises(error, match=text):
+        MINIMIZE(lambda x: (x**2).sum(), torch.zeros(2), **given)
