@@ -93,18 +93,26 @@ def test_a_solver_that_stops_early_is_caught_however_small_x_is(dtype):
     x, start, off = (
         jnp.asarray(each.ravel(), dtype)
         for each in np.meshgrid(
-            [1e-9, 1e-6, 1e-3, 1.0, 1e9], [np.nan, 0.0, 1.0, 1e4], [1e-6, 0.1, 0.5, 1e2]
+            [1e-9, 1e-6, 1e-3, 1.0, 1e9], [np.nan, 0.0, 1.0, 1e4], [1e-6, 0.1, 0.5, 1e2, -0.9995]
         )
     )
     start = jnp.where(jnp.isnan(start), 2 * x, start)
     got = jax.jit(jax.vmap(by))(x * x, start, x * (1 + off))
-    right = off < 1e-5
+    right = off == jnp.asarray(1e-6, dtype)
     np.testing.assert_allclose(got[right], 0.5 / x[right], rtol=1e-3)
     assert np.all(np.isnan(got[~right]))
     x = jnp.asarray(2e-9, dtype)
     early = jax.grad(lambda a: fv.root(returns(x))(lambda x: x * x - a, jnp.ones((), dtype)))
     with pytest.raises(NotASolutionError, match="did not converge"):
         early(jnp.asarray(1e-18, dtype))
+
+
+def test_a_solution_that_is_next_to_nothing_beside_the_step_is_not_zero():
+    # In float32, x - s is zero up to rounding; the iterate after that is 1e-11.
+    by = jax.grad(lambda t, *at: ROOT(lambda x: x * t - 1e-11, *at))
+    for x, right in ((1e-11, True), (4e-3, False)):
+        at = (jnp.asarray(a, jnp.float32) for a in (1.0, 4e4, x))
+        assert np.isfinite(jax.jit(by)(*at)) == right
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

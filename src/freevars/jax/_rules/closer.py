@@ -7,7 +7,7 @@ the function does not see a change of x by a part of the step. In the last two t
 how far the solver came; in any other case by the component itself, however small that is next to
 the start.
 
-It takes three values of F and a solve with three right-hand sides, and is computed only where asked
+It takes four values of F and solves with three right-hand sides, and is computed only where asked
 for. Not here: the figures that need no closer look.
 """
 
@@ -26,10 +26,9 @@ __all__ = ["Step", "look"]
 
 Tree: TypeAlias = Any  # a pytree of real arrays
 
-_PART = (
-    1 / 16
-)  # of a step or a component: so far a function is straight where Newton's method works
+_PART = 1 / 16  # of a step: a function is straight along it where Newton's method works
 _BLURRED = 0.5  # how far it is from that where it does not see a change of x
+_NO_LONGER = 16  # than the first step is a second one where both are noise
 
 
 class Step(NamedTuple):
@@ -68,6 +67,10 @@ def look(
     # Members of a batch that do not need it take no step: F may not be defined there.
     safe = jax.tree.map(lambda s: jnp.where(needed, s, 0), step)
 
+    def values(points: list[Tree]) -> Tree:
+        # One at a time: F may hold what has no batches.
+        return jax.lax.map(again, jax.tree.map(lambda *each: jnp.stack(each), *points))
+
     def turn(_: Any) -> tuple[Any, Any, Any]:
         offends = jax.tree.map(lambda s, n: jnp.abs(s) > limits.certain * n, safe, near)
 
@@ -77,25 +80,31 @@ def look(
 
         h = jax.tree.map(part, safe, v, offends)
         end = jax.tree.map(jnp.subtract, v, safe)
-        k = jax.tree.map(lambda x, off: jnp.where(off, x * _PART, 0).astype(x.dtype), end, offends)
-        points = jax.tree.map(lambda v, h, e, k: jnp.stack([v - h, e, e - k]), v, h, end, k)
-        values = jax.lax.map(again, points)  # one at a time: F may hold what has no batches
-        solved = inverse(
-            jax.tree.map(lambda f, g: jnp.stack([f - g[0], g[1], g[1] - g[2]]), f, values)
-        )
+        there = values([jax.tree.map(jnp.subtract, v, h), end])
+        first = inverse(jax.tree.map(lambda f, g: jnp.stack([f - g[0], g[1]]), f, there))
+        # The next iterate tells from zero what is next to nothing beside the step.
+        last = jax.tree.map(lambda x, found: x - found[1], end, first)
+        k = jax.tree.map(lambda x, off: jnp.where(off, x * _PART, 0).astype(x.dtype), last, offends)
+        there = values([last, jax.tree.map(jnp.subtract, last, k)])
+        second = inverse(jax.tree.map(lambda g: (g[0] - g[1])[None], there))
 
-        def sort(s: Any, h: Any, x: Any, k: Any, off: Any, r: Any, found: Any) -> tuple[Any, Any]:
-            seen, following, seen_there = found[0], jnp.abs(found[1]), found[2]
+        def sort(
+            s: Any, h: Any, x: Any, k: Any, off: Any, r: Any, found: Any, also: Any
+        ) -> tuple[Any, Any]:
+            seen, following, seen_there = found[0], jnp.abs(found[1]), also[0]
+            long = jnp.abs(s)
             noise = 4 * eps * r
             blurred = off & (jnp.abs(seen - h) >= _BLURRED * jnp.abs(h))
-            unknown = jnp.abs(x) <= noise + 4 * eps * jnp.abs(s) + 2 * following
+            blurred &= following <= _NO_LONGER * long
+            after = 2 * following * following / jnp.where(long > 0, long, 1)
+            unknown = jnp.abs(x) <= 4 * eps * following + after
             unknown |= jnp.abs(seen_there - k) >= _BLURRED * jnp.abs(k)
-            is_zero = off & unknown & (following <= limits.second * jnp.abs(s))
+            is_zero = off & unknown & (following <= limits.second * long)
             left = jnp.where(blurred, 0, jnp.maximum(following - noise, 0))
             return blurred | is_zero, left.astype(s.dtype)
 
         leaves, tree = jax.tree.flatten(safe)
-        others = [jax.tree.leaves(x) for x in (h, end, k, offends, rounding, solved)]
+        others = [jax.tree.leaves(x) for x in (h, last, k, offends, rounding, first, second)]
         sorted_ = [sort(*parts) for parts in zip(leaves, *others, strict=True)]
         excused, left = (tree.unflatten([x[i] for x in sorted_]) for i in (0, 1))
         unit = jax.tree.map(jnp.where, excused, wide, near)

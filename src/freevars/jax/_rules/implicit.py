@@ -160,7 +160,7 @@ class Linearised(NamedTuple):
     f: Tree  # F there
     by_x: LinearOperator  # dF/dx
     by_moved: Callable[[list[Any]], Tree]  # dF/dt, of directions of the moving leaves
-    at: Callable[[Tree], Tree]  # F
+    at: Callable[[Tree], Tree]  # F, of x alone: no derivative flows into the leaves
     to_x: Callable[[Tree], Any]  # a direction of x from its coordinates
 
 
@@ -216,7 +216,7 @@ def linearise(
         lift(f),
         operator,
         lambda dots: lift(by_moved(dots)),
-        lambda v: lift(at(lower(v), leaves)),
+        lambda v: lift(at(lower(v), jax.lax.stop_gradient(leaves))),
         lambda d: coordinates.from_real(lower(d)),
     )
 
