@@ -26,7 +26,7 @@ from freevars.jax._rules.solver import ImplicitSolver
 TRACES = []
 
 
-pytestmark = pytest.mark.slow  # each test compiles a rule with its system and its check
+SLOW = pytest.mark.slow  # compiles many programs, or large ones
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +87,7 @@ def close(got, expected, rtol=1e-9):
 # --- Every composition ----------------------------------------------------------------------------
 
 
+@SLOW
 @ROOTS
 @pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_first_order(square_root, jit):
@@ -97,6 +98,7 @@ def test_first_order(square_root, jit):
     close(jax.jvp(jit(square_root), (A,), (1.0,))[1], D1)
 
 
+@SLOW
 @ROOTS
 def test_second_and_third_order(square_root):
     for second in (
@@ -110,6 +112,7 @@ def test_second_and_third_order(square_root):
     close(jax.jit(jax.grad(jax.hessian(square_root)))(A), D3)
 
 
+@SLOW
 @ROOTS
 def test_loops_and_checkpoint(square_root):
     def by_scan(a):  # a is both captured and the carry
@@ -124,6 +127,7 @@ def test_loops_and_checkpoint(square_root):
     close(jax.grad(lambda a: lax.cond(a > 1, square_root, lambda a: a, a))(A), D1)
 
 
+@SLOW
 @ROOTS
 def test_vmap_over_captured_values(square_root):
     a = jnp.array([1.0, A, 5.0])
@@ -141,6 +145,7 @@ def test_vmap_over_the_start_and_over_both():
     close(jax.vmap(jax.grad(solve))(a, starts), [0.5, -D1])
 
 
+@SLOW
 def test_twice_in_one_program_and_in_itself():
     close(jax.grad(lambda a: by_root(a) * by_root(2 * a))(A), 2**0.5)
     close(jax.jit(jax.grad(lambda a: by_root(by_root(a))))(A), 0.25 * A**-0.75)
@@ -153,6 +158,7 @@ def test_twice_in_one_program_and_in_itself():
     close(jax.jit(jax.jvp, static_argnums=0)(nested, (A,), (1.0,))[1], A ** (-2 / 3) / 3)
 
 
+@SLOW
 def test_bilevel_in_bilevel():
     def inner(t, y):  # x = t y
         return minimize(lambda x: (x - t * y) ** 2, 0.0)
@@ -167,6 +173,7 @@ def test_bilevel_in_bilevel():
     close(jax.grad(jax.grad(outer))(t), jax.hessian(exact)(t))
 
 
+@SLOW
 def test_shard_map_on_several_devices():
     code = """
 import jax, jax.numpy as jnp, numpy as np
@@ -208,6 +215,7 @@ def test_float_repeated_and_unused():
     close(jax.grad(solve, (0, 1))(A, 3.0), (1.0, 0.0))
 
 
+@SLOW
 def test_integers_booleans_and_keys():
     key = jax.random.key(0)
     uniform = jax.random.uniform(key, dtype=jnp.float64)
@@ -223,6 +231,7 @@ def test_integers_booleans_and_keys():
     close(many(A, jnp.array([1, 2]), True, key), [uniform, 0.5 * (uniform / A) ** 0.5])
 
 
+@SLOW
 def test_complex_unknowns_and_values():
     a = 1.0 + 2.0j
     solve = lambda a: newton(lambda z: z**2 - a, 1.0 + 1.0j)
@@ -255,6 +264,7 @@ def test_a_real_unknown_and_a_complex_captured_value():
     close(jax.grad(vjp_only)(c), jax.grad(jnp.abs)(c))
 
 
+@SLOW
 def test_unknowns_are_any_pytree():
     def solve(a):
         residual = lambda x: {"u": x["u"] + x["v"][0] - a, "v": (x["u"] - x["v"][0] * a,)}
@@ -267,6 +277,7 @@ def test_unknowns_are_any_pytree():
     close(jax.grad(solve)(a), (a**2 + 2 * a) / (1 + a) ** 2, 1e-6)
 
 
+@SLOW
 def test_a_module_a_method_and_a_default_argument():
     net = equinox.nn.MLP(2, 2, 3, 1, key=jax.random.key(0))
     equilibrium = lambda net: iterate(lambda x: 0.3 * net(x) + 1.0, jnp.zeros(2))
@@ -302,6 +313,7 @@ def test_float32_and_a_python_start():
         assert newton(lambda x: x - A, 1.0).weak_type is False
 
 
+@SLOW
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision(dtype):
     a = jnp.asarray([A, 3.0], dtype)
@@ -319,6 +331,7 @@ def test_half_precision(dtype):
         jax.grad(lambda a: iterate(lambda x: (x + a / x) / 2, 9 + 0 * a, steps=0)[0])(a)
 
 
+@SLOW
 @pytest.mark.parametrize(
     "x0", [{}, (), None, jnp.zeros(0), {"a": jnp.zeros((0, 3))}], ids=lambda x: str(np.shape(x))
 )
@@ -351,6 +364,7 @@ SETTINGS = {
 }
 
 
+@SLOW
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("how", [{}, {"linear_solve": lx.CG(rtol=1e-9, atol=1e-9)}, LEAST])
 def test_settings_that_find_mistakes_find_none_here(setting, how):
@@ -398,6 +412,7 @@ def bisect(fun, x0):
     return sum(lax.fori_loop(0, 60, halve, (x0 - 3.0, x0 + 3.0))) / 2
 
 
+@SLOW
 @pytest.mark.parametrize("square", [square_with_vjp, square_with_jvp])
 def test_a_function_with_a_rule(square):
     solver = fv.root(bisect)
@@ -812,6 +827,7 @@ def test_nothing_is_kept():
     assert dead() is None
 
 
+@SLOW
 def test_finite_differences():
     def solve(t):
         return newton(
