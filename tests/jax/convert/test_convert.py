@@ -651,6 +651,16 @@ def test_a_concrete_array_without_a_derivative_is_a_constant() -> None:
     assert "1 held constant" in repr(f)
 
 
+def test_programs_that_each_call_one_twice_are_looked_into_once() -> None:
+    """Two to the 30 paths, 31 programs: the conversion ends."""
+    fun = jax.jit(lambda x: fixed_by(W)(x))
+    for _ in range(30):
+        fun = jax.jit(lambda x, inner=fun: inner(x) + inner(0.5 * x))
+    f = fv.Closure(lambda x: fun(x), X)
+    assert f.constants[0] is W
+    assert f.values == ()
+
+
 def test_a_traced_value_without_a_derivative_is_refused() -> None:
     def outer(w):
         return fv.Closure(lambda x: fixed_by(w)(x) * w, X)(X).sum()
