@@ -35,7 +35,7 @@ def as_option(low: Tensor) -> Tensor:
 
 
 def in_a_container(low: Tensor) -> Tensor:
-    solve = argmin(lambda fun, x0, bounds: descent(fun, x0, bounds["low"]))
+    solve = argmin(lambda fun, x0, limits: descent(fun, x0, limits["low"]))
     return solve(objective, number(1.0), {"low": low})
 
 
@@ -58,7 +58,7 @@ def on_the_object(low: Tensor) -> Tensor:
 
 WAYS = {
     "low": as_option,
-    r"bounds\['low'\]": in_a_container,
+    r"limits\['low'\]": in_a_container,
     "(?:low)": in_the_closure,
     "self.low": on_the_object,
 }
