@@ -236,3 +236,18 @@ def test_nothing_that_a_rule_holds_outlives_a_call(solver, kind) -> None:
     once(4)
     gc.collect()
     assert [ref() is None for ref in watched] == [True] * len(watched)
+
+
+def test_what_the_rules_of_equal_closures_hold_is_let_go() -> None:
+    """The program is kept, and shared by all; none of the arrays is."""
+
+    def once(k):
+        big = jnp.full(1000, k)
+        rule = jax.custom_jvp(lambda x: x * jnp.mean(big))
+        rule.defjvp(lambda p, t: (rule(p[0]), t[0] * jnp.mean(big)))
+        return weakref.ref(big), fv.Closure(lambda x: rule(4.0) - x, 1.0)._program
+
+    made = [once(float(k)) for k in range(4)]
+    gc.collect()
+    assert len({id(program) for _, program in made}) == 1
+    assert [array() for array, _ in made] == [None] * 4

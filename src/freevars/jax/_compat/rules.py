@@ -155,7 +155,8 @@ def jvp_program(eqn: Eqn, smooth: Sequence[bool]) -> tuple[Any, list[bool]] | No
     earlier = len(eqn.invars) - len(smooth) - eqn.params["num_consts"]
     zeros = [True] * earlier + [symbolic and not s for s in smooth]
     jaxpr, consts, out_zeros = eqn.params["jvp_jaxpr_fun"].call_wrapped(*zeros)
-    opened = partial_eval.convert_constvars_jaxpr(jaxpr)
+    # By hand: JAX's own way remembers the result, and with it what the rule holds.
+    opened = replace(jaxpr, constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
     held, args = opened.invars[: len(consts)], opened.invars[len(consts) + earlier :]
     args, dots = args[: len(smooth)], args[len(smooth) :]
     if not symbolic:
