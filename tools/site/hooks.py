@@ -114,9 +114,8 @@ def _example(name: str, pictures: list[Path]) -> tuple[str, str]:
 
 def _card(name: str, title: str, pictures: list[Path]) -> str:
     if pictures:
-        shown = f"[![]({pictures[0].name})]({name}.md)"
+        shown = f"    [![]({pictures[0].name})]({name}.md)"
     else:
         lines = (RUNS / name / "output.txt").read_text().strip().splitlines()[-4:]
         shown = "    ```text\n" + "".join(f"    {line[:60]}\n" for line in lines) + "    ```"
-        shown = shown.lstrip()
-    return f"-   {shown}\n\n    [{title}]({name}.md)\n"
+    return f"-   [{title}]({name}.md)\n\n{shown}\n"
