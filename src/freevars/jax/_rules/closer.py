@@ -65,13 +65,15 @@ def look(
     reach = largest(_over(step, wide))
     needed = (size > limits.certain) & (reach <= limits.step)
     # Members of a batch that do not need it take no step: F may not be defined there.
-    safe = jax.tree.map(lambda s: jnp.where(needed, s, 0), step)
+    asked_for = jax.tree.map(lambda s: jnp.where(needed, s, 0), step)
 
     def values(points: list[Tree]) -> Tree:
         # One at a time: F may hold what has no batches.
         return jax.lax.map(again, jax.tree.map(lambda *each: jnp.stack(each), *points))
 
-    def turn(_: Any) -> tuple[Any, Any, Any]:
+    def turn(state: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        # What depends on the state is computed in the loop; the rest XLA moves out of it.
+        safe = jax.tree.map(lambda s: s + state[2].astype(s.dtype), asked_for)
         offends = jax.tree.map(lambda s, n: jnp.abs(s) > limits.certain * n, safe, near)
 
         def part(s: Any, v: Any, off: Any) -> Any:
