@@ -25,6 +25,7 @@ STOREYS = {
         "_host",
         "_rules",
         "testing",
+        "scipy",
     ),
     "torch": (
         "_compat",
@@ -81,6 +82,28 @@ def test_importing_freevars_loads_no_framework() -> None:
     code = "import freevars, sys; print(sorted({'jax', 'torch', 'numpy'} & set(sys.modules)))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "[]"
+
+
+def test_the_jax_host_loads_scipy_at_the_first_use_of_its_part() -> None:
+    shown = _in_a_process(
+        "import freevars.jax as fv, sys; print('scipy.optimize' in sys.modules);"
+        " fv.scipy.minimize; print('scipy.optimize' in sys.modules)"
+    )
+    assert shown.split() == ["False", "True"]
+
+
+def test_a_missing_scipy_is_named_with_what_to_install() -> None:
+    shown = _in_a_process(
+        "import sys, freevars.jax as fv; sys.modules['scipy'] = None\n"
+        "try: fv.scipy\n"
+        "except ImportError as error: print(error)"
+    )
+    assert shown.strip() == "freevars.jax.scipy needs scipy: pip install 'freevars[scipy]'"
+
+
+def _in_a_process(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout
 
 
 def test_shared_files_import_the_standard_library_only() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 import freevars.errors
 import freevars.jax
+import freevars.jax.scipy
 import freevars.jax.testing
 import freevars.report
 import freevars.torch
@@ -17,7 +18,7 @@ import freevars.torch
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 HOSTS = [freevars.jax, freevars.torch]
-SHARED = [freevars.errors, freevars.report, freevars.jax.testing]
+SHARED = [freevars.errors, freevars.report, freevars.jax.testing, freevars.jax.scipy]
 
 
 def public_names(module):

@@ -1,4 +1,10 @@
-"""Closures as values in JAX: ``import freevars.jax as fv``."""
+"""Closures as values in JAX: ``import freevars.jax as fv``.
+
+`fv.scipy` is imported at its first use: nothing else here needs scipy.
+"""
+
+import importlib
+from typing import Any
 
 from freevars.errors import (
     CaptureError,
@@ -53,3 +59,10 @@ __all__ = [
     "scipy_status",
     "testing",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "scipy":
+        return importlib.import_module("freevars.jax.scipy")
+    message = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(message)

@@ -1,0 +1,150 @@
+"""scipy's bounds and constraints as those of `argmin`: two sides, c(x) = 0 and g(x) >= 0.
+
+What is an equation and what has no limit is read off the limits, which are known; a limit that is
+traced counts as finite. Not here: what follows for a derivative (`freevars._solvers.kkt`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import tree_util
+from jax.flatten_util import ravel_pytree
+
+from freevars.jax import _compat
+from freevars.jax.scipy._scipy import as_tuple, optimize, refuse_derivatives
+
+__all__ = ["as_functions", "as_sides"]
+
+Function = Callable[[Any], Any]
+
+
+def as_sides(bounds: Any, x0: Any, name: str) -> tuple[Any, Any]:
+    """(lower, upper) as `argmin` takes them, or None; and scipy's `keep_feasible`."""
+    if bounds is None:
+        return None, False
+    n = sum(math.prod(np.shape(leaf)) for leaf in jax.tree.leaves(x0))
+    if isinstance(bounds, optimize.Bounds):
+        sides = tuple(_like(jnp.broadcast_to(side, (n,)), x0) for side in (bounds.lb, bounds.ub))
+        return sides, bool(np.any(bounds.keep_feasible)) and bounds.keep_feasible
+    if not _are_pairs(bounds, n, name):
+        return bounds, False
+    lower, upper = (
+        jnp.array([default if pair[i] is None else pair[i] for pair in bounds])
+        for i, default in enumerate((-np.inf, np.inf))
+    )
+    return (_like(lower, x0), _like(upper, x0)), False
+
+
+def _are_pairs(bounds: Any, n: int, name: str) -> bool:
+    """Whether it is scipy's sequence of a pair for each of n unknowns."""
+    if isinstance(bounds, (np.ndarray, _compat.Array)) and bounds.shape == (n, 2):
+        return True
+    if isinstance(bounds, (tuple, list)):
+        if len(bounds) == n and all(isinstance(b, (tuple, list)) and len(b) == 2 for b in bounds):  # noqa: PLR2004
+            return True
+        rows = len(bounds) == n and all(_compat.is_array(b) and np.shape(b) == (2,) for b in bounds)
+        if rows and n == 2:  # noqa: PLR2004
+            message = (
+                f"{name}: bounds: {bounds!r} is two sides of two numbers, or two pairs (min, max):"
+                " expected scipy.optimize.Bounds(lower, upper), or a list of tuples (min, max)."
+            )
+            raise TypeError(message)
+        if rows or len(bounds) == 2:  # noqa: PLR2004
+            return rows
+    message = (
+        f"{name}: bounds: expected scipy.optimize.Bounds, a pair (lower, upper), or a pair"
+        f" (min, max) for each of {n} unknowns, got {bounds!r}."
+    )
+    raise TypeError(message)
+
+
+def _like(values: Any, x0: Any) -> Any:
+    """The entries of a vector in the structure and shapes of x0."""
+    leaves, tree = tree_util.tree_flatten(x0)
+    sizes = [math.prod(np.shape(leaf)) for leaf in leaves]
+    parts = jnp.split(values, np.cumsum(sizes)[:-1])
+    return tree.unflatten(
+        [jnp.reshape(a, np.shape(leaf)) for a, leaf in zip(parts, leaves, strict=True)]
+    )
+
+
+def as_functions(constraints: Any, name: str) -> tuple[Function | None, Function | None]:
+    """What is zero, and what is not negative, as functions of x; None where there is nothing."""
+    one = isinstance(constraints, (dict, optimize.NonlinearConstraint, optimize.LinearConstraint))
+    given = [constraints] if one else list(constraints or ())
+    equal: list[Function] = []
+    positive: list[Function] = []
+    for i, constraint in enumerate(given):
+        _add(constraint, f"{name}: constraints[{i}]", equal, positive)
+    return _together(equal), _together(positive)
+
+
+def _together(functions: Sequence[Function]) -> Function | None:
+    return (lambda x: [f(x) for f in functions]) if functions else None
+
+
+def _add(constraint: Any, where: str, equal: list[Function], positive: list[Function]) -> None:
+    if isinstance(constraint, dict):
+        kind, fun = str(constraint["type"]).lower(), constraint["fun"]
+        refuse_derivatives(where, jac=constraint.get("jac"))
+        args = as_tuple(constraint.get("args", ()))
+        if kind not in ("eq", "ineq"):
+            message = f"{where}: expected type 'eq' or 'ineq', got {constraint['type']!r}."
+            raise ValueError(message)
+        (equal if kind == "eq" else positive).append(lambda x: fun(x, *args))
+        return
+    if isinstance(constraint, optimize.LinearConstraint):
+        A = constraint.A if isinstance(constraint.A, np.ndarray) else constraint.A.toarray()
+        _add_limits(lambda x: A @ ravel_pytree(x)[0], constraint, where, equal, positive)
+    elif isinstance(constraint, optimize.NonlinearConstraint):
+        jac, hess = constraint.jac, constraint.hess
+        refuse_derivatives(
+            where, jac=None if isinstance(jac, str) else jac, hess=hess if callable(hess) else None
+        )
+        _add_limits(constraint.fun, constraint, where, equal, positive)
+    else:
+        message = (
+            f"{where}: expected a dict, a NonlinearConstraint or a LinearConstraint of scipy, got"
+            f" {constraint!r}."
+        )
+        raise TypeError(message)
+
+
+def _add_limits(
+    fun: Function, constraint: Any, where: str, equal: list[Function], positive: list[Function]
+) -> None:
+    """The rows of lb <= fun(x) <= ub, each where it belongs."""
+    if np.any(constraint.keep_feasible):
+        message = (
+            f"{where}: keep_feasible: expected False, got {constraint.keep_feasible!r}. Bounds may"
+            " have it."
+        )
+        raise TypeError(message)
+    lower, upper = constraint.lb, constraint.ub
+    known = not any(isinstance(side, _compat.Tracer) for side in (lower, upper))
+    is_equal = np.equal(lower, upper) if known else np.bool_(lower is upper)
+
+    def finite(side: Any) -> Any:
+        return True if isinstance(side, _compat.Tracer) else np.isfinite(side)
+
+    def rows(which: Any, sign: float, side: Any) -> Function:
+        def part(x: Any) -> Any:
+            value = jnp.ravel(fun(x))
+            keep = np.broadcast_to(which, value.shape)
+            return (sign * (value - jnp.asarray(side, value.dtype)))[keep]
+
+        return part
+
+    for which, sign, side, found in (
+        (is_equal, 1, lower, equal),
+        (~is_equal & finite(lower), 1, lower, positive),
+        (~is_equal & finite(upper), -1, upper, positive),
+    ):
+        if np.any(which):
+            found.append(rows(which, sign, side))

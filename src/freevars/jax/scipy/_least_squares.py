@@ -1,0 +1,147 @@
+"""`scipy.optimize.least_squares`, with derivatives."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from freevars._solvers.verdict import OnFailure
+from freevars.jax._host.on_host import on_host
+from freevars.jax._rules.rules import least_squares as least_squares_rule
+from freevars.jax.scipy._constraints import as_sides
+from freevars.jax.scipy._result import OptimizeResult, solver_status
+from freevars.jax.scipy._scipy import as_tuple, optimize, refuse_derivatives, tracing
+
+__all__ = ["least_squares"]
+
+
+def _run(
+    fun: Any,
+    x0: Any,
+    args: tuple[Any, ...],
+    *,
+    how: dict[str, Any],
+    bounds: Any = None,
+) -> tuple[Any, dict[str, Any]]:
+    """Run scipy on the host."""
+    sides = (-np.inf, np.inf) if bounds is None else bounds
+    result = optimize.least_squares(fun, x0, jac=fun.jacobian, bounds=sides, args=args, **how)
+    return result.x, solver_status(result)
+
+
+_run.__name__ = "least_squares"  # what errors call it
+
+
+@functools.cache
+def _solver(on_failure: OnFailure, one_sided: bool, polish: bool) -> Any:  # noqa: FBT001
+    rule = least_squares_rule(
+        has_aux=True, on_failure=on_failure, one_sided=one_sided, polish=polish
+    )
+    return rule(on_host(_run, aux=solver_status()))
+
+
+def least_squares(
+    fun: Callable[..., Any],
+    x0: Any,
+    jac: Any = None,
+    bounds: Any = None,
+    method: Any = "trf",
+    ftol: Any = 1e-8,
+    xtol: Any = 1e-8,
+    gtol: Any = 1e-8,
+    x_scale: Any = 1.0,
+    loss: Any = "linear",
+    *,
+    tr_solver: Any = None,
+    tr_options: Any = None,
+    max_nfev: Any = None,
+    verbose: Any = 0,
+    args: Any = (),
+    kwargs: Any = None,
+    on_failure: OnFailure = "raise",
+    one_sided: bool = False,
+    polish: bool = True,
+) -> OptimizeResult:
+    """`scipy.optimize.least_squares` of a function in JAX, differentiable by all it captures.
+
+    The solver is given the exact Jacobian; the derivative is that of the minimum, with the whole
+    second derivative, exact where residuals remain. `diff_step` and `jac_sparsity` of scipy are
+    about differences, and not here.
+
+    Args:
+        fun: `fun(x, *args, **kwargs)`, in JAX, gives the residuals, real arrays in any structure.
+        x0: a pytree of floating or complex arrays, and x is like it; `fun` is given such a one.
+        jac: not needed, and refused.
+        bounds: a pair (lower, upper), each like x0, a number or None; or scipy's `Bounds`.
+        method: as in scipy; so are `ftol`, `xtol`, `gtol`, `x_scale`, `tr_solver`, `tr_options`,
+            `max_nfev` and `verbose`.
+        ftol: see `method`.
+        xtol: see `method`.
+        gtol: see `method`.
+        x_scale: see `method`.
+        loss: "linear". Another one is another objective: give it to `minimize`.
+        tr_solver: see `method`.
+        tr_options: see `method`.
+        max_nfev: see `method`.
+        verbose: see `method`.
+        args: extra arguments of `fun`.
+        kwargs: extra keyword arguments of `fun`.
+        on_failure: as for `freevars.jax.root`.
+        one_sided: as for `freevars.jax.argmin`.
+        polish: as for `minimize`.
+
+    Returns:
+        x, `fun` and `cost` at x, and what scipy said (`OptimizeResult`).
+
+    Raises:
+        TypeError: `fun` cannot be traced by JAX, a derivative is given, or another loss.
+        freevars.errors.FreevarsError: as for `freevars.jax.least_squares`.
+        Exception: whatever scipy raises, as for `freevars.jax.on_host`.
+
+    >>> import jax, jax.numpy as jnp, freevars.jax.scipy
+    >>> t = jnp.array([0.0, 1.0, 2.0])
+    >>> def slope(y):
+    ...     residuals = lambda x: x[0] + x[1] * t - y
+    ...     return freevars.jax.scipy.least_squares(residuals, jnp.zeros(2)).x[1]
+    >>> print(jax.grad(slope)(jnp.array([1.0, 2.0, 4.0])).round(3) + 0.0)
+    [-0.5  0.   0.5]
+    """
+    name = "least_squares"
+    refuse_derivatives(name, jac=jac)
+    if loss != "linear":
+        message = (
+            f"{name}: loss: expected 'linear', got {loss!r}. Another loss is another objective:"
+            " write it in JAX and give it to minimize."
+        )
+        raise TypeError(message)
+    is_open = isinstance(bounds, tuple) and bounds == (-np.inf, np.inf)
+    sides, _ = (None, False) if is_open else as_sides(bounds, x0, name)
+    args, kwargs = as_tuple(args), kwargs or {}
+    how = {
+        "method": method,
+        "ftol": ftol,
+        "xtol": xtol,
+        "gtol": gtol,
+        "x_scale": x_scale,
+        "tr_solver": tr_solver,
+        "tr_options": tr_options or {},
+        "max_nfev": max_nfev,
+        "verbose": verbose,
+    }
+
+    def residuals(x: Any, *args: Any) -> Any:
+        # In a list, so that two residuals are not taken for one and its aux.
+        return [fun(x, *args, **kwargs)]
+
+    with tracing(name, fun):
+        x, status = _solver(on_failure, one_sided, polish)(
+            residuals, x0, args, how=how, bounds=sides
+        )
+        (value,) = residuals(x, *args)
+    cost = sum(jnp.vdot(r, r).real for r in map(jnp.asarray, jax.tree.leaves(value))) / 2
+    return OptimizeResult(x, value, **status, cost=cost)

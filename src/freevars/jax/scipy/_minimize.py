@@ -1,0 +1,185 @@
+"""`scipy.optimize.minimize`, with derivatives."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from freevars._solvers.verdict import OnFailure
+from freevars.jax._host.on_host import on_host
+from freevars.jax._rules.rules import argmin
+from freevars.jax.scipy._constraints import as_functions, as_sides
+from freevars.jax.scipy._result import OptimizeResult, solver_status
+from freevars.jax.scipy._scipy import as_tuple, optimize, refuse_derivatives, tracing
+
+__all__ = ["minimize"]
+
+# What a method takes beside the value. To any other scipy says that it has no use for it.
+_NO_GRADIENT = {"nelder-mead", "powell", "cobyla", "cobyqa"}
+_HESSIAN = {"dogleg", "trust-exact", "trust-constr"}
+_PRODUCTS = {"newton-cg", "trust-ncg", "trust-krylov"}
+
+
+class _Curvature(optimize.BFGS):
+    """What trust-constr learns of the second derivatives of the constraints: as scipy's default,
+    and silent about constraints that are linear."""
+
+    def update(self, delta_x: Any, delta_grad: Any) -> None:
+        if np.any(delta_grad):
+            super().update(delta_x, delta_grad)
+
+
+def _run(
+    fun: Any,
+    x0: Any,
+    args: tuple[Any, ...],
+    *,
+    method: Any,
+    tol: Any,
+    callback: Any,
+    options: Any,
+    keep_feasible: Any,
+    bounds: Any = None,
+    equality: Any = None,
+    inequality: Any = None,
+) -> tuple[Any, dict[str, Any]]:
+    """Run scipy on the host."""
+    name = method.lower() if isinstance(method, str) else method
+    given: dict[str, Any] = {}
+    if name not in _NO_GRADIENT:
+        given["jac"] = True
+    if name in _HESSIAN or callable(method):
+        given["hess"] = fun.hessian
+    elif name in _PRODUCTS:
+        given["hessp"] = fun.hvp
+    if bounds is not None:
+        given["bounds"] = optimize.Bounds(*bounds, keep_feasible=keep_feasible)
+    given["constraints"] = [
+        optimize.NonlinearConstraint(c, 0.0, upper, jac=c.jacobian, hess=_Curvature())
+        for c, upper in ((equality, 0.0), (inequality, np.inf))
+        if c is not None
+    ]
+    result = optimize.minimize(
+        fun.value_and_grad if given.get("jac") else fun,
+        x0,
+        args,
+        method,
+        tol=tol,
+        callback=callback,
+        options=options,
+        **given,
+    )
+    return result.x, solver_status(result)
+
+
+_run.__name__ = "minimize"  # what errors call it
+
+
+@functools.cache
+def _solver(on_failure: OnFailure, one_sided: bool, polish: bool) -> Any:  # noqa: FBT001
+    rule = argmin(has_aux=True, on_failure=on_failure, one_sided=one_sided, polish=polish)
+    return rule(on_host(_run, aux=solver_status()))
+
+
+def minimize(
+    fun: Callable[..., Any],
+    x0: Any,
+    args: Any = (),
+    method: Any = None,
+    jac: Any = None,
+    hess: Any = None,
+    hessp: Any = None,
+    bounds: Any = None,
+    constraints: Any = (),
+    tol: Any = None,
+    callback: Any = None,
+    options: Any = None,
+    *,
+    on_failure: OnFailure = "raise",
+    one_sided: bool = False,
+    polish: bool = True,
+) -> OptimizeResult:
+    """`scipy.optimize.minimize` of a function in JAX, differentiable by everything it captures.
+
+    Every method runs as scipy has it, with the exact gradient, and Hessian or products with it, of
+    `fun`, and the exact Jacobians of the constraints. Derivatives, in both modes and of any order,
+    flow into `args`, `bounds`, and whatever `fun` and the constraints capture; into `x0` and the
+    options they are zero. Inside `jit`, `vmap` and `scan` it is as `freevars.jax.on_host` says.
+
+    Args:
+        fun: `fun(x, *args)`, in JAX, gives a real number of shape ().
+        x0: a pytree of floating or complex arrays, and x is like it; `fun` is given such a one.
+        args: extra arguments of `fun`.
+        method: as in scipy.
+        jac: not needed, and refused; so are `hess` and `hessp`.
+        hess: see `jac`.
+        hessp: see `jac`.
+        bounds: scipy's `Bounds` or a sequence of pairs (min, max), over the numbers of x0 in order;
+            or a pair (lower, upper), each like x0, a number or None. Values may be traced, except
+            in `Bounds`.
+        constraints: as in scipy: dicts, `NonlinearConstraint`, `LinearConstraint`, or a sequence of
+            these. Functions are in JAX and take x like x0.
+        tol: as in scipy.
+        callback: as in scipy: it is given NumPy vectors, and may not call JAX.
+        options: as in scipy. Its defaults of tolerance will do: see `polish`.
+        on_failure: what happens where a derivative cannot be trusted, as for
+            `freevars.jax.root`.
+        one_sided: as for `freevars.jax.argmin`.
+        polish: adds a Newton step to the result of scipy, of the Karush-Kuhn-Tucker system where
+            there are constraints, unless a second one would be no shorter. False returns it as it
+            is; a derivative is then refused where it is too far from the minimum.
+
+    Returns:
+        x, `fun` at x, and what scipy said (`OptimizeResult`). That scipy did not succeed is told
+        in `success` alone; a derivative asks whether x is a minimum.
+
+    Raises:
+        TypeError: `fun` cannot be traced by JAX, or a derivative is given.
+        freevars.errors.FreevarsError: as for `freevars.jax.argmin`.
+        Exception: whatever scipy raises, as for `freevars.jax.on_host`.
+
+    >>> import jax, jax.numpy as jnp, freevars.jax.scipy
+    >>> def lowest(a):  # of the Rosenbrock function: (a, a^2)
+    ...     rosen = lambda x: (a - x[0]) ** 2 + 10 * (x[1] - x[0] ** 2) ** 2
+    ...     return freevars.jax.scipy.minimize(rosen, jnp.zeros(2)).x
+    >>> print(jax.jit(jax.jacobian(lowest))(1.5).round(2))
+    [1. 3.]
+
+    >>> def nearest(cap):
+    ...     distance = lambda x: jnp.sum((x - jnp.array([1.0, 3.0])) ** 2)
+    ...     return freevars.jax.scipy.minimize(distance, jnp.zeros(2), bounds=(0.0, cap)).x
+    >>> print(nearest(2.0), jax.jacobian(nearest)(2.0))
+    [1. 2.] [0. 1.]
+    """
+    name = "minimize"
+    refuse_derivatives(name, jac=jac, hess=hess, hessp=hessp)
+    sides, keep_feasible = as_sides(bounds, x0, name)
+    equality, inequality = as_functions(constraints, name)
+    if method is None:  # scipy's own choice, which has to know of the constraints
+        method = "SLSQP" if equality or inequality else "BFGS" if sides is None else "L-BFGS-B"
+    args = as_tuple(args)
+    with tracing(name, fun):
+        x, status = _solver(on_failure, one_sided, polish)(
+            fun,
+            x0,
+            args,
+            method=method,
+            tol=tol,
+            callback=callback,
+            options=options,
+            keep_feasible=keep_feasible,
+            bounds=sides,
+            equality=equality,
+            inequality=inequality,
+        )
+        value = fun(x, *args)
+    if isinstance(value, tuple):
+        message = (
+            f"{name}: expected a function that returns a number, got a tuple from it. The gradient"
+            " beside the value (scipy's jac=True) is not needed: return the value alone."
+        )
+        raise TypeError(message)
+    return OptimizeResult(x, value, **status)

@@ -1,0 +1,179 @@
+"""`scipy.optimize.root_scalar`, with derivatives."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from freevars._solvers.verdict import OnFailure
+from freevars.jax._host.on_host import on_host
+from freevars.jax._rules.rules import implicit
+from freevars.jax.scipy._result import RootResults, root_status
+from freevars.jax.scipy._scipy import as_tuple, optimize, refuse_derivatives, tracing
+
+__all__ = ["root_scalar"]
+
+_ORDERS = {"newton": 1, "halley": 2}  # how many derivatives a method takes
+
+
+def _run(
+    fun: Any,
+    x0: Any,
+    args: tuple[Any, ...],
+    *,
+    method: Any,
+    order: int,
+    bracket: Any,
+    starts: bool,
+    x1: Any,
+    xtol: Any,
+    rtol: Any,
+    maxiter: Any,
+    options: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """Run scipy on the host."""
+
+    def f(x: Any) -> Any:
+        values = [float(value) for value in fun(np.reshape(x, (1,)))]
+        return tuple(values) if order else values[0]
+
+    result = optimize.root_scalar(
+        f,
+        args,
+        method,
+        None if bracket is None else [float(end) for end in bracket],
+        fprime=order > 0 or None,
+        fprime2=order > 1 or None,
+        x0=float(x0[0]) if starts else None,
+        x1=None if x1 is None else float(x1),
+        xtol=xtol,
+        rtol=rtol,
+        maxiter=maxiter,
+        options=options,
+    )
+    return np.reshape(result.root, (1,)), root_status(result)
+
+
+_run.__name__ = "root_scalar"  # what errors call it
+
+
+def _first(fun: Callable[..., Any], x: Any) -> Any:
+    """What is zero: the value, the first of what `_with_derivatives` gives."""
+    return fun(x)[0]
+
+
+@functools.cache
+def _solver(on_failure: OnFailure, polish: bool) -> Any:  # noqa: FBT001
+    rule = implicit(_first, has_aux=True, on_failure=on_failure, polish=polish)
+    return rule(on_host(_run, aux=root_status()))
+
+
+def _with_derivatives(f: Callable[..., Any], order: int) -> Callable[..., Any]:
+    """The value of f and its first derivatives, as one vector, which is one question."""
+
+    def values(x: Any, *args: Any) -> Any:
+        found: list[Any] = [lambda x: jnp.reshape(f(x, *args), ())]
+        for _ in range(order):
+            slope: Any = jax.grad(found[-1])
+            found.append(slope)
+        return jnp.stack([g(x) for g in found])
+
+    return values
+
+
+def root_scalar(
+    f: Callable[..., Any],
+    args: Any = (),
+    method: Any = None,
+    bracket: Any = None,
+    fprime: Any = None,
+    fprime2: Any = None,
+    x0: Any = None,
+    x1: Any = None,
+    xtol: Any = None,
+    rtol: Any = None,
+    maxiter: Any = None,
+    options: Any = None,
+    *,
+    on_failure: OnFailure = "raise",
+    polish: bool = True,
+) -> RootResults:
+    """`scipy.optimize.root_scalar` of a function in JAX, differentiable by all it captures.
+
+    "newton" and "halley" are given exact derivatives. Derivatives by the bracket and the starting
+    points are zero: a root does not depend on where it was looked for.
+
+    Args:
+        f: `f(x, *args)`, in JAX, gives a real number for one of shape ().
+        args: extra arguments of `f`.
+        method: as in scipy; None: "brentq" with a bracket, "secant" with `x1`, else "newton".
+        bracket: two numbers at which f has different signs. They may be traced.
+        fprime: not needed, and refused; so is `fprime2`.
+        fprime2: see `fprime`.
+        x0: a number to start from; it may be traced, as `x1`.
+        x1: a second one.
+        xtol: as in scipy; so are `rtol`, `maxiter` and `options`.
+        rtol: see `xtol`.
+        maxiter: see `xtol`.
+        options: see `xtol`.
+        on_failure: as for `freevars.jax.root`.
+        polish: as for `minimize`.
+
+    Returns:
+        `root`, and what scipy said (`RootResults`).
+
+    Raises:
+        TypeError: `f` cannot be traced by JAX, a derivative is given, or a number is none: many
+            roots at once are `jax.vmap` of this.
+        freevars.errors.FreevarsError: as for `freevars.jax.root`.
+        Exception: whatever scipy raises, as for `freevars.jax.on_host`.
+
+    >>> import jax, jax.numpy as jnp, freevars.jax.scipy
+    >>> def kepler(eccentricity, mean):  # E = M + e sin E
+    ...     f = lambda angle: angle - eccentricity * jnp.sin(angle) - mean
+    ...     return freevars.jax.scipy.root_scalar(f, bracket=(mean - 1, mean + 1)).root
+    >>> print(f"{jax.grad(kepler)(0.1, 1.0):.4f}")  # sin E / (1 - e cos E)
+    0.9291
+    """
+    name = "root_scalar"
+    refuse_derivatives(name, fprime=fprime, fprime2=fprime2)
+    if bracket is None and x0 is None:
+        optimize.root_scalar(lambda x: x, method=method)  # raises what scipy raises
+    if method is None:
+        method = "brentq" if bracket is not None else "newton" if x1 is None else "secant"
+    numbers: list[Any] = [x0, x1, *(bracket if bracket is not None else ())]
+    dtype = jnp.result_type(float, *(a for a in numbers if a is not None))
+    x0, x1, *ends = (None if a is None else _number(a, dtype, name) for a in numbers)
+    order = _ORDERS.get(str(method).lower(), 0)
+    args = as_tuple(args)
+    with tracing(name, f):
+        x, status = _solver(on_failure, polish)(
+            _with_derivatives(f, order),
+            ends[0] if x0 is None else x0,
+            args,
+            method=method,
+            order=order,
+            bracket=tuple(ends[:2]) if ends else None,
+            starts=x0 is not None,
+            x1=x1,
+            xtol=xtol,
+            rtol=rtol,
+            maxiter=maxiter,
+            options=options,
+        )
+    return RootResults(x, **status)
+
+
+def _number(a: Any, dtype: Any, name: str) -> Any:
+    if np.shape(a) != () or jnp.issubdtype(dtype, jnp.complexfloating):
+        message = (
+            f"{name}: expected real numbers of shape () for x0, x1 and the bracket, got {a!r}. Many"
+            " roots at once are jax.vmap of this; a complex one is found by root."
+        )
+        raise TypeError(message)
+    return jnp.asarray(a, dtype)

@@ -1,0 +1,71 @@
+"""scipy itself, or what to install; and what its signatures take that has no place here."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from freevars._solvers.signature import solver_name
+
+try:
+    from scipy import optimize
+except ImportError as error:  # pragma: no cover (tested in a process of its own)
+    message = "freevars.jax.scipy needs scipy: pip install 'freevars[scipy]'"
+    raise ImportError(message) from error
+
+__all__ = ["as_tuple", "optimize", "refuse_derivatives", "tracing"]
+
+# What JAX says where code asks for the numbers of a traced array.
+_ASKS_FOR_NUMBERS = (
+    jax.errors.ConcretizationTypeError,  # float(x), math.exp(x), `if x > 0`
+    jax.errors.NonConcreteBooleanIndexError,
+    jax.errors.TracerArrayConversionError,  # np.exp(x)
+    jax.errors.TracerIntegerConversionError,
+)
+
+
+def refuse_derivatives(name: str, **given: Any) -> None:
+    """Refuse derivatives that a caller brings: they are taken from the function.
+
+    Raises:
+        TypeError: one of them is neither None nor False.
+    """
+    for what, value in given.items():
+        if value is not None and value is not False:
+            message = (
+                f"{name}: {what}= is not needed, got {value!r}. The function is JAX code, and the"
+                " solver is given its exact derivatives. Leave it out, and let the function return"
+                " its value alone; jax.custom_jvp gives a function a derivative of your own."
+            )
+            raise TypeError(message)
+
+
+@contextlib.contextmanager
+def tracing(name: str, fun: Any) -> Iterator[None]:
+    """Say what to do about a function that cannot be traced.
+
+    Raises:
+        TypeError: it was written for numbers, in NumPy say.
+    """
+    try:
+        yield
+    except _ASKS_FOR_NUMBERS as error:
+        code = getattr(fun, "__code__", None)
+        where = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
+        first = str(error).partition("\n")[0]
+        message = (
+            f"{name}: expected a function in JAX, got {solver_name(fun)}{where}, which asks for the"
+            f" numbers of a traced array: {first} Write it, what it calls and the constraints with"
+            " jax.numpy: jnp.exp(x) for np.exp(x) or math.exp(x), jnp.where or jax.lax.cond for an"
+            " `if` on a value. A function that has to stay in NumPy goes through"
+            " jax.pure_callback, with a derivative by jax.custom_jvp."
+        )
+        raise TypeError(message) from error
+
+
+def as_tuple(args: Any) -> tuple[Any, ...]:
+    """Extra arguments as scipy takes them: a tuple, or the only one."""
+    return args if isinstance(args, tuple) else (args,)
