@@ -24,15 +24,21 @@ __all__ = ["as_functions", "as_sides"]
 Function = Callable[[Any], Any]
 
 
-def as_sides(bounds: Any, x0: Any, name: str) -> tuple[Any, Any]:
-    """(lower, upper) as `argmin` takes them, or None; and scipy's `keep_feasible`."""
+def as_sides(bounds: Any, x0: Any, name: str, *, pairs: bool = True) -> tuple[Any, Any]:
+    """(lower, upper) as `argmin` takes them, or None; and scipy's `keep_feasible`.
+
+    With `pairs`, a pair for each unknown may be given, as to scipy's `minimize`.
+    """
     if bounds is None:
         return None, False
     n = sum(math.prod(np.shape(leaf)) for leaf in jax.tree.leaves(x0))
     if isinstance(bounds, optimize.Bounds):
         sides = tuple(_like(jnp.broadcast_to(side, (n,)), x0) for side in (bounds.lb, bounds.ub))
         return sides, bool(np.any(bounds.keep_feasible)) and bounds.keep_feasible
-    if not _are_pairs(bounds, n, name):
+    if not (pairs and _are_pairs(bounds, n, name)):
+        if tree_util.all_leaves([x0]) and isinstance(bounds, (tuple, list)):
+            # A list for an array, as everywhere in scipy.
+            bounds = [jnp.array(b) if isinstance(b, (tuple, list)) else b for b in bounds]
         return bounds, False
     lower, upper = (
         jnp.array([default if pair[i] is None else pair[i] for pair in bounds])

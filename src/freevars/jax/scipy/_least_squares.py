@@ -54,15 +54,19 @@ def least_squares(
     ftol: Any = 1e-8,
     xtol: Any = 1e-8,
     gtol: Any = 1e-8,
-    x_scale: Any = 1.0,
+    x_scale: Any = None,
     loss: Any = "linear",
-    *,
+    f_scale: Any = 1.0,
+    diff_step: Any = None,
     tr_solver: Any = None,
     tr_options: Any = None,
+    jac_sparsity: Any = None,
     max_nfev: Any = None,
     verbose: Any = 0,
     args: Any = (),
     kwargs: Any = None,
+    callback: Any = None,
+    *,
     on_failure: OnFailure = "raise",
     one_sided: bool = False,
     polish: bool = True,
@@ -70,13 +74,12 @@ def least_squares(
     """`scipy.optimize.least_squares` of a function in JAX, differentiable by all it captures.
 
     The solver is given the exact Jacobian; the derivative is that of the minimum, with the whole
-    second derivative, exact where residuals remain. `diff_step` and `jac_sparsity` of scipy are
-    about differences, and not here.
+    second derivative, exact where residuals remain.
 
     Args:
         fun: `fun(x, *args, **kwargs)`, in JAX, gives the residuals, real arrays in any structure.
         x0: a pytree of floating or complex arrays, and x is like it; `fun` is given such a one.
-        jac: not needed, and refused.
+        jac: not needed, and refused; so are `diff_step` and `jac_sparsity`.
         bounds: a pair (lower, upper), each like x0, a number or None; or scipy's `Bounds`.
         method: as in scipy; so are `ftol`, `xtol`, `gtol`, `x_scale`, `tr_solver`, `tr_options`,
             `max_nfev` and `verbose`.
@@ -85,12 +88,16 @@ def least_squares(
         gtol: see `method`.
         x_scale: see `method`.
         loss: "linear". Another one is another objective: give it to `minimize`.
+        f_scale: of another loss.
+        diff_step: see `jac`.
         tr_solver: see `method`.
         tr_options: see `method`.
+        jac_sparsity: see `jac`.
         max_nfev: see `method`.
         verbose: see `method`.
         args: extra arguments of `fun`.
         kwargs: extra keyword arguments of `fun`.
+        callback: as in scipy: it is given NumPy vectors, and may not call JAX.
         on_failure: as for `freevars.jax.root`.
         one_sided: as for `freevars.jax.argmin`.
         polish: as for `minimize`.
@@ -112,27 +119,28 @@ def least_squares(
     [-0.5  0.   0.5]
     """
     name = "least_squares"
-    refuse_derivatives(name, jac=jac)
+    del f_scale
+    refuse_derivatives(name, jac=jac, diff_step=diff_step, jac_sparsity=jac_sparsity)
     if loss != "linear":
         message = (
             f"{name}: loss: expected 'linear', got {loss!r}. Another loss is another objective:"
             " write it in JAX and give it to minimize."
         )
         raise TypeError(message)
-    is_open = isinstance(bounds, tuple) and bounds == (-np.inf, np.inf)
-    sides, _ = (None, False) if is_open else as_sides(bounds, x0, name)
+    sides, _ = as_sides(None if _is_open(bounds) else bounds, x0, name, pairs=False)
     args, kwargs = as_tuple(args), kwargs or {}
     how = {
         "method": method,
         "ftol": ftol,
         "xtol": xtol,
         "gtol": gtol,
-        "x_scale": x_scale,
         "tr_solver": tr_solver,
         "tr_options": tr_options or {},
         "max_nfev": max_nfev,
         "verbose": verbose,
     }
+    # What was added to scipy, or has another default in each release.
+    how |= {k: v for k, v in (("x_scale", x_scale), ("callback", callback)) if v is not None}
 
     def residuals(x: Any, *args: Any) -> Any:
         # In a list, so that two residuals are not taken for one and its aux.
@@ -145,3 +153,10 @@ def least_squares(
         (value,) = residuals(x, *args)
     cost = sum(jnp.vdot(r, r).real for r in map(jnp.asarray, jax.tree.leaves(value))) / 2
     return OptimizeResult(x, value, **status, cost=cost)
+
+
+def _is_open(bounds: Any) -> bool:
+    """Whether they are scipy's default."""
+    if not (isinstance(bounds, tuple) and all(isinstance(side, float) for side in bounds)):
+        return False
+    return bounds == (-np.inf, np.inf)

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
 from freevars._solvers.verdict import OnFailure
@@ -162,24 +163,41 @@ def minimize(
         method = "SLSQP" if equality or inequality else "BFGS" if sides is None else "L-BFGS-B"
     args = as_tuple(args)
     with tracing(name, fun):
-        x, status = _solver(on_failure, one_sided, polish)(
-            fun,
-            x0,
-            args,
-            method=method,
-            tol=tol,
-            callback=callback,
-            options=options,
-            keep_feasible=keep_feasible,
-            bounds=sides,
-            equality=equality,
-            inequality=inequality,
-        )
+        try:
+            x, status = _solver(on_failure, one_sided, polish)(
+                fun,
+                x0,
+                args,
+                method=method,
+                tol=tol,
+                callback=callback,
+                options=options,
+                keep_feasible=keep_feasible,
+                bounds=sides,
+                equality=equality,
+                inequality=inequality,
+            )
+        except TypeError:
+            _check_value(jax.eval_shape(fun, x0, *args))
+            raise
         value = fun(x, *args)
+    _check_value(value)
+    return OptimizeResult(x, value, **status)
+
+
+def _check_value(value: Any) -> None:
+    """Refuse what is no number."""
     if isinstance(value, tuple):
         message = (
-            f"{name}: expected a function that returns a number, got a tuple from it. The gradient"
+            "minimize: expected a function that returns a number, got a tuple from it. The gradient"
             " beside the value (scipy's jac=True) is not needed: return the value alone."
         )
         raise TypeError(message)
-    return OptimizeResult(x, value, **status)
+    if value is None or isinstance(value, (list, dict)) or np.shape(value) != ():
+        got = f"shape {value.shape}" if hasattr(value, "shape") else type(value).__name__
+        message = (
+            f"minimize: expected a function that returns a number of shape (), got {got}. Let it"
+            " end in jnp.sum, say; a root or a sum of squares of several is found by root or"
+            " least_squares."
+        )
+        raise TypeError(message)

@@ -55,10 +55,10 @@ def tracing(name: str, fun: Any) -> Iterator[None]:
     except _ASKS_FOR_NUMBERS as error:
         code = getattr(fun, "__code__", None)
         where = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
-        first = str(error).partition("\n")[0]
+        said = str(error).partition("\n")[0].rstrip(".")
         message = (
             f"{name}: expected a function in JAX, got {solver_name(fun)}{where}, which asks for the"
-            f" numbers of a traced array: {first} Write it, what it calls and the constraints with"
+            f" numbers of a traced array ({said}). Write it, what it calls and the constraints with"
             " jax.numpy: jnp.exp(x) for np.exp(x) or math.exp(x), jnp.where or jax.lax.cond for an"
             " `if` on a value. A function that has to stay in NumPy goes through"
             " jax.pure_callback, with a derivative by jax.custom_jvp."
