@@ -13,18 +13,14 @@ def _square_root(a, **how):
     return root_scalar(lambda x, a: x**2 - a, args=a, **how).root
 
 
-SCALAR = {
-    "brentq": {},
-    "bisect": {"method": "bisect"},
-    "ridder": {"method": "ridder"},
-    "brenth": {"method": "brenth"},
-    "toms748": {"method": "toms748"},
-}
+OTHERS = ("bisect", "ridder", "brenth", "toms748")
 
 
-@pytest.mark.parametrize("name", SCALAR)
-def test_brackets(name) -> None:
-    solve = lambda a: _square_root(a, bracket=[a / 4, a], **SCALAR[name])
+@pytest.mark.parametrize(
+    "method", [None, *(pytest.param(m, marks=pytest.mark.slow) for m in OTHERS)]
+)
+def test_brackets(method) -> None:
+    solve = lambda a: _square_root(a, bracket=[a / 4, a], method=method)
     np.testing.assert_allclose(solve(4.0), 2.0, rtol=1e-12)
     np.testing.assert_allclose(jax.grad(solve)(4.0), 0.25, rtol=1e-12)
 
@@ -49,7 +45,9 @@ def test_a_bracket_has_no_part_in_the_root() -> None:
         {"x0": 1},
         {"x0": 1.0, "method": "halley"},
         {"x0": 1.0, "x1": 1.5},
-        {"x0": 1.0, "bracket": (0.0, 5.0), "method": "Newton"},
+        pytest.param(
+            {"x0": 1.0, "bracket": (0.0, 5.0), "method": "Newton"}, marks=pytest.mark.slow
+        ),
     ],
     ids=["newton", "halley", "secant", "of both"],
 )
