@@ -74,6 +74,7 @@ def test_in_programs_of_any_order() -> None:
     np.testing.assert_allclose(jax.jacfwd(jax.jacrev(_lowest))(1.2), [0.0, 2.0], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_args_and_captures_alike() -> None:
     def solve(a, b):
         fun = lambda x, a, n: jnp.sum((x["u"] - a) ** n) + (x["v"] - b) ** 2
@@ -184,7 +185,8 @@ def test_limits_that_are_traced() -> None:
     assert as_functions((), "minimize") == (None, None)
 
 
-@pytest.mark.parametrize("method", [None, pytest.param("trust-constr", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [None, "trust-constr"])
 def test_derivatives_flow_into_constraints(method) -> None:
     """At (t / 2, s - t / 2), as long as t holds x below the middle."""
 
@@ -226,6 +228,7 @@ def test_a_failure_is_told_by_the_result() -> None:
     assert "exceeded" in result.message
 
 
+@pytest.mark.slow
 def test_callback_and_callable_method() -> None:
     seen = []
     minimize(lambda x: (x - 3.0) ** 4, 0.0, callback=seen.append, method="CG")
