@@ -29,7 +29,7 @@ test: $(READY)
 
 # With what takes long: the rules of JAX, meshes, processes.
 test-all: $(READY)
-	@$(BIN)/python -m pytest -n auto
+	@FREEVARS_EXAMPLES=100 $(BIN)/python -m pytest -n auto
 
 # Takes its time; the page that it writes is part of the site.
 bench: $(READY)
@@ -87,7 +87,7 @@ test-oldest: .venv-oldest/.ready
 test-newest test-oldest: test-%:
 	@.venv-$*/bin/python $(PIP) install --no-deps --force-reinstall .
 	@.venv-$*/bin/python -c 'import jax, sys; print("$*:", sys.version.split()[0], "jax", jax.__version__)'
-	@FREEVARS_EXAMPLES=20 .venv-$*/bin/python -m pytest -n auto -m 'not slow' $(JAX_TESTS)
+	@.venv-$*/bin/python -m pytest -n auto -m 'not slow' $(JAX_TESTS)
 
 # The quick tests of the PyTorch host with the newest PyTorch that installs, and with the oldest
 # supported one: what a release can break, and one of each kind of the rest.

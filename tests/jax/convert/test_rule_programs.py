@@ -19,7 +19,7 @@ from jax import lax
 import freevars.jax as fv
 from freevars.errors import CaptureError
 
-EXAMPLES = int(os.environ.get("FREEVARS_EXAMPLES", "100"))
+EXAMPLES = int(os.environ.get("FREEVARS_EXAMPLES", "20"))
 X, W = jnp.float32(0.7), jnp.float32(1.3)
 
 # No two give the same number in any of the derivatives below.

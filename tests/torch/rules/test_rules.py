@@ -576,7 +576,7 @@ def test_aux_that_is_no_tensor_is_one_for_a_batch() -> None:
 
 
 def test_an_option_that_there_is_not() -> None:
-    expected = "argmin: expected the options has_aux, .*, rng, got chek. Did you mean check"
+    expected = "argmin: expected the options has_aux, .*, got chek. Did you mean check"
     with pytest.raises(TypeError, match=expected):
         argmin(lambda _, x0: x0, chek=False)
 
