@@ -342,6 +342,8 @@ class Dataset(torch.utils.data.Dataset[Tensor]):
 
 
 @pytest.mark.slow
+# Where other tests have loaded JAX, it warns of its threads; the worker runs none of JAX.
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_in_workers_of_a_data_loader(context: str) -> None:
     c = pytree.tree_map(lambda t: 10 * t, Closure(scaled, torch.ones(2, dtype=torch.float64)))
