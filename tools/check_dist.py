@@ -82,6 +82,7 @@ def main() -> int:
     parser.add_argument("python", help="the interpreter of a fresh environment")
     parser.add_argument("--release", action="store_true", help="refuse placeholders")
     options = parser.parse_args()
+    python = Path(options.python).absolute()  # not resolved: the link is the environment
     shutil.rmtree(DIST, ignore_errors=True)
     run(sys.executable, "-m", "build", "--outdir", DIST, ROOT)
     (archive,), (wheel,) = DIST.glob("*.tar.gz"), DIST.glob("*.whl")
@@ -91,13 +92,11 @@ def main() -> int:
     print("\n".join(found) or f"{archive.name}, {wheel.name}: as they should be", flush=True)
     if found:
         return 1
-    run(options.python, "-m", "pip", "-qq", "install", "--no-deps", "--force-reinstall", wheel)
+    run(python, "-m", "pip", "-qq", "install", "--no-deps", "--force-reinstall", wheel)
     with tempfile.TemporaryDirectory() as folder:  # a folder without the source
         page = shutil.copy(ROOT / "README.md", folder)
         script = shutil.copy(ROOT / "tools" / "check_docs.py", folder)
-        return subprocess.run(
-            [options.python, "-P", script, page], cwd=folder, check=False
-        ).returncode
+        return subprocess.run([python, "-P", script, page], cwd=folder, check=False).returncode
 
 
 if __name__ == "__main__":
