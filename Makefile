@@ -27,7 +27,7 @@ examples: $(READY)
 test: $(READY)
 	@$(BIN)/python -m pytest -n auto -m 'not slow'
 
-# With what takes long: the rules of JAX, meshes, processes.
+# With what takes long: large programs, meshes, processes, more random programs.
 test-all: $(READY)
 	@FREEVARS_EXAMPLES=100 $(BIN)/python -m pytest -n auto
 
