@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import cloudpickle
@@ -387,21 +388,34 @@ def test_a_copy_that_keeps_something_else_is_refused() -> None:
         SCALE = before
 
 
-def test_packages_without_pytorch_are_not_searched() -> None:
-    """Their globals hold no tensor, and lead to the whole process."""
+def test_packages_without_pytorch_are_searched_a_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not to their end: the globals of a large library lead to the whole process."""
+    library: Any = ModuleType("library_without_pytorch")
+    code = "".join(f"def f{i}(): return f{i + 1}()\n" for i in range(200))
+    exec(code, vars(library))  # noqa: S102 (a module of its own)
+    monkeypatch.setitem(sys.modules, library.__name__, library)
     w = fresh(3)
-
-    def fun(x: Tensor) -> Tensor:
-        if x.dim() > 5:
-            pytest.approx(0).never()
-        return w * x
-
-    met = Search(fun).met
+    met = Search(lambda x: library.f0() if x is None else w * x).met
     assert id(w) in met
-    assert id(pytest.approx) in met  # code mentions it
-    assert len(met) < 1_000
+    assert id(library.f1) in met
+    assert id(library.f199) not in met
+    library.torch = torch
+    monkeypatch.setitem(sys.modules, "another_module", ModuleType("another_module"))
+    assert id(library.f199) in Search(lambda x: library.f0() if x is None else w * x).met
 
 
 def test_a_variable_of_a_package_with_pytorch_has_a_place() -> None:
     fun = lambda x: other_module.scaled(x)
     assert id(other_module.SCALE) in Search(fun).met
+
+
+def test_a_module_without_pytorch_that_is_given_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: Any = ModuleType("settings_without_pytorch")
+    exec("class Settings: pass\nS = Settings()\ndef scale(x): return x * S.w", vars(settings))  # noqa: S102 (a module of its own)
+    monkeypatch.setitem(sys.modules, settings.__name__, settings)
+    x = fresh(3)
+    Search(settings.scale)  # it has been looked at before there is a tensor
+    settings.S.w = w = fresh(3)
+    converted = Closure(lambda x: settings.scale(x), x)
+    settings.S.w = fresh(3)
+    same(converted(x), x * w)

@@ -17,8 +17,8 @@ def outside(module: object) -> bool:
 
 
 def uses_torch(module: object) -> bool:
-    """Whether the package of this module has anything of PyTorch among its variables. The globals
-    of a plotting or testing library hold no tensor, and lead to tens of thousands of objects."""
+    """Whether the package of this module has anything of PyTorch among its variables, as far as was
+    seen when modules were last loaded."""
     root = module.partition(".")[0] if isinstance(module, str) else "__main__"
     known, count = _uses_torch.get(root, (root == "__main__", 0))
     if not known and count != len(sys.modules):  # another module of it may have come in

@@ -11,7 +11,7 @@ keeps in places (`kept.py`), and what a person would call a tensor (`_describe.p
 
 import functools
 import operator
-from collections import OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -44,6 +44,7 @@ __all__ = ["Places", "Search"]
 
 _WIDEST = 20_000  # entries looked at in one container
 _MOST = 100_000  # objects looked at in one search
+_MOST_STRANGERS = 20  # functions of one package without PyTorch whose globals are followed
 _ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), type(...), range, slice})
 _TORCH_ATOMS = frozenset({torch.dtype, torch.device, torch.layout, torch.Size, torch.Generator})
 _PLAIN_DICTS = frozenset({dict, OrderedDict, defaultdict})  # which have no attributes to speak of
@@ -80,6 +81,7 @@ class Search:
         self._queue: deque[_Object] = deque()
         self._names: dict[int, tuple[str, ...]] = {}
         self._outside: dict[type, bool] = {}
+        self._strangers: Counter[str] = Counter()  # functions of packages without PyTorch
         self._meet(_Object(fun, None, None))
         while self._queue and len(self.met) < _MOST:
             node = self._queue.popleft()
@@ -131,35 +133,35 @@ class Search:
             self._dicts.append((node, entry, obj, dict(dict.items(obj))))
 
     def _function(self, node: _Object, fun: FunctionType) -> None:
+        names = self._mentioned(fun.__code__)
         for i, c in enumerate(fun.__closure__ or ()):
             try:
-                self._link(node, cell, i, c.cell_contents)
+                self._variable(node, cell, i, c.cell_contents, names)
             except ValueError:  # not filled yet
                 continue
         for i, x in enumerate(fun.__defaults__ or ()):
-            self._link(node, default, i, x)
+            self._variable(node, default, i, x, names)
         for name, x in (fun.__kwdefaults__ or {}).items():
-            self._link(node, keyword_default, name, x)
+            self._variable(node, keyword_default, name, x, names)
         for name, x in fun.__dict__.items():
             self._link(node, attribute, name, x)
         module = fun.__globals__.get("__name__")
-        if not outside(module) and uses_torch(module):
-            self._variables(node, variable, fun.__globals__, self._mentioned(fun.__code__), 0)
+        if not outside(module) and self._reads_globals(module):
+            for name in names:
+                self._variable(node, variable, name, fun.__globals__.get(name), names)
 
-    def _variables(
-        self, node: _Object, follow: Any, found: dict[str, Any], names: Sequence[str], depth: int
+    def _variable(
+        self, node: _Object, follow: Any, key: Any, x: Any, names: Sequence[str], depth: int = 0
     ) -> None:
-        """The names among `found` that the code mentions; a module is entered by them alone."""
-        for name in names:
-            x: Any = found.get(name)
-            if issubclass(type(x), ModuleType):
-                own = x.__dict__.get("__name__")
-                if depth < 4 and not outside(own):  # noqa: PLR2004 (packages are no deeper)
-                    inner = _Object(x, node, (follow, name))
-                    self.edges.append((follow, name, node.obj, x))
-                    self._variables(inner, attribute, x.__dict__, names, depth + 1)
-            else:
-                self._link(node, follow, name, x)
+        """What a function reads by a name; a module is entered by the names that its code mentions,
+        and no others."""
+        if not issubclass(type(x), ModuleType):
+            self._link(node, follow, key, x)
+        elif depth < 4 and not outside(x.__dict__.get("__name__")):  # noqa: PLR2004 (packages are no deeper)
+            inner = _Object(x, node, (follow, key))
+            self.edges.append((follow, key, node.obj, x))
+            for name in names:
+                self._variable(inner, attribute, name, x.__dict__.get(name), names, depth + 1)
 
     def _mentioned(self, code: CodeType) -> tuple[str, ...]:
         names = self._names.get(id(code))
@@ -201,6 +203,16 @@ class Search:
                     found = getattr(x, "fget", None) if type(x) is property else x
                     found = getattr(found, "__func__", found)
                     self._link(node, member, (i, name), found)
+
+    def _reads_globals(self, module: object) -> bool:
+        """Whether to follow the globals of one more function of this module. Those of a plotting
+        or testing library lead to tens of thousands of objects; but somebody may have put a tensor
+        into a small module that does not know PyTorch, settings say."""
+        if uses_torch(module):
+            return True
+        root = str(module).partition(".")[0]
+        self._strangers[root] += 1
+        return self._strangers[root] <= _MOST_STRANGERS
 
     def _is_outside(self, kind: type) -> bool:
         known = self._outside.get(kind)
