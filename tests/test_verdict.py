@@ -84,3 +84,12 @@ def test_a_bound_is_named_and_no_longer_run_proposed():
 def test_a_start_that_came_back_is_told_apart():
     told = failure(GOOD._replace(step=0.5), LIMITS, Context("solve", "root", at_start=True))
     assert "returned its starting point" in str(told)
+
+
+def test_advice_is_about_what_is_not_done_yet():
+    stopped = GOOD._replace(step=0.5)
+    advice = str(failure(stopped, LIMITS, Context("solve", "root")))
+    assert "polish=True" in advice
+    advice = str(failure(stopped, LIMITS, Context("solve", "root", polish=True)))
+    assert "polish" not in advice
+    assert "longer" in advice

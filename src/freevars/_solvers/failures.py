@@ -21,6 +21,7 @@ class Context(NamedTuple):
     least_squares: bool = False  # on_failure="least_squares"
     bounded: Sequence[str] = ()  # components that seem to lie on a bound, as a person writes them
     at_start: bool = False  # the solver returned its starting point
+    polish: bool = False  # the rule adds a Newton step already
 
 
 def failure(figures: Figures, limits: Limits, context: Context) -> FreevarsError:
@@ -99,9 +100,9 @@ def _not_converged(figures: Figures, limits: Limits, context: Context) -> str:
             " reports of itself."
         )
     else:
+        add = "" if context.polish else ", let polish=True add the Newton step"
         advice = (
-            "Let it run longer or to a tighter tolerance, let polish=True add the Newton step, or"
-            " accept more by tol=."
+            f"Let it run longer or to a tighter tolerance{add}, or accept more by the rule's tol=."
         )
     if not step <= limits.step:
         return (

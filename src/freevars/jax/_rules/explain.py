@@ -47,11 +47,12 @@ def explain(
     options: Any,
     by_options: bool,
     constrained: bool = False,
+    polish: bool = False,
 ) -> FreevarsError:
     """The error for a verdict on x, which a solver with these options found from x0.
 
     `by_options`: the derivative is by nothing that the function reads. `constrained`: the solver's
-    bounds are part of the problem.
+    bounds are part of the problem. `polish`: x has had a Newton step.
     """
     figures = known_figures(found.figures)
     converged = figures.finite and figures.step <= limits.step
@@ -64,6 +65,7 @@ def explain(
         least_squares,
         () if converged or constrained else _on_a_bound(x, x0, found.step, limits, options, kind),
         at_start=_same(x, x0),
+        polish=polish,
     )
     return failure(figures, limits, context)
 

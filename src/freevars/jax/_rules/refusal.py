@@ -90,11 +90,12 @@ def error(
         options=options,
         by_options=by_options,
         constrained=stated is not None and stated.constrained,
+        polish=rule.polish,
     )
 
 
 def _warn(rule: Rule, limits: Limits, good: Any, figures: Figures) -> None:
     """Called with known values, from inside a program too."""
     if not good:
-        context = Context(rule.name, rule.kind)
+        context = Context(rule.name, rule.kind, polish=rule.polish)
         warnings.warn(str(failure(known_figures(figures), limits, context)), stacklevel=2)

@@ -22,9 +22,7 @@ from freevars.jax._solver.problem import Problem, count
 __all__ = ["only_in_reverse", "pull_back", "solve_by_rows"]
 
 
-def only_in_reverse(
-    rule: Rule, problem: Problem, x0: Any, *, polish: bool
-) -> reverse.Pullback | None:
+def only_in_reverse(rule: Rule, problem: Problem, x0: Any) -> reverse.Pullback | None:
     """How the condition is pulled back, if that is the only way to a derivative."""
     if not _compat.has_custom_vjp(problem.fun._program.jaxpr):  # noqa: SLF001 (own package)
         return None
@@ -37,8 +35,8 @@ def only_in_reverse(
     leaves, structure = jax.tree.flatten(problem)
     pullback = reverse.Pullback(condition, structure, (tree, tuple(types)), has_aux)
     needed = pullback.needed(pullback.coordinates.to_real(x0), leaves)
-    if needed is not None and (polish or rule.conserved):
-        option = "polish=True" if polish else "conserved="
+    if needed is not None and (rule.polish or rule.conserved):
+        option = "polish=True" if rule.polish else "conserved="
         message = (
             f"{rule.name}: {option} takes a derivative of fun in forward mode, and fun holds a"
             " jax.custom_vjp whose backward pass JAX cannot transpose. Leave the option out, or"

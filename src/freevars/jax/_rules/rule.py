@@ -46,6 +46,7 @@ class Rule:
     on_failure: OnFailure = "raise"
     check: bool = True
     tol: float | None = None
+    polish: bool = False
     conserved: Totals | None = None
     one_sided: bool = False
 

@@ -85,7 +85,6 @@ class ImplicitSolver(DecoratedSolver[P, R]):
             check,
         )
         method.validate()
-        self._polish = options.get("polish", False)
         self._jit = options.get("jit", True) and not isinstance(solver, HostSolver)
         super().__init__(solver, states, **options)
         self._rule = rule = Rule(
@@ -96,6 +95,7 @@ class ImplicitSolver(DecoratedSolver[P, R]):
             on_failure=on_failure,
             check=check,
             tol=options.get("tol"),
+            polish=options.get("polish", False),
             conserved=options.get("conserved"),
             one_sided=options.get("one_sided", False),
         )
@@ -125,7 +125,7 @@ class ImplicitSolver(DecoratedSolver[P, R]):
     def _solve(self, call: SolverCall) -> Any:
         problem, x0, options = self._convert(call)
         captured = self._captured(problem, x0, options)
-        plain = _compat.nothing_traced() and not self._polish  # no derivative is asked for
+        plain = _compat.nothing_traced() and not self._rule.polish  # no derivative is asked for
         pullback = None if plain else self._backwards(problem, x0)
         if pullback is not None:
             out = self._in_reverse(pullback, problem, x0, options, (captured[0], None))
@@ -273,7 +273,7 @@ class ImplicitSolver(DecoratedSolver[P, R]):
             out = self._run_converted(own, problem, x0, options)
         else:
             out = own(problem, x0, options)
-        if not self._polish:
+        if not self._rule.polish:
             return out
         leaves, tree = jax.tree.flatten(self._rule.read(problem, x0))
         if self._rule.has_aux:
@@ -337,7 +337,7 @@ class ImplicitSolver(DecoratedSolver[P, R]):
     # The rule for reverse mode alone.
 
     def _backwards(self, problem: Problem, x0: Any) -> reverse.Pullback | None:
-        return reverse_rule.only_in_reverse(self._rule, problem, x0, polish=self._polish)
+        return reverse_rule.only_in_reverse(self._rule, problem, x0)
 
     def _forward_in_reverse(self, _: reverse.Pullback, *primals: Any) -> Any:
         return self._forward(*primals)

@@ -219,7 +219,8 @@ class Condition:
             change = judged.system.newton_step()
             components = self.unknown.components(k, at.x, change)
             bounded = on_a_bound(components, self.numbers(), kind, limits.step)
-        return failure(figures, limits, Context(name, kind, least_squares, bounded, at_start))
+        context = Context(name, kind, least_squares, bounded, at_start, self.rule.polish)
+        return failure(figures, limits, context)
 
     def _limits(self) -> Limits:
         return diagnostics.limits_of(self.unknown.dtype, self.rule.tol)
