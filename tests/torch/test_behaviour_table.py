@@ -341,6 +341,8 @@ ORDINARY = [
     *(jacrev, jacfwd, hessian, hessian_reversed, jacrev_jacrev, jacfwd_jacfwd, third),
 ]
 
+COMPILED = (compiled, compiled_with_autograd)
+
 # The whole table for the conversions themselves. What takes a converted function meets each case
 # under the transformations that meet it in another way.
 SOME = [double_backward, vmap_grad, jvp, hessian]
@@ -350,7 +352,7 @@ TABLE = [
     *((custom_function, t) for t in (double_backward, vmap_grad, grad_grad, jacrev)),
     *((way, t) for way in (checkpoint_inside, checkpoint_around) for t in (double_backward,)),
     (reentrant_inside, backward),
-    *((traced, t) for t in (compiled, compiled_with_autograd)),
+    *((traced, t) for t in COMPILED),
     (compiled_inside, double_backward),
 ]
 
@@ -462,7 +464,13 @@ def oracle() -> Any:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 @pytest.mark.parametrize(
-    ("way", "transformation"), TABLE, ids=[f"{way.__name__}-{t.__name__}" for way, t in TABLE]
+    ("way", "transformation"),
+    [
+        # The compiler takes two seconds a cell.
+        pytest.param(way, t, marks=[pytest.mark.slow] if t in COMPILED else [])
+        for way, t in TABLE
+    ],
+    ids=[f"{way.__name__}-{t.__name__}" for way, t in TABLE],
 )
 def test_equals_the_explicit_function(oracle, case, way, transformation) -> None:
     cells = _excluded(way, transformation, case)

@@ -143,6 +143,7 @@ def loss(solve: Any) -> Any:
     return lambda a, b: (solve(a, b) * torch.arange(1.0, 4.0, dtype=F64)).sin().sum()
 
 
+@pytest.mark.slow  # thousands of solves
 @pytest.mark.parametrize("name", RULES)
 def test_gradcheck_and_gradgradcheck(name: str) -> None:
     solve, _ = RULES[name]
