@@ -6,6 +6,7 @@ somebody asks.
 Not here: finding the links.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from freevars._names.introspection import key_text
@@ -20,6 +21,7 @@ __all__ = [
     "Item",
     "Link",
     "Member",
+    "Node",
     "Owner",
     "Through",
 ]
@@ -185,3 +187,31 @@ class Through(Link):
     @property
     def path(self) -> str:
         return f".{self.attribute}"
+
+
+class Node:
+    """One object on the way, and the link that led to it."""
+
+    __slots__ = ("home", "link", "obj", "parent")
+
+    def __init__(
+        self, obj: object, parent: "Node | None", link: Link, *, home: bool = False
+    ) -> None:
+        self.obj = obj
+        self.parent = parent
+        self.link = link
+        # The function asked about, or what it wraps: its variables go by bare names.
+        self.home = home
+
+    def lineage(self) -> Iterator["Node"]:
+        node: Node | None = self
+        while node is not None:
+            yield node
+            node = node.parent
+
+    def names(self) -> tuple[str, str]:
+        """What a person calls it, and the whole path."""
+        links = [node.link for node in self.lineage()]
+        start = next((i for i, link in enumerate(links) if link.starts), len(links) - 1)
+        name = "".join(link.name for link in reversed(links[: start + 1]))
+        return name, "".join(link.path for link in reversed(links))

@@ -54,11 +54,13 @@ from freevars._names.links import (
     Item,
     Link,
     Member,
+    Node,
     Owner,
     Through,
 )
+from freevars._names.mentions import Mentions
 
-__all__ = ["Node", "ObjectGraph"]
+__all__ = ["ObjectGraph"]
 
 _WIDEST = 20_000  # entries looked at in one container, so that a huge one does not use up the walk
 _MOST_INSTANCES = 2  # of one class, that are looked at for what the class itself holds
@@ -70,43 +72,11 @@ _PLAIN_CONTAINERS = frozenset(map(id, (dict, list, tuple, set, frozenset, deque)
 _MISSING: Any = object()
 
 
-class Node:
-    """One object on the way, and the link that led to it."""
-
-    __slots__ = ("home", "link", "obj", "parent")
-
-    def __init__(
-        self, obj: object, parent: "Node | None", link: Link, *, home: bool = False
-    ) -> None:
-        self.obj = obj
-        self.parent = parent
-        self.link = link
-        # The function asked about, or what it wraps: its variables go by bare names.
-        self.home = home
-
-    def lineage(self) -> Iterator["Node"]:
-        node: Node | None = self
-        while node is not None:
-            yield node
-            node = node.parent
-
-    def names(self) -> tuple[str, str]:
-        """What a person calls it, and the whole path."""
-        links = [node.link for node in self.lineage()]
-        start = next((i for i, link in enumerate(links) if link.starts), len(links) - 1)
-        name = "".join(link.name for link in reversed(links[: start + 1]))
-        return name, "".join(link.path for link in reversed(links))
-
-
-# A module or class: where it was met, what it holds, and the instance attributes that hide its own.
-_Namespace = tuple[Node, Mapping[str, Any], dict[str, object]]
-
-
 class ObjectGraph:
     """The links out of each object, for walks that start at one function after the other.
 
-    It remembers which variables and names it has met: a variable is followed once in a walk, and
-    the members of a module or class are followed when some code mentions their names.
+    It remembers which variables it has met, for a variable is followed once in a walk, and what the
+    code read so far mentions (see ``mentions``).
     """
 
     def __init__(
@@ -122,8 +92,7 @@ class ObjectGraph:
         self.implicit = implicit
         self.sets = sets
         self.once: set[object] = set()  # cells and globals: a variable has one name
-        self.mentioned: dict[str, None] = {}  # every name in the code read so far
-        self.namespaces: list[_Namespace] = []
+        self.mentions = Mentions()
         self.instances: dict[int, int] = {}  # how many of each class have been met
         self.members: dict[int, dict[str, Any]] = {}  # by id: hashing a class can run code
         self.opacity: dict[int, bool] = {}
@@ -153,7 +122,7 @@ class ObjectGraph:
         elif is_a(obj, ModuleType):
             attrs = instance_dict(obj)
             if not self.is_outside(attrs.get("__name__")):
-                yield from self.namespace(node, attrs)
+                yield from self.mentions.holder(node, attrs)
         elif is_a(obj, type):
             yield from self.class_attributes(node, obj)
         else:
@@ -196,7 +165,7 @@ class ObjectGraph:
                 self.once.add((id(fun.__globals__), name))
                 yield Node(value, node, Global("" if local else str(module), name))
         yield from self.attributes(node, attrs)
-        yield from self.follow(names)
+        yield from self.mentions.read(names)
 
     def wrapped(self, node: Node, inner: object, attribute: str) -> Iterator[Node]:
         """What it wraps goes by the wrapper's name, or by its own in the function asked about."""
@@ -328,31 +297,13 @@ class ObjectGraph:
         if members is None:
             bases = [base for base in mro(cls) if not self.is_outside(class_module(base))]
             self.members[id(cls)] = members = stored_members(bases)
-        yield from self.namespace(node, members, hidden)
+        yield from self.mentions.holder(node, members, hidden or {})
         for key in (key for key in members if key.startswith("__") or key in self.implicit):
             # Operators and `__call__` run without a mention; `__init__` when a class is called.
             implicit = hidden is None or key not in _NOT_IMPLICIT
             if implicit and type(members[key]) is FunctionType:
                 home = node.home and (key == "__call__" or key in self.implicit)
                 yield Node(members[key], node, Attribute(key), home=home)
-
-    def namespace(
-        self, node: Node, members: Mapping[str, Any], hidden: dict[str, object] | None = None
-    ) -> Iterator[Node]:
-        """Follow the members that code mentions, now and when more code has been read."""
-        self.namespaces.append((node, members, hidden or {}))
-        yield from self.follow_in(self.mentioned, self.namespaces[-1:])
-
-    def follow(self, names: dict[str, None]) -> Iterator[Node]:
-        new = {name: None for name in names if name not in self.mentioned}
-        self.mentioned |= new
-        yield from self.follow_in(new, self.namespaces)
-
-    def follow_in(self, names: dict[str, None], namespaces: list[_Namespace]) -> Iterator[Node]:
-        for node, members, hidden in list(namespaces):
-            for name in list(names):
-                if name in members and name not in hidden:
-                    yield Node(members[name], node, Attribute(name))
 
     def is_outside(self, module: object) -> bool:
         """Whether code or a class of this module is never entered."""

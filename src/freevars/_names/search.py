@@ -15,7 +15,8 @@ from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 
 from freevars._names.callables import function_name
 from freevars._names.introspection import is_a
-from freevars._names.object_graph import Node, ObjectGraph
+from freevars._names.links import Node
+from freevars._names.object_graph import ObjectGraph
 
 __all__ = ["FRAMEWORKS", "Name", "ReachableLeaves", "function_name", "name_values"]
 
