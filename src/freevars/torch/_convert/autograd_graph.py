@@ -13,7 +13,7 @@ from freevars.errors import CaptureError
 from freevars.torch import _compat, _hooks
 from freevars.torch._describe import Line, describe
 
-__all__ = ["check_autograd_graph", "hidden_path", "leaves_behind", "not_hoisted"]
+__all__ = ["check_autograd_graph", "hidden_path", "leaves_behind", "nodes_behind", "not_hoisted"]
 
 Edge = tuple[Any, int]
 
@@ -83,13 +83,18 @@ def hidden_path(
 
 def leaves_behind(tensors: Iterable[Tensor]) -> list[Tensor]:
     """The leaves in which the tapes of `tensors` end."""
+    return [node.variable for node in nodes_behind(tensors) if hasattr(node, "variable")]
+
+
+def nodes_behind(tensors: Iterable[Tensor]) -> list[Any]:
+    """The nodes of the tapes of `tensors`, each once."""
     nodes: list[Any] = [t.grad_fn for t in tensors if t.grad_fn is not None]
     seen: set[Any] = {None, *nodes}
     for node in nodes:  # grows while it is walked
         following = {n for n, _ in node.next_functions} - seen
         seen |= following
         nodes += following
-    return [node.variable for node in nodes if hasattr(node, "variable")]
+    return nodes
 
 
 def _edge(t: Tensor) -> Edge:

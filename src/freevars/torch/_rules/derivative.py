@@ -9,8 +9,6 @@ differentiable twice.
 import torch
 from torch import Tensor
 
-from freevars.torch._compat import pytree
-
 __all__ = ["Derivative", "LinearOperator"]
 
 # How many rows of a matrix are computed at once: bounds the memory of a batched backward pass.
@@ -155,8 +153,3 @@ class LinearOperator:
         a = self._derivative
         product = a.transposed if transposed else a.forward
         return product(v.reshape(a.f.shape)).reshape(-1)
-
-
-def meta(x: object) -> object:
-    """The structure of `x`, without its values."""
-    return pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), x)

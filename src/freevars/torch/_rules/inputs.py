@@ -22,6 +22,7 @@ from freevars.torch._convert.autograd_graph import leaves_behind
 from freevars.torch._convert.operators import may_carry_derivative
 from freevars.torch._convert.substitution import SubstitutionMode
 from freevars.torch._describe import Reachable
+from freevars.torch._rules.sharded import whole
 
 __all__ = ["Inputs"]
 
@@ -153,7 +154,7 @@ class Inputs:
         yield from (float(x) for x in options if isinstance(x, int | float))
         for t in self.values[1 : self._ends[0]]:
             if not _compat.is_wrapped(t) and t.numel() <= _FEW and not t.is_complex():
-                yield from map(float, t.detach().reshape(-1).tolist())
+                yield from map(float, whole(t.detach()).reshape(-1).tolist())
 
 
 def _reached_by(*objects: Any) -> list[tuple[Tensor, str]]:

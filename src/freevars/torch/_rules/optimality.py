@@ -17,6 +17,7 @@ from freevars.torch._compat import pytree
 from freevars.torch._convert.structure import Structure
 from freevars.torch._rules.implicit import vjp
 from freevars.torch._rules.ravel import Unknown
+from freevars.torch._rules.sharded import whole
 
 __all__ = ["STATED_BY", "check_value", "joined", "optimality", "value_of"]
 
@@ -53,7 +54,7 @@ def optimality(
 
 def value_of(kind: Kind, out: Any, unknown: Unknown, has_aux: bool) -> Tensor:  # noqa: FBT001
     """The objective of a minimum, of each problem, from what the function returned."""
-    out = out[0] if has_aux else out
+    out = whole(out[0] if has_aux else out)
     return out if kind == "argmin" else _half_square(out, unknown)
 
 
@@ -70,7 +71,7 @@ def joined(equations: Any, unknown: Unknown) -> Tensor:
 
 
 def _real_parts(tree: Any) -> list[Tensor]:
-    leaves = pytree.tree_leaves(tree)
+    leaves = map(whole, pytree.tree_leaves(tree))
     return [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in leaves]
 
 

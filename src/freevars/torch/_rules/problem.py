@@ -23,7 +23,6 @@ from freevars.torch._describe import function_name
 from freevars.torch._rules.batch import DifferentiableCondition
 from freevars.torch._rules.condition import Rule
 from freevars.torch._rules.conserved import check_constant
-from freevars.torch._rules.derivative import meta
 from freevars.torch._rules.inputs import Inputs
 from freevars.torch._rules.optimality import STATED_BY, check_value, optimality
 from freevars.torch._rules.preserve_grad import preserve_grad
@@ -141,8 +140,7 @@ class Problem(DifferentiableCondition):
         return self.inputs.numbers()
 
     def structure(self) -> Any:
-        zeros = torch.zeros(self.unknown.problems, self.unknown.n, dtype=self.unknown.dtype)
-        return meta(self.unknown.unravel(zeros))
+        return self.unknown.structure()
 
     def _check_result(self) -> None:
         """What `fun` returned on the example, against what the rule needs, before the solver

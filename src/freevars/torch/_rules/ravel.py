@@ -1,6 +1,7 @@
 """An unknown of any structure as real vectors, one for each problem of a batch, and back.
 
-Complex parts become two real ones, since what is solved for need not be holomorphic.
+Complex parts become two real ones, since what is solved for need not be holomorphic. DTensors
+become whole tensors (`sharded.py`).
 """
 
 import math
@@ -14,6 +15,7 @@ from freevars._solvers.bounds import Component
 from freevars.errors import StructureError
 from freevars.torch._compat import pytree
 from freevars.torch._convert.structure import Structure
+from freevars.torch._rules.sharded import layout_of, spread, whole
 
 __all__ = ["Unknown"]
 
@@ -46,6 +48,7 @@ class Unknown:
             (t.shape, t.dtype, math.prod(t.shape[batch_dims:]) * (2 if t.is_complex() else 1))
             for t in leaves
         ]
+        self._layouts = [layout_of(t) for t in leaves]
         self.dtype: torch.dtype = leaves[0].dtype.to_real()
         self.n = sum(n for _, _, n in self._like)
 
@@ -56,7 +59,7 @@ class Unknown:
 
     def ravel(self, x: Any, name: str) -> Tensor:
         """`name` is for the error where `x` is of another structure."""
-        leaves = self.check(x, name)
+        leaves = map(whole, self.check(x, name))
         real = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in leaves]
         return torch.cat(
             [t.reshape(self.problems, n) for t, (_, _, n) in zip(real, self._like, strict=True)],
@@ -69,6 +72,16 @@ class Unknown:
         return self._structure.check((x,), name)
 
     def unravel(self, x: Tensor) -> Any:
+        parts = zip(self._whole(x), self._layouts, strict=True)
+        return pytree.tree_unflatten([spread(t, layout) for t, layout in parts], self.spec)
+
+    def structure(self) -> Any:
+        """An unknown without values, on the device "meta"."""
+        x = torch.empty(self.problems, self.n, dtype=self.dtype, device="meta")
+        return pytree.tree_unflatten(self._whole(x), self.spec)
+
+    def _whole(self, x: Tensor) -> list[Tensor]:
+        """The tensors of a ravelled `x`."""
         leaves = []
         start = 0
         for shape, dtype, n in self._like:
@@ -79,12 +92,13 @@ class Unknown:
                 if dtype.is_complex
                 else part.reshape(shape)
             )
-        return pytree.tree_unflatten(leaves, self.spec)
+        return leaves
 
     def components(self, k: int, x: Tensor, change: Tensor) -> Iterator[Component]:
         """The numbers of problem `k`, by name; none of a complex unknown, which has no order."""
-        steps = pytree.tree_leaves(self.unravel(change))
-        leaves = pytree.tree_flatten_with_path(self.unravel(x))[0]
+        steps = self._whole(change)
+        named = pytree.tree_unflatten(self._whole(x), self.spec)
+        leaves = pytree.tree_flatten_with_path(named)[0]
         at = _index(k, self.batch)
         for (path, leaf), step in zip(leaves, steps, strict=True):
             if leaf.is_complex():

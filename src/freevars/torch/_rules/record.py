@@ -24,6 +24,7 @@ from freevars.torch._convert.convert import Converted
 from freevars.torch._rules.condition import Condition, Solution
 from freevars.torch._rules.implicit import pull_back
 from freevars.torch._rules.problem import Problem
+from freevars.torch._rules.sharded import no_gradient
 from freevars.torch._rules.sizes import PARTS
 from freevars.torch._rules.snapshot import constants_as_they_are
 
@@ -120,7 +121,7 @@ class _Attach(torch.autograd.Function):
             grads = pull_back(condition, saved, g, needed[:n])
             with torch.no_grad():
                 _compare(condition, Solution(leaf, f, columns), values, g, grads)
-            return None, None, None, None, None, None, *grads, *behind
+            return None, None, None, None, no_gradient(f), None, *grads, *behind
         u = _Answer.apply(condition, Solution(leaf, f, columns), values, g)  # type: ignore[no-untyped-call]
         return None, None, None, None, -u.to(f.dtype), None, *(None,) * n, *behind
 

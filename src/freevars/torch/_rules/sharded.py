@@ -1,0 +1,72 @@
+"""A DTensor as a whole tensor, the same in every process of its mesh, and back.
+
+The vectors of a rule are whole: each process solves the same system, so that norms, products and
+decisions are the same everywhere, and no process waits for one that has raised an error. What `fun`
+is given, and what the solver returns, keeps its placements. Both directions are differentiable.
+
+Not here: the unknown as a vector (`ravel.py`).
+"""
+
+import sys
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from freevars.torch._compat import is_custom_function_node
+from freevars.torch._convert.autograd_graph import nodes_behind
+
+__all__ = ["Layout", "layout_of", "no_gradient", "spread", "whole"]
+
+
+class Layout(NamedTuple):
+    """Where the parts of a DTensor are."""
+
+    mesh: Any
+    placements: tuple[Any, ...]
+
+
+def layout_of(t: Any) -> Layout | None:
+    """None for a plain tensor. A sum that is still to be taken is taken: it is replicated."""
+    if not _is_sharded(t):
+        return None
+    replicate = _distributed().Replicate()
+    placements = tuple(replicate if p.is_partial() else p for p in t.placements)
+    return Layout(t.device_mesh, placements)
+
+
+def whole(t: Any) -> Any:
+    """`t` with all its parts; a plain tensor, or what is none, as it is."""
+    return t.full_tensor() if _is_sharded(t) else t
+
+
+def spread(t: Tensor, layout: Layout | None) -> Tensor:
+    """A whole tensor in parts."""
+    if layout is None:
+        return t
+    module = _distributed()
+    everywhere = [module.Replicate()] * layout.mesh.ndim
+    replicated = module.DTensor.from_local(t, layout.mesh, everywhere, run_check=False)
+    parts: Tensor = replicated.redistribute(placements=layout.placements)
+    return parts
+
+
+def no_gradient(f: Tensor) -> Tensor | None:
+    """What to return from a backward pass for an `f` that gets none.
+
+    PyTorch walks the graph of `f` all the same, and gives a plain tensor of zeros to each custom
+    Function there. Those of DTensors fail on it: they get zeros of their own kind.
+    """
+    if _distributed() is None or not any(map(is_custom_function_node, nodes_behind([f]))):
+        return None
+    return torch.zeros_like(f)
+
+
+def _is_sharded(t: Any) -> bool:
+    module = _distributed()
+    return module is not None and isinstance(t, module.DTensor)
+
+
+def _distributed() -> Any:
+    """The module of DTensors, if anybody has imported it: that takes a while."""
+    return sys.modules.get("torch.distributed.tensor")
