@@ -22,7 +22,7 @@ def test_limits_are_ordered_and_grow_with_the_spacing(eps):
 
 def test_a_tolerance_of_the_users_own_asks_for_no_second_step():
     limits = Limits.of(DOUBLE, tol=0.3)
-    assert accepted(GOOD._replace(step=0.3, second=1.0), limits)
+    assert accepted(GOOD._replace(step=0.3, change=1.0), limits)
     assert not accepted(GOOD._replace(step=0.31), limits)
 
 
@@ -37,7 +37,7 @@ def test_linear_algebra_in_a_finer_dtype_than_the_unknown():
     [
         ({"finite": False}, NotASolutionError, "not finite"),
         ({"step": 0.02}, NotASolutionError, "move a component by 2.0e-02, relative to its size"),
-        ({"step": 1e-3, "second": 0.5}, NotASolutionError, "a second one by 5.0e-01 of that"),
+        ({"step": 1e-3, "change": 0.5}, NotASolutionError, "derivative changes by 5.0e-01"),
         ({"rcond": 1e-16, "conserved": 0.4}, SingularError, "conserved=lambda x"),
         ({"rcond": 1e-16}, SingularError, 'on_failure="least_squares" takes'),
         ({"residual": 0.1}, SingularError, "leaves a residual of 1.0e-01"),
@@ -53,7 +53,7 @@ def test_each_figure_has_a_limit_and_a_text(change, error, text):
     assert str(told).startswith("solve: ")
 
 
-@pytest.mark.parametrize("name", ["step", "second", "rcond", "residual", "asymmetry"])
+@pytest.mark.parametrize("name", ["step", "change", "rcond", "residual", "asymmetry"])
 def test_nan_is_never_accepted(name):
     figures = GOOD._replace(step=1e-3)._replace(**{name: math.nan})
     assert not accepted(figures, LIMITS)

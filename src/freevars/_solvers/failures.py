@@ -112,10 +112,9 @@ def _not_converged(figures: Figures, limits: Limits, context: Context) -> str:
         )
     return (
         f"{name}: the solver did not converge: a Newton step from its result would still move a"
-        f" component by {step:.1e}, relative to its size, and a second one by"
-        f" {figures.second:.1e} of that: the derivative changes on the way. Up to"
-        f" {limits.second:.1e} of it is accepted, and a first step of {limits.certain:.1e} without"
-        f" a second. {advice}"
+        f" component by {step:.1e}, relative to its size, and the derivative changes by"
+        f" {figures.change:.1e} on the way. Up to {limits.change:.1e} is accepted, and a step of"
+        f" {limits.certain:.1e} whatever the derivative does. {advice}"
     )
 
 

@@ -21,8 +21,11 @@ sign of a singular system.)
 
 The step in units of u is the relative error of x. Beside |x| there is a second unit because a
 component may be a difference of others. Below `certain` x is a solution. Up to `step` it is one if
-the derivative is the same all along the step: the second simplified Newton step, A^-1 F(x - s), is
-then much smaller than the first.
+the derivative is the same along the step. That is asked twice. Of A along s: then the second
+simplified Newton step, A^-1 F(x - s), is much smaller than the first. And of the derivative itself,
+y = -A^-1 dF/dt p, in a direction p of what it is asked by: with dF/dx and dF/dt at x - s it changes
+by -A^-1 (dF/dx y + dF/dt p), to first order, each component relative to itself. For a component may
+move little where its derivative moves much: of tanh(z), 1 - tanh(z)^2 where z is large.
 
 Where a component of the solution is zero, all that the solver leaves there is an error, and no unit
 can be read off x. How far the solver came tells what it could see, sqrt(eps) |x - x0|. But it is a
@@ -58,9 +61,9 @@ def is_minimum(kind: Kind) -> bool:
 class Limits(NamedTuple):
     """What the figures may be, for an unknown of some precision."""
 
-    certain: float  # a step that needs no second one
+    certain: float  # a step along which the derivative cannot change much
     step: float  # the largest step
-    second: float  # the second step relative to the first
+    change: float  # of the derivative along the step, relative
     rcond: float  # the least reciprocal condition number
     residual: float  # of the linear solver, relative
     asymmetry: float
@@ -74,7 +77,7 @@ class Limits(NamedTuple):
         Args:
             eps: of the dtype of the unknown, the coarsest if there are several.
             eps_linear: of the dtype that the linear algebra is done in; None: the same.
-            tol: the largest step that the user accepts, whatever the second one is.
+            tol: the largest step that the user accepts, whatever the derivative does on the way.
         """
         linear = eps if eps_linear is None else eps_linear
         step = max(1e-2, eps**0.25) if tol is None else tol
@@ -82,7 +85,7 @@ class Limits(NamedTuple):
         return Limits(
             certain=certain if tol is None else tol,
             step=step,
-            second=0.02,
+            change=0.02,
             rcond=10 * linear,
             residual=linear**0.25,
             asymmetry=linear**0.25,
@@ -99,7 +102,7 @@ class Figures(NamedTuple):
 
     finite: Any  # bool: x, F there, and A are finite
     step: Any  # the largest component of the Newton step in its unit
-    second: Any  # the second step in the same units over `step`, 0 where rounding explains it
+    change: Any  # of the derivative along the step, relative; 0 where the step is certain
     rcond: Any  # the reciprocal condition number of S
     residual: Any  # |A u - b| / |b| of an iterative solver
     asymmetry: Any  # |u.Av - v.Au| over |u||Av| + |v||Au|, where a solver rests on symmetry
@@ -113,7 +116,7 @@ def accepted(figures: Figures, limits: Limits, *, least_squares: bool = False) -
     solution is not the one that the solver finds.
     """
     good = figures.finite & (figures.step <= limits.step)
-    good &= (figures.step <= limits.certain) | (figures.second <= limits.second)
+    good &= (figures.step <= limits.certain) | (figures.change <= limits.change)
     if least_squares:
         good &= figures.conserved <= limits.residual
     else:

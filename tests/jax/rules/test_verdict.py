@@ -140,7 +140,7 @@ def test_a_second_step_tells_where_the_derivative_changes_on_the_way():
     np.testing.assert_allclose(jax.grad(lambda a: line(lambda x: 3 * x - a, 0.0))(3.0), 1 / 3)
     fold = fv.root(returns(jnp.asarray(1.004)))
     by_fold = jax.grad(lambda a: fold(lambda x: (x - 0.99) ** 2 - a, 0.0))
-    with pytest.raises(NotASolutionError, match="a second one by"):
+    with pytest.raises(NotASolutionError, match="the derivative changes by"):
         by_fold(1e-4)
     np.testing.assert_array_equal(jax.jit(by_fold)(1e-4), jnp.nan)
     assert np.isfinite(
@@ -148,6 +148,22 @@ def test_a_second_step_tells_where_the_derivative_changes_on_the_way():
             1e-4
         )
     )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_derivative_itself_is_compared_along_the_step(dtype):
+    # Where tanh is saturated, x[1] does not see x[0] change by 1%, and its derivative does: by 12%.
+    def equations(t, w):
+        return lambda x: x - jnp.stack([t, jnp.tanh(w * x[0]), 0.1 + x[1] * jnp.exp(-w * x[0])])
+
+    exact = np.array([1.0, np.tanh(6.0), 0.1 + np.tanh(6.0) * np.exp(-6.0)])
+    by = jax.jit(jax.jacfwd(lambda t, w, x: ROOT(equations(t, w), 0 * x, x), (0, 1)))
+    for error, right in ((0.0, True), (3e-5, True), (9e-3, False)):
+        x = jnp.asarray(exact * (1 + error * np.array([1.0, 0.0, 0.0])), dtype)
+        found = by(jnp.ones((), dtype), jnp.full((), 6.0, dtype), x)
+        assert np.all(np.isfinite(found)) == right
+        if right:
+            np.testing.assert_allclose(found[0][1], 6 * (1 - np.tanh(6.0) ** 2), rtol=2e-2)
 
 
 def test_components_that_are_zero():

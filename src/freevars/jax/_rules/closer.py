@@ -1,14 +1,18 @@
 """A closer look at a Newton step that is not small next to the solution.
 
-Such a step has three reasons. The derivative is the same all along it, and it is short: x is good
-enough. The solution has a component that is zero, so that all of what a solver leaves there is an
-error: the next iterate is zero up to what is known of it. Or x is as near as rounding allows:
+Such a step has three reasons. It is short, and the derivative is the same at both of its ends: x is
+good enough. The solution has a component that is zero, so that all of what a solver leaves there is
+an error: the next iterate is zero up to what is known of it. Or x is as near as rounding allows:
 the function does not see a change of x by a part of the step. In the last two the step counts by
 how far the solver came; in any other case by the component itself, however small that is next to
 the start.
 
-It takes four values of F and solves with three right-hand sides, and is computed only where asked
-for. Not here: the figures that need no closer look.
+The derivative is compared in one direction p of what it is asked by, which changes every entry of
+that relative to itself. At x it is y = -A^-1 dF/dt p. At x - s it leaves a residual in its own
+equation, dF/dx y + dF/dt p, that moves it by A^-1 of that, to first order.
+
+It takes four values of F, three of its derivative in a direction, and solves with five right-hand
+sides, and is computed only where asked for. Not here: the figures that need no closer look.
 """
 
 from __future__ import annotations
@@ -45,18 +49,23 @@ class Step(NamedTuple):
 def look(
     inverse: Callable[[Tree], Tree],
     again: Callable[[Tree], Tree],
+    along: Callable[[Tree, Tree], Tree] | None,
     at: Step,
     limits: Limits,
     largest: Callable[[Tree], Any],
+    *,
+    floor: float,
 ) -> tuple[Any, Any]:
-    """The largest component of the step in its unit, and that of a second one relative to it.
+    """The largest component of the step in its unit, and the change of the derivative along it.
 
     Args:
         inverse: solves for right-hand sides stacked along a first axis.
         again: F.
+        along: (v, d) -> the direction of F at v for d and p; None: not known.
         at: the step.
         limits: of the verdict.
         largest: the largest absolute value of a component.
+        floor: a component of y counts as this at least, relative to the largest one.
     """
     v, f, step, near, far, rounding = at
     eps = limits.column**2
@@ -67,9 +76,24 @@ def look(
     # Members of a batch that do not need it take no step: F may not be defined there.
     asked_for = jax.tree.map(lambda s: jnp.where(needed, s, 0), step)
 
-    def values(points: list[Tree]) -> Tree:
+    def values(function: Callable[[Any], Tree], points: list[Any]) -> Tree:
         # One at a time: F may hold what has no batches.
-        return jax.lax.map(again, jax.tree.map(lambda *each: jnp.stack(each), *points))
+        return jax.lax.map(function, jax.tree.map(lambda *each: jnp.stack(each), *points))
+
+    def one(side: Tree) -> Tree:
+        return jax.tree.map(lambda x: x[0], inverse(jax.tree.map(lambda x: x[None], side)))
+
+    def change(end: Tree, still: Tree) -> Any:
+        """Of the derivative, from x to the end of the step."""
+        assert along is not None  # noqa: S101 (not used otherwise)
+        y = jax.tree.map(jnp.negative, one(along(v, still)))
+        there = values(lambda at: along(*at), [(v, y), (end, y)])
+        moved = one(jax.tree.map(lambda g: g[1] - g[0], there))
+        least = floor * largest(_over(y, wide))
+        unit = jax.tree.map(
+            lambda y, w: jnp.maximum(jnp.abs(y), least.astype(w.dtype) * w), y, wide
+        )
+        return largest(_over(moved, unit))
 
     def turn(state: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         # What depends on the state is computed in the loop; the rest XLA moves out of it.
@@ -82,12 +106,12 @@ def look(
 
         h = jax.tree.map(part, safe, v, offends)
         end = jax.tree.map(jnp.subtract, v, safe)
-        there = values([jax.tree.map(jnp.subtract, v, h), end])
+        there = values(again, [jax.tree.map(jnp.subtract, v, h), end])
         first = inverse(jax.tree.map(lambda f, g: jnp.stack([f - g[0], g[1]]), f, there))
         # The next iterate tells from zero what is next to nothing beside the step.
         last = jax.tree.map(lambda x, found: x - found[1], end, first)
         k = jax.tree.map(lambda x, off: jnp.where(off, x * _PART, 0).astype(x.dtype), last, offends)
-        there = values([last, jax.tree.map(jnp.subtract, last, k)])
+        there = values(again, [last, jax.tree.map(jnp.subtract, last, k)])
         second = inverse(jax.tree.map(lambda g: (g[0] - g[1])[None], there))
 
         def sort(
@@ -101,7 +125,7 @@ def look(
             after = 2 * following * following / jnp.where(long > 0, long, 1)
             unknown = jnp.abs(x) <= 4 * eps * following + after
             unknown |= jnp.abs(seen_there - k) >= _BLURRED * jnp.abs(k)
-            is_zero = off & unknown & (following <= limits.second * long)
+            is_zero = off & unknown & (following <= limits.change * long)
             left = jnp.where(blurred, 0, jnp.maximum(following - noise, 0))
             return blurred | is_zero, left.astype(s.dtype)
 
@@ -111,10 +135,15 @@ def look(
         excused, left = (tree.unflatten([x[i] for x in sorted_]) for i in (0, 1))
         unit = jax.tree.map(jnp.where, excused, wide, near)
         found = largest(_over(safe, unit))
-        relative = largest(_over(left, unit)) / jnp.where(found > 0, found, 1)
-        return _like(needed & False, needed), _like(found, size), _like(relative, size)
+        changes = largest(_over(left, unit)) / jnp.where(found > 0, found, 1)
+        if along is None:
+            changes = jnp.where(found > limits.certain, jnp.inf, changes)
+        else:
+            still = jax.tree.map(lambda v: jnp.broadcast_to(state[2], v.shape).astype(v.dtype), v)
+            changes = jnp.maximum(changes, change(end, jax.tree.map(_compat.like_type, still, v)))
+        return _like(needed & False, needed), _like(found, size), _like(changes, size)
 
-    if not limits.certain < limits.step:  # `tol`: whatever a second step is
+    if not limits.certain < limits.step:  # `tol`: whatever the derivative does
         return size, jnp.zeros_like(size)
     # A loop of no or one turn, not a `cond`: under `vmap` that would compute it for every member.
     begin = (needed, size, jnp.zeros_like(size))

@@ -29,6 +29,7 @@ from freevars.jax._rules.system import LinearSystem
 __all__ = ["Diagnostics", "Unknown", "kept", "limits_of", "measure", "newton"]
 
 Tree: TypeAlias = Any  # a pytree of real arrays
+Along: TypeAlias = Callable[[Tree, Tree], Tree]
 
 _SHARE = 0.3  # of every direction in the right-hand side of the rough solve, beside F
 
@@ -73,17 +74,30 @@ def limits_of(coordinates: Coordinates, tol: float | None) -> Limits:
 
 
 def measure(
-    system: LinearSystem, unknown: Unknown, f: Tree, again: Callable[[Tree], Tree]
+    system: LinearSystem,
+    unknown: Unknown,
+    f: Tree,
+    again: Callable[[Tree], Tree],
+    along: Along | None = None,
 ) -> Diagnostics:
-    """The verdict on x, where F is f and the system is dF/dx; `again` is F."""
+    """The verdict on x, where F is f and the system is dF/dx.
+
+    Args:
+        system: solves for directions of x.
+        unknown: x.
+        f: F there.
+        again: F.
+        along: `along(v, d)` is the direction of F at v, for the direction d of x and one of what F
+            is differentiated by; None: not known. Then a step has to be certain.
+    """
     f = jax.lax.stop_gradient(f)
     if not system.operator.size:
         nothing = jnp.zeros(())
         return Diagnostics(jnp.asarray(True), _unmeasured(nothing), f)
     if system.scaled is None:
-        figures, step = _applied(system, unknown, f, again)
+        figures, step = _applied(system, unknown, f, again, along)
     else:
-        figures, step = _written_out(system, unknown, f, again)
+        figures, step = _written_out(system, unknown, f, again, along)
     if system.least_squares:
         figures = figures._replace(conserved=_conserved(system))
     good = accepted(figures, unknown.limits, least_squares=system.least_squares)
@@ -109,13 +123,21 @@ def _unmeasured(zero: Any) -> Figures:
 
 
 def _written_out(
-    system: LinearSystem, unknown: Unknown, f: Tree, again: Callable[[Tree], Tree]
+    system: LinearSystem,
+    unknown: Unknown,
+    f: Tree,
+    again: Callable[[Tree], Tree],
+    along: Along | None,
 ) -> tuple[Figures, Tree]:
     operator = system.operator
     v, far = map(operator.ravel, unknown[:2])
 
     def by_vector(v: Any) -> Any:
         return operator.ravel(again(operator.unravel(v)))
+
+    def by_vectors(v: Any, d: Any) -> Any:
+        assert along is not None  # noqa: S101 (not used otherwise)
+        return operator.ravel(along(operator.unravel(v), operator.unravel(d)))
 
     assert system.scaled is not None  # noqa: S101 (asked before)
     figures, step = scaled.measure(
@@ -125,13 +147,18 @@ def _written_out(
         far,
         operator.ravel(f),
         by_vector,
+        along and by_vectors,
         least_squares=system.least_squares,
     )
     return figures, operator.unravel(step)
 
 
 def _applied(
-    system: LinearSystem, unknown: Unknown, f: Tree, again: Callable[[Tree], Tree]
+    system: LinearSystem,
+    unknown: Unknown,
+    f: Tree,
+    again: Callable[[Tree], Tree],
+    along: Along | None,
 ) -> tuple[Figures, Tree]:
     operator, space, limits = system.operator, system.space, unknown.limits
     v, d = unknown.v, unknown.d
@@ -145,8 +172,11 @@ def _applied(
     def apply(v: Tree) -> Tree:
         return jax.lax.stop_gradient(operator.matvec(v))
 
-    probes = [_times(d, probe(v, seed)) for seed in (0, 1)]
-    images = [*map(apply, probes)]
+    if system.tried is None:
+        probes = [_times(d, probe(v, seed)) for seed in (0, 1)]
+        images = [*map(apply, probes)]
+    else:
+        probes, images = (some[-2:] for some in system.tried)
     # The size of each equation, per unit of the unknowns.
     rows = jax.tree.map(lambda a, b: jnp.maximum(jnp.abs(a), jnp.abs(b)), *images)
     rows = _at_least(rows, limits.rcond * space.max(rows))
@@ -182,16 +212,18 @@ def _applied(
     growth = space.norm(_over(inverse, space.max(inverse))) * space.max(inverse)
     rcond = space.norm(mixed) / growth
     everywhere = space.max(unknown.far)
-    size, second = look(
+    size, change = look(
         lambda sides: jax.lax.map(lambda b: solve(b)[0], sides),
         lambda v: jax.lax.stop_gradient(again(v)),
+        along,
         Step(v, f, step, unit, _at_least(unknown.far, everywhere), _at_least(unit, space.max(v))),
         limits,
         space.max,
+        floor=_SHARE,
     )
     figures = figures._replace(
         step=size,
-        second=second,
+        change=change,
         rcond=jnp.where(jnp.isfinite(rcond), rcond, 0),
         residual=jnp.where(jnp.isfinite(residual), residual, jnp.inf),
     )

@@ -23,7 +23,7 @@ counts (`diagnostics`), and JAX's rule around it (`rules`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from freevars.errors import StructureError
 from freevars.jax import _compat
 from freevars.jax._rules.constrained import Constrained
-from freevars.jax._rules.coordinates import Coordinates, Space
+from freevars.jax._rules.coordinates import Coordinates, Space, probe
 from freevars.jax._rules.operator import LinearOperator
 from freevars.jax._rules.totals import Totals, completed
 from freevars.jax._solver.problem import Problem, count
@@ -161,6 +161,7 @@ class Linearised(NamedTuple):
     by_x: LinearOperator  # dF/dx
     by_moved: Callable[[list[Any]], Tree]  # dF/dt, of directions of the moving leaves
     at: Callable[[Tree], Tree]  # F, of x alone: no derivative flows into the leaves
+    along: Callable[[Tree, Tree], Tree]  # dF at x along a direction of x and `probe_of` the moving
     to_x: Callable[[Tree], Any]  # a direction of x from its coordinates
 
 
@@ -204,6 +205,11 @@ def linearise(
     def lower(tree: Tree) -> Tree:
         return jax.tree.map(_compat.not_more_varying, space.agree(tree), v)
 
+    def along(v: Tree, d: Tree) -> Tree:
+        fixed = jax.lax.stop_gradient(leaves)
+        dots = [_relative(leaf, i) for i, leaf in enumerate(fixed[i] for i in moving)]
+        return lift(_push_once(at, lower(v), fixed, lower(d), dict(zip(moving, dots, strict=True))))
+
     operator = LinearOperator(
         lambda d: lift(by_x(lower(d))),
         lift(v),
@@ -217,6 +223,7 @@ def linearise(
         operator,
         lambda dots: lift(by_moved(dots)),
         lambda v: lift(at(lower(v), jax.lax.stop_gradient(leaves))),
+        along,
         lambda d: coordinates.from_real(lower(d)),
     )
 
@@ -231,29 +238,57 @@ def _push(
     transpose of that is the derivative again. It is pulled back to all that has a derivative, so
     that the rules of no function in it remain: a derivative of this derivative may be forward.
     """
-
-    def at(places: Sequence[int], values: Sequence[Any]) -> list[Any]:
-        replaced = dict(zip(places, values, strict=True))
-        return [replaced.get(i, leaf) for i, leaf in enumerate(leaves)]
-
     if not _compat.has_custom_vjp(jax.make_jaxpr(f)(v, leaves).jaxpr):
         value, by_v = jax.linearize(lambda v: f(v, leaves), v)
         _, by_moved = jax.linearize(
-            lambda moved: f(v, at(moving, moved)), [leaves[i] for i in moving]
+            lambda moved: f(v, _with(leaves, moving, moved)), [leaves[i] for i in moving]
         )
         return value, by_v, by_moved
-    smooth = [
-        i for i, leaf in enumerate(leaves) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
-    ]
-    value, pull = jax.vjp(lambda v, *s: f(v, at(smooth, s)), v, *[leaves[i] for i in smooth])
-    transpose = jax.linear_transpose(pull, value)
-    zeros = {i: jnp.zeros_like(leaves[i]) for i in smooth}
-
-    def push(dv: Tree, dots: dict[int, Any]) -> Tree:
-        return transpose((dv, *(zeros | dots).values()))[0]
-
+    value, push = _transposed_twice(f, v, leaves)
     return (
         value,
         lambda dv: push(dv, {}),
         lambda dots: push(jax.tree.map(jnp.zeros_like, v), dict(zip(moving, dots, strict=True))),
     )
+
+
+def _push_once(
+    f: Callable[[Tree, list[Any]], Tree],
+    v: Tree,
+    leaves: list[Any],
+    dv: Tree,
+    dots: dict[int, Any],
+) -> Tree:
+    """The direction of `f` for one of v and of some leaves."""
+    if _compat.has_custom_vjp(jax.make_jaxpr(f)(v, leaves).jaxpr):
+        return _transposed_twice(f, v, leaves)[1](dv, dots)
+    primals, tangents = [leaves[i] for i in dots], [*dots.values()]
+    return jax.jvp(lambda v, some: f(v, _with(leaves, dots, some)), (v, primals), (dv, tangents))[1]
+
+
+def _transposed_twice(
+    f: Callable[[Tree, list[Any]], Tree], v: Tree, leaves: list[Any]
+) -> tuple[Tree, Callable[[Tree, dict[int, Any]], Tree]]:
+    smooth = [
+        i for i, leaf in enumerate(leaves) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+    ]
+    value, pull = jax.vjp(
+        lambda v, *s: f(v, _with(leaves, smooth, s)), v, *[leaves[i] for i in smooth]
+    )
+    transpose = jax.linear_transpose(pull, value)
+    zeros = {i: jnp.zeros_like(leaves[i]) for i in smooth}
+    return value, lambda dv, dots: transpose((dv, *(zeros | dots).values()))[0]
+
+
+def _with(leaves: list[Any], places: Iterable[int], values: Iterable[Any]) -> list[Any]:
+    replaced = dict(zip(places, values, strict=True))
+    return [replaced.get(i, leaf) for i, leaf in enumerate(leaves)]
+
+
+def _relative(leaf: Any, number: int) -> Any:
+    """A direction that changes the entries of a leaf relative to what they are."""
+    size = jnp.where(jnp.any(leaf != 0), jnp.abs(leaf), 1)
+    part = probe(size, number)
+    if jnp.iscomplexobj(leaf):
+        part = jax.lax.complex(part, probe(size, number + 1))
+    return jnp.where(jnp.isfinite(leaf), part * size, 0).astype(leaf.dtype)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from freevars.jax import _compat
 from freevars.jax._rules import krylov, scaled
-from freevars.jax._rules.coordinates import Space
+from freevars.jax._rules.coordinates import Space, probe
 from freevars.jax._rules.direct import vectors
 from freevars.jax._rules.krylov import Solution, System
 from freevars.jax._rules.operator import LinearOperator, lineax_module
@@ -30,6 +30,7 @@ __all__ = [
     "solve_by_default",
     "solve_by_lineax",
     "solve_transposed",
+    "symmetric_units",
 ]
 
 Tree: TypeAlias = Any  # a pytree of real arrays of one dtype
@@ -37,6 +38,9 @@ Solve: TypeAlias = Callable[[Tree], Tree]  # b -> x
 
 # Up to this size the matrix is written out where an iteration stands still: 32 MB in float64.
 DENSE_FALLBACK = 2048
+
+_SWEEPS = 2  # each leaves the root of how far the rows differ
+_ALIKE = 64  # up to this factor, they do not
 
 
 class Choice(NamedTuple):
@@ -56,23 +60,32 @@ def solve_by_default(
     b: Tree,
     *,
     tol: float | None = None,
-    sizes: Any = None,
+    units: Tree | None = None,
 ) -> Tree:
-    """The solution of A x = b; `tol` in place of eps^(3/4)."""
+    """The solution of A x = b; `tol` in place of eps^(3/4). `units` of a symmetric system: then
+    D A D y = D b is solved, for x = D y."""
     n = space.size(b)
     fits = n <= max(DENSE_FALLBACK, choice.dense_limit) and space.is_local
     fits = fits and not is_sharded(operator)
+
+    def by(v: Tree) -> Tree:
+        return v if units is None else jax.tree.map(jnp.multiply, units, v)
+
+    def over(v: Tree) -> Tree:
+        return v if units is None else jax.tree.map(jnp.divide, v, units)
+
     # In units in which b and A b are about 1, no square of anything overflows.
+    b = by(b)
     b_scale = _power_of_two(space.max(b))
     b = times(1 / b_scale, b)
-    image = operator.matvec(b)
+    image = by(operator.matvec(by(b)))
     scale = _power_of_two(space.max(image))
 
     def matvec(v: Tree) -> Tree:
-        return times(1 / scale, operator.matvec(v))
+        return times(1 / scale, by(operator.matvec(by(v))))
 
     def rmatvec(v: Tree) -> Tree:
-        return times(1 / scale, operator.rmatvec(v))
+        return times(1 / scale, by(operator.rmatvec(by(v))))
 
     bb = space.dot(b, b)
     size = jnp.sqrt(krylov.divide(space.dot(image, image), bb)) / scale
@@ -80,7 +93,7 @@ def solve_by_default(
     if choice.preconditioner is not None:
         about_inverse = choice.preconditioner(operator)
         name = "preconditioner: the result"
-        precondition = lambda v: times(scale, like(about_inverse(v), v, name))  # noqa: E731
+        precondition = lambda v: times(scale, over(like(about_inverse(over(v)), v, name)))  # noqa: E731
     steps = 4 * n + 100 if fits else min(10 * n + 100, 20_000)
     tol = eps**0.75 if tol is None else tol
     symmetric = operator.symmetric
@@ -94,13 +107,47 @@ def solve_by_default(
         found = (krylov.conjugate_gradients if symmetric else krylov.bicgstab)(system)
         if fits:
             found = _unless_solved(
-                found, lambda _, zero: _by_matrix(system, operator, scale, sizes, zero)
+                found, lambda _, zero: _by_matrix(system, operator, scale, by, zero)
             )
         elif not symmetric:
             found = _unless_solved(found, lambda x, _: krylov.least_squares(system, rmatvec, x))
         acceptable = found.rr <= eps**0.5 * bb
-    x = times(b_scale / scale, found.x)
+    x = by(times(b_scale / scale, found.x))
     return where(acceptable, x) if choice.check else x
+
+
+def symmetric_units(
+    operator: LinearOperator, space: Space
+) -> tuple[Tree, tuple[list[Tree], list[Tree]]]:
+    """D for which the rows of D A D are about of one size, and vectors v with their images A v.
+
+    The size of a row is estimated by images of vectors without a pattern. A row of D A D is scaled
+    by D twice, once as a column; so D takes the root of what is missing, more than once. Rows that
+    are within a factor stay as they are: of a system in one unit, D is 1. Everything is constant.
+
+    Source: Bradley 2010, "Algorithms for the equilibration of matrices and their application to
+    limited-memory quasi-Newton methods", chapter 3.
+    """
+    units = jax.tree.map(jnp.ones_like, operator.example)
+    points, images = [], []
+    for sweep in range(_SWEEPS):
+        pair = [
+            jax.tree.map(jnp.multiply, units, probe(operator.example, 2 * sweep + k))
+            for k in (0, 1)
+        ]
+        found = [jax.lax.stop_gradient(operator.matvec(v)) for v in pair]
+        rows = jax.tree.map(lambda d, a, b: d * jnp.maximum(jnp.abs(a), jnp.abs(b)), units, *found)
+        largest = space.max(rows)
+
+        def missing(row: Any, largest: Any = largest) -> Any:
+            ratio = largest.astype(row.dtype) / jnp.where(row > 0, row, 1)
+            wide = (row > 0) & (ratio > _ALIKE) & jnp.isfinite(ratio)
+            return scaled.power_of_two(jnp.where(wide, jnp.sqrt(ratio), 1))
+
+        units = jax.tree.map(lambda d, row: d * missing(row), units, rows)
+        points += pair
+        images += found
+    return units, (points, images)
 
 
 def _unless_solved(first: Solution, then: Callable[[Tree, Any], Solution]) -> Solution:
@@ -120,11 +167,13 @@ def _unless_solved(first: Solution, then: Callable[[Tree, Any], Solution]) -> So
 
 
 def _by_matrix(
-    system: System, operator: LinearOperator, scale: Any, sizes: Any, zero: Any
+    system: System, operator: LinearOperator, scale: Any, by: Solve, zero: Any
 ) -> Solution:
     columns = operator.columns(jnp.arange(operator.size) + zero)
     matrix = jax.lax.stop_gradient(columns).T / scale
-    factors = scaled.factorise(matrix, *vectors(operator, sizes))
+    units = operator.ravel(by(jax.tree.map(jnp.ones_like, system.b)))
+    matrix = units[:, None] * matrix * units
+    factors = scaled.factorise(matrix, *vectors(operator, None))
     x = operator.unravel(factors.of(operator.ravel(system.b)))
     r = krylov.combine(-1, system.matvec(x), system.b)
     rr = system.dot(r, r)

@@ -28,6 +28,7 @@ from freevars.jax._rules.iterative import (
     solve_by_default,
     solve_by_lineax,
     solve_transposed,
+    symmetric_units,
 )
 from freevars.jax._rules.operator import LinearOperator, lineax_module
 from freevars.jax._rules.system import LinearSystem, guarded, pass_if
@@ -139,16 +140,19 @@ class Method(NamedTuple):
             factorise = None if direct == "scaled" else direct
             system = dense(operator, space, factorise, vectors(operator, sizes))
             return system._replace(least_squares=self.least_squares)
-        raw, _ = self._replace(check=False).methods(operator, space, eps, sizes)
-        system = self._iterative(operator, space, *self.methods(operator, space, eps, sizes), raw)
+        units = tried = None
+        if operator.symmetric and self.linear_solve is None and not self.least_squares:
+            units, tried = symmetric_units(operator, space)
+        raw, _ = self._replace(check=False).methods(operator, space, eps, units)
+        system = self._iterative(operator, space, *self.methods(operator, space, eps, units), raw)
         if self.linear_solve is not None:
             return system
 
         def roughly(b: Tree, tol: float) -> Tree:
             unchecked = self._choice._replace(check=False)
-            return solve_by_default(unchecked, operator, space, eps, b, tol=tol, sizes=sizes)
+            return solve_by_default(unchecked, operator, space, eps, b, tol=tol, units=units)
 
-        return system._replace(roughly=roughly)
+        return system._replace(roughly=roughly, tried=tried)
 
     def prepare_matrix(
         self, operator: LinearOperator, space: Space, matrix: Any, sizes: Any
@@ -160,16 +164,16 @@ class Method(NamedTuple):
         return system._replace(least_squares=self.least_squares)
 
     def methods(
-        self, operator: LinearOperator, space: Space, eps: float, sizes: Any = None
+        self, operator: LinearOperator, space: Space, eps: float, units: Any = None
     ) -> tuple[Solve, Solve]:
         """Solvers of a system that is not written out, and of its transpose."""
 
         def solve(b: Tree) -> Tree:
-            return self._solve(operator, space, eps, b, sizes)
+            return self._solve(operator, space, eps, b, units)
 
         def transposed(b: Tree) -> Tree:
             if self.linear_solve is None or _is_lineax(self.linear_solve):
-                return self._solve(operator.T, space, eps, b, None)
+                return self._solve(operator.T, space, eps, b, units)
             x = solve_transposed(
                 functools.partial(self._ask, operator), functools.partial(self._ask, operator.T), b
             )
@@ -178,10 +182,10 @@ class Method(NamedTuple):
         return solve, transposed
 
     def _solve(
-        self, operator: LinearOperator, space: Space, eps: float, b: Tree, sizes: Any
+        self, operator: LinearOperator, space: Space, eps: float, b: Tree, units: Any
     ) -> Tree:
         if self.linear_solve is None:
-            return solve_by_default(self._choice, operator, space, eps, b, sizes=sizes)
+            return solve_by_default(self._choice, operator, space, eps, b, units=units)
         if _is_lineax(self.linear_solve):
             x = solve_by_lineax(self.linear_solve, operator, space, b)
         else:

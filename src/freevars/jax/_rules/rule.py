@@ -158,8 +158,9 @@ class Rule:
 
     def verdict(self, tree: Any, leaves: list[Any], x: Any, x0: Any, captured: Any) -> Any:
         """The verdict on x, and the Newton step."""
-        point, unknown, system = self.system(tree, leaves, x, x0, (), captured)
-        found = diagnostics.measure(system, unknown, point.f, point.at)
+        smooth = (i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact))
+        point, unknown, system = self.system(tree, leaves, x, x0, tuple(smooth), captured)
+        found = diagnostics.measure(system, unknown, point.f, point.at, point.along)
         return found, point.coordinates.from_real(found.step)
 
     def kept(self, tree: Any, leaves: list[Any], x: Any) -> Any:
@@ -190,7 +191,8 @@ class Rule:
         point, unknown, system = self.system(tree, leaves, x, x0, moving, captured)
         found, good = None, True
         if self.check:
-            found = diagnostics.measure(system, unknown, point.f, point.at).unless(finite)
+            found = diagnostics.measure(system, unknown, point.f, point.at, point.along)
+            found = found.unless(finite)
             good = found.good
         dv = jax.tree.map(jnp.zeros_like, point.v)
         if moving:

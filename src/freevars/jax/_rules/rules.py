@@ -109,7 +109,7 @@ def root(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]
         on_failure: what happens where the derivative cannot be trusted. That is: the solver did not
             converge (a Newton step from its result would move a component by more than 1% of its
             size, 1.9% in float32; or by more than the fourth root of the dtype's spacing, at most
-            0.1%, while a second step with the same matrix is no smaller than 2% of the first),
+            0.1%, while the derivative changes by more than 2% along that step),
             something is not finite, the system is singular (reciprocal condition number below 10
             eps, in units of the unknowns and of the equations), or it was not solved (residual
             above the fourth root of the spacing, relative). "raise": an error where values are
@@ -119,7 +119,7 @@ def root(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]
             else as "raise".
         check: False leaves all of that out.
         tol: the largest Newton step, relative to each component, that counts as converged, whatever
-            a second one is. None: see `on_failure`.
+            the derivative does along it. None: see `on_failure`.
         polish: True adds a Newton step to x before it is returned or differentiated.
         conserved: `conserved(x)`, an array or pytree of totals of x that the solver keeps as they
             are in x0. They complete equations that repeat each other, and derivatives flow into x0.

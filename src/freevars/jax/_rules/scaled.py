@@ -19,7 +19,7 @@ import numpy as np
 from freevars._solvers.verdict import Figures, Limits
 from freevars.jax._rules.closer import Step, look
 
-__all__ = ["Scaled", "factorise", "measure", "wrap"]
+__all__ = ["Scaled", "factorise", "measure", "power_of_two", "wrap"]
 
 Vector: TypeAlias = Any  # Float[Array, "n"]
 Solve: TypeAlias = Callable[[Any], Any]  # of Float[Array, "n k"]
@@ -52,18 +52,18 @@ class Scaled(NamedTuple):
 
 def factorise(matrix: Any, x: Vector, d: Vector, limits: Limits) -> Scaled:
     """The factors of a matrix for an unknown x of the sizes d."""
-    columns = _power_of_two(d)
+    columns = power_of_two(d)
     scaled = matrix * columns[None]
-    rows = 1 / _power_of_two(jnp.max(jnp.abs(scaled), axis=1))
+    rows = 1 / power_of_two(jnp.max(jnp.abs(scaled), axis=1))
     scaled = scaled * rows[:, None]
     if len(x) == 1:
         return Scaled(matrix, rows, columns, scaled, lambda b: b / scaled, lambda b: b / scaled)
     # A component that happens to be zero is no sign of a singular system.
     up = limits.column**0.5 * jnp.max(jnp.abs(x)) / d
     up = jnp.minimum(1 / jnp.maximum(jnp.max(jnp.abs(scaled), axis=0), limits.rcond), up)
-    up = _power_of_two(jnp.maximum(up, 1).astype(x.dtype))
+    up = power_of_two(jnp.maximum(up, 1).astype(x.dtype))
     scaled, columns = scaled * up[None], columns * up
-    again = 1 / _power_of_two(jnp.max(jnp.abs(scaled), axis=1))
+    again = 1 / power_of_two(jnp.max(jnp.abs(scaled), axis=1))
     scaled, rows = scaled * again[:, None], rows * again
     lu = jax.scipy.linalg.lu_factor(scaled)
     if len(x) <= _INVERSE:
@@ -86,9 +86,9 @@ def wrap(
     transposed: Callable[[Vector], Vector],
 ) -> Scaled:
     """The same for a matrix that somebody else has factorised: A^-1 b, and A^-T b."""
-    columns = _power_of_two(d)
+    columns = power_of_two(d)
     scaled = matrix * columns[None]
-    rows = 1 / _power_of_two(jnp.max(jnp.abs(scaled), axis=1))
+    rows = 1 / power_of_two(jnp.max(jnp.abs(scaled), axis=1))
     each, each_transposed = (jax.vmap(s, in_axes=1, out_axes=1) for s in (solve, transposed))
     return Scaled(
         matrix,
@@ -101,7 +101,7 @@ def wrap(
     )
 
 
-def _power_of_two(a: Any) -> Any:
+def power_of_two(a: Any) -> Any:
     """The one below each positive number; 1 for what is no such number."""
     kind, mask = (
         (jnp.uint64, 0x7FF0000000000000) if a.dtype == jnp.float64 else (jnp.uint32, 0x7F800000)
@@ -118,10 +118,12 @@ def measure(
     far: Vector,
     f: Vector,
     again: Callable[[Vector], Vector],
+    along: Callable[[Vector, Vector], Vector] | None,
     *,
     least_squares: bool = False,
 ) -> tuple[Figures, Vector]:
-    """The figures of a system at x, where F is f, and the Newton step; `again` is F."""
+    """The figures of a system at x, where F is f, and the Newton step; F is `again`, and `along`
+    its direction for one of x and one of what it is differentiated by."""
     size = jnp.abs(x)
     if len(x) == 1 and not least_squares:
         step = f / system.matrix[0]
@@ -133,12 +135,14 @@ def measure(
     least = jnp.minimum(limits.column * rounding, among)
     least = jnp.maximum(least, limits.rounding * rounding)
     near = jnp.maximum(size, least.astype(x.dtype))
-    relative, second = look(
+    relative, change = look(
         jax.vmap(system.of),
         again,
+        along,
         Step(x, f, step, near, far, rounding),
         limits,
         lambda v: jnp.max(jnp.abs(v), initial=0),
+        floor=limits.column,
     )
     if least_squares:
         # What no step removes is no rounding either: x is not a solution.
@@ -152,7 +156,7 @@ def measure(
         sides = jnp.asarray(_signs(len(f)), f.dtype)
         left = jnp.linalg.norm(system.scaled @ system.solve(sides) - sides) / jnp.linalg.norm(sides)
         left = jnp.where(jnp.isnan(left), jnp.inf, left)
-    return Figures(finite, relative, second, rcond, left, zero, zero), step
+    return Figures(finite, relative, change, rcond, left, zero, zero), step
 
 
 def _by_probes(system: Scaled, size: Vector, f: Vector) -> tuple[Vector, Vector, Any]:

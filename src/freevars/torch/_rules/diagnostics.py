@@ -53,7 +53,7 @@ class Figures(NamedTuple):
         figures = verdict.Figures(
             finite=self.finite,
             step=self.step,
-            second=zero,
+            change=zero,
             rcond=self.rcond,
             residual=self.residual,
             asymmetry=zero,
