@@ -15,6 +15,7 @@ def run(tool: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_newest_python_finds_at_least_this_one_or_none() -> None:
     none = run("newest_python.py", "4.0")
     assert (none.returncode, none.stdout) == (1, "")
@@ -71,6 +72,7 @@ def test_check_docs_fails_a_bad_page(tmp_path: Path, bad: str, shown: str) -> No
     assert shown in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_readme_shows_the_report_of_today(monkeypatch: pytest.MonkeyPatch) -> None:
     for needed in ("jax", "sklearn", "matplotlib", "tqdm"):
         pytest.importorskip(needed)

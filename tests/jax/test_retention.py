@@ -63,6 +63,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 @pytest.mark.parametrize("way", WAYS)
 def test_two_hundred_conversions_leave_memory_where_it_was(way) -> None:

@@ -132,6 +132,7 @@ def test_the_first_use_may_be_anywhere(unchecked: None) -> None:
     assert _hooks.broken == {}
 
 
+@pytest.mark.slow
 def test_a_known_release_is_checked_in_passing() -> None:
     code = (
         "import time, torch\n"
@@ -157,6 +158,7 @@ def test_hooks_are_installed_once() -> None:
     assert torch._functorch.vmap._add_batch_dim is raw
 
 
+@pytest.mark.slow
 def test_nothing_here_imports_the_compiler() -> None:
     code = (
         "import sys, torch, freevars.torch as fv\n"

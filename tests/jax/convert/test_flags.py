@@ -96,6 +96,7 @@ FLAGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", FLAGS)
 def test_right_under_each_setting(flag) -> None:
     if not hasattr(jax.config, flag):

@@ -152,6 +152,7 @@ def check_or_refused(make):
         pytest.skip(f"refused: {error}")
 
 
+@pytest.mark.slow
 def test_equinox_programs() -> None:
     eqx = pytest.importorskip("equinox")
     mlp = eqx.nn.MLP(3, 3, 4, 2, key=jax.random.key(0))
@@ -169,6 +170,7 @@ def test_equinox_programs() -> None:
     check_or_refused(loop)
 
 
+@pytest.mark.slow
 def test_lineax_programs() -> None:
     lx = pytest.importorskip("lineax")
     check(lambda w: lambda x: lx.linear_solve(lx.MatrixLinearOperator(SPD * w), x).value)

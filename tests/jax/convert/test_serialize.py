@@ -463,6 +463,7 @@ SHARDED = """
 """
 
 
+@pytest.mark.slow
 def test_shardings_come_back_where_the_devices_exist(tmp_path) -> None:
     eight = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     code = lambda save: SHARDED.format(path=str(tmp_path / "f"), save=save)
