@@ -15,9 +15,9 @@ import functools
 import sys
 import types
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, ParamSpec, Self, TypeVar
+from typing import Any, ClassVar, Generic, ParamSpec, Self, TypeVar
 
-from freevars._solvers.signature import SolverCall, SolverSignature, solver_name
+from freevars._solvers.signature import LEADS, SolverCall, SolverSignature, solver_name
 
 __all__ = ["DecoratedSolver"]
 
@@ -29,9 +29,10 @@ class DecoratedSolver(Generic[P, R]):
     """What a host's decorated solvers have in common.
 
     A subclass is made by `cls(solver, *how, **options)`, from parts that can be pickled, and says
-    in `_solve` what a call does.
+    in `leads` what a solver takes first, in `_solve` what a call does.
     """
 
+    leads: ClassVar[tuple[str, ...]] = LEADS
     __wrapped__: Callable[P, R]
     __name__: str
     __qualname__: str
@@ -45,7 +46,7 @@ class DecoratedSolver(Generic[P, R]):
         self._made_from.__module__ = self.__module__
 
     def _use(self, solver: Callable[P, R]) -> None:
-        self._signature = SolverSignature(solver)
+        self._signature = SolverSignature(solver, self.leads)
         functools.update_wrapper(self, solver, updated=())
         self.__name__ = solver_name(solver)
 

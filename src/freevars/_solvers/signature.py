@@ -1,5 +1,8 @@
 """How a solver is called: `solver(fun, x0, ...)`, whatever it calls its parameters.
 
+An integrator takes two values after the function, `solver(integrand, a, b, ...)`, and they are a
+pair where a solver has `x0`.
+
 The signature of the solver decides. What it collects in `*args` and `**kwargs`, or takes as a tuple
 named `args` as scipy's solvers do, it passes on to the function; what it names otherwise is an
 option of its own. Not here: what is done with the parts, and how a method is bound (`decorated`).
@@ -11,7 +14,9 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-__all__ = ["SolverCall", "SolverSignature", "solver_name"]
+__all__ = ["LEADS", "SolverCall", "SolverSignature", "solver_name"]
+
+LEADS = ("a function", "a starting point")  # what a solver takes first
 
 _COLLECTED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -20,7 +25,7 @@ class SolverCall(NamedTuple):
     """One call of a solver, sorted."""
 
     fun: Callable[..., Any]
-    x0: Any
+    x0: Any  # or a pair, where two values follow the function
     args: tuple[Any, ...]  # what the solver passes on to `fun`, by position
     kwargs: dict[str, Any]  # and by keyword
     options: dict[str, Any]  # everything else, defaults included
@@ -29,27 +34,30 @@ class SolverCall(NamedTuple):
 class SolverSignature:
     """The parameters of a solver, and what each of them is for."""
 
-    def __init__(self, solver: Callable[..., Any]) -> None:
+    def __init__(self, solver: Callable[..., Any], leads: tuple[str, ...] = LEADS) -> None:
+        self._leading = len(leads)
+        called = "solver(fun, x0, ...)" if leads == LEADS else f"solver({', '.join(leads)}, ...)"
         if not callable(solver):
-            message = f"a solver is a function solver(fun, x0, ...), got {solver!r}."
+            message = f"a solver is a function {called}, got {solver!r}."
             raise TypeError(message)
         self.name = solver_name(solver)
         try:
             self._signature = inspect.signature(solver)
         except ValueError:
             message = (
-                f"{self.name} does not tell its parameters. Write a function solver(fun, x0, ...)"
-                " around it, and decorate that."
+                f"{self.name} does not tell its parameters. Write a function {called} around it,"
+                " and decorate that."
             )
             raise TypeError(message) from None
         parameters = list(self._signature.parameters.values())
         # A function of a class body, before an object is bound to it.
         self.is_method = bool(parameters) and parameters[0].name in ("self", "cls")
-        first = parameters[self.is_method :][:2]
-        if len(first) < 2 or any(p.kind in (*_COLLECTED, p.KEYWORD_ONLY) for p in first):  # noqa: PLR2004
+        first = parameters[self.is_method :][: len(leads)]
+        if len(first) < len(leads) or any(p.kind in (*_COLLECTED, p.KEYWORD_ONLY) for p in first):
+            number = {2: "two", 3: "three"}[len(leads)]
             message = (
-                "a solver takes a function and a starting point as its first two arguments, got"
-                f" {self}."
+                f"a solver takes {', '.join(leads[:-1])} and {leads[-1]} as its first {number}"
+                f" arguments, got {self}."
             )
             raise TypeError(message)
         passed_on = [p for p in parameters if _is_passed_on(p) and p.kind is not p.VAR_KEYWORD]
@@ -70,8 +78,10 @@ class SolverSignature:
             message = f"{self}: {error}."
             raise TypeError(message) from None
         bound.apply_defaults()
-        (_, fun), (_, x0), *rest = bound.arguments.items()
-        call = SolverCall(fun, x0, (), {}, {})
+        (_, fun), *rest = bound.arguments.items()
+        leading = [value for _, value in rest[: self._leading - 1]]
+        call = SolverCall(fun, leading[0] if len(leading) == 1 else tuple(leading), (), {}, {})
+        rest = rest[self._leading - 1 :]
         for name, value in rest:
             parameter = self._signature.parameters[name]
             if parameter.kind is parameter.VAR_KEYWORD:
@@ -85,9 +95,10 @@ class SolverSignature:
     def call(self, solver: Callable[..., Any], call: SolverCall) -> Any:
         """Call the solver as its user did, with these parts."""
         given = dict(call.options)
+        leading = (call.fun, *((call.x0,) if self._leading == len(LEADS) else call.x0))
         for i, (name, parameter) in enumerate(self._signature.parameters.items()):
-            if i < 2:  # noqa: PLR2004
-                given[name] = call[i]
+            if i < self._leading:
+                given[name] = leading[i]
             elif parameter.kind is parameter.VAR_KEYWORD:
                 given[name] = call.kwargs
             elif _is_passed_on(parameter):

@@ -26,6 +26,8 @@ from freevars.jax._host.oracle import HostFunction
 from freevars.jax._host.scipy_status import scipy_status
 from freevars.jax._report.leaks import explain_leaks
 from freevars.jax._rules.explain import Diagnosis
+from freevars.jax._rules.integral import IntegralSolver, integral
+from freevars.jax._rules.odeint import OdeintSolver, odeint
 from freevars.jax._rules.operator import LinearOperator
 from freevars.jax._rules.rules import argmin, fixed_point, implicit, least_squares, root
 from freevars.jax._rules.solver import ImplicitSolver
@@ -40,9 +42,11 @@ __all__ = [
     "HostFunction",
     "HostSolver",
     "ImplicitSolver",
+    "IntegralSolver",
     "LeakError",
     "LinearOperator",
     "NotASolutionError",
+    "OdeintSolver",
     "SingularError",
     "StructureError",
     "argmin",
@@ -51,8 +55,10 @@ __all__ = [
     "explain_leaks",
     "fixed_point",
     "implicit",
+    "integral",
     "least_squares",
     "neumann",
+    "odeint",
     "on_host",
     "one_step",
     "root",

@@ -29,6 +29,10 @@ from freevars.jax._compat.callbacks import (
 from freevars.jax._compat.context import (
     trace_context,
 )
+from freevars.jax._compat.linear_map import (
+    LinearMap,
+    linear_map,
+)
 from freevars.jax._compat.parts import (
     make_equation,
     make_program,
@@ -131,6 +135,7 @@ __all__ = [
     "ClosedJaxpr",
     "Eqn",
     "Jaxpr",
+    "LinearMap",
     "Literal",
     "Primitive",
     "Tracer",
@@ -169,6 +174,7 @@ __all__ = [
     "layer",
     "like_sharding",
     "like_type",
+    "linear_map",
     "lowered",
     "made_by",
     "make_equation",

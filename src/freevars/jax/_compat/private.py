@@ -25,6 +25,7 @@ try:
     # extensions (issue 31237).
     from jax._src.interpreters import ad
     from jax._src.interpreters import batching
+    from jax._src.interpreters import mlir  # with these two, a primitive of our own
 
     # What JAX keeps around a custom rule or a callback, to compare functions that it makes afresh
     # in each trace (issue 11951).
@@ -56,6 +57,7 @@ __all__ = [
     "hijax",
     "linear_util",
     "literals",
+    "mlir",
     "partial_eval",
     "source_info_util",
     "traceback_util",

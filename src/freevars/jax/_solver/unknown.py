@@ -19,11 +19,11 @@ from freevars.jax._convert.arguments import ArgSpec, mismatch
 __all__ = ["as_unknown", "is_array", "like"]
 
 
-def as_unknown(x0: Any, name: str) -> Any:
-    """`x0` as arrays of definite floating or complex dtypes."""
+def as_unknown(x0: Any, name: str, *, what: str = "x0") -> Any:
+    """`x0` as arrays of definite floating or complex dtypes; `what` an error calls it."""
 
     def convert(path: Any, leaf: Any) -> Any:
-        where = f"{name}: x0{tree_util.keystr(path)}"
+        where = f"{name}: {what}{tree_util.keystr(path)}"
         if not _compat.is_array(leaf):
             message = f"{where} is {leaf!r}; an unknown is a floating or complex array or number."
             raise StructureError(message)
@@ -39,7 +39,10 @@ def as_unknown(x0: Any, name: str) -> Any:
     return tree_util.tree_map_with_path(convert, x0)
 
 
-def like(x: Any, x0: Any, name: str) -> Any:
+_LIKE = " A solver returns an x of the structure, shapes and dtypes of its x0."
+
+
+def like(x: Any, x0: Any, name: str, *, hint: str = _LIKE) -> Any:
     """`x`, if it is of the structure and types of `x0`; `name` is what an error calls it."""
     arrays, tree = tree_util.tree_flatten(x0)
     types = [_compat.example_type(a) for a in arrays]
@@ -47,7 +50,6 @@ def like(x: Any, x0: Any, name: str) -> Any:
     alike = got == tree and all(map(_compat.is_array, leaves))
     if not (alike and [_compat.example_type(leaf) for leaf in leaves] == types):
         spec = ArgSpec(tree, tuple(types), ())
-        hint = " A solver returns an x of the structure, shapes and dtypes of its x0."
         error = mismatch(spec, x, name=name, weak_matters=False, hint=hint)
         if error is not None:
             raise error

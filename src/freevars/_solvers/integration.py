@@ -1,0 +1,68 @@
+"""What solvers of integrals and differential equations have in common in both hosts.
+
+Their derivatives are integrals and differential equations again, and the same solver solves them.
+What these integrate has another structure than what a call gives, so that a solver says, or shows
+by a call, which structures it takes. And they come with a measure of themselves: the state is
+solved for once more along with its derivative, and compared with what the solver returned.
+
+A solver whose result is y_i at the times t_i gives other states z_i when it solves for y and a
+derivative at once, or for y backwards, from each t_i to the one before. Its own tolerance, and how
+the equation lets an error grow, both show in
+
+    error = max over i and components k of |z_ik - y_ik| / max_j |y_jk|
+
+which is a relative size: 1% is accepted, and 1.9% in float32, as of a Newton step of an implicit
+rule. A dissipative equation is unstable backwards: there the error grows between two times. Not
+here: the mathematics (`integral`, `adjoint` of a host).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+from freevars.errors import NotASolutionError
+
+__all__ = ["INTEGRAL", "ODE", "OdeOnFailure", "Reverse", "State", "Takes", "not_solved", "shown_by"]
+
+INTEGRAL = ("integrand", "a", "b")
+ODE = ("field", "y0", "ts")
+
+# What a solver can integrate: any pytree of arrays (it is given a tuple), one array (it is given a
+# vector of real numbers), one real number. None: what the call shows.
+Takes: TypeAlias = Literal[None, "pytree", "array", "scalar"]  # noqa: PYI061 (its values are listed)
+State: TypeAlias = Literal[None, "pytree", "array"]  # noqa: PYI061 (as above)
+
+# How a backward pass of a differential equation is solved, and what happens where it is not good.
+Reverse: TypeAlias = Literal["adjoint", "sensitivities"]
+OdeOnFailure: TypeAlias = Literal["raise", "warn", "nan"]
+
+
+def shown_by(shapes: Sequence[tuple[int, ...]], *, is_leaf: bool) -> Takes:
+    """What a solver takes that was given values of these shapes; `is_leaf`: an array by itself."""
+    if not is_leaf:
+        return "pytree"
+    return "scalar" if shapes[0] == () else "array"
+
+
+def not_solved(name: str, error: float, limit: float, *, backwards: bool) -> NotASolutionError:
+    """The error for a derivative whose solve does not meet the recorded states."""
+    how = (
+        "from each time back to the one before, as the adjoint equation is"
+        if backwards
+        else "along with its derivative"
+    )
+    if backwards:
+        advice = (
+            "Give the solver a tighter tolerance or more steps; or more times in ts, between which"
+            ' less is lost; or reverse="sensitivities", which only solves forwards, for an equation'
+            " that is unstable backwards (a stiff or dissipative one) and few numbers to"
+            " differentiate by"
+        )
+    else:
+        advice = "Give the solver a tighter tolerance, or more steps"
+    return NotASolutionError(
+        f"{name}: the derivative cannot be trusted: solved once more, {how}, the state differs from"
+        f" what the solver returned by {error:.1e}, relative to the component's largest size; up to"
+        f" {limit:.1e} is accepted. {advice}; or accept more by the rule's tol=."
+    )

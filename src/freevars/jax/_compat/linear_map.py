@@ -1,0 +1,136 @@
+"""A linear map in a program whose transpose is given, and not derived from its own program.
+
+JAX transposes what a program computes, and a solver's loop has no transpose. Two of its own ways to
+give one do not serve: `jax.custom_derivatives.linear_call` has no derivative by the values that the
+map depends on, and `jax.lax.custom_linear_solve` takes them for constants in the transpose. Here
+both are functions that JAX can trace, whenever it comes to them: derivatives of any order are those
+of the functions. Private, because what is registered with a primitive has no public place.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from freevars.jax._compat.private import ad, batching, core, mlir
+
+__all__ = ["LinearMap", "linear_map"]
+
+
+class LinearMap(Protocol):
+    """What is static of a linear map; it hashes, and equals another that computes the same."""
+
+    def forward(self, given: Sequence[Any], x: Sequence[Any]) -> Sequence[Any]:
+        """The map that depends on the arrays `given`, at x."""
+
+    def transposed(self, given: Sequence[Any], g: Sequence[Any]) -> Sequence[Any]:
+        """Its transpose."""
+
+
+def linear_map(
+    fun: LinearMap, given: Sequence[Any], x: Sequence[Any], types: Sequence[Any]
+) -> list[Any]:
+    """`fun.forward(given, x)`, arrays of `types`, with the transpose of `fun`."""
+    out = tuple(core.ShapedArray(t.shape, t.dtype) for t in types)
+    return list(_linear_p.bind(*given, *x, fun=fun, n=len(given), out=out))
+
+
+_linear_p: Any = core.Primitive("freevars_linear_map")
+_linear_p.multiple_results = True
+
+
+@_linear_p.def_impl  # type: ignore[untyped-decorator]
+def _run(*args: Any, fun: LinearMap, n: int, out: Any) -> list[Any]:
+    values = fun.forward(args[:n], args[n:])
+    return [jnp.asarray(v, t.dtype) for v, t in zip(values, out, strict=True)]
+
+
+@_linear_p.def_abstract_eval  # type: ignore[untyped-decorator]
+def _types(*_: Any, out: Any, **__: Any) -> Any:
+    return out
+
+
+mlir.register_lowering(_linear_p, mlir.lower_fun(_run, multiple_results=True))
+
+
+def _jvp(primals: Any, tangents: Any, *, fun: LinearMap, n: int, out: Any) -> Any:
+    bind = functools.partial(_linear_p.bind, fun=fun, n=n, out=out)
+    given, x = primals[:n], primals[n:]
+    values = bind(*primals)
+    parts = []
+    if not all(map(_is_zero, tangents[n:])):
+        dots = [ad.instantiate_zeros(t) for t in tangents[n:]]
+        parts.append(bind(*given, *dots))
+    moving = [i for i in range(n) if not _is_zero(tangents[i])]
+    if moving:
+
+        def at(*some: Any) -> list[Any]:
+            merged = list(given)
+            for i, value in zip(moving, some, strict=True):
+                merged[i] = value
+            return _run(*merged, *x, fun=fun, n=n, out=out)
+
+        some, dots = [given[i] for i in moving], [tangents[i] for i in moving]
+        parts.append(jax.jvp(at, some, dots)[1])
+    if not parts:
+        return values, [ad.Zero.from_primal_value(v) for v in values]
+    return values, [functools.reduce(jnp.add, each) for each in zip(*parts, strict=True)]
+
+
+def _is_zero(tangent: Any) -> bool:
+    return type(tangent) is ad.Zero or tangent.dtype == jax.dtypes.float0
+
+
+def _transpose(g: Any, *args: Any, fun: LinearMap, n: int, out: Any) -> Any:
+    known, x = args[:n], args[n:]
+    arrived = [
+        jnp.zeros(t.shape, t.dtype) if type(ct) is ad.Zero else ct
+        for ct, t in zip(g, out, strict=True)
+    ]
+    found = fun.transposed(known, arrived)
+    wanted = map(ad.is_undefined_primal, x)
+    return [None] * n + [ct if w else None for ct, w in zip(found, wanted, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Many of a map at once; what is given to it varies along the axes, or not at all."""
+
+    fun: LinearMap
+    axes: tuple[int | None, ...]
+    size: int
+
+    def forward(self, given: Any, x: Any) -> Any:
+        every = functools.partial(jax.vmap, in_axes=(list(self.axes), 0), axis_size=self.size)
+        return every(lambda given, x: list(self.fun.forward(given, x)))(list(given), list(x))
+
+    def transposed(self, given: Any, g: Any) -> Any:
+        every = functools.partial(jax.vmap, in_axes=(list(self.axes), 0), axis_size=self.size)
+        return every(lambda given, g: list(self.fun.transposed(given, g)))(list(given), list(g))
+
+
+def _batch(args: Any, dims: Any, *, fun: LinearMap, n: int, out: Any) -> Any:
+    size = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None)
+    axes = tuple(None if d is None else 0 for d in dims[:n])
+    given = [
+        a if axis is None else jnp.moveaxis(a, d, 0)
+        for a, d, axis in zip(args, dims, axes, strict=False)
+    ]
+    # Each member has an x of its own, whose cotangents are summed where it was one for all.
+    x = [
+        jnp.broadcast_to(a, (size, *a.shape)) if d is None else jnp.moveaxis(a, d, 0)
+        for a, d in zip(args[n:], dims[n:], strict=True)
+    ]
+    types = [core.ShapedArray((size, *t.shape), t.dtype) for t in out]
+    values = linear_map(_Batch(fun, axes, size), given, x, types)
+    return values, [0] * len(values)
+
+
+ad.primitive_jvps[_linear_p] = _jvp
+ad.primitive_transposes[_linear_p] = _transpose
+batching.primitive_batchers[_linear_p] = _batch

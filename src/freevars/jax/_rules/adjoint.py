@@ -1,0 +1,214 @@
+"""The linear map of a differential equation's solution to first order, and its transpose.
+
+Let y' = f(t, y, p), y(t_0) = y_0, and y_i = y(t_i). A change of p and of y_0 moves the solution by
+
+    d' = f_y d + f_p dp,    d(t_0) = dy_0                      forward sensitivities
+
+For cotangents g_i of the y_i, <l, d> with l' = -f_y^T l has the derivative <l, f_p dp>. So let l
+start as g_N at the last time, be solved for backwards, and jump by g_i at each t_i; then
+
+    sum_i <g_i, d_i> = <l(t_0), dy_0> + int_{t_0}^{t_N} <f_p^T l, dp> dt         adjoint equation
+
+Both are solved by the solver itself, together with y: backwards from the recorded y_i each time, in
+s = -t, so that a solver that takes increasing times is given increasing times. At equal times
+nothing is solved for. Where an equation is unstable backwards, the transpose can instead be taken
+of the sensitivities by every number of p and y_0, solved for at once and forwards. What is solved
+for again is compared with the recorded y_i (`freevars._solvers.integration`).
+
+Sources: Pontryagin et al. 1962, "The Mathematical Theory of Optimal Processes"; Chen et al. 2018,
+"Neural Ordinary Differential Equations", appendix B; Cao, Li, Petzold and Serban 2003, "Adjoint
+sensitivity analysis for differential-algebraic equations". Not here: JAX's rule (`odeint`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from freevars._solvers.integration import Reverse
+from freevars.jax._rules.forms import Flat
+from freevars.jax._rules.integrator import merged
+
+__all__ = ["BySolver", "OdeSolver"]
+
+Arrays = list[Any]
+Field = Callable[[Any, Arrays], Arrays]  # of t and the leaves of a state
+
+
+class OdeSolver(Protocol):
+    """What the map needs of the decorated solver."""
+
+    @property
+    def reverse(self) -> Reverse: ...
+
+    @property
+    def check(self) -> bool: ...
+
+    @property
+    def limit(self) -> Callable[[float], float]: ...
+
+    def integrate(self, field: Field, state: Arrays, ts: Any, options: Any, takes: Any) -> Arrays:
+        """The states at the times, with a leading axis over these."""
+
+    def takes(self, y0: Any) -> Any: ...
+
+    def tell(self, error: Any, limit: float, *, backwards: bool) -> None: ...
+
+
+class Recorded(NamedTuple):
+    """One solution, from what is given."""
+
+    f: Callable[[Any, Arrays, Arrays], Arrays]  # of t, the part of p that moves, leaves of y
+    p: Arrays  # that part
+    y0: Arrays
+    ts: Any
+    ys: Arrays
+    options: Any
+    takes: Any
+
+
+@dataclass(frozen=True)
+class BySolver:
+    """(dp, dy_0) -> d_i; static, what is given are the leaves of `tree`."""
+
+    solver: OdeSolver
+    tree: Any  # of the problem, (y0, ts), the options, the recorded states
+    moving: tuple[int, ...]  # the leaves of the problem that move
+
+    def forward(self, given: Sequence[Any], x: Sequence[Any]) -> Sequence[Any]:
+        out, error = _forward(self, list(given), list(x))
+        self._tell(given, error, backwards=False)
+        return out
+
+    def transposed(self, given: Sequence[Any], g: Sequence[Any]) -> Sequence[Any]:
+        backwards = self.solver.reverse == "adjoint"
+        transposed = _adjoint if backwards else _by_sensitivities
+        out, error = transposed(self, list(given), list(g))
+        self._tell(given, error, backwards=backwards)
+        return out
+
+    def _tell(self, given: Sequence[Any], error: Any, *, backwards: bool) -> None:
+        if self.solver.check:
+            eps = Flat(self.recorded(given).y0).eps
+            self.solver.tell(error, self.solver.limit(eps), backwards=backwards)
+
+    def recorded(self, given: Sequence[Any]) -> Recorded:
+        problem, (y0, ts), options, ys = self.tree.unflatten(given)
+        leaves, tree = jax.tree.flatten(problem)
+        of_y = jax.tree.structure(y0)
+
+        def f(t: Any, p: Arrays, y: Arrays) -> Arrays:
+            at = tree.unflatten(merged(leaves, self.moving, p))
+            return jax.tree.leaves(at.value((t, of_y.unflatten(y)), has_aux=False))
+
+        p = [leaves[i] for i in self.moving]
+        parts = (jax.tree.leaves(y0), ts, jax.tree.leaves(ys))
+        return Recorded(f, p, *parts, options, self.solver.takes(y0))
+
+    def accepted(self, of: Recorded, error: Any, out: Arrays, asked: Arrays) -> Arrays:
+        """NaN in place of what is not good, except where nothing is asked for."""
+        if not self.solver.check:
+            return out
+        nothing = jnp.all(jnp.stack([jnp.all(a == 0) for a in asked])) if asked else True
+        good = (error <= self.solver.limit(Flat(of.y0).eps)) | nothing
+        # A factor, so that what is not good stays that in a derivative of it.
+        factor = jnp.where(good, 1, jnp.nan)
+        return [leaf * factor.astype(leaf.real.dtype) for leaf in out]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(by: BySolver, given: Arrays, x: Arrays) -> tuple[Arrays, Any]:
+    of = by.recorded(given)
+    out, error = _sensitivities(by, of, [dot[None] for dot in x])
+    return by.accepted(of, error, [leaf[:, 0] for leaf in out], x), error
+
+
+def _sensitivities(by: BySolver, of: Recorded, columns: Arrays) -> tuple[Arrays, Any]:
+    """The d_i for several changes of p and y_0 at once, which lie along a leading axis."""
+    n, m = len(of.p), len(of.y0)
+    dp = columns[:n]
+
+    def field(t: Any, state: Arrays) -> Arrays:
+        y, d = state[:m], state[m:]
+
+        def push(dp: Arrays, d: Arrays) -> Arrays:
+            return jax.jvp(functools.partial(of.f, t), (of.p, y), (dp, d))[1]
+
+        return [*of.f(t, of.p, y), *jax.vmap(push)(dp, d)]
+
+    start = [*of.y0, *columns[n:]]
+    out = by.solver.integrate(field, start, of.ts, of.options, of.takes)
+    return out[m:], _difference(of.ys, out[:m], of.ys)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _by_sensitivities(by: BySolver, given: Arrays, g: Arrays) -> tuple[Arrays, Any]:
+    of = by.recorded(given)
+    inputs = [*of.p, *of.y0]
+    flat = Flat(inputs)
+    columns = flat.unravel(jnp.eye(flat.size, dtype=flat.dtype))
+    out, error = _sensitivities(by, of, columns)
+
+    def paired(k: Any) -> Any:
+        # Both of a complex pair are what JAX pairs, without a conjugate.
+        products = [jnp.sum(jnp.real(ct * d[:, k])) for ct, d in zip(g, out, strict=True)]
+        return sum(p.astype(flat.dtype) for p in products)
+
+    by_number = jax.vmap(paired)(jnp.arange(flat.size))
+    types = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in inputs]
+    (found,) = jax.linear_transpose(flat.ravel, types)(by_number)
+    return by.accepted(of, error, found, g), error
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _adjoint(by: BySolver, given: Arrays, g: Arrays) -> tuple[Arrays, Any]:
+    of = by.recorded(given)
+    m = len(of.y0)
+    g = [ct.astype(y.dtype) for ct, y in zip(g, of.y0, strict=True)]
+
+    def field(s: Any, state: Arrays) -> Arrays:
+        y, costate = state[:m], state[m : 2 * m]
+        value, pull = jax.vjp(functools.partial(of.f, -s), of.p, y)
+        by_p, by_y = pull(costate)
+        return [*map(jnp.negative, value), *by_y, *by_p]
+
+    def back(carry: tuple[Arrays, Arrays], row: Any) -> tuple[Any, Any]:
+        costate, by_p = carry
+        (now, before), y, ct = row
+        costate = [a + b for a, b in zip(costate, ct, strict=True)]
+        start = [*y, *costate, *by_p]
+
+        def solve(start: Arrays) -> Arrays:
+            times = jnp.stack([-now, -before])
+            out = by.solver.integrate(field, start, times, of.options, of.takes)
+            return [leaf[-1].astype(a.dtype) for leaf, a in zip(out, start, strict=True)]
+
+        end = jax.lax.cond(now == before, lambda start: start, solve, start)
+        return (end[m : 2 * m], end[2 * m :]), end[:m]
+
+    zeros = ([jnp.zeros_like(y) for y in of.y0], [jnp.zeros_like(p) for p in of.p])
+    (costate, by_p), again = zeros, [y[:0] for y in of.ys]
+    if of.ts.size > 1:
+        later = ((of.ts[1:], of.ts[:-1]), [y[1:] for y in of.ys], [ct[1:] for ct in g])
+        (costate, by_p), again = jax.lax.scan(back, zeros, later, reverse=True)
+    costate = [a + ct[0] for a, ct in zip(costate, g, strict=True)]
+    error = _difference(of.ys, again, [y[:-1] for y in of.ys])
+    return by.accepted(of, error, [*by_p, *costate], g), error
+
+
+def _difference(ys: Arrays, again: Arrays, recorded: Arrays) -> Any:
+    """How far two solutions are apart, relative to the largest size of each component."""
+    ys, again, recorded = jax.lax.stop_gradient((ys, again, recorded))
+    largest = jnp.zeros(())
+    for y, a, b in zip(ys, again, recorded, strict=True):
+        size = jnp.max(jnp.abs(y), axis=0)
+        least = jnp.finfo(y.dtype).eps ** 0.5 * jnp.max(size, initial=0)
+        size = jnp.maximum(size, least)
+        gap = jnp.abs(a - b) / jnp.where(size > 0, size, 1)
+        largest = jnp.maximum(largest, jnp.max(gap, initial=0).astype(largest.dtype))
+    return largest

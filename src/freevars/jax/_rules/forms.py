@@ -1,0 +1,46 @@
+"""Arrays in the form in which a solver integrates them: a tuple, a vector, or number by number.
+
+Not here: which form a solver takes (`freevars._solvers.integration`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from freevars.jax._rules.coordinates import Coordinates
+
+__all__ = ["Flat"]
+
+
+class Flat:
+    """A list of floating and complex arrays as one real vector, and back; both are linear."""
+
+    def __init__(self, types: Sequence[Any]) -> None:
+        types = [jax.ShapeDtypeStruct(t.shape, t.dtype) for t in types]
+        self._coordinates = Coordinates(types)
+        real = jax.eval_shape(self._coordinates.to_real, types)
+        parts, self._tree = jax.tree.flatten(real)
+        self._shapes = [p.shape for p in parts]
+        self.dtype = self._coordinates.dtype
+        self.eps = self._coordinates.eps
+        self.size = sum(map(math.prod, self._shapes))
+
+    def ravel(self, arrays: Sequence[Any]) -> Any:
+        """Float[n]."""
+        parts = jax.tree.leaves(self._coordinates.to_real(list(arrays)))
+        return jnp.concatenate([jnp.zeros(0, self.dtype), *map(jnp.ravel, parts)])
+
+    def unravel(self, vector: Any) -> list[Any]:
+        """Any axes in front of the vector's own stay in front."""
+        lead, parts, start = vector.shape[:-1], [], 0
+        for shape in self._shapes:
+            end = start + math.prod(shape)
+            parts.append(vector[..., start:end].reshape((*lead, *shape)))
+            start = end
+        arrays: list[Any] = self._coordinates.from_real(self._tree.unflatten(parts))
+        return arrays

@@ -1,0 +1,321 @@
+"""Derivatives of a definite integral, by the solver that computes it.
+
+Let I = int_a^b f(t, p) dt with everything that f captures in p. Leibniz' rule:
+
+    dI = int_a^b (df/dp dp) dt + f(b) db - f(a) da
+
+The integral in it is linear in dp. Its transpose takes a cotangent g of I to
+
+    int_a^b (df/dp)^T g dt
+
+a list of arrays like p, integrated at once where the solver takes pytrees or arrays, and else
+number by number, as a batch of scalar integrals. Both are calls of the decorated solver for another
+integrand, so that they have derivatives themselves, to any order. A limit that is infinite does not
+move, and its derivative is zero. Source: Leibniz 1697; Courant 1936, "Differential and Integral
+Calculus" II, chapter IV. Not here: differential equations (`odeint`).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, ParamSpec, Protocol, TypedDict, TypeVar, Unpack, overload
+
+import jax
+import jax.numpy as jnp
+
+from freevars._contract import check_callable
+from freevars._solvers.integration import INTEGRAL, Takes, shown_by
+from freevars._solvers.options import check_options
+from freevars._solvers.signature import SolverCall
+from freevars.errors import StructureError
+from freevars.jax import _compat
+from freevars.jax._convert.static import as_static, from_static
+from freevars.jax._rules.forms import Flat
+from freevars.jax._rules.hosted import Hosted
+from freevars.jax._rules.integrator import Integrator, dots_of, merged
+from freevars.jax._solver.problem import Problem
+
+__all__ = ["IntegralOptions", "IntegralSolver", "integral"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class IntegralOptions(TypedDict, total=False):
+    """The keyword arguments of `integral`."""
+
+    has_aux: bool  # False
+    takes: Takes  # None
+
+
+class IntegralSolver(Integrator[P, R]):
+    """A solver with the derivatives of an integral; made by `integral`."""
+
+    kind: ClassVar[str] = "integral"
+    leads: ClassVar[tuple[str, ...]] = INTEGRAL
+    options = IntegralOptions
+
+    def _use(self, solver: Callable[P, R]) -> None:
+        super()._use(solver)
+        self._hosted = Hosted(solver, self._call_on_host) if self._on_host else None  # type: ignore[arg-type]
+
+    def _solve(self, call: SolverCall) -> Any:
+        check_callable(call.fun)
+        at, dtype = self._limits(*call.x0)
+
+        def integrand(t: Any, *args: Any, **kwargs: Any) -> Any:
+            return jax.tree.map(_inexact, call.fun(t, *args, **kwargs))
+
+        problem = Problem.of(integrand, jnp.zeros((), dtype), call.args, call.kwargs)
+        return self.solve(problem, at, self.as_options(call.options))
+
+    def _limits(self, *ends: Any) -> tuple[Any, Any]:
+        """The limits as arrays, infinite Python numbers as they are; and their dtype."""
+        numbers = []
+        for name, end in zip(("a", "b"), ends, strict=True):
+            real = _compat.is_array(end) and not jnp.issubdtype(
+                jnp.result_type(end), jnp.complexfloating
+            )
+            if not real or jnp.shape(end) != ():
+                message = f"{self.__name__}: {name}: expected a real number, got {end!r}."
+                raise StructureError(message)
+            numbers.append(end)
+        dtype = jnp.result_type(float, *numbers)
+        fixed = [isinstance(end, float) and math.isinf(end) for end in numbers]
+        made = [e if f else jnp.asarray(e, dtype) for e, f in zip(numbers, fixed, strict=True)]
+        return as_static(tuple(made), lambda end: not isinstance(end, float)), dtype
+
+    def _run_solver(self, problem: Problem, at: Any, options: Any) -> Any:
+        a, b = from_static(at)
+        struct = problem.struct()
+        t = problem.fun.in_struct[0]
+        if self._hosted is not None:
+            leaves, tree = jax.tree.flatten(struct)
+            flat = Flat(leaves)
+            number = tree.num_leaves == 1 and flat.size == 1 and leaves[0].shape == ()
+            shape = () if number else (flat.size,)
+            point = jnp.zeros((), t.dtype)
+            vector, aux = self._hosted(problem, point, shape, (a, b), from_static(options))
+            value = tree.unflatten(flat.unravel(jnp.reshape(vector, flat.size).astype(flat.dtype)))
+        else:
+            fun: Any = jax.tree_util.Partial(_At(str(t.dtype)), problem.as_given())
+            out = self.call_solver(fun, (a, b), problem, options)
+            value, aux = self.split_aux(out, "integral")
+            value = _like(value, struct, self.__name__)
+        return (value, aux) if self.has_aux else value
+
+    def _call_on_host(self, fun: Any, at: Any, given: dict[str, Any], shape: Any) -> Any:
+        def integrand(t: Any) -> Any:
+            value = fun([t])
+            return value if shape else float(value[0])
+
+        solver: Any = self._solver
+        out = self._signature.call(solver.__wrapped__, SolverCall(integrand, at, (), {}, given))
+        return self.split_aux(out, "integral")
+
+    # The rule.
+
+    def _push(self, primals: Any, tangents: Any) -> Any:
+        problem, at, options, own = primals
+        out = self._operation(*primals)
+        value = out[0] if self.has_aux else out
+        types, tree = jax.tree.flatten(jax.tree.map(jax.typeof, value))
+        terms = []
+        moving, dots = dots_of(tangents[0])
+        if moving:
+            self.refuse_captures(own)
+            given, structure = jax.tree.flatten((problem, at, options))
+            by_problem = _ByProblem(self, structure, moving)
+            terms.append(_compat.linear_map(by_problem, given, dots, types))
+        ends, moved = from_static(at), from_static(tangents[1])
+        for i, sign in ((0, -1), (1, 1)):
+            if isinstance(ends[i], float) or _compat.is_symbolic_zero(moved[i]):
+                continue
+            change = sign * moved[i]
+            there = jax.tree.leaves(_value_at(problem, ends[i], ends[1 - i]))
+            terms.append([(f * change).astype(t.dtype) for f, t in zip(there, types, strict=True)])
+        if terms:
+            dot = tree.unflatten([sum(each[1:], each[0]) for each in zip(*terms, strict=True)])
+        else:
+            dot = jax.tree.map(_compat.symbolic_zero, value)
+        if not self.has_aux:
+            return out, dot
+        return out, (dot, jax.tree.map(_compat.symbolic_zero, out[1]))
+
+    def integrate(self, integrand: Callable[[Any], Any], t: Any, at: Any, options: Any) -> Any:
+        """Another integral between the same limits; `t`: the type of a point."""
+        out = self.solve(Problem.of(integrand, jnp.zeros((), t.dtype), (), {}), at, options)
+        return out[0] if self.has_aux else out
+
+    def takes(self, struct: Any) -> Takes:
+        """What the solver integrates, seen from the structure of one integrand."""
+        leaves, tree = jax.tree.flatten(struct)
+        is_leaf = jax.tree_util.treedef_is_leaf(tree)
+        return self.given.get("takes") or shown_by([s.shape for s in leaves], is_leaf=is_leaf)
+
+
+@dataclass(frozen=True)
+class _ByProblem:
+    """dp -> int (df/dp dp) dt, for the leaves p of a problem that move."""
+
+    solver: IntegralSolver[..., Any]
+    tree: Any  # of the problem, the limits and the options
+    moving: tuple[int, ...]
+
+    def forward(self, given: Sequence[Any], x: Sequence[Any]) -> Sequence[Any]:
+        return _forward(self, list(given), list(x))
+
+    def transposed(self, given: Sequence[Any], g: Sequence[Any]) -> Sequence[Any]:
+        return _transposed(self, list(given), list(g))
+
+    def parts(self, given: list[Any]) -> tuple[Any, list[Any], Any, Any, Any]:
+        """f(t, some of p), this part of p, the problem, the limits, the options."""
+        problem, at, options = self.tree.unflatten(given)
+        leaves, tree = jax.tree.flatten(problem)
+
+        def f(t: Any, some: list[Any]) -> Any:
+            return tree.unflatten(merged(leaves, self.moving, some)).value(t, has_aux=False)
+
+        return f, [leaves[i] for i in self.moving], problem, at, options
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(by: _ByProblem, given: list[Any], x: list[Any]) -> list[Any]:
+    f, some, problem, at, options = by.parts(given)
+
+    def integrand(t: Any) -> Any:
+        return jax.jvp(functools.partial(f, t), (some,), (x,))[1]
+
+    return jax.tree.leaves(by.solver.integrate(integrand, problem.fun.in_struct[0], at, options))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _transposed(by: _ByProblem, given: list[Any], g: list[Any]) -> list[Any]:
+    f, some, problem, at, options = by.parts(given)
+    t_type, takes = problem.fun.in_struct[0], by.solver.takes(problem.struct())
+    types, tree = jax.tree.flatten(problem.struct())
+    arrived = tree.unflatten([ct.astype(s.dtype) for ct, s in zip(g, types, strict=True)])
+    integrate = functools.partial(by.solver.integrate, t=t_type, at=at, options=options)
+
+    def pulled(t: Any) -> list[Any]:
+        cotangents: list[Any] = jax.vjp(functools.partial(f, t), some)[1](arrived)[0]
+        return cotangents
+
+    if takes == "pytree":
+        return list(integrate(lambda t: tuple(pulled(t))))
+    flat = Flat(some)
+    if takes == "array":
+        return flat.unravel(integrate(lambda t: flat.ravel(pulled(t))))
+    # One number at a time, as a batch: what does not depend on the number is computed once.
+    each = jax.vmap(lambda i: integrate(lambda t: flat.ravel(pulled(t))[i]))
+    return flat.unravel(each(jnp.arange(flat.size)))
+
+
+def _value_at(problem: Problem, end: Any, other: Any) -> Any:
+    """F at one limit; zero where that is infinite, where nothing moves."""
+    finite = jnp.isfinite(end)
+    # Some point inside in its place, so that no derivative of f is taken at infinity.
+    inside = jnp.where(jnp.isfinite(other), other + jnp.sign(end), 0).astype(end.dtype)
+    there = problem.value(jnp.where(finite, end, inside), has_aux=False)
+    return jax.tree.map(lambda f: jnp.where(finite, f, 0), there)
+
+
+@dataclass(frozen=True)
+class _At:
+    """A function of t in the dtype that it was converted for; compares by this."""
+
+    dtype: str
+
+    def __call__(self, fun: Any, t: Any, *args: Any, **kwargs: Any) -> Any:
+        return fun(jnp.asarray(t, self.dtype), *args, **kwargs)
+
+
+def _inexact(leaf: Any) -> Any:
+    leaf = jnp.asarray(leaf)
+    return leaf if _compat.is_smooth(leaf) else leaf.astype(float)
+
+
+@overload
+def integral(
+    solver: Callable[P, R], /, **options: Unpack[IntegralOptions]
+) -> IntegralSolver[P, R]: ...
+@overload
+def integral(**options: Unpack[IntegralOptions]) -> IntegralDecorator: ...
+def integral(
+    solver: Callable[..., Any] | None = None, /, **options: Unpack[IntegralOptions]
+) -> Any:
+    """Derivatives for a solver that computes the integral of a function from a to b.
+
+    The decorated solver is called as before, `solver(integrand, a, b, ...)`, and returns what it
+    returned before. Derivatives, forward and reverse and of any order, flow into every value that
+    the integrand captures, into the extra arguments that the solver passes on to it (what its
+    signature collects in `*args` and `**kwargs`, or a tuple named `args`), and into the limits.
+    They are integrals too, by the same solver: it has to be as good for the derivative of the
+    integrand as for the integrand. All else in its signature is an option of its own, with
+    derivative zero.
+
+    Args:
+        solver: `solver(integrand, a, b, ...)` in JAX, pure, or one `on_host`. `integrand(t)` takes
+            a real number of shape () and returns a number, an array or a pytree, floating or
+            complex; the integral has that structure. The limits are real numbers; an infinite one
+            has derivative zero, and reaches the solver as it was given.
+        has_aux: the solver returns `(integral, aux)`; aux has derivative zero.
+        takes: what the solver can integrate. A backward pass integrates a list of arrays like
+            everything that is differentiated by: "pytree": at once, as a tuple; "array": at once,
+            as a vector of real numbers; "scalar": number by number, in a batch (`jax.vmap`), so
+            that a rule with fixed nodes evaluates the integrand once; on the host one after the
+            other. None: what the call shows, "scalar" if its integrand returns a number, "array" if
+            an array, "pytree" if something else.
+
+    Raises:
+        freevars.errors.StructureError: the solver returns another structure or shape than the
+            integrand does, or a limit is no real number.
+
+    On the host (`on_host` below) the integrand gives a float, or a vector of real numbers where the
+    integrand is no real number (a complex array as its real, then its imaginary parts), and the
+    solver returns the like.
+
+    Source: Leibniz' rule for the derivative of an integral.
+
+    >>> import jax, jax.numpy as jnp, freevars.jax as fv
+    >>> @fv.integral
+    ... def midpoint(f, a, b, n=1000):
+    ...     t = a + (b - a) * (jnp.arange(n) + 0.5) / n
+    ...     return (b - a) * jnp.mean(jax.vmap(f)(t))
+    >>> power = lambda p, b: midpoint(lambda t: t**p, 0.0, b)  # b^(p+1) / (p+1)
+    >>> print([f"{x:.3f}" for x in jax.grad(power, (0, 1))(2.0, 1.0)])  # -1/9, 1
+    ['-0.111', '1.000']
+    """
+    check_options("integral", options, IntegralOptions)
+
+    def decorate(solver: Callable[P, R], /) -> IntegralSolver[P, R]:
+        return IntegralSolver(solver, **options)
+
+    return decorate if solver is None else decorate(solver)
+
+
+class IntegralDecorator(Protocol):
+    """Gives a solver a rule."""
+
+    def __call__(self, solver: Callable[P, R], /) -> IntegralSolver[P, R]:
+        """The solver with derivatives."""
+
+
+def _like(value: Any, struct: Any, name: str) -> Any:
+    """The integral, of the structure and the shapes of the integrand."""
+    found = jax.tree.map(jnp.shape, value) if _arrays(value) else value
+    expected = jax.tree.map(lambda s: s.shape, struct)
+    if found != expected:
+        message = (
+            f"{name}: the returned integral: expected the structure and shapes of the integrand,"
+            f" {expected}, got {found}. takes= says what the solver can integrate."
+        )
+        raise StructureError(message)
+    return jax.tree.map(jnp.asarray, value)
+
+
+def _arrays(tree: Any) -> bool:
+    return all(map(_compat.is_array, jax.tree.leaves(tree)))

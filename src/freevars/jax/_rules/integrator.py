@@ -1,0 +1,141 @@
+"""Solvers of integrals and differential equations: one call as a differentiable operation.
+
+`_operation(problem, at, options, own)` runs the solver for the function `problem` between the
+points `at`; the rule is the subclass's `_push`, in which the same solver solves for the derivative.
+Not here: what the derivative is (`integral`, `odeint`).
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar, overload
+
+import jax
+from jax import tree_util
+
+from freevars._solvers.decorated import DecoratedSolver
+from freevars._solvers.options import check_options
+from freevars._solvers.signature import SolverCall
+from freevars.errors import StructureError
+from freevars.jax import _compat
+from freevars.jax._closure import Closure
+from freevars.jax._convert.static import as_static, from_static
+from freevars.jax._host.on_host import HostSolver
+from freevars.jax._solver.problem import Problem
+from freevars.jax._solver.unknown import is_array
+
+__all__ = ["Integrator", "dots_of", "merged"]
+
+P = ParamSpec("P")
+Q = ParamSpec("Q")
+R = TypeVar("R")
+S = TypeVar("S")
+
+
+class Integrator(DecoratedSolver[P, R]):
+    """What the decorated solvers of `integral` and `odeint` have in common."""
+
+    kind: ClassVar[str]
+    options: ClassVar[Any]  # a TypedDict
+
+    def __init__(self, solver: Callable[P, R], /, **options: Any) -> None:
+        check_options(self.kind, options, self.options)
+        self.given = options
+        self.has_aux = bool(options.get("has_aux", False))
+        super().__init__(solver, **options)
+
+    def _use(self, solver: Callable[P, R]) -> None:
+        super()._use(solver)
+        self._on_host = isinstance(solver, HostSolver)
+        self._run = self._run_solver if self._on_host else jax.jit(self._run_solver)
+        self._run_converted = jax.jit(_call)
+        self._operation = jax.custom_jvp(self._forward)
+        self._operation.defjvp(self._push, symbolic_zeros=True)
+
+    @overload
+    def __get__(self, instance: None, owner: Any = None, /) -> Self: ...
+    @overload
+    def __get__(
+        self: Integrator[Concatenate[Any, Q], S], instance: object, owner: Any = None, /
+    ) -> Integrator[Q, S]: ...
+    def __get__(self, instance: Any, owner: Any = None, /) -> Any:
+        return super().__get__(instance, owner)
+
+    def __repr__(self) -> str:
+        return f"<{self.__name__} with the derivative rule of {self.kind}>"
+
+    def solve(self, problem: Problem, at: Any, options: Any) -> Any:
+        """Run the solver; differentiable by the problem and the points."""
+        return self._operation(problem, at, options, self._own(problem, at, options))
+
+    @staticmethod
+    def as_options(options: dict[str, Any]) -> Any:
+        """A Python number among the options stays one: solvers count with it."""
+        return as_static(options, is_array)
+
+    def _own(self, problem: Problem, at: Any, options: Any) -> Any:
+        """What runs the solver of this call where it captures traced values, else None."""
+        if self._on_host or _compat.nothing_traced():
+            return None
+        is_method = self._bound_to is not None or isinstance(self._solver, types.MethodType)
+        if not is_method and not _compat.captured_tracers(self._run, problem, at, options):
+            return None
+        return Closure(self._run_solver, problem, at, options)
+
+    def _forward(self, problem: Problem, at: Any, options: Any, own: Any) -> Any:
+        if own is None:
+            return self._run(problem, at, options)
+        return self._run_converted(own, problem, at, options)
+
+    def refuse_captures(self, own: Any) -> None:
+        """For a derivative, which is a call for another function, all must be in sight."""
+        traced = [] if own is None else [v for v in own.values if isinstance(v, _compat.Tracer)]
+        if traced:
+            message = (
+                f"{self.__name__}: the solver captures a traced value ({traced[0]!r}), and the"
+                " derivative calls it again elsewhere. Pass the value as an option of the solver:"
+                f" a parameter of its own after {', '.join(self.leads)}."
+            )
+            raise TypeError(message)
+
+    def _run_solver(self, problem: Problem, at: Any, options: Any) -> Any:
+        raise NotImplementedError
+
+    def _push(self, primals: Any, tangents: Any) -> Any:
+        raise NotImplementedError
+
+    def call_solver(self, fun: Any, at: tuple[Any, Any], problem: Problem, options: Any) -> Any:
+        """Call the user's solver for `fun` with the extra arguments of the problem."""
+        call = SolverCall(fun, at, *problem.extra(), from_static(options))
+        return self._signature.call(self._solver, call)
+
+    def split_aux(self, out: Any, what: str) -> tuple[Any, Any]:
+        """The result and its aux, None where the solver returns none."""
+        if not self.has_aux:
+            return out, None
+        if not (isinstance(out, tuple) and len(out) == 2):  # noqa: PLR2004
+            message = (
+                f"{self.__name__}: with has_aux=True a solver returns ({what}, aux), got {out!r}."
+            )
+            raise StructureError(message)
+        return out
+
+
+def dots_of(tangents: Any) -> tuple[tuple[int, ...], list[Any]]:
+    """Which leaves move, and their tangents."""
+    leaves = tree_util.tree_leaves(tangents, is_leaf=_compat.is_symbolic_zero)
+    moving = tuple(i for i, dot in enumerate(leaves) if not _compat.is_symbolic_zero(dot))
+    return moving, [leaves[i] for i in moving]
+
+
+def merged(values: Sequence[Any], where: Sequence[int], some: Sequence[Any]) -> list[Any]:
+    """The values with some of them replaced."""
+    result = list(values)
+    for i, value in zip(where, some, strict=True):
+        result[i] = value
+    return result
+
+
+def _call(own: Callable[..., Any], problem: Problem, at: Any, options: Any) -> Any:
+    return own(problem, at, options)

@@ -1,0 +1,351 @@
+"""Derivatives of the solution of an ordinary differential equation, by the solver that finds it.
+
+The solution y_i at times t_i depends on what the field captures and on y_0 by the linear map of
+`adjoint`, and on the times themselves by y' = f: a later one moves its own y_i by f(t_i, y_i) dt_i;
+the first one starts another solution, as a change of y_0 by -f(t_0, y_0) dt_0 does. Everything is
+a call of the decorated solver for another field, so that it has derivatives itself, to any order.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, ParamSpec, Protocol, TypedDict, TypeVar, Unpack, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from freevars._contract import check_callable
+from freevars._solvers.integration import ODE, OdeOnFailure, Reverse, State, not_solved, shown_by
+from freevars._solvers.options import check_options
+from freevars._solvers.signature import SolverCall
+from freevars._solvers.verdict import Limits
+from freevars.errors import StructureError
+from freevars.jax import _compat
+from freevars.jax._convert.static import from_static
+from freevars.jax._rules.adjoint import BySolver
+from freevars.jax._rules.forms import Flat
+from freevars.jax._rules.hosted import Hosted
+from freevars.jax._rules.integrator import Integrator, dots_of
+from freevars.jax._solver.problem import Problem
+from freevars.jax._solver.unknown import as_unknown, like
+
+__all__ = ["OdeOptions", "OdeintSolver", "odeint"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class OdeOptions(TypedDict, total=False):
+    """The keyword arguments of `odeint`."""
+
+    tfirst: bool  # True
+    has_aux: bool  # False
+    takes: State  # None
+    reverse: Reverse  # "adjoint"
+    on_failure: OdeOnFailure  # "raise"
+    check: bool  # True
+    tol: float | None  # None
+
+
+class OdeintSolver(Integrator[P, R]):
+    """A solver with the derivatives of a differential equation; made by `odeint`."""
+
+    kind: ClassVar[str] = "odeint"
+    leads: ClassVar[tuple[str, ...]] = ODE
+    options = OdeOptions
+
+    def _use(self, solver: Callable[P, R]) -> None:
+        super()._use(solver)
+        self._hosted = Hosted(solver, self._call_on_host) if self._on_host else None  # type: ignore[arg-type]
+
+    @property
+    def _tfirst(self) -> bool:
+        return bool(self.given.get("tfirst", True))
+
+    def _solve(self, call: SolverCall) -> Any:
+        check_callable(call.fun)
+        y0 = as_unknown(call.x0[0], self.__name__, what="y0")
+        ts = self._times(call.x0[1])
+        tfirst = self._tfirst
+
+        def field(at: Any, *args: Any, **kwargs: Any) -> Any:
+            t, y = at
+            return call.fun(*((t, y) if tfirst else (y, t)), *args, **kwargs)
+
+        problem = self._problem(field, y0, ts, call.args, call.kwargs)
+        return self.solve(problem, (y0, ts), self.as_options(call.options))
+
+    def _problem(self, field: Any, y0: Any, ts: Any, args: Any = (), kwargs: Any = None) -> Problem:
+        """A field as a function of (t, y), with a value like y."""
+        expected = jax.tree.map(_type, y0)
+
+        def checked(at: Any, *args: Any, **kwargs: Any) -> Any:
+            value = field(at, *args, **kwargs)
+            found = jax.tree.map(_type, value)
+            if jax.tree.structure(found) != jax.tree.structure(expected) or any(
+                a.shape != b.shape or (_is_complex(a) and not _is_complex(b))
+                for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+            ):
+                message = (
+                    f"{self.__name__}: the field: expected a value like y0, {expected}, got"
+                    f" {found}. {self._order}"
+                )
+                raise StructureError(message)
+            return jax.tree.map(lambda v, y: jnp.asarray(v).astype(y.dtype), value, expected)
+
+        return Problem.of(checked, (jnp.zeros((), ts.dtype), y0), args, kwargs or {})
+
+    @property
+    def _order(self) -> str:
+        first, other = ("(t, y)", "(y, t)") if self._tfirst else ("(y, t)", "(t, y)")
+        return (
+            f"The solver calls it as field{first} by tfirst={self._tfirst}; say"
+            f" tfirst={not self._tfirst} for field{other}."
+        )
+
+    def _times(self, ts: Any) -> Any:
+        ts = jnp.asarray(ts)
+        if ts.ndim != 1 or not ts.size or _is_complex(ts):
+            message = f"{self.__name__}: ts: expected a vector of one or more times, got {ts!r}."
+            raise StructureError(message)
+        return ts if _compat.is_smooth(ts) else ts.astype(float)
+
+    def _run_solver(self, problem: Problem, at: Any, options: Any) -> Any:
+        y0, ts = at
+        leaves, tree = jax.tree.flatten(y0)
+        if self._hosted is not None:
+            flat = Flat(leaves)
+            shape = (ts.size, flat.size)
+            given, point = dict(from_static(options)), (ts[0], y0)
+            start = (flat.ravel(leaves), ts)
+            rows, aux = self._hosted(problem, point, shape, start, given)
+            ys = tree.unflatten(flat.unravel(jnp.asarray(rows).astype(flat.dtype)))
+        else:
+            how = _AsField(self._tfirst, str(ts.dtype), self.__name__, self._order)
+            fun: Any = jax.tree_util.Partial(how, problem.as_given())
+            out = self.call_solver(fun, (y0, ts), problem, options)
+            ys, aux = self.split_aux(out, "ys")
+        expected = jax.tree.map(lambda y: jnp.zeros((ts.size, *y.shape), y.dtype), y0)
+        hint = " A solver returns the states at all times, like y0 with a leading axis over ts."
+        ys = like(ys, expected, f"{self.__name__}: the returned ys", hint=hint)
+        return (ys, aux) if self.has_aux else ys
+
+    def _call_on_host(self, fun: Any, at: Any, given: dict[str, Any], shape: Any) -> Any:
+        del shape
+        solver: Any = self._solver
+        call = SolverCall(_HostField(fun, self._tfirst), at, (), {}, given)
+        return self.split_aux(self._signature.call(solver.__wrapped__, call), "ys")
+
+    # The rule.
+
+    def _push(self, primals: Any, tangents: Any) -> Any:
+        problem, (y0, ts), options, own = primals
+        out = self._operation(*primals)
+        ys = out[0] if self.has_aux else out
+        types, tree = jax.tree.flatten(jax.tree.map(jax.typeof, ys))
+        d_start, dts = tangents[1]
+        moves = not _compat.is_symbolic_zero(dts)
+        moving, dots = dots_of(tangents[0])
+        terms = []
+        if moving or moves or dots_of(d_start)[0]:
+            self.refuse_captures(own)
+            start = [
+                jnp.zeros(y.shape, y.dtype) if _compat.is_symbolic_zero(d) else d
+                for y, d in zip(
+                    jax.tree.leaves(y0),
+                    jax.tree.leaves(d_start, is_leaf=_compat.is_symbolic_zero),
+                    strict=True,
+                )
+            ]
+            if moves:
+                slopes = jax.tree.leaves(problem.value((ts[0], y0), has_aux=False))
+                start = [
+                    d - f * dts[0].astype(f.real.dtype) for d, f in zip(start, slopes, strict=True)
+                ]
+            given, structure = jax.tree.flatten((problem, (y0, ts), options, ys))
+            by_solver = BySolver(self, structure, moving)
+            terms.append(_compat.linear_map(by_solver, given, [*dots, *start], types))
+        if moves:
+            every = jax.vmap(lambda t, y: problem.value((t, y), has_aux=False))(ts, ys)
+            terms.append([_each(f, dts) for f in jax.tree.leaves(every)])
+        if terms:
+            dot = tree.unflatten([sum(each[1:], each[0]) for each in zip(*terms, strict=True)])
+        else:
+            dot = jax.tree.map(_compat.symbolic_zero, ys)
+        if not self.has_aux:
+            return out, dot
+        return out, (dot, jax.tree.map(_compat.symbolic_zero, out[1]))
+
+    @property
+    def reverse(self) -> Reverse:
+        """How a backward pass is solved."""
+        return self.given.get("reverse", "adjoint")
+
+    @property
+    def check(self) -> bool:
+        """Whether it is compared with the recorded states."""
+        return bool(self.given.get("check", True))
+
+    def limit(self, eps: float) -> float:
+        """The largest difference that is accepted, for a state with this spacing."""
+        return Limits.of(eps, tol=self.given.get("tol")).step
+
+    def takes(self, y0: Any) -> State:
+        """The form of the states that the solver is given for a derivative."""
+        leaves, tree = jax.tree.flatten(y0)
+        is_leaf = jax.tree_util.treedef_is_leaf(tree)
+        shown = shown_by([y.shape for y in leaves], is_leaf=is_leaf)
+        return self.given.get("takes") or ("pytree" if shown == "pytree" else "array")
+
+    def integrate(self, field: Any, state: Any, ts: Any, options: Any, takes: State) -> list[Any]:
+        """Solve another equation, for a list of arrays."""
+        flat = Flat(state)
+        whole = takes == "array"
+        pack = flat.ravel if whole else tuple
+        unpack = flat.unravel if whole else list
+        y0 = pack(state)
+        problem = self._problem(lambda at: pack(field(at[0], unpack(at[1]))), y0, ts)
+        out = self.solve(problem, (y0, ts), options)
+        return unpack(out[0] if self.has_aux else out)
+
+    def tell(self, error: Any, limit: float, *, backwards: bool) -> None:
+        """Tell of a derivative that is not good; inside a compiled program NaN tells."""
+        how = self.given.get("on_failure", "raise")
+        if how == "warn":
+            warn = functools.partial(_warn, self.__name__, limit, backwards)
+            jax.debug.callback(warn, error)
+        elif how == "raise" and not isinstance(error, _compat.Tracer) and not error <= limit:
+            raise not_solved(self.__name__, float(error), limit, backwards=backwards)
+
+
+def _warn(name: str, limit: float, backwards: bool, error: Any) -> None:  # noqa: FBT001
+    if not error <= limit:
+        message = str(not_solved(name, float(error), limit, backwards=backwards))
+        warnings.warn(message, stacklevel=2)
+
+
+def _each(f: Any, dts: Any) -> Any:
+    return f * dts.reshape(-1, *[1] * (f.ndim - 1)).astype(f.real.dtype)
+
+
+@dataclass(frozen=True)
+class _AsField:
+    """A function of (t, y) as the solver calls it; compares by what it says."""
+
+    tfirst: bool
+    dtype: str
+    name: str
+    order: str
+
+    def __call__(self, fun: Any, first: Any, second: Any, /, *args: Any, **kwargs: Any) -> Any:
+        t, y = (first, second) if self.tfirst else (second, first)
+        if not _compat.is_array(t) or jnp.shape(t) != ():
+            message = (
+                f"{self.name}: the field: expected a time of shape (), got"
+                f" {jax.tree.map(_type, t)}. {self.order}"
+            )
+            raise StructureError(message)
+        return fun((jnp.asarray(t, self.dtype), y), *args, **kwargs)
+
+
+class _HostField:
+    """The field on the host: a NumPy function, with its Jacobian by the state."""
+
+    def __init__(self, fun: Any, tfirst: bool) -> None:  # noqa: FBT001
+        self._fun = fun
+        self._tfirst = tfirst
+
+    def _point(self, first: Any, second: Any) -> Any:
+        t, y = (first, second) if self._tfirst else (second, first)
+        return np.concatenate([np.reshape(t, 1), np.ravel(y)])
+
+    def __call__(self, first: Any, second: Any, /) -> Any:
+        return self._fun(self._point(first, second))
+
+    def jacobian(self, first: Any, second: Any, /) -> Any:
+        """A row for each component of the field, a column for each of the state."""
+        return self._fun.jacobian(self._point(first, second))[:, 1:]
+
+
+def _is_complex(x: Any) -> bool:
+    return bool(jnp.issubdtype(x.dtype, jnp.complexfloating))
+
+
+def _type(x: Any) -> Any:
+    return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) if _compat.is_array(x) else x
+
+
+@overload
+def odeint(solver: Callable[P, R], /, **options: Unpack[OdeOptions]) -> OdeintSolver[P, R]: ...
+@overload
+def odeint(**options: Unpack[OdeOptions]) -> OdeDecorator: ...
+def odeint(solver: Callable[..., Any] | None = None, /, **options: Unpack[OdeOptions]) -> Any:
+    """Derivatives for a solver of an ordinary differential equation y' = field(t, y).
+
+    The decorated solver is called as before, `solver(field, y0, ts, ...)`, and returns what it
+    returned before: the states at the times `ts`, the first of which is y0. Derivatives, forward
+    and reverse and of any order, flow into every value that the field captures, into the extra
+    arguments that the solver passes on to it (what its signature collects in `*args` and
+    `**kwargs`, or a tuple named `args`), into `y0` and into `ts`. The same solver solves for them:
+    forward sensitivities in forward mode, the adjoint equation backwards in reverse mode. All else
+    in its signature is an option of its own, with derivative zero.
+
+    Args:
+        solver: `solver(field, y0, ts, ...)` in JAX, pure, or one `on_host`. `y0` is a pytree of
+            floating or complex arrays; `ts` is a vector of times that increase or decrease, of one
+            or more, which may repeat each other as far as the solver takes that. It returns a
+            pytree like y0, each array with a leading axis over `ts`.
+        tfirst: True: the solver calls `field(t, y)`, as scipy's `solve_ivp`, diffrax and
+            torchdiffeq do; False: `field(y, t)`, as `jax.experimental.ode.odeint` does.
+        has_aux: the solver returns `(ys, aux)`; aux has derivative zero.
+        takes: the states that the solver is given for a derivative, which are larger: "array": a
+            vector of real numbers; "pytree": a tuple of arrays. None: as y0, an array or a pytree.
+        reverse: "adjoint": a backward pass costs about two solves, however much the field captures;
+            y is solved for backwards, anew from each time in `ts`. "sensitivities": it solves
+            forwards for the derivative by every number that is differentiated by, at once: for
+            equations that are unstable backwards (stiff or dissipative ones) and few such numbers.
+        on_failure: what happens where a derivative cannot be trusted: y, solved for once more along
+            with it, is not what the solver returned, by more than 1% of a component's largest size
+            (1.9% in float32). "raise": an error where values are known, NaN inside `jit` and
+            `vmap`. "warn": NaN, and a warning that says why, from inside `jit` too. "nan": NaN.
+        check: False leaves that out.
+        tol: the difference that is accepted, relative. None: see `on_failure`.
+
+    Raises:
+        freevars.errors.NotASolutionError: see `on_failure`.
+        freevars.errors.StructureError: the field returns another structure or shape than y0, the
+            solver one that is not like y0 with an axis over `ts`, or calls the field in the other
+            order than `tfirst` says.
+
+    On the host (`on_host` below) y0 is a float64 vector of shape (n,) (a complex array as its real,
+    then its imaginary parts), the solver returns an array of shape (times, n), and the field is a
+    NumPy function with `field.jacobian(t, y)`, of shape (n, n), for methods that take it.
+
+    Source: Pontryagin et al. 1962, "The Mathematical Theory of Optimal Processes"; Chen et al.
+    2018, "Neural Ordinary Differential Equations".
+
+    >>> import jax, jax.numpy as jnp, freevars.jax as fv
+    >>> from jax.experimental import ode
+    >>> solve = fv.odeint(ode.odeint, tfirst=False)
+    >>> ts = jnp.array([0.0, 1.0])
+    >>> end = lambda rate: solve(lambda y, t: -rate * y, 2.0, ts)[-1]  # 2 exp(-rate)
+    >>> print(f"{end(1.0):.3f} {jax.grad(end)(1.0):.3f}")
+    0.736 -0.736
+    """
+    check_options("odeint", options, OdeOptions)
+
+    def decorate(solver: Callable[P, R], /) -> OdeintSolver[P, R]:
+        return OdeintSolver(solver, **options)
+
+    return decorate if solver is None else decorate(solver)
+
+
+class OdeDecorator(Protocol):
+    """Gives a solver a rule."""
+
+    def __call__(self, solver: Callable[P, R], /) -> OdeintSolver[P, R]:
+        """The solver with derivatives."""

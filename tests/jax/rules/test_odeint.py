@@ -1,0 +1,254 @@
+"""Differential equations: the adjoint equation and forward sensitivities against closed forms, for
+solvers in JAX and on the host."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.integrate
+from jax import lax
+from jax.experimental import ode
+
+import freevars.jax as fv
+from freevars.errors import NotASolutionError, StructureError
+
+ARGS = (1.3, np.array([0.5, 0.2]), np.array([0.1, 0.6, 1.0]))
+WEIGHTS = np.array([1.0, 2.0, 3.0])
+ALL = (0, 1, 2)
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def rk4(field, y0, ts, steps=20):
+    """For any pytree, and times in any order."""
+
+    def leg(y, ends):
+        h = (ends[1] - ends[0]) / steps
+
+        def step(y, i):
+            t = ends[0] + i * h
+            add = lambda k, c: jax.tree.map(lambda y, k: y + c * h * k, y, k)
+            k1 = field(t, y)
+            k2 = field(t + h / 2, add(k1, 0.5))
+            k3 = field(t + h / 2, add(k2, 0.5))
+            k4 = field(t + h, add(k3, 1.0))
+            slope = jax.tree.map(lambda a, b, c, d: (a + 2 * (b + c) + d) / 6, k1, k2, k3, k4)
+            return add(slope, 1.0), None
+
+        y = lax.scan(step, y, jnp.arange(steps))[0]
+        return y, y
+
+    rest = lax.scan(leg, y0, (ts[:-1], ts[1:]))[1]
+    return jax.tree.map(lambda y, ys: jnp.concatenate([y[None], ys]), y0, rest)
+
+
+@fv.odeint
+@fv.on_host
+def on_host(field, y0, ts, method="DOP853"):
+    out = scipy.integrate.solve_ivp(
+        field, (ts[0], ts[-1]), y0, method, t_eval=ts, rtol=1e-10, atol=1e-12
+    )
+    return out.y.T
+
+
+SOLVERS = {
+    "rk4": fv.odeint(rk4),
+    "sensitivities": fv.odeint(rk4, reverse="sensitivities"),
+    "pytree": fv.odeint(rk4, takes="pytree"),
+    "jax": lambda f, y0, ts: fv.odeint(ode.odeint, tfirst=False)(
+        lambda y, t: f(t, y), y0, ts, rtol=1e-10, atol=1e-10
+    ),
+    "host": on_host,
+}
+
+
+def oscillator(solve, w, y0, ts):
+    ys = solve(lambda t, y: jnp.stack([y[1], -(w**2) * y[0]]), y0, ts)
+    return jnp.sum(ys[:, 0] * WEIGHTS[: len(ts)])
+
+
+def exact(w, y0, ts):
+    t = ts - ts[0]
+    y = y0[0] * jnp.cos(w * t) + y0[1] / w * jnp.sin(w * t)
+    return jnp.sum(y * WEIGHTS[: len(ts)])
+
+
+TRANSFORMATIONS = {
+    "grad": lambda g: jax.grad(g, ALL),
+    "jit": lambda g: jax.jit(jax.grad(g, ALL)),
+    "jvp": lambda g: lambda *args: jax.jvp(g, args, args),
+    "hessian": lambda g: jax.hessian(g, ALL),
+    "reverse over reverse": lambda g: jax.jacrev(jax.jacrev(g, ALL), ALL),
+    "vmap": lambda g: (
+        lambda w, y0, ts: jax.vmap(jax.grad(g, ALL), (0, None, None))(jnp.stack([w, w / 2]), y0, ts)
+    ),
+}
+TABLE = [
+    *[(s, t) for s in SOLVERS for t in ("grad", "jvp")],
+    *[("rk4", t) for t in TRANSFORMATIONS if t not in {"grad", "jvp"}],
+    ("sensitivities", "hessian"),
+    ("host", "jit"),
+]
+SLOW = {"hessian", "reverse over reverse", "vmap"}
+
+
+@pytest.mark.parametrize(
+    ("solver", "name"),
+    [pytest.param(*row, marks=[pytest.mark.slow] if row[1] in SLOW else []) for row in TABLE],
+)
+def test_equals_the_closed_form(solver, name) -> None:
+    transform, args = TRANSFORMATIONS[name], tuple(map(jnp.asarray, ARGS))
+    got = transform(lambda *args: oscillator(SOLVERS[solver], *args))(*args)
+    expected = transform(exact)(*args)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "ts",
+    [[1.0, 0.6, 0.1], [0.4], [0.1, 0.1, 0.8], [0.8, 0.8]],
+    ids=["back", "one", "twice", "still"],
+)
+def test_times(ts) -> None:
+    """Decreasing, one alone, repeated; and the derivative by each of them."""
+    args = (ARGS[0], jnp.asarray(ARGS[1]), jnp.asarray(ts))
+    solve = fv.odeint(rk4)
+    got = jax.grad(lambda *args: oscillator(solve, *args), ALL)(*args)
+    for x, y in zip(got, jax.grad(exact, ALL)(*args), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7)
+
+
+def test_structures_and_types() -> None:
+    """A pytree with a complex state; captured integers; both modes, by all that is complex."""
+    solve, n = fv.odeint(rk4), jnp.array([1, 2])
+
+    def program(c):
+        y0 = {"z": jnp.array([1.0 + 0.5j, 0.3j]), "u": (jnp.array(2.0),)}
+        field = lambda t, y: {"z": c * n * y["z"], "u": (-jnp.abs(c) * y["u"][0],)}
+        ys = solve(field, y0, jnp.array([0.0, 0.5, 1.0]))
+        return jnp.sum(jnp.abs(ys["z"][1:]) ** 2) + ys["u"][0][-1]
+
+    def closed(c):
+        t = jnp.array([0.5, 1.0])[:, None]
+        z = jnp.array([1.0 + 0.5j, 0.3j]) * jnp.exp(c * n * t)
+        return jnp.sum(jnp.abs(z) ** 2) + 2 * jnp.exp(-jnp.abs(c))
+
+    c = 0.3 - 0.4j
+    np.testing.assert_allclose(jax.grad(program)(c), jax.grad(closed)(c), rtol=1e-6)
+    np.testing.assert_allclose(
+        jax.jvp(program, (c,), (1 + 2j,))[1], jax.jvp(closed, (c,), (1 + 2j,))[1], rtol=1e-6
+    )
+
+
+def test_kepler_against_finite_differences() -> None:
+    """Eccentric orbits, whose field is not linear, by the mass that the field captures."""
+
+    solve = fv.odeint(rk4)
+
+    def end(mass):
+        def field(t, s):
+            return jnp.concatenate([s[2:], -mass * s[:2] / jnp.sum(s[:2] ** 2) ** 1.5])
+
+        y0 = jnp.array([1.0, 0.0, 0.0, 0.8])
+        return solve(field, y0, jnp.array([0.0, 0.7, 1.5]), steps=100)[-1, 0]
+
+    h = 1e-4
+    difference = (end(1.0 + h) - end(1.0 - h)) / (2 * h)
+    np.testing.assert_allclose(jax.grad(end)(1.0), difference, rtol=1e-6)
+    np.testing.assert_allclose(jax.jvp(end, (1.0,), (1.0,))[1], difference, rtol=1e-6)
+
+
+def test_extra_arguments_are_differentiated_by() -> None:
+    solve = fv.odeint(ode.odeint, tfirst=False)
+    ts = jnp.array([0.0, 1.0])
+    end = lambda a, b: solve(lambda y, t, a, b: -a * y + 0 * b["n"], 1.0, ts, a, b)[-1]
+    np.testing.assert_allclose(jax.grad(end)(0.5, {"n": 3}), -np.exp(-0.5), rtol=1e-6)
+
+
+def decaying(rate, **options):
+    """Backwards it grows by exp(200)."""
+    solve = fv.odeint(rk4, **options)
+    ys = solve(lambda t, y: -rate * (y - jnp.cos(t)), 0.0, jnp.array([0.0, 2.0]), steps=400)
+    return ys[-1]
+
+
+def test_a_backward_solve_that_loses_the_state_is_refused() -> None:
+    with pytest.raises(NotASolutionError, match='reverse="sensitivities"'):
+        jax.grad(decaying)(100.0)
+    assert np.isnan(jax.jit(jax.grad(decaying))(100.0))
+    assert np.isnan(jax.grad(lambda r: decaying(r, on_failure="nan"))(100.0))
+    warned = jax.jit(jax.grad(lambda r: decaying(r, on_failure="warn")))
+    with pytest.warns(UserWarning, match="the state differs"):
+        assert np.isnan(jax.block_until_ready(warned(100.0)))
+
+
+def test_where_backwards_fails_forwards_does_not() -> None:
+    exact = jax.jvp(decaying, (100.0,), (1.0,))[1]
+    h = 1e-3
+    np.testing.assert_allclose(exact, (decaying(100 + h) - decaying(100 - h)) / (2 * h), rtol=1e-5)
+    got = jax.grad(lambda r: decaying(r, reverse="sensitivities"))(100.0)
+    np.testing.assert_allclose(got, exact, rtol=1e-9)
+
+
+def test_a_coarse_solver_is_refused_and_a_plain_one_is_not() -> None:
+    def euler(field, y0, ts, n=4):
+        h = (ts[-1] - ts[0]) / n
+        step = lambda i, y: y + h * field(ts[0] + i * h, y)
+        return jnp.stack([y0, lax.fori_loop(0, n, step, y0)])
+
+    slope = lambda n, **o: jax.grad(
+        lambda a: fv.odeint(euler, **o)(lambda t, y: a * y, 1.0, jnp.array([0.0, 1.0]), n=n)[-1]
+    )(1.0)
+    with pytest.raises(NotASolutionError, match=r"up to 1\.0e-02 is accepted"):
+        slope(4)
+    np.testing.assert_allclose(slope(200), np.exp(1.0), rtol=1e-2)
+    np.testing.assert_allclose(slope(4, tol=0.5), np.exp(1.0), rtol=0.5)
+    np.testing.assert_allclose(slope(4, check=False), slope(4, tol=0.5))
+
+
+def test_the_order_of_the_field() -> None:
+    ts = jnp.array([0.0, 1.0])
+    wrong = fv.odeint(ode.odeint)  # which calls field(y, t)
+    with pytest.raises(StructureError, match=r"say tfirst=False for field\(y, t\)"):
+        wrong(lambda y, t: -y, jnp.ones(2), ts)
+    # Of one number the value is right in either order, and the derivative is refused.
+    assert wrong(lambda y, t: -y, 1.0, ts)[-1] == pytest.approx(np.exp(-1.0))
+    with pytest.raises(StructureError, match=r"say tfirst=False for field\(y, t\)"):
+        jax.grad(lambda a: wrong(lambda y, t: -a * y, 1.0, ts)[-1])(1.0)
+
+
+def test_what_is_refused() -> None:
+    solve = fv.odeint(rk4)
+    with pytest.raises(StructureError, match=r"y0\['n'\] has dtype int64"):
+        solve(lambda t, y: y, {"n": jnp.array(1)}, jnp.ones(2))
+    with pytest.raises(StructureError, match="ts: expected a vector"):
+        solve(lambda t, y: y, 1.0, jnp.array(2.0))
+    with pytest.raises(StructureError, match="the field: expected a value like y0"):
+        solve(lambda t, y: jnp.stack([y, y]), 1.0, jnp.array([0.0, 1.0]))
+    with pytest.raises(StructureError, match="with a leading axis over ts"):
+        fv.odeint(lambda f, y0, ts: y0)(lambda t, y: y, 1.0, jnp.array([0.0, 1.0]))
+
+
+def test_the_host_is_given_the_jacobian() -> None:
+    """For stiff methods: a row for each component of the field, without the time."""
+    shapes = []
+
+    @fv.odeint
+    @fv.on_host
+    def radau(field, y0, ts):
+        shapes.append(field.jacobian(ts[0], y0).shape)
+        out = scipy.integrate.solve_ivp(
+            field, ts, y0, "Radau", rtol=1e-8, atol=1e-10, jac=field.jacobian
+        )
+        return out.y[:, [0, -1]].T
+
+    ts = jnp.array([0.0, 1.0])
+    end = lambda a: radau(lambda t, y: -a * y * jnp.array([1.0, 2.0]), jnp.ones(2), ts)[-1, 1]
+    np.testing.assert_allclose(jax.grad(end)(0.3), -2 * np.exp(-0.6), rtol=1e-6)
+    assert shapes == [(2, 2), (5, 5)]
