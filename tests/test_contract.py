@@ -123,6 +123,37 @@ def test_the_same_signatures(both) -> None:
         assert list(first.parameters) == list(second.parameters), name
 
 
+def test_the_same_options_of_integrals(both) -> None:
+    for file, name in (("integral", "IntegralOptions"), ("odeint", "OdeOptions")):
+        first, second = (
+            getattr(importlib.import_module(f"freevars.{host.name}._rules.{file}"), name)
+            for host in both
+        )
+        assert typing.get_type_hints(first) == typing.get_type_hints(second)
+
+
+def test_the_same_derivatives_of_integrals(host) -> None:
+    """One step of the midpoint rule, and one of Euler's method, forwards and back."""
+    fv, one = host.fv, host.array(1.0)
+
+    @fv.integral
+    def midpoint(fun, low, high, *, parts=1):
+        del parts
+        return (high - low) * fun((low + high) / 2)
+
+    area = lambda a: midpoint(lambda t: a * t**2, low=0 * a, high=2 * a, parts=1)
+    assert float(host.gradient(area)(one)) == 2.0 + 2.0 * 4.0
+
+    @fv.odeint(check=False)
+    def euler(fun, y0, ts, *, parts=1):
+        del parts
+        return host.stack([y0, y0 + (ts[1] - ts[0]) * fun(ts[0], y0)])
+
+    end = lambda a: euler(lambda t, y: a * t + 0 * y, y0=one, ts=host.array([1.0, 3.0]))[1]
+    # From y' = a t: y_t = a t, and backwards the integral of t by one step from the end.
+    assert float(host.gradient(end)(one)) == 2.0 * 3.0
+
+
 def test_the_same_attributes_of_a_closure(both) -> None:
     found = {}
     for host in both:
@@ -249,6 +280,46 @@ MISTAKES: dict[str, tuple[type[Exception], str, Callable[[Host], Any]]] = {
         lambda h: h.gradient(
             lambda a: newton(h)(lambda x: a * 0 * x.sum() + 0 * x, h.array([1.0, 2.0])).sum()
         )(h.array(2.0)),
+    ),
+    "an integrator of two arguments": (
+        TypeError,
+        r"takes integrand, a and b as its first three arguments, got <lambda>\(f, a\)",
+        lambda h: h.fv.integral(lambda f, a: f(a)),
+    ),
+    "an integrator that is none": (
+        TypeError,
+        r"a function solver\(field, y0, ts, \.\.\.\), got 3",
+        lambda h: h.fv.odeint(3),
+    ),
+    "an option of another rule": (
+        TypeError,
+        "integral: expected the options has_aux, takes, got polish",
+        lambda h: h.fv.integral(polish=True),
+    ),
+    "another form": (
+        ValueError,
+        'takes: expected None, "pytree" or "array", got "scalar"|got \'scalar\'',
+        lambda h: h.fv.odeint(takes="scalar"),
+    ),
+    "another way back": (
+        ValueError,
+        'reverse: expected "adjoint" or "sensitivities"',
+        lambda h: h.fv.odeint(reverse="forward"),
+    ),
+    "an integrand that is none": (
+        TypeError,
+        "needs a callable, got int: 3",
+        lambda h: h.fv.integral(lambda f, a, b: f(a))(3, 0.0, 1.0),
+    ),
+    "an integral without aux": (
+        errors.StructureError,
+        r"a solver returns \(integral, aux\)",
+        lambda h: h.fv.integral(lambda f, a, b: f(a), has_aux=True)(lambda t: t, 0.0, 1.0),
+    ),
+    "a time that is none": (
+        errors.StructureError,
+        "ts: expected a vector of one or more times",
+        lambda h: h.fv.odeint(lambda f, y0, ts: y0)(lambda t, y: y, h.array(1.0), h.array(0.0)),
     ),
     "converting what is no function": (
         TypeError,

@@ -19,6 +19,8 @@ from freevars.torch._captures import captures
 from freevars.torch._closure import Closure
 from freevars.torch._convert.convert import Converted, closure_convert
 from freevars.torch._rules.derivative import LinearOperator
+from freevars.torch._rules.integral import IntegralSolver, integral
+from freevars.torch._rules.odeint import OdeintSolver, odeint
 from freevars.torch._rules.rules import (
     ImplicitSolver,
     argmin,
@@ -35,9 +37,11 @@ __all__ = [
     "Converted",
     "FreevarsError",
     "ImplicitSolver",
+    "IntegralSolver",
     "LeakError",
     "LinearOperator",
     "NotASolutionError",
+    "OdeintSolver",
     "SingularError",
     "StructureError",
     "argmin",
@@ -45,8 +49,10 @@ __all__ = [
     "closure_convert",
     "fixed_point",
     "implicit",
+    "integral",
     "least_squares",
     "neumann",
+    "odeint",
     "one_step",
     "root",
 ]

@@ -1,0 +1,259 @@
+"""The derivatives of a differential equation's solution, by the solver that finds it.
+
+Let y' = f(t, y, p), y(t_0) = y_0, and y_i = y(t_i). A change of p and of y_0 moves the solution by
+
+    d' = f_y d + f_p dp,    d(t_0) = dy_0                      forward sensitivities
+
+For cotangents g_i of the y_i, <l, d> with l' = -f_y^T l has the derivative <l, f_p dp>. So let l
+start as g_N at the last time, be solved for backwards, and jump by g_i at each t_i; then
+
+    sum_i <g_i, d_i> = <l(t_0), dy_0> + int_{t_0}^{t_N} <f_p^T l, dp> dt         adjoint equation
+
+Both are solved by the solver itself, together with y: backwards from the recorded y_i each time, in
+s = -t, so that a solver that takes increasing times is given increasing times. At equal times
+nothing is solved for. Where an equation is unstable backwards, the transpose can instead be taken
+of the sensitivities by every number of p and y_0, solved for at once and forwards. What is solved
+for again is compared with the recorded y_i (`freevars._solvers.integration`).
+
+A time moves its own y_i by f(t_i, y_i) dt_i; the first one starts another solution, as a change of
+y_0 by -f(t_0, y_0) dt_0 does.
+
+Sources: Pontryagin et al. 1962, "The Mathematical Theory of Optimal Processes"; Chen et al. 2018,
+"Neural Ordinary Differential Equations", appendix B; Cao, Li, Petzold and Serban 2003, "Adjoint
+sensitivity analysis for differential-algebraic equations". Not here: the decorator (`odeint`).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freevars._solvers.signature import SolverCall
+from freevars.torch import _compat
+from freevars.torch._compat import pytree
+from freevars.torch._rules.forms import Flat, tracked, value_and_vjp
+from freevars.torch._rules.implicit import jvp
+from freevars.torch._rules.integrator import Options, operate
+
+__all__ = ["Trajectory"]
+
+# The leaves of a field, from t, those of the state, and the tensors that it depends on.
+Fun = Callable[[Tensor, list[Tensor], Sequence[Tensor]], list[Tensor]]
+Pack = Callable[[list[Tensor]], Any]
+
+
+class Trajectory:
+    """One solution: of the times, the options' tensors, y_0, and what f depends on."""
+
+    def __init__(
+        self, solver: Any, fun: Fun, pack: Pack, takes: str, options: Options, states: int
+    ) -> None:
+        self.solver, self.fun, self.pack, self.takes = solver, fun, pack, takes
+        self.options, self.states = options, states
+        self.start = 1 + options.count  # of the leaves of y_0
+        self.end = self.start + states
+        self.aux: Any = None
+
+    def run(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Call the solver, with y_0 and the field in the form in which it takes them."""
+        ts, y0, values = tensors[0], list(tensors[self.start : self.end]), tensors[self.end :]
+        start = self.pack(y0)
+        spec = pytree.tree_structure(start)
+
+        def field(t: Tensor, y: Any) -> Any:
+            leaves = self.solver.leaves_of(y, start, spec)
+            with torch.set_grad_enabled(tracked(t, *leaves)):
+                return self.pack(self.fun(t, leaves, values))
+
+        options = self.options.rebuilt(tensors[1 : self.start])
+        call = SolverCall(None, (start, ts), (), {}, options)  # type: ignore[arg-type]
+        ys, self.aux = self.solver.solved(field, call)
+        return self.solver.states_of(ys, start, spec, len(ts))  # type: ignore[no-any-return]
+
+    def _solve(
+        self, fun: Fun, ts: Tensor, state: list[Tensor], options: Any, values: Any
+    ) -> list[Tensor]:
+        """Solve another equation by the same solver."""
+        flat = Flat(state)
+        whole = self.takes == "array"
+
+        def packed(t: Tensor, y: list[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
+            return [flat.ravel(fun(t, flat.unravel(y[0]), values))]
+
+        start = [flat.ravel(state)] if whole else state
+        pack: Pack = _only if whole else tuple
+        operation = Trajectory(
+            self.solver, packed if whole else fun, pack, self.takes, self.options, len(start)
+        )
+        out = operate(operation, [ts, *options, *start, *values])
+        return flat.unravel(out[0]) if whole else out
+
+    def _parts(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Any, list[Tensor], list[Tensor]]:
+        ts, options = tensors[0], tensors[1 : self.start]
+        return ts, options, list(tensors[self.start : self.end]), list(tensors[self.end :])
+
+    def pull(
+        self, tensors: Sequence[Tensor], out: Sequence[Tensor], g: Sequence[Tensor], needed: Any
+    ) -> Sequence[Tensor | None]:
+        """Cotangents of the times, of y_0 and of what the field depends on."""
+        ts, options, y0, values = self._parts(tensors)
+        wanted = [i for i, v in enumerate(values) if needed[self.end + i] and _smooth(v)]
+        backwards = self.solver.reverse == "adjoint"
+        solve = self._adjoint if backwards else self._by_sensitivities
+        by_p, by_y, error = solve(ts, options, values, wanted, out, g)
+        factor = self.solver.judged(error, Flat(y0).eps, g, backwards=backwards)
+        grads: list[Tensor | None] = [None] * len(tensors)
+        grads[self.start : self.end] = [ct * factor for ct in by_y]
+        for i, ct in zip(wanted, by_p, strict=True):
+            grads[self.end + i] = ct * factor
+        if needed[0]:
+            rows = []
+            for i in range(len(ts)):
+                slopes = self.fun(ts[i], [y[i] for y in out], values)
+                rows.append(_paired([ct[i] for ct in g], slopes).to(ts.dtype))
+                if i == 0:
+                    rows[0] = rows[0] - _paired(by_y, slopes).to(ts.dtype)
+            grads[0] = torch.stack(rows) * factor
+        return grads
+
+    def _adjoint(
+        self, ts: Tensor, options: Any, values: list[Tensor], wanted: list[int], out: Any, g: Any
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        m = self.states
+        of_y = Flat([y[0] for y in out])
+
+        def field(s: Tensor, state: list[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
+            y, costate = state[:m], state[m : 2 * m]
+
+            def f(*inputs: Tensor) -> Tensor:
+                own = _merged(values, wanted, inputs[m:])
+                return of_y.ravel(self.fun(-s, list(inputs[:m]), own))
+
+            at = [*y, *(values[i] for i in wanted)]
+            value, pulled = value_and_vjp(f, at, of_y.ravel(costate))
+            return [*(-v for v in of_y.unravel(value)), *pulled]
+
+        costate = [ct[-1] for ct in g]
+        by_p = [torch.zeros_like(values[i]) for i in wanted]
+        gaps = []
+        for i in range(len(ts) - 1, 0, -1):
+            if not bool(_plain(ts[i] == ts[i - 1]).all()):
+                times = torch.stack([-ts[i], -ts[i - 1]])
+                start = [*(y[i] for y in out), *costate, *by_p]
+                end = [leaf[-1] for leaf in self._solve(field, times, start, options, values)]
+                gaps.append(_difference(out, end[:m], [y[i - 1] for y in out]))
+                costate, by_p = end[m : 2 * m], end[2 * m :]
+            costate = [a + ct[i - 1] for a, ct in zip(costate, g, strict=True)]
+        error = torch.stack(gaps).amax() if gaps else torch.zeros(())
+        return by_p, costate, error
+
+    def _by_sensitivities(
+        self, ts: Tensor, options: Any, values: list[Tensor], wanted: list[int], out: Any, g: Any
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        m, some = self.states, [values[i] for i in wanted]
+        of_y, of_p = Flat([y[0] for y in out]), Flat(some)
+
+        def field(t: Tensor, state: list[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
+            y, columns = state[:m], state[m]
+
+            def f(v: Tensor, p: Tensor) -> Tensor:
+                own = _merged(values, wanted, of_p.unravel(p))
+                return of_y.ravel(self.fun(t, of_y.unravel(v), own))
+
+            p = of_p.ravel([values[i] for i in wanted])
+            value, (f_y, f_p) = value_and_vjp(f, [of_y.ravel(y), p], None)
+            # The columns of p are unit vectors, and p does not move along those of y_0.
+            forced = torch.cat([f_p.to(of_y.dtype).T, torch.zeros_like(f_y)])
+            return [*of_y.unravel(value), columns @ f_y.T + forced]
+
+        unit = torch.eye(of_p.size + of_y.size, dtype=of_y.dtype, device=ts.device)
+        first = unit[:, of_p.size :]
+        start = [*(y[0] for y in out), first]
+        solved = self._solve(field, ts, start, options, values)
+        rows = torch.stack([of_y.ravel([ct[i] for ct in g]) for i in range(len(ts))])
+        found = torch.einsum("tkn,tn->k", solved[m], rows)
+        error = _difference(out, solved[:m], list(out))
+        return of_p.unravel(found[: of_p.size]), of_y.unravel(found[of_p.size :]), error
+
+    def push(
+        self, tensors: Sequence[Tensor], out: Sequence[Tensor], dots: Sequence[Tensor | None]
+    ) -> Sequence[Tensor]:
+        """The tangent of the states."""
+        ts, options, y0, values = self._parts(tensors)
+        m, n, dts = self.states, len(values), dots[0]
+        of_y = Flat(y0)
+        start = [
+            torch.zeros_like(y) if d is None else d
+            for y, d in zip(y0, dots[self.start : self.end], strict=True)
+        ]
+        if dts is not None:
+            slopes = self.fun(ts[0], y0, values)
+            start = [d - f * dts[0] for d, f in zip(start, slopes, strict=True)]
+        moving = [i for i in range(n) if dots[self.end + i] is not None and _smooth(values[i])]
+        some = [d for i in moving if (d := dots[self.end + i]) is not None]
+
+        def field(t: Tensor, state: list[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+            y, d = state[:m], state[m:]
+
+            def f(*at: Tensor) -> Tensor:
+                own = _merged(inputs[:n], moving, at[m:])
+                return of_y.ravel(self.fun(t, list(at[:m]), own))
+
+            at = [*y, *(inputs[i] for i in moving)]
+            like = of_y.ravel(y)
+            dot = jvp(f, at, [*d, *inputs[n:]], like=like)
+            return [*self.fun(t, y, inputs[:n]), *of_y.unravel(dot)]
+
+        solved = self._solve(field, ts, [*y0, *start], options, [*values, *some])
+        error = _difference(out, solved[:m], list(out))
+        asked = [*start, *some] if dts is None else [*start, *some, dts]
+        factor = self.solver.judged(error, of_y.eps, asked, backwards=False)
+        total = [d * factor for d in solved[m:]]
+        if dts is not None:
+            for i in range(len(ts)):
+                slopes = self.fun(ts[i], [y[i] for y in out], values)
+                for k, f in enumerate(slopes):
+                    unit = torch.zeros_like(dts)
+                    unit[i] = 1
+                    shape = (-1, *[1] * f.dim())
+                    total[k] = total[k] + (unit * dts[i]).reshape(shape) * f
+        return [d.to(y.dtype) for d, y in zip(total, out, strict=True)]
+
+
+def _only(leaves: list[Tensor]) -> Tensor:
+    return leaves[0]
+
+
+def _merged(values: Sequence[Tensor], where: Sequence[int], some: Sequence[Tensor]) -> list[Tensor]:
+    merged = list(values)
+    for i, t in zip(where, some, strict=True):
+        merged[i] = t
+    return merged
+
+
+def _smooth(t: Tensor) -> bool:
+    return t.is_floating_point() or t.is_complex()
+
+
+def _paired(g: Sequence[Tensor], f: Sequence[Tensor]) -> Tensor:
+    pairs = [(a.conj() * b).real.sum() for a, b in zip(g, f, strict=True)]
+    return sum(pairs[1:], pairs[0])
+
+
+def _plain(t: Tensor) -> Tensor:
+    return [*_compat.unwrap(t)][-1]
+
+
+def _difference(ys: Any, again: Sequence[Tensor], recorded: Sequence[Tensor]) -> Tensor:
+    """How far two solutions are apart, relative to the largest size of each component."""
+    gaps = []
+    for y, a, b in zip(ys, again, recorded, strict=True):
+        if not y.numel():
+            continue
+        size = y.detach().abs().amax(0)
+        least = torch.finfo(y.dtype).eps ** 0.5 * size.amax()
+        size = torch.maximum(size, least)
+        size = torch.where(size > 0, size, torch.ones_like(size))
+        gaps.append(((a - b).detach().abs() / size).amax().double())
+    return torch.stack(gaps).amax() if gaps else torch.zeros(())

@@ -1,0 +1,109 @@
+"""Tensors in the form in which a solver integrates them: a tuple, a vector, or number by number.
+
+Not here: which form a solver takes (`freevars._solvers.integration`).
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from freevars.torch import _compat
+
+__all__ = ["Flat", "tracked", "value_and_vjp"]
+
+
+class Flat:
+    """A list of real and complex tensors as one real vector, and back; both are linear."""
+
+    def __init__(self, like: Sequence[Tensor]) -> None:
+        self._like = [(tuple(t.shape), t.dtype) for t in like]
+        self.dtype: torch.dtype = functools.reduce(
+            torch.promote_types, [d.to_real() for _, d in self._like], torch.float32
+        )
+        self.eps = max((torch.finfo(d).eps for _, d in self._like), default=0.0)
+        self._sizes = [math.prod(s) * (2 if d.is_complex else 1) for s, d in self._like]
+        self.size = sum(self._sizes)
+
+    def ravel(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Float[n]."""
+        nothing = tensors[0].new_zeros(0) if tensors else torch.zeros(0)
+        parts = [nothing.real.to(self.dtype)]
+        for t, (shape, dtype) in zip(tensors, self._like, strict=True):
+            u = t.expand(shape)
+            if dtype.is_complex:
+                u = torch.view_as_real(u.to(dtype).resolve_conj())
+            parts.append(u.reshape(-1).to(self.dtype))
+        return torch.cat(parts)
+
+    def unravel(self, vector: Tensor) -> list[Tensor]:
+        """Any axes in front of the vector's own stay in front."""
+        lead, start, tensors = vector.shape[:-1], 0, []
+        for (shape, dtype), n in zip(self._like, self._sizes, strict=True):
+            part = vector[..., start : start + n].to(dtype.to_real())
+            start += n
+            if dtype.is_complex:
+                tensors.append(torch.view_as_complex(part.reshape((*lead, *shape, 2)).contiguous()))
+            else:
+                tensors.append(part.reshape((*lead, *shape)))
+        return tensors
+
+
+def tracked(*tensors: Tensor) -> bool:
+    """Whether a solver differentiates by one of these itself."""
+    return _compat.functorch_active() or any(t.requires_grad for t in tensors)
+
+
+def value_and_vjp(
+    fun: Callable[..., Tensor], inputs: Sequence[Tensor], cotangent: Tensor | None
+) -> tuple[Tensor, list[Tensor]]:
+    """A real vector and J^T g, differentiable again where a graph is wanted; g=None: J itself, a
+    matrix for each input, with a leading axis over the vector."""
+    if _compat.functorch_active():
+        return _under_transforms(fun, inputs, cotangent)
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        aliases = [t.view_as(t) for t in inputs]
+        aliases = [t if t.requires_grad else t.detach().requires_grad_() for t in aliases]
+        out = fun(*aliases)
+        if not out.requires_grad:
+            lead = () if cotangent is not None else (out.numel(),)
+            return out, [torch.zeros(*lead, *t.shape, dtype=t.dtype) for t in inputs]
+
+        def pull(g: Tensor) -> Sequence[Tensor]:
+            return torch.autograd.grad(
+                out, aliases, g, create_graph=again, retain_graph=True, materialize_grads=True
+            )
+
+        if cotangent is not None:
+            grads = list(pull(cotangent))
+        else:
+            rows = [pull(e) for e in torch.eye(out.numel(), dtype=out.dtype, device=out.device)]
+            grads = [torch.stack(each) for each in zip(*rows, strict=True)]
+    return (out if again else out.detach()), grads
+
+
+def _under_transforms(
+    fun: Callable[..., Tensor], inputs: Sequence[Tensor], cotangent: Tensor | None
+) -> tuple[Tensor, list[Tensor]]:
+    def pull(g: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        def paired(*some: Tensor) -> tuple[Tensor, Tensor]:
+            out = fun(*some)
+            return (out * g).sum(), out
+
+        numbers = tuple(range(len(inputs)))
+        found: tuple[tuple[Tensor, ...], Tensor] = torch.func.grad(paired, numbers, has_aux=True)(
+            *inputs
+        )
+        return found
+
+    if not inputs:
+        return fun(), []
+    if cotangent is not None:
+        grads, out = pull(cotangent)
+        return out, list(grads)
+    out = fun(*inputs)
+    rows = [pull(e)[0] for e in torch.eye(out.numel(), dtype=out.dtype, device=out.device)]
+    return out, [torch.stack(each) for each in zip(*rows, strict=True)]

@@ -1,0 +1,341 @@
+"""Derivatives of a definite integral, by the solver that computes it.
+
+Let I = int_a^b f(t, p) dt with everything that f captures in p. Leibniz' rule:
+
+    dI = int_a^b (df/dp dp) dt + f(b) db - f(a) da
+
+The integral in it is linear in dp. Its transpose takes a cotangent g of I to
+
+    int_a^b (df/dp)^T g dt
+
+tensors like p, integrated at once where the solver takes pytrees or tensors, and else number by
+number. Both are calls of the decorated solver for another integrand. A limit that is infinite does
+not move, and its derivative is zero. Source: Leibniz 1697; Courant 1936, "Differential and Integral
+Calculus" II, chapter IV. Not here: differential equations (`odeint`).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, ParamSpec, Protocol, TypedDict, TypeVar, Unpack, overload
+
+import torch
+from torch import Tensor
+
+from freevars._contract import check_callable
+from freevars._solvers.integration import INTEGRAL, Takes, shown_by
+from freevars._solvers.options import check_options
+from freevars._solvers.signature import SolverCall
+from freevars.errors import StructureError
+from freevars.torch._compat import pytree
+from freevars.torch._convert.convert import closure_convert
+from freevars.torch._rules.forms import Flat, tracked, value_and_vjp
+from freevars.torch._rules.implicit import jvp
+from freevars.torch._rules.integrator import Integrator, Options, operate
+
+__all__ = ["IntegralOptions", "IntegralSolver", "integral"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+# The leaves of an integrand, from t and the tensors that it depends on.
+Fun = Callable[[Tensor, Sequence[Tensor]], list[Tensor]]
+# What the solver is given for these leaves, a tensor or a pytree, and back.
+Pack = Callable[[list[Tensor]], Any]
+
+
+class IntegralOptions(TypedDict, total=False):
+    """The keyword arguments of `integral`."""
+
+    has_aux: bool  # False
+    takes: Takes  # None
+
+
+class IntegralSolver(Integrator[P, R]):
+    """A solver with the derivatives of an integral; made by `integral`."""
+
+    kind: ClassVar[str] = "integral"
+    leads: ClassVar[tuple[str, ...]] = INTEGRAL
+    options = IntegralOptions
+
+    def _solve(self, call: SolverCall) -> Any:
+        check_callable(call.fun)
+        ends, dtype = self._limits(*call.x0)
+
+        def integrand(t: Tensor, args: Any, kwargs: Any) -> Any:
+            return pytree.tree_map(_inexact, call.fun(t, *args, **kwargs))
+
+        extra = (call.args, call.kwargs)
+        converted, hoisted = closure_convert(integrand, torch.zeros((), dtype=dtype), *extra)
+        places = Options({"extra": extra})
+        leaves, spec = pytree.tree_flatten(converted.out_struct)
+        n = places.count
+
+        def fun(t: Tensor, values: Sequence[Tensor]) -> list[Tensor]:
+            args, kwargs = places.rebuilt(values[:n])["extra"]
+            return pytree.tree_leaves(converted(t, args, kwargs, *values[n:]))
+
+        def pack(leaves: list[Tensor]) -> Any:
+            return pytree.tree_unflatten(leaves, spec)
+
+        is_leaf = spec == pytree.tree_structure(0)
+        shown = shown_by([tuple(leaf.shape) for leaf in leaves], is_leaf=is_leaf)
+        takes = self.given.get("takes") or shown
+        options = Options(call.options)
+        operation = _Integral(self, fun, pack, takes, options, dtype, ends)
+        tensors = [torch.as_tensor(e, dtype=dtype) for e in call.x0]
+        values = [*places.tensors, *hoisted]
+        value = pack(operate(operation, [*tensors, *options.tensors, *values]))
+        return (value, operation.aux) if self.has_aux else value
+
+    def _limits(self, *ends: Any) -> tuple[list[float | None], torch.dtype]:
+        """The limits that are infinite numbers, and the dtype of all points."""
+        dtype = None
+        for name, end in zip(("a", "b"), ends, strict=True):
+            number = isinstance(end, int | float) and not isinstance(end, bool)
+            if not number and not (
+                isinstance(end, Tensor) and not end.is_complex() and not end.dim()
+            ):
+                message = f"{self.__name__}: {name}: expected a real number, got {end!r}."
+                raise StructureError(message)
+            if isinstance(end, Tensor) and end.is_floating_point():
+                dtype = end.dtype if dtype is None else torch.promote_types(dtype, end.dtype)
+        infinite = [e if isinstance(e, float) and math.isinf(e) else None for e in ends]
+        return infinite, dtype or torch.get_default_dtype()
+
+
+class _Integral:
+    """One integral, of the limits, the options' tensors and the values that `fun` depends on."""
+
+    def __init__(
+        self,
+        solver: IntegralSolver[..., Any],
+        fun: Fun,
+        pack: Pack,
+        takes: Takes,
+        options: Options,
+        dtype: torch.dtype,
+        infinite: Sequence[float | None],
+    ) -> None:
+        self.solver, self.fun, self.pack, self.takes = solver, fun, pack, takes
+        self.options, self.dtype, self.infinite = options, dtype, infinite
+        self.start = 2 + options.count  # of the values
+        self.aux: Any = None
+
+    def run(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        values = tensors[self.start :]
+        seen: list[Any] = []
+
+        def integrand(t: Any, *_: Any, **__: Any) -> Any:
+            with torch.set_grad_enabled(isinstance(t, Tensor) and tracked(t)):
+                leaves = self.fun(self._point(t), values)
+            value = self.pack(leaves)
+            seen[:] = [pytree.tree_map(_shape, value)]
+            return value
+
+        a, b = (t if e is None else e for t, e in zip(tensors, self.infinite, strict=False))
+        call = SolverCall(None, (a, b), (), {}, self.options.rebuilt(tensors[2 : self.start]))  # type: ignore[arg-type]
+        out, self.aux = self.solver.call_solver(integrand, (a, b), call, "integral")
+        return self._checked(out, seen, values, tensors)
+
+    def _point(self, t: Any) -> Tensor:
+        point = torch.as_tensor(t, dtype=None if isinstance(t, Tensor) else self.dtype)
+        if point.dim() or torch.promote_types(point.dtype, self.dtype) != self.dtype:
+            message = (
+                f"{self.solver.__name__}: the integrand: expected a point of shape () and"
+                f" {self.dtype}, as the limits have it, got {point.dtype}{list(point.shape)}. Give"
+                " the limits as tensors of the dtype in which the solver works;"
+                " torch.func.vmap(integrand) takes many points."
+            )
+            raise StructureError(message)
+        return point.to(self.dtype)
+
+    def _checked(self, out: Any, seen: list[Any], values: Any, tensors: Any) -> list[Tensor]:
+        """The integral, of the structure and the shapes of the integrand."""
+        if not seen:  # the solver did not ask
+            leaves = self.fun(_inside(tensors[0], tensors[1]), values)
+            seen.append(pytree.tree_map(_shape, self.pack(leaves)))
+        found = pytree.tree_map(_shape, out)
+        if found != seen[0]:
+            message = (
+                f"{self.solver.__name__}: the returned integral: expected the structure and shapes"
+                f" of the integrand, {seen[0]}, got {found}. takes= says what the solver can"
+                " integrate."
+            )
+            raise StructureError(message)
+        return list(pytree.tree_leaves(out))
+
+    # Derivatives.
+
+    def pull(
+        self, tensors: Sequence[Tensor], out: Sequence[Tensor], g: Sequence[Tensor], needed: Any
+    ) -> Sequence[Tensor | None]:
+        """Cotangents of the limits and of what the integrand depends on."""
+        grads: list[Tensor | None] = [None] * len(tensors)
+        values = list(tensors[self.start :])
+        for i, sign in ((0, -1), (1, 1)):
+            if needed[i]:
+                there = self._value_at(tensors[i], tensors[1 - i], values)
+                pairs = [(ct.conj() * f).real.sum() for ct, f in zip(g, there, strict=True)]
+                grads[i] = sign * sum(pairs[1:], pairs[0]).to(self.dtype)
+        wanted = [i for i, v in enumerate(values) if needed[self.start + i] and _smooth(v)]
+        if not wanted:
+            return grads
+        n, of_out = len(values), Flat(out)
+        flat = Flat([values[i] for i in wanted])
+
+        def pulled(t: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+            def f(*some: Tensor) -> Tensor:
+                return of_out.ravel(self.fun(t, _merged(inputs[:n], wanted, some)))
+
+            return value_and_vjp(f, [inputs[i] for i in wanted], of_out.ravel(inputs[n:]))[1]
+
+        def integrate(fun: Fun, pack: Pack) -> list[Tensor]:
+            operation = self._like(fun, pack)
+            return operate(operation, [*tensors, *g])
+
+        if self.takes == "pytree":
+            found = integrate(pulled, tuple)
+        elif self.takes == "array":
+            found = flat.unravel(integrate(lambda t, v: [flat.ravel(pulled(t, v))], _only)[0])
+        else:
+            numbers = [
+                integrate(lambda t, v, k=k: [flat.ravel(pulled(t, v))[k]], _only)[0]  # type: ignore[misc]
+                for k in range(flat.size)
+            ]
+            found = flat.unravel(torch.stack(numbers))
+        for i, grad in zip(wanted, found, strict=True):
+            grads[self.start + i] = grad
+        return grads
+
+    def push(
+        self, tensors: Sequence[Tensor], out: Sequence[Tensor], dots: Sequence[Tensor | None]
+    ) -> Sequence[Tensor]:
+        """The tangent of the integral."""
+        values, n = list(tensors[self.start :]), len(tensors) - self.start
+        of_out = Flat(out)
+        total = [torch.zeros_like(t) for t in out]
+        moving = [i for i in range(n) if dots[self.start + i] is not None and _smooth(values[i])]
+        some = [d for i in moving if (d := dots[self.start + i]) is not None]
+        if moving:
+
+            def pushed(t: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+                def f(*some: Tensor) -> Tensor:
+                    return of_out.ravel(self.fun(t, _merged(inputs[:n], moving, some)))
+
+                like = inputs[moving[0]].new_zeros(of_out.size, dtype=of_out.dtype)
+                at = [inputs[i] for i in moving]
+                return of_out.unravel(jvp(f, at, inputs[n:], like=like))
+
+            total = operate(self._like(pushed, self.pack), [*tensors, *some])
+        for i, sign in ((0, -1), (1, 1)):
+            change = dots[i]
+            if change is not None:
+                there = self._value_at(tensors[i], tensors[1 - i], values)
+                total = [s + sign * f * change for s, f in zip(total, there, strict=True)]
+        return [s.to(o.dtype) for s, o in zip(total, out, strict=True)]
+
+    def _like(self, fun: Fun, pack: Pack) -> "_Integral":
+        rest = (self.takes, self.options, self.dtype, self.infinite)
+        return _Integral(self.solver, fun, pack, *rest)
+
+    def _value_at(self, end: Tensor, other: Tensor, values: Sequence[Tensor]) -> list[Tensor]:
+        """F at one limit; zero where that is infinite, where nothing moves."""
+        finite = torch.isfinite(end)
+        # Some point inside in its place, so that no derivative of f is taken at infinity.
+        leaves = self.fun(torch.where(finite, end, _inside(end, other)), values)
+        return [torch.where(finite, leaf, torch.zeros_like(leaf)) for leaf in leaves]
+
+
+def _inside(end: Tensor, other: Tensor) -> Tensor:
+    """A point between two limits, the first of which may be infinite."""
+    beside = torch.where(torch.isfinite(other), other + torch.sign(end), torch.zeros_like(end))
+    return torch.where(torch.isfinite(end), end, beside)
+
+
+def _only(leaves: list[Tensor]) -> Tensor:
+    return leaves[0]
+
+
+def _merged(values: Sequence[Tensor], where: Sequence[int], some: Sequence[Tensor]) -> list[Tensor]:
+    merged = list(values)
+    for i, t in zip(where, some, strict=True):
+        merged[i] = t
+    return merged
+
+
+def _smooth(t: Tensor) -> bool:
+    return t.is_floating_point() or t.is_complex()
+
+
+def _inexact(leaf: Any) -> Tensor:
+    t = torch.as_tensor(leaf)
+    return t if _smooth(t) else t.to(torch.get_default_dtype())
+
+
+def _shape(x: Any) -> Any:
+    return tuple(x.shape) if isinstance(x, Tensor) else () if isinstance(x, int | float) else x
+
+
+@overload
+def integral(
+    solver: Callable[P, R], /, **options: Unpack[IntegralOptions]
+) -> IntegralSolver[P, R]: ...
+@overload
+def integral(**options: Unpack[IntegralOptions]) -> "IntegralDecorator": ...
+def integral(
+    solver: Callable[..., Any] | None = None, /, **options: Unpack[IntegralOptions]
+) -> Any:
+    """Attaches the derivative of an integral from a to b to a solver that computes it.
+
+    The decorated solver is called as before, `solver(integrand, a, b, ...)`, and returns what it
+    returned before, now a differentiable function of everything that the integrand captures, of the
+    extra arguments that the solver passes on to it (what its signature collects in `*args` and
+    `**kwargs`, or a tuple named `args`), and of the limits; to any order, in reverse and forward
+    mode, under every torch.func transform. The derivatives are integrals too, by the same solver:
+    it has to be as good for the derivative of the integrand as for the integrand. All else in its
+    signature is an option of its own, with derivative zero.
+
+    Args:
+        solver: `solver(integrand, a, b, ...)`, which may leave PyTorch. `integrand(t)` takes a real
+            number or tensor of shape () and returns a tensor or a pytree of tensors, real or
+            complex; the integral has that structure. The limits reach the solver as tensors of
+            shape (), in the default dtype where they are numbers; an infinite number stays one, and
+            has derivative zero.
+        has_aux: the solver returns `(integral, aux)`; aux has no derivative.
+        takes: what the solver can integrate. A backward pass integrates tensors like everything
+            that is differentiated by: "pytree": at once, as a tuple; "array": at once, as a vector
+            of real numbers; "scalar": number by number, one after the other. None: what the call
+            shows, "scalar" if its integrand returns a number, "array" if a tensor, "pytree" if
+            something else.
+
+    Raises:
+        StructureError: the solver returns another structure or shape than the integrand does, or
+            asks for a point of a wider dtype than the limits have, or a limit is no real number.
+        CaptureError: as `closure_convert` does.
+
+    The mathematics: Leibniz' rule for the derivative of an integral.
+
+    Example:
+        >>> import torch
+        >>> import freevars.torch as fv
+        >>> @fv.integral
+        ... def midpoint(f, a, b, n=1000):
+        ...     t = a + (b - a) * (torch.arange(n) + 0.5) / n
+        ...     return (b - a) * torch.func.vmap(f)(t).mean()
+        >>> p, b = (torch.tensor(x, requires_grad=True) for x in (2.0, 1.0))
+        >>> grads = torch.autograd.grad(midpoint(lambda t: t**p, 0.0, b), (p, b))
+        >>> [f"{float(g):.3f}" for g in grads]  # of b^(p+1) / (p+1): -1/9, 1
+        ['-0.111', '1.000']
+    """
+    check_options("integral", options, IntegralOptions)
+
+    def decorate(solver: Callable[P, R], /) -> IntegralSolver[P, R]:
+        return IntegralSolver(solver, **options)
+
+    return decorate if solver is None else decorate(solver)
+
+
+class IntegralDecorator(Protocol):
+    """Gives a solver a rule."""
+
+    def __call__(self, solver: Callable[P, R], /) -> IntegralSolver[P, R]:
+        """The solver with derivatives."""

@@ -1,0 +1,269 @@
+"""Derivatives for solvers of ordinary differential equations: `odeint`.
+
+Not here: the mathematics (`adjoint`), and what makes a call a differentiable operation
+(`integrator`).
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, ParamSpec, Protocol, TypedDict, TypeVar, Unpack, overload
+
+import torch
+from torch import Tensor
+
+from freevars._contract import check_callable
+from freevars._solvers.integration import ODE, OdeOnFailure, Reverse, State, not_solved, shown_by
+from freevars._solvers.options import check_options
+from freevars._solvers.signature import SolverCall
+from freevars._solvers.verdict import Limits
+from freevars.errors import StructureError
+from freevars.torch import _compat
+from freevars.torch._compat import pytree
+from freevars.torch._convert.convert import closure_convert
+from freevars.torch._rules.adjoint import Trajectory
+from freevars.torch._rules.integrator import Integrator, Options, operate
+
+__all__ = ["OdeOptions", "OdeintSolver", "odeint"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class OdeOptions(TypedDict, total=False):
+    """The keyword arguments of `odeint`."""
+
+    tfirst: bool  # True
+    has_aux: bool  # False
+    takes: State  # None
+    reverse: Reverse  # "adjoint"
+    on_failure: OdeOnFailure  # "raise"
+    check: bool  # True
+    tol: float | None  # None
+
+
+class OdeintSolver(Integrator[P, R]):
+    """A solver with the derivatives of a differential equation; made by `odeint`."""
+
+    kind: ClassVar[str] = "odeint"
+    leads: ClassVar[tuple[str, ...]] = ODE
+    options = OdeOptions
+
+    @property
+    def _tfirst(self) -> bool:
+        return bool(self.given.get("tfirst", True))
+
+    @property
+    def reverse(self) -> Reverse:
+        """How a backward pass is solved."""
+        return self.given.get("reverse", "adjoint")  # type: ignore[no-any-return]
+
+    def _solve(self, call: SolverCall) -> Any:
+        check_callable(call.fun)
+        y0, ts = call.x0
+        states, spec = self._states(y0)
+        if not isinstance(ts, Tensor) or ts.dim() != 1 or not len(ts) or ts.is_complex():
+            message = f"{self.__name__}: ts: expected a vector of one or more times, got {ts!r}."
+            raise StructureError(message)
+        ts = ts if ts.is_floating_point() else ts.to(torch.get_default_dtype())
+        tfirst = self._tfirst
+
+        def field(t: Tensor, y: Any, args: Any, kwargs: Any) -> list[Tensor]:
+            value = call.fun(*((t, y) if tfirst else (y, t)), *args, **kwargs)
+            return self._like(value, y, "field", self._order)
+
+        extra = (call.args, call.kwargs)
+        example = torch.zeros((), dtype=ts.dtype)
+        converted, hoisted = closure_convert(field, example, y0, *extra)
+        places, options = Options({"extra": extra}), Options(call.options)
+        n = places.count
+
+        def pack(leaves: list[Tensor]) -> Any:
+            return pytree.tree_unflatten(leaves, spec)
+
+        def fun(t: Tensor, y: list[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
+            args, kwargs = places.rebuilt(values[:n])["extra"]
+            leaves: list[Tensor] = converted(t.to(ts.dtype), pack(y), args, kwargs, *values[n:])
+            return leaves
+
+        is_leaf = spec == pytree.tree_structure(0)
+        shown = shown_by([tuple(y.shape) for y in states], is_leaf=is_leaf)
+        takes = self.given.get("takes") or ("pytree" if shown == "pytree" else "array")
+        operation = Trajectory(self, fun, pack, takes, options, len(states))
+        ys = operate(operation, [ts, *options.tensors, *states, *places.tensors, *hoisted])
+        return (pack(ys), operation.aux) if self.has_aux else pack(ys)
+
+    def _states(self, y0: Any) -> tuple[list[Tensor], Any]:
+        for path, leaf in pytree.tree_flatten_with_path(y0)[0]:
+            if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
+                message = (
+                    f"{self.__name__}: y0{pytree.keystr(path)}: expected a real or complex tensor,"
+                    f" got {leaf!r}."
+                )
+                raise StructureError(message)
+        leaves, spec = pytree.tree_flatten(y0)
+        return list(leaves), spec
+
+    def _like(self, value: Any, y: Any, what: str, hint: str) -> list[Tensor]:
+        """The leaves of what a field returns, like y."""
+        shapes = [pytree.tree_map(lambda t: tuple(getattr(t, "shape", ())), x) for x in (y, value)]
+        leaves = pytree.tree_leaves(value)
+        expected = pytree.tree_leaves(y)
+        if shapes[0] != shapes[1] or any(
+            isinstance(a, Tensor) and a.is_complex() and not b.is_complex()
+            for a, b in zip(leaves, expected, strict=True)
+        ):
+            message = (
+                f"{self.__name__}: the {what}: expected a value like y0, with the shapes"
+                f" {shapes[0]}, got {shapes[1]}. {hint}"
+            )
+            raise StructureError(message)
+        return [torch.as_tensor(a).to(b.dtype) for a, b in zip(leaves, expected, strict=True)]
+
+    @property
+    def _order(self) -> str:
+        first, other = ("(t, y)", "(y, t)") if self._tfirst else ("(y, t)", "(t, y)")
+        return (
+            f"The solver calls it as field{first} by tfirst={self._tfirst}; say"
+            f" tfirst={not self._tfirst} for field{other}."
+        )
+
+    # What `Trajectory` needs: the solver's own call, and what it is given and returns.
+
+    def solved(self, field: Callable[[Tensor, Any], Any], call: SolverCall) -> tuple[Any, Any]:
+        """Call the user's solver."""
+        ts = call.x0[1]
+
+        def as_called(first: Any, second: Any, *_: Any, **__: Any) -> Any:
+            t, y = (first, second) if self._tfirst else (second, first)
+            t = torch.as_tensor(t, dtype=None if isinstance(t, Tensor) else ts.dtype)
+            if t.dim():
+                message = (
+                    f"{self.__name__}: the field: expected a time of shape (), got"
+                    f" {list(t.shape)}. {self._order}"
+                )
+                raise StructureError(message)
+            return field(t, y)
+
+        return self.call_solver(as_called, call.x0, call, "ys")
+
+    def leaves_of(self, y: Any, start: Any, spec: Any) -> list[Tensor]:
+        """The leaves of a state that the solver asks the field at."""
+        del spec
+        return self._like(y, start, "argument of the field", self._order)
+
+    def states_of(self, ys: Any, start: Any, spec: Any, n: int) -> list[Tensor]:
+        """The leaves of what the solver returns."""
+        leaves, found = pytree.tree_flatten(ys)
+        expected = [(n, *y.shape) for y in pytree.tree_leaves(start)]
+        shapes = [tuple(getattr(y, "shape", ())) for y in leaves]
+        if found != spec or shapes != expected:
+            message = (
+                f"{self.__name__}: the returned ys: expected the states at all times, like y0 with"
+                f" a leading axis over ts, of shapes {expected}, got {shapes} in"
+                f" {type(ys).__name__}."
+            )
+            raise StructureError(message)
+        return list(leaves)
+
+    def judged(
+        self, error: Tensor, eps: float, asked: Sequence[Tensor], *, backwards: bool
+    ) -> Tensor | float:
+        """1, or NaN for a derivative that cannot be trusted, or an error that says why."""
+        if not self.given.get("check", True):
+            return 1.0
+        limit = Limits.of(eps, tol=self.given.get("tol")).step
+        with torch.no_grad():
+            nothing = torch.stack([(t == 0).all() for t in asked]).all()
+            good = (error <= limit) | nothing
+            known = [*_compat.unwrap(good)][-1]
+        if bool(known.all()):
+            return 1.0
+        how = self.given.get("on_failure", "raise")
+        worst = float([*_compat.unwrap(error)][-1].max())
+        problem = not_solved(self.__name__, worst, limit, backwards=backwards)
+        if how == "raise":
+            raise problem
+        if how == "warn":
+            warnings.warn(str(problem), stacklevel=2)
+        return torch.where(good, 1.0, torch.nan)
+
+
+@overload
+def odeint(solver: Callable[P, R], /, **options: Unpack[OdeOptions]) -> OdeintSolver[P, R]: ...
+@overload
+def odeint(**options: Unpack[OdeOptions]) -> "OdeDecorator": ...
+def odeint(solver: Callable[..., Any] | None = None, /, **options: Unpack[OdeOptions]) -> Any:
+    """Attaches the derivatives of a differential equation y' = field(t, y) to a solver of it.
+
+    The decorated solver is called as before, `solver(field, y0, ts, ...)`, and returns what it
+    returned before: the states at the times `ts`, the first of which is y0; now a differentiable
+    function of everything that the field captures, of the extra arguments that the solver passes on
+    to it (what its signature collects in `*args` and `**kwargs`, or a tuple named `args`), of `y0`
+    and of `ts`; to any order, in reverse and forward mode, under every torch.func transform. The
+    same solver solves for the derivatives: forward sensitivities in forward mode, the adjoint
+    equation backwards in reverse mode. All else in its signature is an option of its own, with
+    derivative zero. A batch (`torch.func.vmap`) is solved one member after the other.
+
+    Args:
+        solver: `solver(field, y0, ts, ...)`, which may leave PyTorch. `y0` is a pytree of real or
+            complex tensors; `ts` is a vector of times that increase or decrease, of one or more,
+            which may repeat each other as far as the solver takes that. It returns a pytree like
+            y0, each tensor with a leading axis over `ts`.
+        tfirst: True: the solver calls `field(t, y)`, as torchdiffeq and scipy's `solve_ivp` do;
+            False: `field(y, t)`.
+        has_aux: the solver returns `(ys, aux)`; aux has no derivative.
+        takes: the states that the solver is given for a derivative, which are larger: "array": a
+            vector of real numbers; "pytree": a tuple of tensors. None: as y0, a tensor or a pytree.
+        reverse: "adjoint": a backward pass costs about two solves, however much the field captures;
+            y is solved for backwards, anew from each time in `ts`. "sensitivities": it solves
+            forwards for the derivative by every number that is differentiated by, at once: for
+            equations that are unstable backwards (stiff or dissipative ones) and few such numbers.
+        on_failure: what happens where a derivative cannot be trusted: y, solved for once more along
+            with it, is not what the solver returned, by more than 1% of a component's largest size
+            (1.9% in float32). "raise": an error. "warn": NaN, and a warning that says why. "nan":
+            NaN.
+        check: False leaves that out.
+        tol: the difference that is accepted, relative. None: see `on_failure`.
+
+    Raises:
+        NotASolutionError: see `on_failure`.
+        StructureError: the field returns another structure or shape than y0, the solver one that is
+            not like y0 with an axis over `ts`, or calls the field in the other order than `tfirst`
+            says.
+        CaptureError: as `closure_convert` does.
+
+    The mathematics: Pontryagin et al. 1962, "The Mathematical Theory of Optimal Processes"; Chen et
+    al. 2018, "Neural Ordinary Differential Equations".
+
+    Example:
+        >>> import torch
+        >>> import freevars.torch as fv
+        >>> @fv.odeint
+        ... def heun(field, y0, ts, steps=100):
+        ...     ys = [y0]
+        ...     for t, h in zip(ts[:-1], ts.diff() / steps):
+        ...         y = ys[-1]
+        ...         for k in range(steps):
+        ...             slope = field(t + k * h, y)
+        ...             y = y + h / 2 * (slope + field(t + (k + 1) * h, y + h * slope))
+        ...         ys.append(y)
+        ...     return torch.stack(ys)
+        >>> rate = torch.tensor(1.0, requires_grad=True)
+        >>> ys = heun(lambda t, y: -rate * y, torch.tensor(2.0), torch.tensor([0.0, 1.0]))
+        >>> grad = torch.autograd.grad(ys[-1], rate)[0]
+        >>> f"{float(ys[-1].detach()):.3f} {float(grad):.3f}"  # 2 exp(-rate), -2 exp(-rate)
+        '0.736 -0.736'
+    """
+    check_options("odeint", options, OdeOptions)
+
+    def decorate(solver: Callable[P, R], /) -> OdeintSolver[P, R]:
+        return OdeintSolver(solver, **options)
+
+    return decorate if solver is None else decorate(solver)
+
+
+class OdeDecorator(Protocol):
+    """Gives a solver a rule."""
+
+    def __call__(self, solver: Callable[P, R], /) -> OdeintSolver[P, R]:
+        """The solver with derivatives."""

@@ -1,0 +1,145 @@
+"""Integrals: Leibniz' rule against closed forms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.integrate
+import torch
+from torch import Tensor
+
+import freevars.torch as fv
+from freevars.errors import StructureError
+from freevars.torch._compat import pytree
+
+f = torch.func
+F64 = torch.float64
+NODES, WEIGHTS = map(torch.tensor, np.polynomial.legendre.leggauss(12))
+ARGS = (torch.tensor([0.7, 0.3], dtype=F64), *torch.tensor([0.2, 1.3], dtype=F64))
+
+
+def gauss(fun: Any, a: Any, b: Any) -> Any:
+    """A rule with fixed nodes, for any pytree."""
+    values = [
+        pytree.tree_map(lambda v, w=w: (b - a) / 2 * w * v, fun((a + b) / 2 + (b - a) / 2 * x))
+        for x, w in zip(NODES, WEIGHTS, strict=True)
+    ]
+    return pytree.tree_map(lambda *each: sum(each[1:], each[0]), *values)
+
+
+def damped(solve: Any, p: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return solve(lambda t: torch.exp(-p[0] * t) * torch.cos(p[1] * t), a, b)
+
+
+def exact(p: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    c = torch.complex(-p[0], p[1])
+    return ((torch.exp(c * b) - torch.exp(c * a)) / c).real
+
+
+def backward(n: int) -> Any:
+    def derivative(g: Any, *args: Tensor) -> Any:
+        inputs = [t.clone().requires_grad_() for t in args]
+        out = g(*inputs)
+        for k in range(n):
+            grads = torch.autograd.grad(out, inputs, create_graph=k + 1 < n)
+            out = sum((x * x.cos()).sum() for x in grads)
+        return grads
+
+    return derivative
+
+
+ALL = (0, 1, 2)
+TRANSFORMATIONS: dict[str, Any] = {
+    "backward": backward(1),
+    "double backward": backward(2),
+    "grad": lambda g, *args: f.grad(g, ALL)(*args),
+    "jvp": lambda g, *args: f.jvp(g, args, args),
+    "reverse over reverse": lambda g, *args: f.jacrev(f.jacrev(g, ALL), ALL)(*args),
+    "forward over reverse": lambda g, *args: f.jacfwd(f.grad(g))(*args),
+    "vmap": lambda g, p, a, b: f.vmap(f.grad(g, ALL), (None, 0, None))(
+        p, torch.stack([a, a / 2]), b
+    ),
+}
+
+
+@pytest.mark.parametrize("takes", [None, "array", "pytree"])
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_equals_the_closed_form(name, takes) -> None:
+    transform, solve = TRANSFORMATIONS[name], fv.integral(gauss, takes=takes)
+    got = transform(lambda *args: damped(solve, *args), *ARGS)
+    torch.testing.assert_close(got, transform(exact, *ARGS), rtol=1e-9, atol=1e-11)
+
+
+def test_one_integral_for_all_where_the_solver_takes_it() -> None:
+    calls = []
+
+    def solver(fun, a, b):
+        calls.append(fun)
+        return gauss(fun, a, b)
+
+    w = torch.linspace(0.1, 1.0, 7, dtype=F64, requires_grad=True)
+    for takes, expected in ((None, 8), ("array", 2), ("pytree", 2)):
+        calls.clear()
+        zero = torch.zeros((), dtype=F64)
+        total = fv.integral(solver, takes=takes)(lambda t: (w * t).sin().sum(), zero, 1 + zero)
+        (got,) = torch.autograd.grad(total, w)
+        # d/dw int sin(w t) = int t cos(w t) dt over [0, 1]
+        torch.testing.assert_close(got, ((w.cos() + w * w.sin() - 1) / w**2).detach())
+        assert len(calls) == expected
+        # An integrand that returns a tensor shows that the solver takes these.
+        calls.clear()
+        each = fv.integral(solver, takes=takes)(lambda t: w * t, zero, 1 + zero)
+        torch.autograd.grad(each.sum(), w)
+        assert len(calls) == 2
+
+
+def test_scipy_and_infinite_limits() -> None:
+    solve = fv.integral(lambda fun, a, b: torch.tensor(scipy.integrate.quad(fun, a, b)[0]))
+    p = torch.tensor([0.7, 0.3], dtype=F64, requires_grad=True)
+    total = solve(lambda t: p[1] * torch.exp(-p[0] * t**2), 0.0, np.inf)
+    (got,) = torch.autograd.grad(total, p)
+    with torch.no_grad():  # sqrt(pi / p0) p1 / 2
+        expected = (torch.pi / p[0]).sqrt() * torch.stack([-p[1] / p[0] / 4, 0 * p[0] + 0.5])
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+    def tail(a, b):
+        return solve(lambda t: torch.exp(-t) / t, a, b)
+
+    one, infinity = torch.tensor([1.0, torch.inf], dtype=F64)
+    assert f.grad(tail, 1)(one, infinity) == 0.0
+    assert f.grad(f.grad(tail, 1), 1)(one, infinity) == 0.0
+    torch.testing.assert_close(f.grad(tail)(one, infinity), -torch.exp(-one))
+    torch.testing.assert_close(f.grad(tail, 1)(one, 2 * one), torch.exp(-2 * one) / 2)
+
+
+def test_structures_and_types() -> None:
+    solve, n = fv.integral(gauss), torch.arange(1, 3)
+
+    def program(z):
+        out = solve(
+            lambda t: {"c": (z * t) ** n, "r": z.abs() * t}, *torch.tensor([0.0, 1.0], dtype=F64)
+        )
+        return (out["c"].abs() ** 2).sum() + out["r"]
+
+    def closed(z):
+        return ((z**n / (n + 1)).abs() ** 2).sum() + z.abs() / 2
+
+    z, dz = (
+        torch.tensor(0.4 + 0.3j, dtype=torch.complex128),
+        torch.tensor(1 - 2j).to(torch.complex128),
+    )
+    torch.testing.assert_close(f.grad(program)(z), f.grad(closed)(z), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        f.jvp(program, (z,), (dz,))[1], f.jvp(closed, (z,), (dz,))[1], rtol=1e-6, atol=1e-6
+    )
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(StructureError, match="b: expected a real number"):
+        fv.integral(gauss)(lambda t: t, 0.0, torch.ones(2))
+    with pytest.raises(StructureError, match="expected a point of shape"):
+        fv.integral(lambda fun, a, b: fun(a.double()))(lambda t: t, 0.0, 1.0)
+    with pytest.raises(StructureError, match="the structure and shapes of the integrand"):
+        fv.integral(lambda fun, a, b: (fun(a), fun(b)))(lambda t: t, 0.0, 1.0)
