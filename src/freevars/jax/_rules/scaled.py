@@ -65,18 +65,25 @@ def factorise(matrix: Any, x: Vector, d: Vector, limits: Limits) -> Scaled:
     scaled, columns = scaled * up[None], columns * up
     again = 1 / power_of_two(jnp.max(jnp.abs(scaled), axis=1))
     scaled, rows = scaled * again[:, None], rows * again
-    lu = jax.scipy.linalg.lu_factor(scaled)
-    if len(x) <= _INVERSE:
-        inverse = jax.scipy.linalg.lu_solve(lu, jnp.eye(len(x), dtype=x.dtype))
-        return Scaled(matrix, rows, columns, scaled, lambda b: inverse @ b, lambda b: inverse.T @ b)
-    return Scaled(
-        matrix,
-        rows,
-        columns,
-        scaled,
-        lambda b: jax.scipy.linalg.lu_solve(lu, b),
-        lambda b: jax.scipy.linalg.lu_solve(lu, b, trans=1),
+    lu, _, order = jax.lax.linalg.lu(scaled)
+    # The permutation once for all solves: XLA makes it of the pivots in a loop.
+    lower = functools.partial(
+        jax.lax.linalg.triangular_solve, lu, left_side=True, lower=True, unit_diagonal=True
     )
+    upper = functools.partial(jax.lax.linalg.triangular_solve, lu, left_side=True)
+
+    def solve(b: Any) -> Any:
+        return upper(lower(b[order]))
+
+    if len(x) <= _INVERSE:
+        inverse = solve(jnp.eye(len(x), dtype=x.dtype))
+        return Scaled(matrix, rows, columns, scaled, lambda b: inverse @ b, lambda b: inverse.T @ b)
+
+    def transposed(b: Any) -> Any:
+        back = lower(upper(b, transpose_a=True), transpose_a=True)
+        return jnp.zeros_like(back).at[order].set(back, unique_indices=True)
+
+    return Scaled(matrix, rows, columns, scaled, solve, transposed)
 
 
 def wrap(
@@ -125,13 +132,15 @@ def measure(
     """The figures of a system at x, where F is f, and the Newton step; F is `again`, and `along`
     its direction for one of x and one of what it is differentiated by."""
     size = jnp.abs(x)
+    largest = jnp.max(size, initial=0)
     if len(x) == 1 and not least_squares:
         step = f / system.matrix[0]
         rounding = size
-        rcond = jnp.where(jnp.isfinite(step[0]) & (system.matrix[0, 0] != 0), 1, 0).astype(x.dtype)
+        norm = jnp.abs(system.matrix[0, 0])
+        rcond = jnp.where(jnp.isfinite(step[0]) & (norm > 0), 1, 0).astype(x.dtype)
     else:
-        step, rounding, rcond = _by_probes(system, size, f)
-    among = jnp.maximum(size, limits.column * jnp.max(size, initial=0))
+        step, rounding, norm, rcond = _by_probes(system, size, f)
+    among = jnp.maximum(size, limits.column * largest)
     least = jnp.minimum(limits.column * rounding, among)
     least = jnp.maximum(least, limits.rounding * rounding)
     near = jnp.maximum(size, least.astype(x.dtype))
@@ -148,8 +157,8 @@ def measure(
         # What no step removes is no rounding either: x is not a solution.
         left = system.rows * (f - system.matrix @ step)
         relative = jnp.maximum(relative, jnp.max(jnp.abs(left), initial=0))
-    finite = jnp.all(jnp.isfinite(x)) & jnp.all(jnp.isfinite(f))
-    finite &= jnp.all(jnp.isfinite(system.matrix))
+    finite = jnp.isfinite(largest) & jnp.isfinite(jnp.max(jnp.abs(f), initial=0))
+    finite &= jnp.isfinite(norm)
     zero = jnp.zeros_like(relative)
     left = zero
     if not (system.own or least_squares):
@@ -159,8 +168,8 @@ def measure(
     return Figures(finite, relative, change, rcond, left, zero, zero), step
 
 
-def _by_probes(system: Scaled, size: Vector, f: Vector) -> tuple[Vector, Vector, Any]:
-    """The Newton step, r, and the reciprocal condition number of S."""
+def _by_probes(system: Scaled, size: Vector, f: Vector) -> tuple[Vector, Vector, Any, Any]:
+    """The Newton step, r, and of S a bound of the norm and the reciprocal condition number."""
     probes = jnp.asarray(_signs(len(f)), f.dtype)
     weights = system.rows * (jnp.abs(system.matrix) @ size)
     sides = [(system.rows * f)[:, None], probes, weights[:, None] * probes]
@@ -176,8 +185,8 @@ def _by_probes(system: Scaled, size: Vector, f: Vector) -> tuple[Vector, Vector,
     inverse_norm = largest * jnp.max(jnp.linalg.norm(inverse / largest, axis=0))
     absolute = jnp.abs(system.scaled)
     norm = jnp.sqrt(jnp.max(jnp.sum(absolute, axis=0)) * jnp.max(jnp.sum(absolute, axis=1)))
-    rcond = 1 / (inverse_norm * jnp.minimum(norm, jnp.linalg.norm(system.scaled)))
-    return step, rounding, jnp.where(jnp.isfinite(rcond), rcond, 0)
+    rcond = 1 / (inverse_norm * norm)
+    return step, rounding, norm, jnp.where(jnp.isfinite(rcond), rcond, 0)
 
 
 @functools.cache
