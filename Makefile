@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 PIP = -m pip -qq --disable-pip-version-check
 
-.PHONY: test-torch-newest test-torch-oldest demo demo-torch examples test test-all bench bench-quick lint types docs matrix site dist-check test-newest test-oldest clean
+.PHONY: coverage test-torch-newest test-torch-oldest demo demo-torch demo-distributed examples test test-all bench bench-quick lint types docs matrix site dist-check test-newest test-oldest clean
 
 $(READY): pyproject.toml
 	@echo 'Setting up $(VENV), once.' >&2
@@ -20,6 +20,12 @@ demo: $(READY)
 demo-torch: $(READY)
 	@$(BIN)/python examples/torch_hyperparameters.py
 
+# Two processes with four devices each, and two processes under torchrun; each compares with one.
+demo-distributed: $(READY)
+	@$(BIN)/python examples/distributed/jax_job.py
+	@OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node=2 \
+		examples/distributed/torch_job.py
+
 # Each checks its own result and says so with its exit status.
 examples: $(READY)
 	@$(BIN)/python tools/gallery.py
@@ -30,6 +36,11 @@ test: $(READY)
 # With what takes long: large programs, meshes, processes, more random programs.
 test-all: $(READY)
 	@FREEVARS_EXAMPLES=100 $(BIN)/python -m pytest -n auto
+
+# The tests once more, with a look at which branches of the source they run; at least the share that
+# pyproject.toml states. Not in the gate: the look makes them a third slower.
+coverage: $(READY)
+	@FREEVARS_EXAMPLES=100 $(BIN)/python -m pytest -n auto --cov --cov-report=term:skip-covered
 
 # Takes its time; the page that it writes is part of the site.
 bench: $(READY)
@@ -57,11 +68,12 @@ docs: $(READY)
 matrix: $(READY)
 	@$(BIN)/python -W ignore -m benchmarks.behaviour --check docs/behaviour.md
 
-# The pages, the reference and the gallery, in build/site. Strict: a broken link fails. Examples that have
-# run since they were changed do not run again.
+# The pages, the reference and the gallery, in build/site; then a look at them in a browser, where there is
+# one. Strict: a broken link fails. Examples that have run since they were changed do not run again.
 site: $(READY) .venv-site/.ready
 	@$(BIN)/python tools/gallery.py --changed
 	@NO_MKDOCS_2_WARNING=1 .venv-site/bin/mkdocs --quiet build --strict
+	@$(BIN)/python -m pytest -n0 -rs tests/test_site_in_browser.py
 
 .venv-site/.ready: pyproject.toml
 	@$(PYTHON) -m venv .venv-site

@@ -7,7 +7,10 @@ of one road to earn the most, knowing how drivers react (a minimum over a root).
 wide to build the other road, knowing what the company will charge (a gradient through both).
 """
 
+# %%
 import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
 from jax import Array
 
 import freevars.jax as fv
@@ -15,6 +18,7 @@ import freevars.jax as fv
 jax.config.update("jax_enable_x64", True)
 
 
+# %%
 @fv.root
 def newton(fun, x0, steps=12):
     return jax.lax.fori_loop(0, steps, lambda _, x: x - fun(x) / jax.grad(fun)(x), x0)
@@ -41,26 +45,34 @@ def total_cost(width: Array) -> Array:
     return s * (1.0 + s**2) + (1.0 - s) * 2.0 * (1.0 - s) / width + 0.8 * width
 
 
-def main() -> None:
-    slope = jax.jit(jax.value_and_grad(total_cost))
-    width = 0.5
-    for _ in range(60):
-        cost, gradient = slope(width)
-        width -= 0.4 * gradient
-    toll = best_toll(width)
-    print(f"width {width:.4f}, toll {toll:.4f}, share {share(toll, width):.4f}, cost {cost:.4f}")
-    checks = {
-        "the city's slope is zero": abs(gradient) < 1e-6,
-        "its second derivative is positive": jax.hessian(total_cost)(width) > 0,
-        "the company's slope is zero": abs(jax.grad(lambda t: t * share(t, width))(toll)) < 1e-10,
-    }
-    difference = (total_cost(0.5 + 1e-5) - total_cost(0.5 - 1e-5)) / 2e-5
-    checks["the gradient is that of a difference"] = abs(slope(0.5)[1] - difference) < 1e-8
-    for what, holds in checks.items():
-        print(f"{what}: {bool(holds)}")
-    if not all(checks.values()):
-        raise SystemExit("a check failed")
+# %%
+slope = jax.jit(jax.value_and_grad(total_cost))
+width = 0.5
+for _ in range(60):
+    cost, gradient = slope(width)
+    width -= 0.4 * gradient
+toll = best_toll(width)
+print(f"width {width:.4f}, toll {toll:.4f}, share {share(toll, width):.4f}, cost {cost:.4f}")
+checks = {
+    "the city's slope is zero": abs(gradient) < 1e-6,
+    "its second derivative is positive": jax.hessian(total_cost)(width) > 0,
+    "the company's slope is zero": abs(jax.grad(lambda t: t * share(t, width))(toll)) < 1e-10,
+}
+difference = (total_cost(0.5 + 1e-5) - total_cost(0.5 - 1e-5)) / 2e-5
+checks["the gradient is that of a difference"] = abs(slope(0.5)[1] - difference) < 1e-8
 
+# %%
+widths = jnp.linspace(0.25, 1.5, 60)
+plt.figure(figsize=(7, 4), layout="constrained")
+plt.plot(widths, jax.vmap(total_cost)(widths), label="cost to the city")
+plt.plot(widths, jax.vmap(best_toll)(widths), label="toll that the company charges")
+plt.plot(width, cost, "o")
+plt.xlabel("width of the other road")
+plt.legend()
+plt.show()
 
-if __name__ == "__main__":
-    main()
+# %%
+for what, holds in checks.items():
+    print(f"{what}: {bool(holds)}")
+if not all(checks.values()):
+    raise SystemExit("a check failed")

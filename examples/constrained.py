@@ -10,8 +10,10 @@ of its Karush-Kuhn-Tucker conditions, in the weights and the multipliers togethe
 are exact where no limit is about to begin or cease to bind.
 """
 
+# %%
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
@@ -22,6 +24,7 @@ jax.config.update("jax_enable_x64", True)
 ASSETS = 6
 
 
+# %%
 @fv.root
 def newton(fun, x0, steps=20):
     """Newton's method for unknowns of any structure; on a `minimum` it changes the active set."""
@@ -47,35 +50,42 @@ def portfolio(returns: Array, covariance: Array) -> dict[str, Array]:
     return newton(conditions, start)
 
 
-def main() -> None:
-    factors = jax.random.normal(jax.random.key(2), (ASSETS, ASSETS))
-    covariance = factors @ factors.T / ASSETS + 0.2 * jnp.eye(ASSETS)
-    returns = jnp.linspace(-0.3, 0.3, ASSETS)
-    x = portfolio(returns, covariance)
-    by_returns = jax.jit(jax.jacrev(lambda r: portfolio(r, covariance)["w"]))(returns)
-    print("weights        ", x["w"].round(4))
-    print("price of limits", x["price of limit"].round(4))
-    print("change of weights by returns:", by_returns.round(3) + 0.0, sep="\n")
-
-    # The value changes by -w for each unit of return: the envelope theorem.
-    def value(r: Array) -> Array:
-        w = portfolio(r, covariance)["w"]
-        return w @ covariance @ w / 2 - r @ w
-
-    bound = x["w"] < 1e-12
-    checks = {
-        "some limit binds, some does not": 0 < jnp.sum(bound) < ASSETS,
-        "the conditions hold": jnp.all(x["w"] >= -1e-12) & jnp.all(x["price of limit"] >= -1e-12),
-        "a bound weight stays": jnp.all(jnp.abs(by_returns[bound]) < 1e-12),
-        "the weights stay a partition": jnp.all(jnp.abs(jnp.sum(by_returns, 0)) < 1e-12),
-        "more return never means less weight": jnp.all(jnp.diag(by_returns) >= 0),
-        "envelope theorem": jnp.allclose(jax.grad(value)(returns), -x["w"], atol=1e-12),
-    }
-    for what, holds in checks.items():
-        print(f"{what}: {bool(holds)}")
-    if not all(checks.values()):
-        raise SystemExit("a check failed")
+# %%
+factors = jax.random.normal(jax.random.key(2), (ASSETS, ASSETS))
+covariance = factors @ factors.T / ASSETS + 0.2 * jnp.eye(ASSETS)
+returns = jnp.linspace(-0.3, 0.3, ASSETS)
+x = portfolio(returns, covariance)
+by_returns = jax.jit(jax.jacrev(lambda r: portfolio(r, covariance)["w"]))(returns)
+print("weights        ", x["w"].round(4))
+print("price of limits", x["price of limit"].round(4))
+print("change of weights by returns:", by_returns.round(3) + 0.0, sep="\n")
 
 
-if __name__ == "__main__":
-    main()
+# The value changes by -w for each unit of return: the envelope theorem.
+def value(r: Array) -> Array:
+    w = portfolio(r, covariance)["w"]
+    return w @ covariance @ w / 2 - r @ w
+
+
+bound = x["w"] < 1e-12
+checks = {
+    "some limit binds, some does not": 0 < jnp.sum(bound) < ASSETS,
+    "the conditions hold": jnp.all(x["w"] >= -1e-12) & jnp.all(x["price of limit"] >= -1e-12),
+    "a bound weight stays": jnp.all(jnp.abs(by_returns[bound]) < 1e-12),
+    "the weights stay a partition": jnp.all(jnp.abs(jnp.sum(by_returns, 0)) < 1e-12),
+    "more return never means less weight": jnp.all(jnp.diag(by_returns) >= 0),
+    "envelope theorem": jnp.allclose(jax.grad(value)(returns), -x["w"], atol=1e-12),
+}
+
+# %%
+plt.figure(figsize=(6, 4), layout="constrained")
+plt.imshow(by_returns, cmap="RdBu", vmin=-2, vmax=2)
+plt.colorbar(label="change of a weight by a return")
+plt.gca().set(xlabel="return of asset", ylabel="weight of asset")
+plt.show()
+
+# %%
+for what, holds in checks.items():
+    print(f"{what}: {bool(holds)}")
+if not all(checks.values()):
+    raise SystemExit("a check failed")

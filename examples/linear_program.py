@@ -7,8 +7,10 @@ plan lies at a vertex, where as many constraints are active as there are product
 them. The derivative of the profit by the supplies is what HiGHS calls marginals: the check.
 """
 
+# %%
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import scipy.optimize
 from jax import Array
@@ -22,6 +24,7 @@ SUPPLY = jnp.array([14.0, 18.0, 8.5])
 PROFIT = jnp.array([4.0, 3.0])
 
 
+# %%
 @fv.argmin
 @fv.on_host
 def linear_program(objective, x0, *, bounds, inequality):
@@ -43,31 +46,38 @@ def plan(profit: Array, needs: Array, supply: Array) -> Array:
     )
 
 
-def main() -> None:
-    x = plan(PROFIT, NEEDS, SUPPLY)
-    by_supply = jax.jacobian(plan, 2)(PROFIT, NEEDS, SUPPLY)
-    print("plan", x.round(4))
-    print("by supply", by_supply.round(4) + 0.0, sep="\n")
+# %%
+x = plan(PROFIT, NEEDS, SUPPLY)
+by_supply = jax.jacobian(plan, 2)(PROFIT, NEEDS, SUPPLY)
+print("plan", x.round(4))
+print("by supply", by_supply.round(4) + 0.0, sep="\n")
 
-    best = lambda profit, needs, supply: profit @ plan(profit, needs, supply)
-    by_profit, by_needs, prices = jax.jit(jax.grad(best, (0, 1, 2)))(PROFIT, NEEDS, SUPPLY)
-    told = scipy.optimize.linprog(-PROFIT, A_ub=NEEDS, b_ub=SUPPLY)
-    print("prices of the supplies", prices.round(4), "by HiGHS", -told.ineqlin.marginals)
+best = lambda profit, needs, supply: profit @ plan(profit, needs, supply)
+by_profit, by_needs, prices = jax.jit(jax.grad(best, (0, 1, 2)))(PROFIT, NEEDS, SUPPLY)
+told = scipy.optimize.linprog(-PROFIT, A_ub=NEEDS, b_ub=SUPPLY)
+print("prices of the supplies", prices.round(4), "by HiGHS", -told.ineqlin.marginals)
 
-    h = 1e-3
-    moved = (plan(PROFIT, NEEDS, SUPPLY + h) - plan(PROFIT, NEEDS, SUPPLY - h)) / (2 * h)
-    checks = {
-        "the plan is HiGHS's": jnp.allclose(x, told.x),
-        "prices are marginals": jnp.allclose(prices, -told.ineqlin.marginals, atol=1e-12),
-        "profit by profit is the plan": jnp.allclose(by_profit, x, atol=1e-12),
-        "by needs: price times amount": jnp.allclose(by_needs, -jnp.outer(prices, x), atol=1e-12),
-        "the plan moves as by differences": jnp.allclose(by_supply.sum(1), moved, atol=1e-8),
-    }
-    for what, holds in checks.items():
-        print(f"{what}: {bool(holds)}")
-    if not all(checks.values()):
-        raise SystemExit("a check failed")
+h = 1e-3
+moved = (plan(PROFIT, NEEDS, SUPPLY + h) - plan(PROFIT, NEEDS, SUPPLY - h)) / (2 * h)
+checks = {
+    "the plan is HiGHS's": jnp.allclose(x, told.x),
+    "prices are marginals": jnp.allclose(prices, -told.ineqlin.marginals, atol=1e-12),
+    "profit by profit is the plan": jnp.allclose(by_profit, x, atol=1e-12),
+    "by needs: price times amount": jnp.allclose(by_needs, -jnp.outer(prices, x), atol=1e-12),
+    "the plan moves as by differences": jnp.allclose(by_supply.sum(1), moved, atol=1e-8),
+}
 
+# %%
+supplies = jnp.linspace(8.0, 24.0, 33)
+profits = [best(PROFIT, NEEDS, SUPPLY.at[1].set(supply)) for supply in supplies]
+plt.figure(figsize=(7, 4), layout="constrained")
+plt.plot(supplies, jnp.stack(profits))
+plt.axline((SUPPLY[1], best(PROFIT, NEEDS, SUPPLY)), slope=prices[1], linestyle="--")
+plt.gca().set(xlabel="supply of the second kind", ylabel="profit, and its price today")
+plt.show()
 
-if __name__ == "__main__":
-    main()
+# %%
+for what, holds in checks.items():
+    print(f"{what}: {bool(holds)}")
+if not all(checks.values()):
+    raise SystemExit("a check failed")

@@ -8,8 +8,10 @@ in O(n), here by LAPACK from JAX and on the host by scipy's sparse LU. A backwar
 transposed system in the same way.
 """
 
+# %%
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import scipy.sparse
 import scipy.sparse.linalg
@@ -23,6 +25,7 @@ N = 100_000
 SOURCE = jnp.sin(jnp.linspace(0.0, 20.0, N))
 
 
+# %%
 def residual(x: Array, stiffness: Array) -> Array:
     left, right = jnp.pad(x[:-1], (1, 0)), jnp.pad(x[1:], (0, 1))
     return 2.5 * x - 0.8 * left - 1.2 * right + stiffness * x**3 - SOURCE
@@ -58,22 +61,28 @@ def newton(fun, x0: Array, stiffness: Array) -> Array:
     return jax.lax.fori_loop(0, 8, step, x0)
 
 
-def main() -> None:
-    slopes = {}
-    for name, linear_solve in {"LAPACK": by_lapack, "scipy": by_scipy, "default": None}.items():
-        solve = fv.root(newton, linear_solve=linear_solve)
+# %%
+slopes = {}
+for name, linear_solve in {"LAPACK": by_lapack, "scipy": by_scipy, "default": None}.items():
+    solve = fv.root(newton, linear_solve=linear_solve)
 
-        def energy(stiffness: Array, solve=solve) -> Array:
-            x = solve(lambda x: residual(x, stiffness), jnp.zeros(N), stiffness)
-            return jnp.mean(x**2)
+    def energy(stiffness: Array, solve=solve) -> Array:
+        x = solve(lambda x: residual(x, stiffness), jnp.zeros(N), stiffness)
+        return jnp.mean(x**2)
 
-        slopes[name] = float(jax.jit(jax.grad(energy))(0.7))
-        print(f"{name:8} d energy / d stiffness = {slopes[name]:.12f}")
-    difference = float((energy(0.7 + 1e-5) - energy(0.7 - 1e-5)) / 2e-5)
-    print(f"a central difference            {difference:.12f}")
-    if not all(abs(s - difference) < 1e-8 for s in slopes.values()):
-        raise SystemExit("the derivatives differ")
+    slopes[name] = float(jax.jit(jax.grad(energy))(0.7))
+    print(f"{name:8} d energy / d stiffness = {slopes[name]:.12f}")
+difference = float((energy(0.7 + 1e-5) - energy(0.7 - 1e-5)) / 2e-5)
+print(f"a central difference            {difference:.12f}")
 
+# %%
+x = solve(lambda x: residual(x, 0.7), jnp.zeros(N), 0.7)
+plt.figure(figsize=(7, 3.5), layout="constrained")
+plt.plot(x, linewidth=0.5, label="solution")
+plt.plot(SOURCE, linewidth=0.5, label="source")
+plt.legend()
+plt.show()
 
-if __name__ == "__main__":
-    main()
+# %%
+if not all(abs(s - difference) < 1e-8 for s in slopes.values()):
+    raise SystemExit("the derivatives differ")

@@ -3,25 +3,29 @@
     python tools/gallery.py              run all of them
     python tools/gallery.py --changed    only those whose code, or the library's, has changed
 
-What an example prints and draws goes to ``build/gallery/NAME``, for the gallery of the site; so
-does the capture report that the site shows. Not here: the pages (``tools/site/hooks.py``).
+Each runs as a notebook (``tools/notebook.py``), which is left with its outputs in
+``build/gallery/NAME`` for the gallery of the site; the capture report that the site shows is made
+too. Not here: the pages (``tools/site/hooks.py``).
 """
 
 import argparse
 import hashlib
+import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "build" / "gallery"
+NOTEBOOK = ROOT / "tools" / "notebook.py"
 
 
 def fingerprint(example: Path) -> str:
     """Of everything that the example's output depends on, in this environment."""
     digest = hashlib.sha256(sys.version.encode())
-    for path in [example, *sorted((ROOT / "src").glob("**/*.py"))]:
+    for path in [example, NOTEBOOK, *sorted((ROOT / "src").glob("**/*.py"))]:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -30,12 +34,12 @@ def run(example: Path) -> bool:
     """Whether the example passed; its output is shown if it did not."""
     folder = RUNS / example.stem
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.iterdir():
+    for old in folder.glob("**/*"):
         if old.is_file():
             old.unlink()
     began = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, example],
+        [sys.executable, NOTEBOOK, example, folder],
         cwd=folder,
         capture_output=True,
         text=True,
@@ -45,9 +49,6 @@ def run(example: Path) -> bool:
     if done.returncode:
         print(f"{done.stdout}{done.stderr}\n{example.name}: exit status {done.returncode}")
         return False
-    for picture in folder.glob("out/*.png"):
-        picture.rename(folder / picture.name)
-    (folder / "output.txt").write_text(done.stdout)
     (folder / "fingerprint").write_text(fingerprint(example))
     return True
 
@@ -64,7 +65,10 @@ def main() -> int:
     changed_only = parser.parse_args().changed
     examples = sorted((ROOT / "examples").glob("*.py"))
     wanted = [example for example in examples if not (changed_only and current(example))]
-    failed = [example.name for example in wanted if not run(example)]
+    # Two at a time: most of an example is compiled or run on one core.
+    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as workers:
+        passed = list(workers.map(run, wanted))
+    failed = [example.name for example, ok in zip(wanted, passed, strict=True) if not ok]
     report = RUNS / "captures.html"
     if not failed and (wanted or not report.exists()):
         shown = [sys.executable, ROOT / "tools" / "show_report.py", "--html", report]
