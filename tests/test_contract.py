@@ -419,7 +419,7 @@ def test_truncated_backward_passes(host) -> None:
         iterate = host.fv.fixed_point(lambda fun, x0: 2 * fun(0 * x0), linear_solve=linear_solve)
         x = lambda a, iterate=iterate: iterate(lambda x: x / 2 + a, 0 * a)
         assert float(host.gradient(x)(host.array(3.0))) == expected
-    with pytest.raises(ValueError, match="terms is a number of 1 or more"):
+    with pytest.raises(ValueError, match="terms: expected a number of at least 1"):
         host.fv.neumann(0)
 
 

@@ -40,11 +40,10 @@ def cells(source: str) -> Iterator[Cell]:
     start = len("".join(source.splitlines(keepends=True)[: node.end_lineno]))
     marks = [m for m in MARK.finditer(source) if m.start() >= start]
     ends = [m.start() for m in marks[1:]] + [len(source)]
-    spans = list(zip(marks, ends, strict=True))
     first = marks[0].start() if marks else len(source)
     if source[start:first].strip():
         yield Cell(source[start:first], source.count("\n", 0, start), is_code=True)
-    for mark, end in spans:
+    for mark, end in zip(marks, ends, strict=False):  # a program has no marks, and one end
         text = source[mark.end() : end]
         if mark[1]:
             yield Cell(re.sub(r"^# ?", "", text, flags=re.MULTILINE).strip(), 0, is_code=False)

@@ -64,7 +64,7 @@ def test_the_parts_put_together_are_the_call():
         (lambda fun, *, x0: None, "a function and a starting point"),
         (lambda self, fun: None, "a function and a starting point"),
         (lambda fun, x0, args, *more: None, "in two ways"),
-        (max, "max does not tell its parameters"),
+        (max, "max has no signature that Python can read"),
     ],
 )
 def test_what_is_no_solver_is_refused(solver, text):

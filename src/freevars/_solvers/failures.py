@@ -132,6 +132,6 @@ def option_matters(
         f"{name}: a bound or constraint is active: a derivative by {what} is asked for, and it is"
         f" not zero, because the condition of {kind} does not hold at the result (a Newton step"
         f" would move a component by {step:.1e}, relative to its size; up to {limit:.1e} is"
-        f" accepted). For a constraint, {_STATE_IT}; anything else that x depends on belongs into"
+        f" accepted). For a constraint, {_STATE_IT}; anything else that x depends on belongs in"
         " fun."
     )

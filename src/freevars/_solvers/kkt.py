@@ -89,7 +89,9 @@ def take_constraints(kind: Kind, options: Mapping[str, Any], *, conserved: bool)
         raise TypeError(message)
     active = {name: value for name, value in given.items() if value is not None}
     if active and conserved:
-        message = "conserved: totals that are kept are an equality constraint; give them as one."
+        message = (
+            "conserved: no constraints may stand beside it: give the totals as equality= instead."
+        )
         raise TypeError(message)
     return active
 
@@ -165,9 +167,9 @@ def explain(name: str, found: Found, limits: Limits, eps: float) -> FreevarsErro
     zero = [n for n, gap, pull in sides if max(abs(gap), pull) <= least]
     if zero:
         return NotASolutionError(
-            f"{name}: degenerate: {_listed(zero)} is reached with a multiplier of zero, so that the"
-            " minimum has another derivative on each side of here. one_sided=True takes the one"
-            " that keeps the constraint active."
+            f"{name}: degenerate: {_listed(zero)} is reached with a multiplier of zero, so the"
+            " derivative of the minimum differs on each side of this point. one_sided=True takes"
+            " the one that keeps the constraint active."
         )
     if found.dependent:
         return SingularError(

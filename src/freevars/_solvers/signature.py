@@ -45,8 +45,8 @@ class SolverSignature:
             self._signature = inspect.signature(solver)
         except ValueError:
             message = (
-                f"{self.name} does not tell its parameters. Write a function {called} around it,"
-                " and decorate that."
+                f"{self.name} has no signature that Python can read. Write a function {called}"
+                " around it, and decorate that."
             )
             raise TypeError(message) from None
         parameters = list(self._signature.parameters.values())

@@ -173,8 +173,8 @@ def _keep_what_rules_hold(
     for x in [x for x in kept if isinstance(x, _compat.Tracer)] + lost:
         message = (
             f"{name_of(fun)}: a custom derivative rule in it, or the function that has the rule,"
-            f" captures the traced value {describe_capture(fun, x, jaxpr, values)}, and says"
-            " nothing of the derivative along it. Pass the value to the function that has the rule"
+            f" captures the traced value {describe_capture(fun, x, jaxpr, values)}, and does"
+            " not give its derivative. Pass the value to the function that has the rule"
             " as an argument."
         )
         raise CaptureError(message)

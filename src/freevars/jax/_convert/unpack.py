@@ -43,7 +43,7 @@ def unpack(packed: Packed) -> Program:
     if packed.release != jax.__version__:
         message = (
             f"the closure {packed.name} was pickled with JAX {packed.release}, and this is JAX"
-            f" {jax.__version__}: what a program is made of differs between releases. Keep `values`"
+            f" {jax.__version__}: the parts of a program differ between releases. Keep `values`"
             " instead, and convert the function again here."
         )
         raise pickle.UnpicklingError(message)

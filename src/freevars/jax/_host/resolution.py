@@ -59,8 +59,8 @@ class Resolution:
             return
         message = (
             f"{name}: the solver differences the function by steps that float32 does not see (it"
-            " asked for the value at points which are two in float64 and one in float32), found"
-            " all slopes zero and returned its start. Give it derivatives (jac=True with"
+            " evaluated points that differ in float64 and coincide in float32), found every slope"
+            " zero and returned its start. Give it derivatives (jac=True with"
             " fun.value_and_grad, jac=fun.grad, or fprime=fun.jacobian), a larger step (eps=1e-3,"
             ' say), or solve in float64: jax.config.update("jax_enable_x64", True).'
         )

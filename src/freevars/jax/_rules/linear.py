@@ -84,8 +84,8 @@ class Method(NamedTuple):
             raise TypeError(message)
         if self.preconditioner is not None and solve is not None:
             message = (
-                "preconditioner: it is for the default method; a linear_solve of your own brings"
-                " its own."
+                "preconditioner: it is for the default method; a linear_solve of your own"
+                " brings its own."
             )
             raise ValueError(message)
         if isinstance(self.dense_limit, bool) or not isinstance(self.dense_limit, int):

@@ -294,8 +294,8 @@ class ImplicitSolver(DecoratedSolver[P, R]):
         found, step = self._rule.compiled_verdict(tree, leaves, x, x0, captured[1])
         if isinstance(found.good, _compat.Tracer):
             message = (
-                f"{self.__name__}.diagnose: it gives numbers of Python, which are not known inside"
-                ' jit, vmap or grad. on_failure="warn" tells of failures there.'
+                f"{self.__name__}.diagnose: it returns Python numbers, which are not known inside"
+                ' jit, vmap or grad. on_failure="warn" reports failures there.'
             )
             raise TypeError(message)
         limits = diagnostics.limits_of(Coordinates(x), self._rule.tol)

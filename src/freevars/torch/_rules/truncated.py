@@ -17,7 +17,7 @@ class Truncated:
 
     def __init__(self, terms: int, step: float | Tensor) -> None:
         if isinstance(terms, bool) or not isinstance(terms, int) or terms < 1:
-            message = f"neumann: terms is a number of 1 or more, got {terms!r}."
+            message = f"neumann: terms: expected a number of at least 1, got {terms!r}."
             raise ValueError(message)
         self.terms = terms
         self.step = step
