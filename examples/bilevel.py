@@ -62,10 +62,12 @@ difference = (total_cost(0.5 + 1e-5) - total_cost(0.5 - 1e-5)) / 2e-5
 checks["the gradient is that of a difference"] = abs(slope(0.5)[1] - difference) < 1e-8
 
 # %%
-widths = jnp.linspace(0.25, 1.5, 60)
+widths = jnp.linspace(0.25, 1.5, 30)
+both = jax.jit(lambda width: (total_cost(width), best_toll(width)))
+costs, tolls = map(jnp.stack, zip(*map(both, widths), strict=True))
 plt.figure(figsize=(7, 4), layout="constrained")
-plt.plot(widths, jax.vmap(total_cost)(widths), label="cost to the city")
-plt.plot(widths, jax.vmap(best_toll)(widths), label="toll that the company charges")
+plt.plot(widths, costs, label="cost to the city")
+plt.plot(widths, tolls, label="toll that the company charges")
 plt.plot(width, cost, "o")
 plt.xlabel("width of the other road")
 plt.legend()

@@ -141,8 +141,8 @@ def _by_state(x: Any) -> Hashable:
     if not state.digest:
         message = (
             f"{x!r} is static, and it can neither be hashed nor pickled, so that a"
-            " change to it would go unnoticed. Pass something that has a hash, such as a tuple, a frozenset or"
-            " a frozen dataclass."
+            " change to it would go unnoticed. Pass something that has a hash, such as a tuple, a"
+            " frozenset or a frozen dataclass."
         )
         raise TypeError(message)
     return (type(x), state.digest, state.by_identity)
