@@ -1,5 +1,6 @@
 """The small scripts of the gate."""
 
+import json
 import os
 import subprocess
 import sys
@@ -70,6 +71,49 @@ def test_check_docs_fails_a_bad_page(tmp_path: Path, bad: str, shown: str) -> No
     done = run("check_docs.py", page)
     assert done.returncode == 1
     assert shown in done.stdout + done.stderr
+
+
+IN_CELLS = """\"\"\"Two and two.
+
+More of it.
+\"\"\"
+
+# %%
+two = 2
+
+# %% [markdown]
+# What *follows* is four.
+
+# %%
+print(__name__, two + two)
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "cells"),
+    [
+        (IN_CELLS, ["markdown", "code", "markdown", "code"]),
+        (IN_CELLS.replace("# %%", "#"), ["markdown", "code"]),  # a program
+    ],
+)
+def test_an_example_becomes_a_notebook(tmp_path: Path, source: str, cells: list[str]) -> None:
+    (tmp_path / "four.py").write_text(source)
+    done = run("notebook.py", tmp_path / "four.py", tmp_path)
+    assert done.returncode == 0, done.stderr
+    notebook = json.loads((tmp_path / "four.ipynb").read_text())
+    assert [cell["cell_type"] for cell in notebook["cells"]] == cells
+    assert "".join(notebook["cells"][0]["source"]) == "Two and two.\n\nMore of it."
+    (output,) = notebook["cells"][-1]["outputs"]
+    assert output["text"] == ["__main__ 4"]
+    assert not (tmp_path / "thumbnail.png").exists()
+
+
+def test_a_notebook_fails_as_its_example_does(tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text(IN_CELLS + "\nraise SystemExit('two and two is five')\n")
+    done = run("notebook.py", tmp_path / "bad.py", tmp_path)
+    assert done.returncode == 1
+    assert "__main__ 4" in done.stdout
+    assert "two and two is five" in done.stderr
 
 
 @pytest.mark.slow
