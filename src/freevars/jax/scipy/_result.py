@@ -15,7 +15,7 @@ import numpy as np
 
 from freevars.jax import _compat
 
-__all__ = ["OptimizeResult", "RootResults", "root_status", "solver_status"]
+__all__ = ["OptimizeResult", "RootResults", "decode", "encode", "root_status", "solver_status"]
 
 _BYTES = 256  # of a message; what is longer is cut
 _COUNTS = ("nit", "nfev", "njev", "nhev")
@@ -28,7 +28,7 @@ def solver_status(result: Any = None) -> dict[str, Any]:
         "success": np.bool_(getattr(result, "success", False)),
         "status": np.int32(getattr(result, "status", 0)),
         **counts,
-        "_message": _encode(str(getattr(result, "message", ""))),
+        "_message": encode(str(getattr(result, "message", ""))),
     }
 
 
@@ -38,7 +38,7 @@ def root_status(result: Any = None) -> dict[str, Any]:
         "converged": np.bool_(getattr(result, "converged", False)),
         "iterations": _count(getattr(result, "iterations", None)),
         "function_calls": _count(getattr(result, "function_calls", None)),
-        "_message": _encode(str(getattr(result, "flag", ""))),
+        "_message": encode(str(getattr(result, "flag", ""))),
     }
 
 
@@ -46,18 +46,19 @@ def _count(n: Any) -> Any:
     return np.int32(-1 if n is None or not np.isfinite(n) else n)
 
 
-def _encode(text: str) -> Any:
+def encode(text: str) -> Any:
+    """A text as bytes of a fixed length."""
     data = text.encode()[:_BYTES]
     return np.frombuffer(data.ljust(_BYTES, b"\0"), np.uint8).copy()
 
 
-def _decode(data: Any) -> Any:
+def decode(data: Any) -> Any:
     """A text, or lists of texts over the axes of a batch; None where it is not known."""
     if isinstance(data, _compat.Tracer):
         return None
     array = np.asarray(data)
     if array.ndim > 1:
-        return [_decode(row) for row in array]
+        return [decode(row) for row in array]
     return array.tobytes().rstrip(b"\0").decode(errors="ignore")
 
 
@@ -99,7 +100,7 @@ class OptimizeResult:
     @property
     def message(self) -> Any:
         """Why the solver stopped: a str, a list of them for a batch; None where it is traced."""
-        return _decode(self._message)
+        return decode(self._message)
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class RootResults:
     @property
     def flag(self) -> Any:
         """Why the solver stopped: a str, a list of them for a batch; None where it is traced."""
-        return _decode(self._message)
+        return decode(self._message)
 
 
 for _cls in (OptimizeResult, RootResults):

@@ -11,12 +11,12 @@ import jax
 from freevars._solvers.signature import solver_name
 
 try:
-    from scipy import optimize
+    from scipy import integrate, optimize
 except ImportError as error:  # pragma: no cover (tested in a process of its own)
     message = "freevars.jax.scipy needs scipy: pip install 'freevars[scipy]'"
     raise ImportError(message) from error
 
-__all__ = ["as_tuple", "optimize", "refuse_derivatives", "tracing"]
+__all__ = ["as_tuple", "integrate", "optimize", "refuse_derivatives", "tracing"]
 
 # What JAX says where code asks for the numbers of a traced array.
 _ASKS_FOR_NUMBERS = (

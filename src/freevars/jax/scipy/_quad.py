@@ -1,0 +1,127 @@
+"""`scipy.integrate.quad`, with derivatives."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from freevars.jax._host.on_host import on_host
+from freevars.jax._rules.integral import integral
+from freevars.jax.scipy._scipy import as_tuple, integrate, tracing
+
+__all__ = ["quad"]
+
+
+def _run(
+    func: Any, a: Any, b: Any, args: tuple[Any, ...], *, points: Any, limits: Any, options: Any
+) -> tuple[Any, Any]:
+    """Run scipy on the host, once for each number of the integrand."""
+    del args
+    given = {"limit": limits, "points": points, **options}
+    inside = (a + b) / 2 if np.isfinite(a + b) else a + 1 if np.isfinite(a) else min(b - 1, 0.0)
+    if isinstance(func(inside), float):
+        return integrate.quad(func, a, b, **given)
+    parts = range(func(inside).size)
+    each = [integrate.quad(lambda t, k=k: func(t)[k], a, b, **given) for k in parts]
+    values, errors = np.transpose(each)
+    return values, np.linalg.norm(errors)
+
+
+_run.__name__ = "quad"  # what errors call it
+
+
+@functools.cache
+def _solver() -> Any:
+    return integral(has_aux=True)(on_host(_run, aux=np.zeros(())))
+
+
+def quad(
+    func: Callable[..., Any],
+    a: Any,
+    b: Any,
+    args: Any = (),
+    full_output: Any = 0,
+    epsabs: Any = 1.49e-8,
+    epsrel: Any = 1.49e-8,
+    limit: int = 50,
+    points: Any = None,
+    weight: Any = None,
+    wvar: Any = None,
+    wopts: Any = None,
+    maxp1: Any = 50,
+    limlst: Any = 50,
+    complex_func: bool = False,  # noqa: FBT001, FBT002 (scipy's)
+) -> tuple[Any, Any]:
+    """`scipy.integrate.quad` of a function in JAX, differentiable by limits and captures.
+
+    A backward pass integrates once for each number that is differentiated by, since scipy's method
+    takes numbers alone; for many of them, `freevars.jax.integral` of a rule in JAX is faster.
+
+    Args:
+        func: `func(t, *args)`, in JAX, gives a number for one of shape ().
+        a: a real number; it may be traced, as `b`. An infinite one has derivative zero.
+        b: see `a`.
+        args: extra arguments of `func`.
+        full_output: not here, and refused.
+        epsabs: as in scipy; so are `epsrel`, `limit` and `points`.
+        epsrel: see `epsabs`.
+        limit: see `epsabs`.
+        points: see `epsabs`.
+        weight: not here, and refused; so are `wvar` and `wopts`. Write the weight into `func`.
+        wvar: see `weight`.
+        wopts: see `weight`.
+        maxp1: of a weight.
+        limlst: of a weight.
+        complex_func: whether func gives complex numbers, as in scipy.
+
+    Returns:
+        The integral, and scipy's estimate of its error, which has derivative zero.
+
+    Raises:
+        TypeError: `func` cannot be traced by JAX or gives no number, or see above.
+
+    >>> import jax, jax.numpy as jnp, freevars.jax.scipy
+    >>> def tail(rate, start):
+    ...     density = lambda t: rate * jnp.exp(-rate * t)
+    ...     return freevars.jax.scipy.quad(density, start, jnp.inf)[0]
+    >>> slopes = jax.grad(tail, (0, 1))(2.0, 0.5)  # of exp(-rate start)
+    >>> print([f"{s:.4f}" for s in slopes])
+    ['-0.1839', '-0.7358']
+    """
+    del maxp1, limlst
+    for name, value in (("full_output", full_output), ("weight", weight), ("wvar", wvar)):
+        if value is not None and value != 0:
+            advice = (
+                "write the weight into the function" if name != "full_output" else "leave it out"
+            )
+            message = f"quad: {name}= has no place here, got {value!r}: {advice}."
+            raise TypeError(message)
+    if wopts is not None:
+        message = (
+            f"quad: wopts= has no place here, got {wopts!r}: write the weight into the function."
+        )
+        raise TypeError(message)
+
+    def number(t: Any, *args: Any) -> Any:
+        value = func(t, *args)
+        kind = jax.numpy.result_type(value) if jax.tree.structure(value).num_leaves == 1 else None
+        is_complex = kind is not None and jax.numpy.issubdtype(kind, jax.numpy.complexfloating)
+        if kind is None or np.shape(value) != () or (is_complex and not complex_func):
+            what = "a complex number takes complex_func=True; " if is_complex else ""
+            message = (
+                f"quad: expected a function that returns a number of shape (), got {value!r}."
+                f" {what}freevars.jax.integral takes a solver that integrates arrays."
+            )
+            raise TypeError(message)
+        return value
+
+    options = {"epsabs": epsabs, "epsrel": epsrel}
+    with tracing("quad", func):
+        result: tuple[Any, Any] = _solver()(
+            number, a, b, as_tuple(args), points=points, limits=limit, options=options
+        )
+    return result

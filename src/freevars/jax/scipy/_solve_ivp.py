@@ -1,0 +1,214 @@
+"""`scipy.integrate.solve_ivp`, with derivatives."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from freevars._solvers.integration import OdeOnFailure, Reverse
+from freevars.jax import _compat
+from freevars.jax._host.on_host import on_host
+from freevars.jax._rules.odeint import odeint
+from freevars.jax.scipy._result import decode, encode
+from freevars.jax.scipy._scipy import as_tuple, integrate, refuse_derivatives, tracing
+
+__all__ = ["OdeResult", "solve_ivp"]
+
+_IMPLICIT = {"Radau", "BDF", "LSODA"}  # methods that take a Jacobian
+_OPTIONS = {"first_step", "max_step", "min_step", "rtol", "atol"}
+_TOLERANCES = {"rtol": 1e-6, "atol": 1e-9}  # where none are given
+_SINGLE = {"rtol": 1e-4, "atol": 1e-7}  # in float32
+
+
+@dataclass(frozen=True)
+class OdeResult:
+    """What `solve_ivp` returns: a pytree with scipy's names.
+
+    Derivatives flow into `y` alone; everything else is what the solver said of its own run.
+
+    Attributes:
+        t: the times, of shape (n_points,).
+        y: the states, a pytree like y0, each array with a last axis over the times. NaN from where
+            the solver stopped short.
+        success: bool, whether it reached the last time.
+        status: int32, as in scipy.
+        nfev: int32, evaluations of the function.
+        njev: int32, evaluations of the Jacobian.
+        nlu: int32, factorisations.
+    """
+
+    t: Any
+    y: Any
+    success: Any
+    status: Any
+    nfev: Any
+    njev: Any
+    nlu: Any
+    _message: Any = field(repr=False)
+
+    @property
+    def message(self) -> Any:
+        """Why the solver stopped: a str, a list of them for a batch; None where it is traced."""
+        return decode(self._message)
+
+
+_names = [f.name for f in OdeResult.__dataclass_fields__.values()]
+jax.tree_util.register_dataclass(OdeResult, data_fields=_names, meta_fields=[])
+
+
+def _status(result: Any = None) -> dict[str, Any]:
+    counts = {n: np.int32(getattr(result, n, 0)) for n in ("status", "nfev", "njev", "nlu")}
+    return {
+        "success": np.bool_(getattr(result, "success", True)),
+        **counts,
+        "_message": encode(str(getattr(result, "message", ""))),
+    }
+
+
+def _run(
+    fun: Any, y0: Any, ts: Any, args: tuple[Any, ...], *, method: Any, options: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Run scipy on the host; times may repeat each other."""
+    del args
+    y0 = np.reshape(y0, -1)
+    forwards = ts[-1] >= ts[0]
+    times, place = np.unique(ts if forwards else -ts, return_inverse=True)
+    times = times if forwards else -times
+    if times.size == 1:
+        return np.tile(y0, (ts.size, 1)), _status()
+    options = {**options, "atol": _of_size(options["atol"], y0.size)}
+    if str(method) in _IMPLICIT:
+        options["jac"] = fun.jacobian
+    rows = np.full((times.size, y0.size), np.nan)
+    try:
+        result = integrate.solve_ivp(fun, (times[0], times[-1]), y0, method, times, **options)
+    except ValueError as error:
+        # An implicit method meets a state that is not finite, as backwards a stiff equation does.
+        if "infs or NaNs" not in str(error):
+            raise
+        stopped = {**_status(), "success": np.bool_(False), "status": np.int32(-1)}
+        return rows[np.reshape(place, -1)], {**stopped, "_message": encode(str(error))}
+    rows[: result.y.shape[1]] = result.y.T
+    return rows[np.reshape(place, -1)], _status(result)
+
+
+_run.__name__ = "solve_ivp"  # what errors call it
+
+
+def _of_size(atol: Any, n: int) -> Any:
+    """For each number of a state, which is larger where a derivative is solved for."""
+    if np.ndim(atol) == 0 or np.size(atol) >= n:
+        return atol
+    return np.concatenate([atol, np.full(n - np.size(atol), np.min(atol))])
+
+
+@functools.cache
+def _solver(on_failure: OdeOnFailure, reverse: Reverse, tol: float | None) -> Any:
+    rule = odeint(has_aux=True, on_failure=on_failure, reverse=reverse, tol=tol)
+    return rule(on_host(_run, aux=_status()))
+
+
+def solve_ivp(
+    fun: Callable[..., Any],
+    t_span: Any,
+    y0: Any,
+    method: Any = "RK45",
+    t_eval: Any = None,
+    dense_output: Any = False,  # noqa: FBT002 (scipy's)
+    events: Any = None,
+    vectorized: Any = False,  # noqa: FBT002 (scipy's)
+    args: Any = None,
+    *,
+    on_failure: OdeOnFailure = "raise",
+    reverse: Reverse = "adjoint",
+    tol: float | None = None,
+    **options: Any,
+) -> OdeResult:
+    """`scipy.integrate.solve_ivp` of a function in JAX, differentiable by everything it captures.
+
+    By y0, `args`, the first time and `t_eval` too. "Radau", "BDF" and "LSODA" are given the exact
+    Jacobian, also of the larger system that a derivative is solved for with.
+
+    Args:
+        fun: `fun(t, y, *args)`, in JAX, gives a value like y.
+        t_span: the first and the last time; it is solved up to the last of `t_eval`.
+        y0: a vector, or any pytree of floating or complex arrays.
+        method: as in scipy.
+        t_eval: the times at which y is returned. It is needed: how many steps the solver takes is
+            not known when a program is compiled.
+        dense_output: not here, and refused; so are `events` and `vectorized`.
+        events: see `dense_output`.
+        vectorized: see `dense_output`.
+        args: extra arguments of `fun`.
+        on_failure: as for `freevars.jax.odeint`; so are `reverse` and `tol`. For a stiff equation,
+            `reverse="sensitivities"` or forward mode.
+        reverse: see `on_failure`.
+        tol: see `on_failure`.
+        **options: `rtol`, `atol` (default: 1e-6 and 1e-9, in float32 1e-4 and 1e-7: a derivative
+            needs more than scipy's 1e-3), `first_step`, `max_step`, `min_step`, as in scipy. An
+            `atol` for each component holds for y; the rest of a larger system has the least of it.
+
+    Returns:
+        The times, the states, and what scipy said (`OdeResult`).
+
+    Raises:
+        TypeError: `fun` cannot be traced by JAX; `t_eval` is missing; an option has no place here.
+        ValueError: times of `t_eval` that are known lie outside of `t_span`.
+        freevars.errors.FreevarsError: as for `freevars.jax.odeint`.
+
+    >>> import jax, jax.numpy as jnp, freevars.jax.scipy
+    >>> def end(rate):
+    ...     decay = lambda t, y: -rate * y
+    ...     ts = jnp.array([1.0, 2.0])
+    ...     return freevars.jax.scipy.solve_ivp(decay, (0.0, 2.0), jnp.ones(1), t_eval=ts).y[0, -1]
+    >>> print(f"{end(0.5):.3f} {jax.grad(end)(0.5):.3f}")  # exp(-2 rate), -2 exp(-2 rate)
+    0.368 -0.736
+    """
+    refuse_derivatives("solve_ivp", jac=options.pop("jac", None))
+    for name, value in (
+        ("dense_output", dense_output),
+        ("events", events),
+        ("vectorized", vectorized),
+        *((name, value) for name, value in options.items() if name not in _OPTIONS),
+    ):
+        if value is not None and value is not False:
+            message = f"solve_ivp: {name}= has no place here, got {value!r}. Leave it out."
+            raise TypeError(message)
+    if t_eval is None:
+        message = (
+            "solve_ivp: t_eval: expected the times at which y is returned, got None: how many steps"
+            " the solver takes is not known when a program is compiled."
+            " t_eval=jnp.array(t_span) gives the ends."
+        )
+        raise TypeError(message)
+    times = jnp.asarray(t_eval)
+    dtype = jnp.result_type(float, times, *t_span)
+    ts = jnp.concatenate([jnp.asarray(t_span[0], dtype)[None], times.astype(dtype)])
+    _check_span(t_span, t_eval)
+    leaves = jax.tree.leaves(y0)
+    single = all(jnp.finfo(jnp.result_type(float, y)).eps > 1e-9 for y in leaves)  # noqa: PLR2004
+    given = (_SINGLE if single else _TOLERANCES) | {k: options[k] for k in options}
+    with tracing("solve_ivp", fun):
+        ys, status = _solver(on_failure, reverse, tol)(
+            fun, y0, ts, () if args is None else as_tuple(args), method=method, options=given
+        )
+    return OdeResult(ts[1:], jax.tree.map(lambda y: jnp.moveaxis(y[1:], 0, -1), ys), **status)
+
+
+def _check_span(t_span: Any, times: Any) -> None:
+    if not any(isinstance(t, _compat.Tracer) for t in (*t_span, times)) and np.size(times):
+        # By NumPy: inside `jit` an operation of JAX gives what is not known.
+        times = np.asarray(times)
+        low, high = np.sort([float(t) for t in t_span])
+        if np.min(times) < low or np.max(times) > high:
+            message = (
+                f"solve_ivp: t_eval: expected times in t_span, from {low} to {high}, got times from"
+                f" {np.min(times)} to {np.max(times)}."
+            )
+            raise ValueError(message)
