@@ -136,10 +136,6 @@ def check(make, *, rtol=2e-4, equal=True):
         assert one == other
 
 
-# The rules of these libraries hold objects of their own, which compare by identity: their closures
-# recompile where they could be equal, and that is all.
-
-
 def check_or_refused(make):
     """Since JAX 0.12 a jaxpr carries its constants, and equinox keeps one in its rules beside the
     constants that it really uses. What cannot be told from a real capture is refused."""

@@ -544,20 +544,3 @@ def test_an_optimiser_with_a_rule_of_its_own() -> None:
 
     assert jax.tree.structure(make(V)) == jax.tree.structure(make(V))
     assert jax.tree.structure(make(V)) != jax.tree.structure(make(V + 1))
-
-
-@pytest.mark.slow
-@pytest.mark.xfail(
-    strict=True,
-    reason="lineax's solve is a primitive with objects of equinox's, fresh in each trace, among its"
-    " parameters: nothing says that two of them are equal",
-)
-def test_a_root_by_optimistix() -> None:
-    optimistix = pytest.importorskip("optimistix")
-
-    def make(w):
-        solver = optimistix.Newton(1e-5, 1e-5)
-        fun = lambda x: optimistix.root_find(lambda y, _: y - jnp.cos(y * w) + x, solver, X).value
-        return fv.Closure(fun, X)
-
-    assert jax.tree.structure(make(V)) == jax.tree.structure(make(V + 1))

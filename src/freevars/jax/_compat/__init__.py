@@ -24,6 +24,7 @@ from freevars.jax._compat.axes import (
 )
 from freevars.jax._compat.callbacks import (
     CALLBACKS,
+    cells_that_count,
     host_call,
 )
 from freevars.jax._compat.context import (
@@ -32,6 +33,12 @@ from freevars.jax._compat.context import (
 from freevars.jax._compat.linear_map import (
     LinearMap,
     linear_map,
+)
+from freevars.jax._compat.params import (
+    JAXPR_TYPES,
+    map_programs,
+    nested_programs,
+    take_apart,
 )
 from freevars.jax._compat.parts import (
     make_equation,
@@ -43,7 +50,6 @@ from freevars.jax._compat.parts import (
 )
 from freevars.jax._compat.programs import (
     EQUATION,
-    JAXPR_TYPES,
     JITTED,
     ClosedJaxpr,
     Eqn,
@@ -57,7 +63,6 @@ from freevars.jax._compat.programs import (
     drop_dead_code,
     evaluate,
     jaxpr_as_fun,
-    nested_programs,
     prepend_operands,
     program_name,
     replace,
@@ -146,6 +151,7 @@ __all__ = [
     "captured_by_rule",
     "captured_tracers",
     "cast",
+    "cells_that_count",
     "close",
     "computes_now",
     "converts_weak_values",
@@ -179,6 +185,7 @@ __all__ = [
     "made_by",
     "make_equation",
     "make_program",
+    "map_programs",
     "nested_programs",
     "not_more_varying",
     "nothing_traced",
@@ -193,6 +200,7 @@ __all__ = [
     "scan_with_constants",
     "separate_constants",
     "symbolic_zero",
+    "take_apart",
     "trace_context",
     "traced_program",
     "tracks_varying",

@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
+from freevars.jax._compat.params import nested_programs
 from freevars.jax._compat.private import config, core
-from freevars.jax._compat.programs import nested_programs
 
 __all__ = [
     "coupled_axes",

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import FunctionType
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental.buffer_callback import buffer_callback
 
-__all__ = ["CALLBACKS", "host_call"]
+__all__ = ["CALLBACKS", "cells_that_count", "host_call"]
 
 # Primitives that call a function of the user's on the host each time that they run.
 CALLBACKS = {"pure_callback", "io_callback", "debug_callback", "buffer_callback"}
+
+
+def cells_that_count(fun: FunctionType) -> list[Any]:
+    """What a function closes over, without what only says where it was made.
+
+    The callbacks with which equinox raises an error at run time hold the stack of calls that led to
+    them, each `filter_jit` there under a fresh random mark, to show it below the message.
+    """
+    names = fun.__code__.co_freevars
+    reports = {"stack"} if fun.__module__ == "equinox._errors" else set()
+    pairs = zip(names, fun.__closure__ or (), strict=True)
+    return [cell.cell_contents for name, cell in pairs if name not in reports]
 
 
 def host_call(callback: Any, results: Sequence[Any], *args: Any) -> list[Any]:

@@ -9,12 +9,12 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
+from freevars.jax._compat.params import nested_programs
 from freevars.jax._compat.private import config, core, partial_eval
 from freevars.jax._compat.values import Tracer
 
 __all__ = [
     "EQUATION",
-    "JAXPR_TYPES",
     "JITTED",
     "ClosedJaxpr",
     "Eqn",
@@ -28,7 +28,6 @@ __all__ = [
     "drop_dead_code",
     "evaluate",
     "jaxpr_as_fun",
-    "nested_programs",
     "prepend_operands",
     "program_name",
     "replace",
@@ -56,8 +55,6 @@ jaxpr_as_fun: Any = core.jaxpr_as_fun
 
 Eqn: TypeAlias = Any  # jax.extend.core.JaxprEqn carries no types of its own
 
-JAXPR_TYPES = tuple({Jaxpr, ClosedJaxpr})
-
 
 def separate_constants(closed: Any) -> tuple[Any, list[Any]]:
     """The same program with its constants as leading inputs, and those constants.
@@ -83,17 +80,6 @@ def close(jaxpr: Any, consts: Sequence[Any] = ()) -> Any:
 def program_name(jaxpr: Any) -> str:
     """The name of the function that a program was traced from."""
     return str(getattr(jaxpr, "jaxpr", jaxpr).debug_info.func_name)
-
-
-def nested_programs(eqn: Eqn) -> list[Any]:
-    """The programs, open or closed, among the parameters of an equation."""
-    found: list[Any] = []
-    for value in eqn.params.values():
-        if isinstance(value, JAXPR_TYPES):
-            found.append(value)
-        elif isinstance(value, tuple):
-            found.extend([v for v in value if isinstance(v, JAXPR_TYPES)])
-    return found
 
 
 def drop_dead_code(jaxpr: Any, keep_inputs: Sequence[bool]) -> tuple[Any, list[bool]]:

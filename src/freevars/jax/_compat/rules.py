@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from freevars.jax._compat.params import nested_programs
 from freevars.jax._compat.private import (
     core,
     custom_derivatives,
@@ -16,7 +17,7 @@ from freevars.jax._compat.private import (
     partial_eval,
     util,
 )
-from freevars.jax._compat.programs import Eqn, Var, close, nested_programs, replace
+from freevars.jax._compat.programs import Eqn, Var, close, replace
 from freevars.jax._compat.values import is_smooth
 
 __all__ = [

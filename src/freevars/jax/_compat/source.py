@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from freevars.jax._compat.params import JAXPR_TYPES
 from freevars.jax._compat.private import config, source_info_util, traceback_util
-from freevars.jax._compat.programs import JAXPR_TYPES, ClosedJaxpr, separate_constants
+from freevars.jax._compat.programs import ClosedJaxpr, separate_constants
 
 __all__ = [
     "filter_traceback",

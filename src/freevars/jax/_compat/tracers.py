@@ -11,8 +11,8 @@ import jax
 import numpy as np
 from jax.interpreters.ad import Zero as _Zero
 
+from freevars.jax._compat.params import JAXPR_TYPES
 from freevars.jax._compat.private import ad, batching, core, partial_eval, source_info_util
-from freevars.jax._compat.programs import JAXPR_TYPES
 from freevars.jax._compat.values import Tracer, is_symbolic_zero
 
 __all__ = [

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from jax.lax import convert_element_type_p as _convert_p
 
+from freevars.jax._compat.params import nested_programs
 from freevars.jax._compat.private import convert_element_type
-from freevars.jax._compat.programs import nested_programs
 
 __all__ = ["cast", "converts_weak_values", "kind"]
 

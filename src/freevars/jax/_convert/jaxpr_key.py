@@ -21,7 +21,7 @@ from jax import tree_util
 from freevars.jax import _compat
 from freevars.jax._compat import Array, Literal, Tracer
 from freevars.jax._convert.rule import Rule, rule_p
-from freevars.jax._convert.static import Same, scalar_key, static_key, tree_key
+from freevars.jax._convert.static import Same, scalar_key, static_key
 from freevars.jax._convert.wrapped import Wrapped
 
 __all__ = ["JaxprKey", "Key", "array_key", "frozen"]
@@ -150,10 +150,24 @@ class JaxprKey:
         if isinstance(x, (Array, Tracer, np.ndarray)):
             return self._array(x)
         if isinstance(x, tree_util.PyTreeDef):
-            return tree_key(x)
+            return self._structure(x, look)
+        parts, _ = _compat.take_apart(x)
+        if parts:
+            return (kind, tuple([self._param(y, look) for y in parts]))
         if not isinstance(x, type) and (callable(x) or _compat.function_parts(x) is not None):
             return look(x)
         return static_key(x)
+
+    def _structure(self, tree: Any, look: Any) -> Hashable:
+        """A tree structure, whose metadata can hold programs."""
+        node = tree.node_data()  # None for a leaf
+        if node is None:
+            return None
+        return (
+            node[0],
+            self._param(node[1], look),
+            *[self._structure(t, look) for t in tree.children()],
+        )
 
     def _kept(self, x: Any) -> Hashable:
         """A function that JAX runs later. What it reads then is unknown if it is the user's, so it
@@ -170,7 +184,7 @@ class JaxprKey:
 
     def _kept_callback(self, x: Any) -> Hashable:
         """The same for one that runs on the host each time: nothing of it is compiled."""
-        wrapped = Wrapped(self._closed)
+        wrapped = Wrapped(self._closed, on_host=True)
         key = wrapped.of(x)
         self.foreign |= bool(wrapped.foreign)
         return key
@@ -217,7 +231,8 @@ class JaxprKey:
         made = tuple([(self._closed(program), places) for program, places in rule.programs])
         self._open.pop()
         self._programs = programs
-        key = Key((rule.kind, rule.smooth, rule.moved, rule.symbolic, rule.ends, rule.held, made))
+        told = (rule.kind, rule.smooth, rule.moved, rule.symbolic, rule.ends, rule.refusal)
+        key = Key((told, rule.held, made))
         if self._lowest >= depth:
             self._rules[id(rule)] = key
         self._lowest = min(self._lowest, lowest)

@@ -193,19 +193,21 @@ class _Lifter:
     def unknown(self, eqn: Eqn) -> Eqn:
         """An equation that calls programs in a way that is not known here: they keep their
         constants, and get traced rules."""
-
-        def lift(x: Any) -> Any:
-            if isinstance(x, _compat.ClosedJaxpr):
-                jaxpr, inner = self.nested(x)
-                return x if jaxpr is x else _compat.close(_opened(jaxpr), inner.values)
-            if isinstance(x, tuple):
-                made = [lift(y) for y in x]
-                same = all(a is b for a, b in zip(made, x, strict=True))
-                return x if same else type(x)(*made) if hasattr(x, "_fields") else tuple(made)
-            return x
-
-        params = {k: lift(v) for k, v in eqn.params.items()}
+        params = {k: _compat.map_programs(v, self._inside) for k, v in eqn.params.items()}
         return eqn.replace(params=params)
+
+    def _inside(self, jaxpr: Any) -> Any:
+        """A program that keeps its constants; one that is open, and so has no place for what its
+        rules hold, stays as it is if they hold anything."""
+        if isinstance(jaxpr, _compat.ClosedJaxpr):
+            made, inner = self.nested(jaxpr)
+            return jaxpr if made is jaxpr else _compat.close(_opened(made), inner.values)
+        known = self._memo.get(id(jaxpr))
+        if known is None:
+            inner = Constants(self.copies)
+            opened = self.open(jaxpr, inner)
+            known = self._memo[id(jaxpr)] = (jaxpr, jaxpr if inner.variables else opened, inner)
+        return known[1]
 
 
 def _is_array(v: Any) -> bool:

@@ -80,6 +80,7 @@ class PackedRule(NamedTuple):
     moved: tuple[bool, ...]
     symbolic: bool
     ends: bool
+    refusal: tuple[type, tuple[Any, ...]] | None
     name: str
     held: int
     programs: tuple[tuple[Nested, tuple[int, ...]], ...]

@@ -5,6 +5,7 @@ Not here: how it is traced (`traced_rules`, `rule_programs`), and how it runs (`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from freevars.jax import _compat
@@ -26,17 +27,20 @@ TOWER = 3
 class Rule:
     """One traced rule: programs of what it holds, the arguments, and tangents or cotangents."""
 
-    def __init__(self, eqn: Eqn, captured: int) -> None:
+    def __init__(self, eqn: Eqn, captured: int, still: Sequence[int] = ()) -> None:
         self.kind = _compat.RULED[eqn.primitive.name]  # "jvp" or "vjp"
-        # Which arguments and results have a derivative.
+        # Which arguments and results have a derivative; those of `still` never move.
         args = eqn.invars[captured:]
-        self.smooth = tuple([_compat.is_smooth(v.aval) for v in args])
+        self.smooth = tuple(
+            [_compat.is_smooth(v.aval) and i not in still for i, v in enumerate(args)]
+        )
         self.smooth_out = tuple([_compat.is_smooth(v.aval) for v in eqn.outvars])
         self.moved = self.smooth_out  # which results have a tangent by the rule
         self.symbolic = bool(eqn.params["symbolic_zeros"])  # whether it asks which are zero
         # Whether it has no program: none is ever asked for, or it would be one more of a tower of
         # rules without end (`TOWER`).
         self.ends = not any(self.smooth)
+        self.refusal: tuple[type, tuple[Any, ...]] | None = None  # the error that it always raises
         self.name = _compat.program_name(eqn.params["call_jaxpr"])
         self.raw: list[Any] = []  # the programs as traced, with their constants
         # How many values the programs hold. Rules that call each other in a circle hold the same.

@@ -46,29 +46,23 @@ class _Maker:
         same = all(a is b for a, b in zip(eqns, jaxpr.eqns, strict=True))
         return jaxpr if same else _compat.replace(jaxpr, eqns=eqns)
 
-    def _nested(self, x: Any) -> Any:
-        if isinstance(x, tuple):
-            made = [self._nested(y) for y in x]
-            same = all(a is b for a, b in zip(made, x, strict=True))
-            return x if same else type(x)(*made) if hasattr(x, "_fields") else tuple(made)
-        if not isinstance(x, _compat.JAXPR_TYPES):
-            return x
-        if id(x) not in self._memo:
-            was = getattr(x, "jaxpr", x)
+    def _nested(self, jaxpr: Any) -> Any:
+        if id(jaxpr) not in self._memo:
+            was = getattr(jaxpr, "jaxpr", jaxpr)
             made = self.open(was)
             if made is was:
-                made = x
-            elif was is not x:
-                made = _compat.close(made, x.consts)
-            self._memo[id(x)] = (x, made)
-        return self._memo[id(x)][1]
+                made = jaxpr
+            elif was is not jaxpr:
+                made = _compat.close(made, jaxpr.consts)
+            self._memo[id(jaxpr)] = (jaxpr, made)
+        return self._memo[id(jaxpr)][1]
 
     def _eqn(self, eqn: Eqn) -> Eqn:
         if eqn.primitive is rule_p:
             return _native(eqn)
         if not eqn.params:
             return eqn
-        params = {k: self._nested(v) for k, v in eqn.params.items()}
+        params = {k: _compat.map_programs(v, self._nested) for k, v in eqn.params.items()}
         same = all(params[k] is v for k, v in eqn.params.items())
         return eqn if same else eqn.replace(params=params)
 
@@ -160,7 +154,7 @@ def _program(rule: Rule, which: int) -> Callable[[Sequence[Any], Sequence[Any]],
 
 def _with_jvp(call: Callable[..., Any], rule: Rule, captured: int, held: int) -> Any:
     function = jax.custom_jvp(call)
-    push = _pushforward(rule)
+    push = _pushforward(rule) if rule.refusal is None else _refuse(rule)
 
     @partial(function.defjvp, symbolic_zeros=True)
     def _(primals: Any, tangents: Any) -> Any:
@@ -234,8 +228,22 @@ def _put(xs: Sequence[Any], places: Sequence[int], values: Sequence[Any]) -> lis
     return xs
 
 
+def _refuse(rule: Rule) -> Callable[..., Any]:
+    """What stands for a rule that raises whenever it runs."""
+    assert rule.refusal is not None  # noqa: S101
+    kind, args = rule.refusal
+
+    def refuse(*_: Any) -> Any:
+        raise kind(*args)
+
+    return refuse
+
+
 def _with_vjp(call: Callable[..., Any], rule: Rule, captured: int, held: int) -> Any:
     function = jax.custom_vjp(call)
+    if rule.refusal is not None:
+        function.defvjp(_refuse(rule), _refuse(rule))
+        return function
     forward, backward = _program(rule, 0), _program(rule, 1)
 
     def fwd(*operands: Any) -> Any:

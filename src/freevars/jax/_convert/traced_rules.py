@@ -9,8 +9,10 @@ captures. A rule that calls its own function again meets itself there: the trace
 comes round that is being traced already.
 
 A rule that asks which tangents are zero is traced for none: being linear in them, that program says
-what it makes of fewer. A few rules stay functions: JAX's own and this library's, which are compared
-by identity and read no state; and those that fail where they are traced alone.
+what it makes of fewer. Only what cannot move is left out: the results of a function whose rule
+raises, which is how a library says that no derivative goes through. Such a rule has no program, and
+counts by what it raises. A few rules stay functions: JAX's own and this library's, which are
+compared by identity and read no state; and those that fail where they are traced alone.
 Not here: how a traced rule runs (`rule_call`), and who compares programs (`jaxpr_key`).
 """
 
@@ -104,29 +106,34 @@ class RuleTracer:
         jaxpr = getattr(closed, "jaxpr", closed)
         for var, value in zip(jaxpr.constvars, getattr(closed, "consts", ()), strict=False):
             values.add(value, var.aval)
+        still: set[Any] = set()
         for eqn in jaxpr.eqns:
             _add_literals(eqn.invars, values)
             if not eqn.params:
                 continue
             if eqn.primitive.name in _compat.RULED:
-                rule = self._of(eqn)
+                rule = self._of(eqn, still)
                 if rule is None:
                     continue  # it stays as it is, and so does its body
                 values.hold(self.held_by(rule))
+                if rule.refusal is not None:
+                    still.update(eqn.outvars)
             for nested in _compat.nested_programs(eqn):
                 self._visit(nested, values, seen)
         _add_literals(jaxpr.outvars, values)
 
-    def _of(self, eqn: Eqn) -> Rule | None:
+    def _of(self, eqn: Eqn, still: set[Any]) -> Rule | None:
         if id(eqn) not in self._rules:
             count = _compat.captured_by_rule(eqn)
-            self._rules[id(eqn)] = (eqn, self._resolve(eqn, count), count)
+            args = eqn.invars[count:] if still and eqn.params["symbolic_zeros"] else []
+            places = tuple([i for i, v in enumerate(args) if type(v) is not Literal and v in still])
+            self._rules[id(eqn)] = (eqn, self._resolve(eqn, count, places), count)
         return self._rules[id(eqn)][1]
 
-    def _resolve(self, eqn: Eqn, captured: int) -> Rule | None:
+    def _resolve(self, eqn: Eqn, captured: int, still: tuple[int, ...]) -> Rule | None:
         parts = Wrapped()
         objects = tuple([parts.of(x) for x in _compat.rule_objects(eqn)])
-        key = (eqn.primitive, objects, tuple([v.aval for v in eqn.invars]))
+        key = (eqn.primitive, objects, tuple([v.aval for v in eqn.invars]), still)
         own = not parts.foreign and not any(map(_reads_state, parts.programs))
         if own and (not captured or eqn.params["symbolic_zeros"]):
             if not parts.programs:
@@ -140,7 +147,7 @@ class RuleTracer:
         above = sum(frame.base == base for frame in self._stack)
         if len(self._stack) >= _DEEP or not _is_plain(eqn):
             return None
-        rule = Rule(eqn, captured)
+        rule = Rule(eqn, captured, still)
         if above >= TOWER:
             if not parts.foreign:
                 return None  # JAX's own, which reads no state
@@ -149,8 +156,9 @@ class RuleTracer:
             return rule
         try:
             rule.raw = (trace_jvp if rule.kind == "jvp" else trace_vjp)(eqn, rule)
-        except Exception:  # noqa: BLE001 (whatever a rule of the user's raises when it is alone)
-            return None
+        except Exception as error:  # noqa: BLE001 (whatever a rule raises when it is alone)
+            rule.refusal = None if rule.symbolic else _refusal(error)
+            return None if rule.refusal is None else rule
         self._resolve_inside(rule, key, base)
         return rule
 
@@ -211,6 +219,17 @@ def _reads_state(program: Any) -> bool:
         eqn.primitive.name in _compat.RULED or any(map(_reads_state, _compat.nested_programs(eqn)))
         for eqn in jaxpr.eqns
     )
+
+
+def _refusal(error: Exception) -> tuple[type, tuple[Any, ...]] | None:
+    """The class and the words of an error that a rule itself raises, in code that is not JAX's; the
+    error holds the frames that it came through. None for another: it may come of tracing."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    plain = type(error).__module__ == "builtins" and all(type(x) is str for x in error.args)
+    raised = last is not None and _compat.is_users(last.tb_frame.f_code.co_filename)
+    return (type(error), error.args) if plain and raised else None
 
 
 def _add_literals(atoms: Sequence[Any], values: Values) -> None:

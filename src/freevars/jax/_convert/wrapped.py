@@ -40,10 +40,13 @@ class Wrapped:
 
     Args:
         program: the key of a nested program.
+        on_host: whether the objects only run on the host, as callbacks. There the functions that
+            equinox makes afresh in each trace, which raise its errors, count like those of JAX.
     """
 
-    def __init__(self, program: Callable[[Any], Hashable] = Same) -> None:
+    def __init__(self, program: Callable[[Any], Hashable] = Same, *, on_host: bool = False) -> None:
         self._program = program
+        self._looked_through = (*_OWN, "equinox") if on_host else _OWN
         self._known: dict[int, tuple[Any, Hashable]] = {}
         self.foreign: list[Any] = []  # the user's objects
         self.programs: list[Any] = []
@@ -90,12 +93,12 @@ class Wrapped:
         return self._of_object(x)
 
     def _of_function(self, x: types.FunctionType) -> Hashable:
-        if not is_own(x.__globals__.get("__name__")):
+        if _library(x.__globals__.get("__name__")) not in self._looked_through:
             return self._foreign(x)
         if not x.__closure__:
             return Same(x)
         try:
-            cells = [cell.cell_contents for cell in x.__closure__]
+            cells = _compat.cells_that_count(x)
         except ValueError:  # one is still empty
             return self._foreign(x)
         return (x.__code__, self._all(cells), self._all(x.__defaults__ or ()))
@@ -120,6 +123,13 @@ class Wrapped:
         return Same(x)
 
 
+_OWN = ("jax", "jaxlib", "freevars")
+
+
 def is_own(module: str | None) -> bool:
     """Whether a module is part of JAX or of this library."""
-    return (module or "").split(".", maxsplit=1)[0] in ("jax", "jaxlib", "freevars")
+    return _library(module) in _OWN
+
+
+def _library(module: str | None) -> str:
+    return (module or "").split(".", maxsplit=1)[0]
