@@ -19,6 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "build" / "gallery"
+AT_ONCE = 2  # examples: most of one is compiled or run on one core
 NOTEBOOK = ROOT / "tools" / "notebook.py"
 
 
@@ -44,6 +45,7 @@ def run(example: Path) -> bool:
         capture_output=True,
         text=True,
         check=False,
+        env=os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // AT_ONCE))},
     )
     print(f"{example.name}: {time.perf_counter() - began:.0f} s", flush=True)
     if done.returncode:
@@ -65,8 +67,7 @@ def main() -> int:
     changed_only = parser.parse_args().changed
     examples = sorted((ROOT / "examples").glob("*.py"))
     wanted = [example for example in examples if not (changed_only and current(example))]
-    # Two at a time: most of an example is compiled or run on one core.
-    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as workers:
+    with ThreadPoolExecutor(min(AT_ONCE, os.cpu_count() or 1)) as workers:
         passed = list(workers.map(run, wanted))
     failed = [example.name for example, ok in zip(wanted, passed, strict=True) if not ok]
     report = RUNS / "captures.html"
