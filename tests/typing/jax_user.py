@@ -83,7 +83,7 @@ def host(fun: fv.HostFunction, x0: NDArray[np.float64], tol: float = 1e-6) -> ND
     return gradient - x0
 
 
-@fv.on_host(flat=False, vmap="threads")
+@fv.on_host(flat=False, vmap="whole")
 def alone(fun: fv.HostFunction, x0: Array) -> Array:
     return x0
 

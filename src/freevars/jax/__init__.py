@@ -21,7 +21,8 @@ from freevars.jax import (
 from freevars.jax._captures import captures
 from freevars.jax._closure import Closure
 from freevars.jax._convert.converted import Converted, closure_convert
-from freevars.jax._host.on_host import HostSolver, on_host
+from freevars.jax._host.host_solver import HostSolver
+from freevars.jax._host.on_host import on_host
 from freevars.jax._host.oracle import HostFunction
 from freevars.jax._host.scipy_status import scipy_status
 from freevars.jax._report.leaks import explain_leaks

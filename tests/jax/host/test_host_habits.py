@@ -183,9 +183,9 @@ def test_an_interrupt_is_itself_where_no_jit_is_around():
         nearest(interrupted, jax.jit)
 
 
-def test_a_lane_that_fails_before_it_asks_ends_the_others():
+def test_a_member_that_fails_ends_the_batch():
     @fv.argmin
-    @fv.on_host(vmap="threads")
+    @fv.on_host
     def fails(fun, x0):
         if x0[0] > 0:
             raise OverflowError

@@ -54,7 +54,6 @@ MINIMIZERS = {
     "lbfgs": fv.argmin(fv.on_host(lbfgs)),
     "newton": fv.argmin(fv.on_host(newton)),
     "newton_cg": fv.argmin(fv.on_host(newton_cg)),
-    "threads": fv.argmin(fv.on_host(vmap="threads")(lbfgs)),
     "whole": fv.argmin(fv.on_host(vmap="whole")(descent)),
 }
 
@@ -103,14 +102,12 @@ WAYS = {
 # Every way for one solver; for the others those in which they could differ.
 TABLE = [("lbfgs", way) for way in WAYS] + [
     (name, way)
-    for name in ("newton", "newton_cg", "threads", "whole")
+    for name in ("newton", "newton_cg", "whole")
     for way in ("grad", "jit(grad)", "jit(vmap(jvp))")
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "way"), [*TABLE, ("threads", "vmap(vmap)"), ("whole", "vmap(vmap)")]
-)
+@pytest.mark.parametrize(("name", "way"), [*TABLE, ("whole", "vmap(vmap)")])
 def test_a_host_solver_under_every_transformation_gives_the_closed_form(name, way):
     got = WAYS[way](lambda lam: ridge(MINIMIZERS[name], lam))
     np.testing.assert_allclose(got, WAYS[way](ridge_exact), rtol=1e-5, atol=1e-7)
@@ -275,25 +272,6 @@ def test_an_error_of_the_solver_reaches_the_user():
     assert ridge(MINIMIZERS["lbfgs"], 0.3).shape == (N,)
 
 
-def test_one_failing_lane_ends_the_others():
-    @fv.argmin
-    @fv.on_host(vmap="threads")
-    def breaks_at_two(fun, x0):
-        for _ in range(3):
-            fun.grad(x0)
-        if fun(x0) > 1.0:
-            raise OddError
-        return lbfgs(fun, x0)
-
-    before = threading.active_count()
-    with pytest.raises(OddError):
-        jax.vmap(lambda a: breaks_at_two(lambda x: (x - a) ** 2, 0.0))(jnp.array([0.1, 2.0, 0.2]))
-    for thread in threading.enumerate():
-        if thread.name.startswith("freevars"):
-            thread.join(timeout=5)
-    assert threading.active_count() <= before
-
-
 def test_wrong_returns_are_refused():
     short = fv.argmin(fv.on_host(lambda fun, x0: x0[:1]))
     with pytest.raises(TypeError, match=r"shape \(1,\), expected \(2,\)"):
@@ -304,7 +282,7 @@ def test_wrong_returns_are_refused():
     equations = fv.root(fv.on_host(lambda fun, x0: fun.grad(x0)))
     with pytest.raises(TypeError, match="system of equations"):
         equations(lambda x: x**2, jnp.ones(2))
-    with pytest.raises(ValueError, match='"sequential", "threads" or "whole"'):
+    with pytest.raises(ValueError, match='"sequential" or "whole"'):
         fv.on_host(vmap="sideways")
 
 

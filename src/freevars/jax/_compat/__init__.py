@@ -16,6 +16,7 @@ from freevars.jax._compat.axes import (
     is_sharded,
     like_sharding,
     like_type,
+    manual_axes,
     not_more_varying,
     tracks_varying,
     typed_sharding,
@@ -99,6 +100,7 @@ from freevars.jax._compat.tracers import (
     made_by,
     nothing_traced,
     variable,
+    wait_for,
     was_computed,
 )
 from freevars.jax._compat.values import (
@@ -185,6 +187,7 @@ __all__ = [
     "made_by",
     "make_equation",
     "make_program",
+    "manual_axes",
     "map_programs",
     "nested_programs",
     "not_more_varying",
@@ -212,6 +215,7 @@ __all__ = [
     "variable",
     "vary_over",
     "varying_axes",
+    "wait_for",
     "was_computed",
     "with_derived",
     "without_derived",

@@ -14,6 +14,7 @@ __all__ = [
     "is_sharded",
     "like_sharding",
     "like_type",
+    "manual_axes",
     "not_more_varying",
     "tracks_varying",
     "typed_sharding",
@@ -44,6 +45,11 @@ def coupled_axes(jaxpr: Any) -> frozenset[str]:
         elif eqn.invars:
             names |= own
     return frozenset(names)
+
+
+def manual_axes() -> frozenset[str]:
+    """The axes of the mesh over which the program under way is written device by device."""
+    return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def tracks_varying(name: str) -> bool:

@@ -34,6 +34,12 @@ try:
     from jax._src import linear_util
     from jax._src import util
 
+    # A callback of one's own, placed on one device or on each: JAX's own are bound to what they do
+    # with operands and results (issue 11951).
+    from jax._src import callback
+    from jax._src import dispatch
+    from jax._src import ffi
+
     # The settings on which a trace depends, on which JAX keys its own caches (issue 11951).
     from jax._src import config
 
@@ -50,10 +56,13 @@ except ImportError as error:  # pragma: no cover (of a release that nobody has y
 __all__ = [
     "ad",
     "batching",
+    "callback",
     "config",
     "convert_element_type",
     "core",
     "custom_derivatives",
+    "dispatch",
+    "ffi",
     "hijax",
     "linear_util",
     "literals",

@@ -25,6 +25,7 @@ __all__ = [
     "made_by",
     "nothing_traced",
     "variable",
+    "wait_for",
     "was_computed",
 ]
 
@@ -57,6 +58,17 @@ def layer(tracer: Any) -> tuple[str, Any, bool | None]:
         return ("jvp", tracer.primal, not _is_zero(tracer.tangent))
     traced_for = getattr(getattr(tracer, "_debug_info", None), "traced_for", None)
     return (str(traced_for or type(tracer).__name__.removesuffix("Tracer")), None, True)
+
+
+def wait_for(values: Any) -> None:
+    """Wait until what is computed now is there, inside `vmap` and `grad` too; raises its error."""
+    found = []
+    for leaf in jax.tree.leaves(values):
+        x = leaf
+        while isinstance(x, Tracer):
+            _, x, _ = layer(x)
+        found.append(x)
+    jax.block_until_ready(found)
 
 
 def _is_zero(tangent: Any) -> bool:

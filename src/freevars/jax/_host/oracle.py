@@ -64,6 +64,14 @@ class Oracle(NamedTuple):
         beside = ("value", "product", "products")
         return own + [f"{name}:{kind}" for name in self.constraints for kind in beside]
 
+    def is_slope(self, kind: str, place: int) -> bool:
+        """Whether an answer, at this place of those to a kind, is a derivative of the objective."""
+        return not self.equations and ":" not in kind and (place > 0 or "product" in kind)
+
+    def all_values(self, problem: Problem, v: Any) -> list[Any]:
+        """The values of all functions, in a traced function."""
+        return [self.function(problem, name)(v) for name in ("", *self.constraints)]
+
     def function(self, problem: Problem, constraint: str = "") -> Callable[[Any], Any]:
         """The function on vectors: a scalar for an objective, a vector for equations."""
         if constraint:

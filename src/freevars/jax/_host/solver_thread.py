@@ -1,10 +1,8 @@
 """A solver on the host in a thread of its own, which asks a program questions.
 
 The thread hands a question over and sleeps until it has the answer; whoever answers sleeps
-meanwhile. Only NumPy arrays pass from one to the other. Under `vmap` there can be several solvers,
-one in each lane of the batch, that go in step: the lanes that ask the same kind of question are
-answered together. Not here: the program (`staged`), and what a question means
-(`oracle`).
+meanwhile. Only NumPy arrays pass from one to the other. Not here: the program (`staged`), and what
+a question means (`oracle`).
 """
 
 from __future__ import annotations
@@ -16,13 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["BatchShape", "Solve", "SolverBatch", "SolverThread"]
+__all__ = ["BatchShape", "HostSolverError", "Solve", "SolverThread"]
 
 # How many products with the derivative one question may ask for: a matrix is fetched in such
 # blocks, so that no program reserves memory for a matrix that nobody asks for.
 _BLOCK = 16
-
-_GIVEN_UP = object()
 
 
 class Solve(NamedTuple):
@@ -35,7 +31,10 @@ class Solve(NamedTuple):
 
 
 class SolverThread:
-    """One solver in its thread. It asks; the program answers."""
+    """One solver in its thread. It asks; the program answers.
+
+    After each step it has a question (`pending`), the result or an error.
+    """
 
     def __init__(self, solve: Solve, v0: Any, arrays: Sequence[Any]) -> None:
         self._name = solve.name
@@ -45,20 +44,26 @@ class SolverThread:
         self._closed: BaseException | None = None  # why nothing can be asked any more
         self.pending: tuple[str, Any, Any] | None = None
         self.result: tuple[Any, list[Any]] | None = None
+        self.error: BaseException | None = None
         self._thread = threading.Thread(
             target=self._work, args=(solve, v0, arrays), name=f"freevars {solve.name}", daemon=True
         )
 
-    def start(self) -> None:
-        self._thread.start()
+    def start(self, check: Callable[[], None]) -> None:
+        """Run it up to its first question, unless `check` raises."""
+        try:
+            check()
+            self._thread.start()
+        except Exception as error:  # noqa: BLE001 (the program raises it, on every device)
+            self.error = error
+        else:
+            self._advance()
 
     def _work(self, solve: Solve, v0: Any, arrays: Sequence[Any]) -> None:
-        end: tuple[str, Any] | None
+        end: tuple[str, Any]
         try:
             end = ("done", solve.run(self._query, v0, arrays))
-        except GivenUpError:
-            end = None
-        except BaseException as error:  # noqa: BLE001 (raised again in the thread of the program)
+        except BaseException as error:  # noqa: BLE001 (the program raises it)
             end = ("failed", error)
         with self._turn:
             if self._closed is None:
@@ -67,8 +72,7 @@ class SolverThread:
                     " solver was done. Inside a program it answers while the solver runs, and"
                     " not later."
                 )
-            if end is not None:
-                self._questions.put(end)
+            self._questions.put(end)
 
     def _query(self, kind: str, v: Any, d: Any = None) -> tuple[Any, ...]:
         if kind.endswith("matrix"):
@@ -91,33 +95,20 @@ class SolverThread:
                 raise self._closed
             self._questions.put(("asked", (kind, v, block)))
             got: Any = self._answers.get()
-            if got is _GIVEN_UP:
-                self._closed = GivenUpError()
-                raise self._closed
         return tuple(got)
 
     def reply(self, got: Any) -> None:
+        """Answer its question, and wait for the next one, or the end."""
         self._answers.put(got)
-        self.advance()
+        self._advance()
 
-    def advance(self) -> None:
-        """Wait for the next question, or the end."""
+    def _advance(self) -> None:
         what, value = self._questions.get()
         self.pending = value if what == "asked" else None
         if what == "done":
             self.result = value
         elif what == "failed":
-            # JAX tells of an error its text alone: so the text says whose it is.
-            message = f"the solver {self._name} on the host raised {type(value).__name__}: {value}"
-            raise HostSolverError(message).with_traceback(value.__traceback__) from value
-
-    def give_up(self) -> None:
-        """Whatever it asks now or next, nobody answers."""
-        self._answers.put(_GIVEN_UP)
-
-
-class GivenUpError(BaseException):
-    """Ends the thread of a solver whose program will not come back."""
+            self.error = value
 
 
 class HostSolverError(RuntimeError):
@@ -125,81 +116,20 @@ class HostSolverError(RuntimeError):
 
 
 class BatchShape(NamedTuple):
-    """The shapes of what travels between the program and the solvers."""
+    """The shapes of what travels between the program and the solver."""
 
     n: int
     lanes: int | None  # the size of the batch, None without one
-    whole: bool  # one solver takes the batch as a whole
 
     @property
-    def separate(self) -> bool:
-        """Whether each lane has a solver of its own."""
-        return self.lanes is not None and not self.whole
-
-    def lane(self, i: int) -> Any:
-        """The index of what belongs to the solver i."""
-        return i if self.separate else ...
+    def lead(self) -> tuple[int, ...]:
+        """The axes in front."""
+        return () if self.lanes is None else (self.lanes,)
 
     @property
     def vector(self) -> tuple[int, ...]:
-        return (self.n,) if self.lanes is None else (self.lanes, self.n)
+        return (*self.lead, self.n)
 
     @property
     def block(self) -> tuple[int, ...]:
-        rows = min(_BLOCK, self.n)
-        return (rows, self.n) if self.lanes is None else (self.lanes, rows, self.n)
-
-
-class SolverBatch:
-    """The solvers of one solve in one program: one, or one in each lane of a batch."""
-
-    def __init__(self, sessions: list[SolverThread], shape: BatchShape) -> None:
-        self._sessions = sessions
-        self._shape = shape
-
-    def begin(self) -> None:
-        """Start them, and wait for what each asks first."""
-        try:
-            for session in self._sessions:
-                session.start()
-            for session in self._sessions:
-                session.advance()
-        except BaseException:
-            self.give_up()
-            raise
-
-    def reply(self, kind: str, results: Sequence[Any]) -> None:
-        """Answer those that asked this kind of question, then wait for what each asks next."""
-        try:
-            for i, session in enumerate(self._sessions):
-                if session.pending is not None and session.pending[0] == kind:
-                    # A copy, since the program's memory is its own again after the callback.
-                    session.reply([np.array(r[self._shape.lane(i)]) for r in results])
-        except BaseException:
-            self.give_up()
-            raise
-
-    def give_up(self) -> None:
-        for session in self._sessions:
-            session.give_up()
-
-    def question(self) -> tuple[str | None, Any, Any]:
-        """The kind that the program answers next (None: all are done), and where."""
-        shape = self._shape
-        kinds = [s.pending[0] for s in self._sessions if s.pending is not None]
-        v, block = np.zeros(shape.vector), np.zeros(shape.block)
-        for i, session in enumerate(self._sessions):
-            lane = shape.lane(i)
-            if session.pending is not None:
-                _, v[lane], rows = session.pending
-                block[lane][..., : rows.shape[-2], :] = rows
-            else:
-                assert session.result is not None  # noqa: S101 (it is pending or it has a result)
-                v[lane] = session.result[0]
-        return (kinds[0] if kinds else None), v, block
-
-    def aux(self) -> list[Any]:
-        results = [session.result[1] for session in self._sessions if session.result is not None]
-        if not self._shape.separate:
-            return results[0]
-        return [np.stack(leaves) for leaves in zip(*results, strict=True)]
+        return (*self.lead, min(_BLOCK, self.n), self.n)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from freevars.errors import StructureError
-from freevars.jax._host.on_host import HostSolver
+from freevars.jax._host.host_solver import HostSolver
 from freevars.jax._solver.problem import Problem
 
 __all__ = ["Hosted"]

@@ -27,7 +27,7 @@ from freevars.errors import StructureError
 from freevars.jax import _compat
 from freevars.jax._closure import Closure
 from freevars.jax._convert.static import as_static, from_static
-from freevars.jax._host.on_host import HostSolver
+from freevars.jax._host.host_solver import HostSolver
 from freevars.jax._rules import constrained, diagnostics, linear, refusal, reverse, reverse_rule
 from freevars.jax._rules.coordinates import Coordinates
 from freevars.jax._rules.explain import Diagnosis, known_figures

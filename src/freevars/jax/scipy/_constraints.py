@@ -16,8 +16,9 @@ import numpy as np
 from jax import tree_util
 from jax.flatten_util import ravel_pytree
 
+from freevars._solvers.scipy_calls import as_tuple
 from freevars.jax import _compat
-from freevars.jax.scipy._scipy import as_tuple, optimize, refuse_derivatives
+from freevars.jax.scipy._scipy import optimize, refuse_derivatives
 
 __all__ = ["as_functions", "as_sides"]
 

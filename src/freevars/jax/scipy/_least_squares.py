@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from freevars._solvers.scipy_calls import as_tuple, refuse_loss
 from freevars._solvers.verdict import OnFailure
 from freevars.jax._host.on_host import on_host
 from freevars.jax._rules.rules import least_squares as least_squares_rule
 from freevars.jax.scipy._constraints import as_sides
 from freevars.jax.scipy._result import OptimizeResult, solver_status
-from freevars.jax.scipy._scipy import as_tuple, optimize, refuse_derivatives, tracing
+from freevars.jax.scipy._scipy import optimize, refuse_derivatives, tracing
 
 __all__ = ["least_squares"]
 
@@ -121,12 +122,7 @@ def least_squares(
     name = "least_squares"
     del f_scale
     refuse_derivatives(name, jac=jac, diff_step=diff_step, jac_sparsity=jac_sparsity)
-    if loss != "linear":
-        message = (
-            f"{name}: loss: expected 'linear', got {loss!r}. Another loss is another objective:"
-            " write it in JAX and give it to minimize."
-        )
-        raise TypeError(message)
+    refuse_loss(name, loss)
     sides, _ = as_sides(None if _is_open(bounds) else bounds, x0, name, pairs=False)
     args, kwargs = as_tuple(args), kwargs or {}
     how = {

@@ -9,19 +9,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from freevars._solvers.scipy_calls import HESSIAN, NO_GRADIENT, PRODUCTS, as_tuple
 from freevars._solvers.verdict import OnFailure
 from freevars.jax._host.on_host import on_host
 from freevars.jax._rules.rules import argmin
 from freevars.jax.scipy._constraints import as_functions, as_sides
 from freevars.jax.scipy._result import OptimizeResult, solver_status
-from freevars.jax.scipy._scipy import as_tuple, optimize, refuse_derivatives, tracing
+from freevars.jax.scipy._scipy import optimize, refuse_derivatives, tracing
 
 __all__ = ["minimize"]
-
-# What a method takes beside the value. To any other scipy says that it has no use for it.
-_NO_GRADIENT = {"nelder-mead", "powell", "cobyla", "cobyqa"}
-_HESSIAN = {"dogleg", "trust-exact", "trust-constr"}
-_PRODUCTS = {"newton-cg", "trust-ncg", "trust-krylov"}
 
 
 class _Curvature(optimize.BFGS):
@@ -50,11 +46,11 @@ def _run(
     """Run scipy on the host."""
     name = method.lower() if isinstance(method, str) else method
     given: dict[str, Any] = {}
-    if name not in _NO_GRADIENT:
+    if name not in NO_GRADIENT:
         given["jac"] = True
-    if name in _HESSIAN or callable(method):
+    if name in HESSIAN or callable(method):
         given["hess"] = fun.hessian
-    elif name in _PRODUCTS:
+    elif name in PRODUCTS:
         given["hessp"] = fun.hvp
     if bounds is not None:
         given["bounds"] = optimize.Bounds(*bounds, keep_feasible=keep_feasible)

@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from freevars._solvers.scipy_calls import as_tuple
 from freevars.jax._host.on_host import on_host
 from freevars.jax._rules.integral import integral
-from freevars.jax.scipy._scipy import as_tuple, integrate, tracing
+from freevars.jax.scipy._scipy import integrate, tracing
 
 __all__ = ["quad"]
 

@@ -6,15 +6,14 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from freevars._solvers.scipy_calls import JACOBIAN, as_tuple
 from freevars._solvers.verdict import OnFailure
 from freevars.jax._host.on_host import on_host
 from freevars.jax._rules.rules import root as root_rule
 from freevars.jax.scipy._result import OptimizeResult, solver_status
-from freevars.jax.scipy._scipy import as_tuple, optimize, refuse_derivatives, tracing
+from freevars.jax.scipy._scipy import optimize, refuse_derivatives, tracing
 
 __all__ = ["root"]
-
-_JACOBIAN = {"hybr", "lm"}  # methods that take one; to others scipy says that it has no use
 
 
 def _run(
@@ -28,7 +27,7 @@ def _run(
     options: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """Run scipy on the host."""
-    takes = callable(method) or str(method).lower() in _JACOBIAN
+    takes = callable(method) or str(method).lower() in JACOBIAN
     result = optimize.root(
         fun,
         x0,

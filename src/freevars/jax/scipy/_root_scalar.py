@@ -10,15 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from freevars._solvers.scipy_calls import ORDERS, as_tuple
 from freevars._solvers.verdict import OnFailure
 from freevars.jax._host.on_host import on_host
 from freevars.jax._rules.rules import implicit
 from freevars.jax.scipy._result import RootResults, root_status
-from freevars.jax.scipy._scipy import as_tuple, optimize, refuse_derivatives, tracing
+from freevars.jax.scipy._scipy import optimize, refuse_derivatives, tracing
 
 __all__ = ["root_scalar"]
-
-_ORDERS = {"newton": 1, "halley": 2}  # how many derivatives a method takes
 
 
 def _run(
@@ -149,7 +148,7 @@ def root_scalar(
     numbers: list[Any] = [x0, x1, *(bracket if bracket is not None else ())]
     dtype = jnp.result_type(float, *(a for a in numbers if a is not None))
     x0, x1, *ends = (None if a is None else _number(a, dtype, name) for a in numbers)
-    order = _ORDERS.get(str(method).lower(), 0)
+    order = ORDERS.get(str(method).lower(), 0)
     args = as_tuple(args)
     with tracing(name, f):
         x, status = _solver(on_failure, polish)(

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from freevars._solvers import scipy_calls
 from freevars._solvers.signature import solver_name
 
 try:
@@ -16,7 +17,7 @@ except ImportError as error:  # pragma: no cover (tested in a process of its own
     message = "freevars.jax.scipy needs scipy: pip install 'freevars[scipy]'"
     raise ImportError(message) from error
 
-__all__ = ["as_tuple", "integrate", "optimize", "refuse_derivatives", "tracing"]
+__all__ = ["integrate", "optimize", "refuse_derivatives", "tracing"]
 
 # What JAX says where code asks for the numbers of a traced array.
 _ASKS_FOR_NUMBERS = (
@@ -28,19 +29,8 @@ _ASKS_FOR_NUMBERS = (
 
 
 def refuse_derivatives(name: str, **given: Any) -> None:
-    """Refuse derivatives that a caller brings: they are taken from the function.
-
-    Raises:
-        TypeError: one of them is neither None nor False.
-    """
-    for what, value in given.items():
-        if value is not None and value is not False:
-            message = (
-                f"{name}: {what}= is not needed, got {value!r}. The function is JAX code, and the"
-                " solver is given its exact derivatives. Leave it out, and let the function return"
-                " its value alone; jax.custom_jvp gives a function a derivative of your own."
-            )
-            raise TypeError(message)
+    """As `scipy_calls.refuse_derivatives`."""
+    scipy_calls.refuse_derivatives(name, "JAX", "jax.custom_jvp", **given)
 
 
 @contextlib.contextmanager
@@ -64,8 +54,3 @@ def tracing(name: str, fun: Any) -> Iterator[None]:
             " jax.pure_callback, with a derivative by jax.custom_jvp."
         )
         raise TypeError(message) from error
-
-
-def as_tuple(args: Any) -> tuple[Any, ...]:
-    """Extra arguments as scipy takes them: a tuple, or the only one."""
-    return args if isinstance(args, tuple) else (args,)
