@@ -27,8 +27,9 @@ from freevars.jax._host.oracle import HostFunction
 from freevars.jax._host.scipy_status import scipy_status
 from freevars.jax._report.leaks import explain_leaks
 from freevars.jax._rules.explain import Diagnosis
-from freevars.jax._rules.integral import IntegralSolver, integral
-from freevars.jax._rules.odeint import OdeintSolver, odeint
+from freevars.jax._rules.integral import IntegralSolver
+from freevars.jax._rules.integrals import integral, odeint
+from freevars.jax._rules.odeint import OdeintSolver
 from freevars.jax._rules.operator import LinearOperator
 from freevars.jax._rules.rules import argmin, fixed_point, implicit, least_squares, root
 from freevars.jax._rules.solver import ImplicitSolver

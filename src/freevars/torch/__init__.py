@@ -19,8 +19,9 @@ from freevars.torch._captures import captures
 from freevars.torch._closure import Closure
 from freevars.torch._convert.convert import Converted, closure_convert
 from freevars.torch._rules.derivative import LinearOperator
-from freevars.torch._rules.integral import IntegralSolver, integral
-from freevars.torch._rules.odeint import OdeintSolver, odeint
+from freevars.torch._rules.integral import IntegralSolver
+from freevars.torch._rules.integrals import integral, odeint
+from freevars.torch._rules.odeint import OdeintSolver
 from freevars.torch._rules.rules import (
     ImplicitSolver,
     argmin,

@@ -68,6 +68,12 @@ def is_wrapped(t: Tensor) -> bool:
     return bool(_functorch.is_functorch_wrapped_tensor(t))
 
 
+def is_grads_batch(t: Tensor) -> bool:
+    """Whether `torch.autograd.grad(is_grads_batched=True)` batches `t`, by the vmap before
+    torch.func's, which no custom Function is told of."""
+    return bool(_functorch.is_legacy_batchedtensor(t))
+
+
 def transforms_active() -> bool:
     """Whether a torch.func transform or a forward-mode level is open on this thread."""
     return functorch_active() or torch.autograd.forward_ad._current_level >= 0

@@ -21,14 +21,13 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, ParamSpec, Protocol, TypedDict, TypeVar, Unpack, overload
+from typing import Any, ClassVar, ParamSpec, TypedDict, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from freevars._contract import check_callable
 from freevars._solvers.integration import INTEGRAL, Takes, shown_by
-from freevars._solvers.options import check_options
 from freevars._solvers.signature import SolverCall
 from freevars.errors import StructureError
 from freevars.jax import _compat
@@ -38,7 +37,7 @@ from freevars.jax._rules.hosted import Hosted
 from freevars.jax._rules.integrator import Integrator, dots_of, merged
 from freevars.jax._solver.problem import Problem
 
-__all__ = ["IntegralOptions", "IntegralSolver", "integral"]
+__all__ = ["IntegralOptions", "IntegralSolver"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -236,72 +235,6 @@ class _At:
 def _inexact(leaf: Any) -> Any:
     leaf = jnp.asarray(leaf)
     return leaf if _compat.is_smooth(leaf) else leaf.astype(float)
-
-
-@overload
-def integral(
-    solver: Callable[P, R], /, **options: Unpack[IntegralOptions]
-) -> IntegralSolver[P, R]: ...
-@overload
-def integral(**options: Unpack[IntegralOptions]) -> IntegralDecorator: ...
-def integral(
-    solver: Callable[..., Any] | None = None, /, **options: Unpack[IntegralOptions]
-) -> Any:
-    """Derivatives for a solver that computes the integral of a function from a to b.
-
-    The decorated solver is called as before, `solver(integrand, a, b, ...)`, and returns what it
-    returned before. Derivatives, forward and reverse and of any order, flow into every value that
-    the integrand captures, into the extra arguments that the solver passes on to it (what its
-    signature collects in `*args` and `**kwargs`, or a tuple named `args`), and into the limits.
-    They are integrals too, by the same solver: it has to be as good for the derivative of the
-    integrand as for the integrand. All else in its signature is an option of its own, with
-    derivative zero.
-
-    Args:
-        solver: `solver(integrand, a, b, ...)` in JAX, pure, or one `on_host`. `integrand(t)` takes
-            a real number of shape () and returns a number, an array or a pytree, floating or
-            complex; the integral has that structure. The limits are real numbers; an infinite one
-            has derivative zero, and reaches the solver as it was given.
-        has_aux: the solver returns `(integral, aux)`; aux has derivative zero.
-        takes: what the solver can integrate. A backward pass integrates a list of arrays like
-            everything that is differentiated by: "pytree": at once, as a tuple; "array": at once,
-            as a vector of real numbers; "scalar": number by number, in a batch (`jax.vmap`), so
-            that a rule with fixed nodes evaluates the integrand once; on the host one after the
-            other. None: what the call shows, "scalar" if its integrand returns a number, "array" if
-            an array, "pytree" if something else.
-
-    Raises:
-        freevars.errors.StructureError: the solver returns another structure or shape than the
-            integrand does, or a limit is no real number.
-
-    On the host (`on_host` below) the integrand gives a float, or a vector of real numbers where the
-    integrand is no real number (a complex array as its real, then its imaginary parts), and the
-    solver returns the like.
-
-    Source: Leibniz' rule for the derivative of an integral.
-
-    >>> import jax, jax.numpy as jnp, freevars.jax as fv
-    >>> @fv.integral
-    ... def midpoint(f, a, b, n=1000):
-    ...     t = a + (b - a) * (jnp.arange(n) + 0.5) / n
-    ...     return (b - a) * jnp.mean(jax.vmap(f)(t))
-    >>> power = lambda p, b: midpoint(lambda t: t**p, 0.0, b)  # b^(p+1) / (p+1)
-    >>> print([f"{x:.3f}" for x in jax.grad(power, (0, 1))(2.0, 1.0)])  # -1/9, 1
-    ['-0.111', '1.000']
-    """
-    check_options("integral", options, IntegralOptions)
-
-    def decorate(solver: Callable[P, R], /) -> IntegralSolver[P, R]:
-        return IntegralSolver(solver, **options)
-
-    return decorate if solver is None else decorate(solver)
-
-
-class IntegralDecorator(Protocol):
-    """Gives a solver a rule."""
-
-    def __call__(self, solver: Callable[P, R], /) -> IntegralSolver[P, R]:
-        """The solver with derivatives."""
 
 
 def _like(value: Any, struct: Any, name: str) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 
 from freevars._solvers.scipy_calls import as_tuple
 from freevars.jax._host.on_host import on_host
-from freevars.jax._rules.integral import integral
+from freevars.jax._rules.integrals import integral
 from freevars.jax.scipy._scipy import integrate, tracing
 
 __all__ = ["quad"]

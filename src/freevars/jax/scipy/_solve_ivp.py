@@ -15,7 +15,7 @@ from freevars._solvers.integration import OdeOnFailure, Reverse
 from freevars._solvers.scipy_calls import as_tuple
 from freevars.jax import _compat
 from freevars.jax._host.on_host import on_host
-from freevars.jax._rules.odeint import odeint
+from freevars.jax._rules.integrals import odeint
 from freevars.jax.scipy._result import decode, encode
 from freevars.jax.scipy._scipy import integrate, refuse_derivatives, tracing
 

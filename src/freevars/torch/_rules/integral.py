@@ -16,14 +16,13 @@ Calculus" II, chapter IV. Not here: differential equations (`odeint`).
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, ParamSpec, Protocol, TypedDict, TypeVar, Unpack, overload
+from typing import Any, ClassVar, ParamSpec, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
 
 from freevars._contract import check_callable
 from freevars._solvers.integration import INTEGRAL, Takes, shown_by
-from freevars._solvers.options import check_options
 from freevars._solvers.signature import SolverCall
 from freevars.errors import StructureError
 from freevars.torch._compat import pytree
@@ -32,7 +31,7 @@ from freevars.torch._rules.forms import Flat, tracked, value_and_vjp
 from freevars.torch._rules.implicit import jvp
 from freevars.torch._rules.integrator import Integrator, Options, operate
 
-__all__ = ["IntegralOptions", "IntegralSolver", "integral"]
+__all__ = ["IntegralOptions", "IntegralSolver"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -273,69 +272,3 @@ def _inexact(leaf: Any) -> Tensor:
 
 def _shape(x: Any) -> Any:
     return tuple(x.shape) if isinstance(x, Tensor) else () if isinstance(x, int | float) else x
-
-
-@overload
-def integral(
-    solver: Callable[P, R], /, **options: Unpack[IntegralOptions]
-) -> IntegralSolver[P, R]: ...
-@overload
-def integral(**options: Unpack[IntegralOptions]) -> "IntegralDecorator": ...
-def integral(
-    solver: Callable[..., Any] | None = None, /, **options: Unpack[IntegralOptions]
-) -> Any:
-    """Attaches the derivative of an integral from a to b to a solver that computes it.
-
-    The decorated solver is called as before, `solver(integrand, a, b, ...)`, and returns what it
-    returned before, now a differentiable function of everything that the integrand captures, of the
-    extra arguments that the solver passes on to it (what its signature collects in `*args` and
-    `**kwargs`, or a tuple named `args`), and of the limits; to any order, in reverse and forward
-    mode, under every torch.func transform. The derivatives are integrals too, by the same solver:
-    it has to be as good for the derivative of the integrand as for the integrand. All else in its
-    signature is an option of its own, with derivative zero.
-
-    Args:
-        solver: `solver(integrand, a, b, ...)`, which may leave PyTorch. `integrand(t)` takes a real
-            number or tensor of shape () and returns a tensor or a pytree of tensors, real or
-            complex; the integral has that structure. The limits reach the solver as tensors of
-            shape (), in the default dtype where they are numbers; an infinite number stays one, and
-            has derivative zero.
-        has_aux: the solver returns `(integral, aux)`; aux has no derivative.
-        takes: what the solver can integrate. A backward pass integrates tensors like everything
-            that is differentiated by: "pytree": at once, as a tuple; "array": at once, as a vector
-            of real numbers; "scalar": number by number, one after the other. None: what the call
-            shows, "scalar" if its integrand returns a number, "array" if a tensor, "pytree" if
-            something else.
-
-    Raises:
-        StructureError: the solver returns another structure or shape than the integrand does, or
-            asks for a point of a wider dtype than the limits have, or a limit is no real number.
-        CaptureError: as `closure_convert` does.
-
-    The mathematics: Leibniz' rule for the derivative of an integral.
-
-    Example:
-        >>> import torch
-        >>> import freevars.torch as fv
-        >>> @fv.integral
-        ... def midpoint(f, a, b, n=1000):
-        ...     t = a + (b - a) * (torch.arange(n) + 0.5) / n
-        ...     return (b - a) * torch.func.vmap(f)(t).mean()
-        >>> p, b = (torch.tensor(x, requires_grad=True) for x in (2.0, 1.0))
-        >>> grads = torch.autograd.grad(midpoint(lambda t: t**p, 0.0, b), (p, b))
-        >>> [f"{float(g):.3f}" for g in grads]  # of b^(p+1) / (p+1): -1/9, 1
-        ['-0.111', '1.000']
-    """
-    check_options("integral", options, IntegralOptions)
-
-    def decorate(solver: Callable[P, R], /) -> IntegralSolver[P, R]:
-        return IntegralSolver(solver, **options)
-
-    return decorate if solver is None else decorate(solver)
-
-
-class IntegralDecorator(Protocol):
-    """Gives a solver a rule."""
-
-    def __call__(self, solver: Callable[P, R], /) -> IntegralSolver[P, R]:
-        """The solver with derivatives."""

@@ -48,6 +48,8 @@ class Options:
 class Operation(Protocol):
     """What `operate` runs and differentiates."""
 
+    solver: Any  # the decorated one
+
     def run(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """From tensors without history."""
 
@@ -84,6 +86,13 @@ class _Operate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *g: Tensor) -> Any:
+        if any(map(_compat.is_grads_batch, g)):
+            message = (
+                f"{ctx.operation.solver.__name__}: many cotangents at once by"
+                " torch.autograd.grad(is_grads_batched=True) are not taken here. Take them one by"
+                " one, or torch.func.vmap of the function that torch.func.vjp returns."
+            )
+            raise NotImplementedError(message)
         saved = ctx.saved_tensors
         needed = ctx.needs_input_grad[1:]
         return None, *ctx.operation.pull(saved[: ctx.n], saved[ctx.n :], g, needed)

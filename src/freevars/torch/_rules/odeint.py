@@ -6,14 +6,13 @@ Not here: the mathematics (`adjoint`), and what makes a call a differentiable op
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, ParamSpec, Protocol, TypedDict, TypeVar, Unpack, overload
+from typing import Any, ClassVar, ParamSpec, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
 
 from freevars._contract import check_callable
 from freevars._solvers.integration import ODE, OdeOnFailure, Reverse, State, not_solved, shown_by
-from freevars._solvers.options import check_options
 from freevars._solvers.signature import SolverCall
 from freevars._solvers.verdict import Limits
 from freevars.errors import StructureError
@@ -23,7 +22,7 @@ from freevars.torch._convert.convert import closure_convert
 from freevars.torch._rules.adjoint import Trajectory
 from freevars.torch._rules.integrator import Integrator, Options, operate
 
-__all__ = ["OdeOptions", "OdeintSolver", "odeint"]
+__all__ = ["OdeOptions", "OdeintSolver"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -186,84 +185,3 @@ class OdeintSolver(Integrator[P, R]):
         if how == "warn":
             warnings.warn(str(problem), stacklevel=2)
         return torch.where(good, 1.0, torch.nan)
-
-
-@overload
-def odeint(solver: Callable[P, R], /, **options: Unpack[OdeOptions]) -> OdeintSolver[P, R]: ...
-@overload
-def odeint(**options: Unpack[OdeOptions]) -> "OdeDecorator": ...
-def odeint(solver: Callable[..., Any] | None = None, /, **options: Unpack[OdeOptions]) -> Any:
-    """Attaches the derivatives of a differential equation y' = field(t, y) to a solver of it.
-
-    The decorated solver is called as before, `solver(field, y0, ts, ...)`, and returns what it
-    returned before: the states at the times `ts`, the first of which is y0; now a differentiable
-    function of everything that the field captures, of the extra arguments that the solver passes on
-    to it (what its signature collects in `*args` and `**kwargs`, or a tuple named `args`), of `y0`
-    and of `ts`; to any order, in reverse and forward mode, under every torch.func transform. The
-    same solver solves for the derivatives: forward sensitivities in forward mode, the adjoint
-    equation backwards in reverse mode. All else in its signature is an option of its own, with
-    derivative zero. A batch (`torch.func.vmap`) is solved one member after the other.
-
-    Args:
-        solver: `solver(field, y0, ts, ...)`, which may leave PyTorch. `y0` is a pytree of real or
-            complex tensors; `ts` is a vector of times that increase or decrease, of one or more,
-            which may repeat each other as far as the solver takes that. It returns a pytree like
-            y0, each tensor with a leading axis over `ts`.
-        tfirst: True: the solver calls `field(t, y)`, as torchdiffeq and scipy's `solve_ivp` do;
-            False: `field(y, t)`.
-        has_aux: the solver returns `(ys, aux)`; aux has no derivative.
-        takes: the states that the solver is given for a derivative, which are larger: "array": a
-            vector of real numbers; "pytree": a tuple of tensors. None: as y0, a tensor or a pytree.
-        reverse: "adjoint": a backward pass costs about two solves, however much the field captures;
-            y is solved for backwards, anew from each time in `ts`. "sensitivities": it solves
-            forwards for the derivative by every number that is differentiated by, at once: for
-            equations that are unstable backwards (stiff or dissipative ones) and few such numbers.
-        on_failure: what happens where a derivative cannot be trusted: y, solved for once more along
-            with it, is not what the solver returned, by more than 1% of a component's largest size
-            (1.9% in float32). "raise": an error. "warn": NaN, and a warning that says why. "nan":
-            NaN.
-        check: False leaves that out.
-        tol: the difference that is accepted, relative. None: see `on_failure`.
-
-    Raises:
-        NotASolutionError: see `on_failure`.
-        StructureError: the field returns another structure or shape than y0, the solver one that is
-            not like y0 with an axis over `ts`, or calls the field in the other order than `tfirst`
-            says.
-        CaptureError: as `closure_convert` does.
-
-    The mathematics: Pontryagin et al. 1962, "The Mathematical Theory of Optimal Processes"; Chen et
-    al. 2018, "Neural Ordinary Differential Equations".
-
-    Example:
-        >>> import torch
-        >>> import freevars.torch as fv
-        >>> @fv.odeint
-        ... def heun(field, y0, ts, steps=100):
-        ...     ys = [y0]
-        ...     for t, h in zip(ts[:-1], ts.diff() / steps):
-        ...         y = ys[-1]
-        ...         for k in range(steps):
-        ...             slope = field(t + k * h, y)
-        ...             y = y + h / 2 * (slope + field(t + (k + 1) * h, y + h * slope))
-        ...         ys.append(y)
-        ...     return torch.stack(ys)
-        >>> rate = torch.tensor(1.0, requires_grad=True)
-        >>> ys = heun(lambda t, y: -rate * y, torch.tensor(2.0), torch.tensor([0.0, 1.0]))
-        >>> grad = torch.autograd.grad(ys[-1], rate)[0]
-        >>> f"{float(ys[-1].detach()):.3f} {float(grad):.3f}"  # 2 exp(-rate), -2 exp(-rate)
-        '0.736 -0.736'
-    """
-    check_options("odeint", options, OdeOptions)
-
-    def decorate(solver: Callable[P, R], /) -> OdeintSolver[P, R]:
-        return OdeintSolver(solver, **options)
-
-    return decorate if solver is None else decorate(solver)
-
-
-class OdeDecorator(Protocol):
-    """Gives a solver a rule."""
-
-    def __call__(self, solver: Callable[P, R], /) -> OdeintSolver[P, R]:
-        """The solver with derivatives."""
