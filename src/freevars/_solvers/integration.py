@@ -9,11 +9,14 @@ A solver whose result is y_i at the times t_i gives other states z_i when it sol
 derivative at once, or for y backwards, from each t_i to the one before. Its own tolerance, and how
 the equation lets an error grow, both show in
 
-    error = max over i and components k of |z_ik - y_ik| / max_j |y_jk|
+    error = max over i and components k of |z_ik - y_ik| / u_k
+    u_k   = max over j of |y_jk| and a tenth of |t_j+1 - t_j| min(|f_k(t_j)|, |f_k(t_j+1)|)
 
 which is a relative size: 1% is accepted, and 1.9% in float32, as of a Newton step of an implicit
-rule. A dissipative equation is unstable backwards: there the error grows between two times. Not
-here: the mathematics (`integral`, `adjoint` of a host).
+rule. A component may happen to be zero at all times that were asked for, as an oscillation is after
+whole periods; what moves it at both ends of an interval then tells how large it was on the way. A
+dissipative equation is unstable backwards: there the error grows between two times. Not here: the
+mathematics (`integral`, `adjoint` of a host).
 """
 
 from __future__ import annotations

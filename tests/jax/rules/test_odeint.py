@@ -212,6 +212,46 @@ def test_a_coarse_solver_is_refused_and_a_plain_one_is_not() -> None:
     np.testing.assert_allclose(slope(4, check=False), slope(4, tol=0.5))
 
 
+@pytest.mark.parametrize("leaves", [False, True])
+def test_a_component_that_is_zero_whenever_it_is_seen(leaves) -> None:
+    """After whole periods only the velocity is not zero."""
+
+    def end(w):
+        def field(t, y):
+            x, v = y
+            out = (v, -(w**2) * x)
+            return out if leaves else jnp.stack(out)
+
+        y0 = (jnp.array(0.0), jnp.array(1.0))
+        ys = fv.odeint(rk4)(field, y0 if leaves else jnp.stack(y0), jnp.arange(3.0), steps=40)
+        return ys[0][-1] if leaves else ys[-1, 0]
+
+    # of sin(2 w) / w
+    np.testing.assert_allclose(jax.grad(end)(2 * np.pi), 1 / np.pi, rtol=1e-2)
+
+
+def test_like_diffrax_through_its_steps() -> None:
+    diffrax = pytest.importorskip("diffrax")
+
+    def solver(field, y0, ts):
+        term = diffrax.ODETerm(lambda t, y, _: field(t, y))
+        control = diffrax.PIDController(rtol=1e-8, atol=1e-8)
+        at = diffrax.SaveAt(ts=ts)
+        ends = (ts[0], ts[-1], None, y0)
+        return diffrax.diffeqsolve(
+            term, diffrax.Dopri5(), *ends, saveat=at, stepsize_controller=control
+        ).ys
+
+    def total(w, solve):
+        field = lambda t, y: {"a": jnp.tanh(w @ y["a"]) * jnp.cos(t), "b": -y["b"] * w[0, 0]}
+        ys = solve(field, {"a": jnp.ones(2), "b": jnp.array(1.0)}, jnp.array([0.0, 0.7, 2.0]))
+        return jnp.sum(ys["a"] ** 2) + jnp.sum(ys["b"])
+
+    w = jnp.array([[0.3, -1.0], [0.8, 0.1]])
+    expected = jax.grad(total)(w, solver)
+    np.testing.assert_allclose(jax.grad(total)(w, fv.odeint(solver)), expected, rtol=1e-5)
+
+
 def test_the_order_of_the_field() -> None:
     ts = jnp.array([0.0, 1.0])
     wrong = fv.odeint(ode.odeint)  # which calls field(y, t)

@@ -175,6 +175,27 @@ def test_a_coarse_solver_is_refused_and_a_plain_one_is_not() -> None:
     assert slope(4, check=False) == slope(4, tol=0.5)
 
 
+def test_a_component_that_is_zero_whenever_it_is_seen() -> None:
+    """After whole periods only the velocity is not zero."""
+
+    def end(w):
+        field = lambda t, y: torch.stack([y[1], -(w**2) * y[0]])
+        y0, ts = torch.tensor([0.0, 1.0], dtype=F64), torch.arange(3.0, dtype=F64)
+        return fv.odeint(rk4)(field, y0, ts, steps=20)[-1, 0]
+
+    # of sin(2 w) / w
+    got = f.grad(end)(torch.tensor(2 * np.pi, dtype=F64))
+    np.testing.assert_allclose(got, 1 / np.pi, rtol=2e-2)
+
+
+def test_many_cotangents_at_once_are_refused_by_name() -> None:
+    rate = torch.tensor(0.5, dtype=F64, requires_grad=True)
+    y0 = torch.ones(2, dtype=F64)
+    ys = fv.odeint(rk4)(lambda t, y: -rate * y, y0, torch.arange(2.0, dtype=F64))
+    with pytest.raises(NotImplementedError, match="rk4: many cotangents at once"):
+        torch.autograd.grad(ys[-1], rate, torch.eye(2, dtype=F64), is_grads_batched=True)
+
+
 def test_what_is_refused() -> None:
     solve, ts = fv.odeint(rk4), torch.tensor([0.0, 1.0])
     with pytest.raises(StructureError, match=r"y0\['n'\]: expected a real or complex tensor"):

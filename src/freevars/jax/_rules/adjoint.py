@@ -143,7 +143,7 @@ def _sensitivities(by: BySolver, of: Recorded, columns: Arrays) -> tuple[Arrays,
 
     start = [*of.y0, *columns[n:]]
     out = by.solver.integrate(field, start, of.ts, of.options, of.takes)
-    return out[m:], _difference(of.ys, out[:m], of.ys)
+    return out[m:], _difference(of, out[:m], of.ys)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -197,16 +197,20 @@ def _adjoint(by: BySolver, given: Arrays, g: Arrays) -> tuple[Arrays, Any]:
         later = ((of.ts[1:], of.ts[:-1]), [y[1:] for y in of.ys], [ct[1:] for ct in g])
         (costate, by_p), again = jax.lax.scan(back, zeros, later, reverse=True)
     costate = [a + ct[0] for a, ct in zip(costate, g, strict=True)]
-    error = _difference(of.ys, again, [y[:-1] for y in of.ys])
+    error = _difference(of, again, [y[:-1] for y in of.ys])
     return by.accepted(of, error, [*by_p, *costate], g), error
 
 
-def _difference(ys: Arrays, again: Arrays, recorded: Arrays) -> Any:
-    """How far two solutions are apart, relative to the largest size of each component."""
-    ys, again, recorded = jax.lax.stop_gradient((ys, again, recorded))
+def _difference(of: Recorded, again: Arrays, recorded: Arrays) -> Any:
+    """How far two solutions are apart, relative to the size of each component."""
+    p, ts, ys, again, recorded = jax.lax.stop_gradient((of.p, of.ts, of.ys, again, recorded))
+    slopes = jax.vmap(lambda t, y: of.f(t, p, y))(ts, ys)
     largest = jnp.zeros(())
-    for y, a, b in zip(ys, again, recorded, strict=True):
+    for y, f, a, b in zip(ys, slopes, again, recorded, strict=True):
         size = jnp.max(jnp.abs(y), axis=0)
+        way = jnp.abs(jnp.diff(ts)).reshape(-1, *[1] * (y.ndim - 1)).astype(size.dtype)
+        way = way * jnp.minimum(jnp.abs(f[1:]), jnp.abs(f[:-1]))
+        size = jnp.maximum(size, jnp.max(way, axis=0, initial=0) / 10)
         least = jnp.finfo(y.dtype).eps ** 0.5 * jnp.max(size, initial=0)
         size = jnp.maximum(size, least)
         gap = jnp.abs(a - b) / jnp.where(size > 0, size, 1)

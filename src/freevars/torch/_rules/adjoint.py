@@ -136,13 +136,13 @@ class Trajectory:
 
         costate = [ct[-1] for ct in g]
         by_p = [torch.zeros_like(values[i]) for i in wanted]
-        gaps = []
+        gaps, sizes = [], self._sizes(ts, out, values)
         for i in range(len(ts) - 1, 0, -1):
             if not bool(_plain(ts[i] == ts[i - 1]).all()):
                 times = torch.stack([-ts[i], -ts[i - 1]])
                 start = [*(y[i] for y in out), *costate, *by_p]
                 end = [leaf[-1] for leaf in self._solve(field, times, start, options, values)]
-                gaps.append(_difference(out, end[:m], [y[i - 1] for y in out]))
+                gaps.append(_difference(sizes, end[:m], [y[i - 1] for y in out]))
                 costate, by_p = end[m : 2 * m], end[2 * m :]
             costate = [a + ct[i - 1] for a, ct in zip(costate, g, strict=True)]
         error = torch.stack(gaps).amax() if gaps else torch.zeros(())
@@ -173,8 +173,24 @@ class Trajectory:
         solved = self._solve(field, ts, start, options, values)
         rows = torch.stack([of_y.ravel([ct[i] for ct in g]) for i in range(len(ts))])
         found = torch.einsum("tkn,tn->k", solved[m], rows)
-        error = _difference(out, solved[:m], list(out))
+        error = _difference(self._sizes(ts, out, values), solved[:m], out)
         return of_p.unravel(found[: of_p.size]), of_y.unravel(found[of_p.size :]), error
+
+    def _sizes(self, ts: Tensor, out: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
+        """How large each component of the state is on the way."""
+        with torch.no_grad():
+            rows = [self.fun(t, [y[i] for y in out], values) for i, t in enumerate(ts)]
+            sizes = []
+            for y, slopes in zip(out, zip(*rows, strict=True), strict=True):
+                f = torch.stack(slopes).abs()
+                way = ts.diff().abs().reshape(-1, *[1] * (f.dim() - 1)) * torch.minimum(
+                    f[1:], f[:-1]
+                )
+                size = torch.cat([y.abs(), way.to(f.dtype) / 10]).amax(0)
+                if size.numel():
+                    size = torch.maximum(size, torch.finfo(y.dtype).eps ** 0.5 * size.amax())
+                sizes.append(torch.where(size > 0, size, torch.ones_like(size)))
+        return sizes
 
     def push(
         self, tensors: Sequence[Tensor], out: Sequence[Tensor], dots: Sequence[Tensor | None]
@@ -206,7 +222,7 @@ class Trajectory:
             return [*self.fun(t, y, inputs[:n]), *of_y.unravel(dot)]
 
         solved = self._solve(field, ts, [*y0, *start], options, [*values, *some])
-        error = _difference(out, solved[:m], list(out))
+        error = _difference(self._sizes(ts, out, values), solved[:m], out)
         asked = [*start, *some] if dts is None else [*start, *some, dts]
         factor = self.solver.judged(error, of_y.eps, asked, backwards=False)
         total = [d * factor for d in solved[m:]]
@@ -245,15 +261,13 @@ def _plain(t: Tensor) -> Tensor:
     return [*_compat.unwrap(t)][-1]
 
 
-def _difference(ys: Any, again: Sequence[Tensor], recorded: Sequence[Tensor]) -> Tensor:
-    """How far two solutions are apart, relative to the largest size of each component."""
-    gaps = []
-    for y, a, b in zip(ys, again, recorded, strict=True):
-        if not y.numel():
-            continue
-        size = y.detach().abs().amax(0)
-        least = torch.finfo(y.dtype).eps ** 0.5 * size.amax()
-        size = torch.maximum(size, least)
-        size = torch.where(size > 0, size, torch.ones_like(size))
-        gaps.append(((a - b).detach().abs() / size).amax().double())
+def _difference(
+    sizes: Sequence[Tensor], again: Sequence[Tensor], recorded: Sequence[Tensor]
+) -> Tensor:
+    """How far two solutions are apart, relative to the size of each component."""
+    gaps = [
+        ((a - b).detach().abs() / size).amax().double()
+        for size, a, b in zip(sizes, again, recorded, strict=True)
+        if a.numel()
+    ]
     return torch.stack(gaps).amax() if gaps else torch.zeros(())
