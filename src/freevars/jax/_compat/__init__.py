@@ -78,9 +78,11 @@ from freevars.jax._compat.rules import (
     captured_by_rule,
     function_parts,
     has_custom_vjp,
+    is_beside,
     jvp_program,
     rule_objects,
     unwrapped,
+    vmap_rule,
 )
 from freevars.jax._compat.source import (
     filter_traceback,
@@ -167,6 +169,7 @@ __all__ = [
     "host_call",
     "is_array",
     "is_array_literal",
+    "is_beside",
     "is_live",
     "is_opaque",
     "is_open",
@@ -215,6 +218,7 @@ __all__ = [
     "variable",
     "vary_over",
     "varying_axes",
+    "vmap_rule",
     "wait_for",
     "was_computed",
     "with_derived",

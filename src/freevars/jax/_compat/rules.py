@@ -26,9 +26,11 @@ __all__ = [
     "captured_by_rule",
     "function_parts",
     "has_custom_vjp",
+    "is_beside",
     "jvp_program",
     "rule_objects",
     "unwrapped",
+    "vmap_rule",
 ]
 
 # What a walk through JAX's own wrappers around a user's function meets, and which of it decides
@@ -124,10 +126,33 @@ def rule_objects(eqn: Eqn) -> list[Any]:
     return [eqn.params[name] for name in _RULE_PARAMS if name in eqn.params]
 
 
+# Equations with a function beside their program that stays one, and may read on its own what the
+# program captures: how many leading operands that is. What such a function computes depends on what
+# is batched, or on what is linear, and JAX traces it each time.
+_BESIDE = {
+    "custom_vmap_call": lambda params: params["in_tree"].children()[0].num_leaves,
+    "linear_call": lambda params: params["num_callee_consts"],
+}
+
+
+def is_beside(eqn: Eqn) -> bool:
+    """Whether an equation has a function beside its program that is never traced here."""
+    return eqn.primitive.name in _BESIDE
+
+
+def vmap_rule(x: Any) -> Any:
+    """The user's function in the object, fresh in each trace, that JAX puts around the rule of a
+    `custom_vmap`; anything else as it is."""
+    wrapped = type(x).__name__ == "ClosedRule" and type(x).__module__ == "jax._src.custom_batching"
+    return x.rule if wrapped else x
+
+
 def captured_by_rule(eqn: Eqn) -> int:
     """How many leading operands the body of a function with a custom rule captures, 0 for any other
     equation. JAX gives none of them to the rule."""
     params = eqn.params
+    if eqn.primitive.name in _BESIDE:
+        return _BESIDE[eqn.primitive.name](params)
     if eqn.primitive.name not in RULED:
         # One that was traced already: along what a `custom_vjp` captures there is no derivative.
         traced = params.get("rule")

@@ -175,6 +175,7 @@ class JaxprKey:
         found = self._known.get(id(x))
         if found is not None:
             return found
+        x = _compat.vmap_rule(x)
         wrapped = Wrapped(self._closed)
         key = wrapped.of(x)
         if not wrapped.foreign:

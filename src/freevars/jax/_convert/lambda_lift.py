@@ -173,6 +173,7 @@ class _Lifter:
                 return self._with_rule(eqn, traced, count, constants)
             self.captures |= count > 0
             return eqn
+        self.captures |= _compat.is_beside(eqn) and _compat.captured_by_rule(eqn) > 0
         rule = _RULES.get(name)
         if rule is not None:
             return rule(self, eqn, constants)
