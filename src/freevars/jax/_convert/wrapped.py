@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from jax import tree_util
+from jax.custom_batching import custom_vmap
 
 from freevars.jax import _compat
 from freevars.jax._convert.static import Same, scalar_key, tree_key
@@ -33,6 +34,8 @@ _PARTS: dict[type, Callable[[Any], Any]] = {
     types.MethodType: lambda x: (x.__func__, x.__self__),
     partial: lambda x: (x.func, x.args, x.keywords),
 }
+
+_FUNCTIONS_WITH_RULES: Any = (*_compat.RULED_FUNCTIONS, custom_vmap)
 
 
 class Wrapped:
@@ -78,7 +81,7 @@ class Wrapped:
         inner = _compat.unwrapped(x)
         if inner is not None:
             return self.of(inner)
-        if isinstance(x, _compat.RULED_FUNCTIONS):
+        if isinstance(x, _FUNCTIONS_WITH_RULES):
             self.of(x.fun)  # whose it is
             return Same(x)
         parts = _compat.function_parts(x)
