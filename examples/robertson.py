@@ -10,8 +10,10 @@ forwards. Checks: conserved mass, another method, finite differences, and both m
 Source: Robertson 1966, "The solution of a set of reaction rate equations".
 """
 
+# %%
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 from jax import Array
 
@@ -20,9 +22,10 @@ from freevars.jax.scipy import solve_ivp
 jax.config.update("jax_enable_x64", True)
 
 RATES = jnp.array([0.04, 1e4, 3e7])
-TIMES = jnp.array([0.4, 40.0, 4000.0])
+TIMES = jnp.geomspace(0.4, 4000.0, 9)
 
 
+# %%
 def amounts(rates: Array, method: str = "BDF") -> Array:
     """Float[species times]."""
 
@@ -47,36 +50,42 @@ def yield_by(logarithms: Array) -> Array:
     return amounts(jnp.exp(logarithms))[2, -1]
 
 
-def main() -> None:
-    y = amounts(RATES)
-    print("first species", y[0].round(6))
-    logarithms = jnp.log(RATES)
-    by_reverse = jax.jit(jax.grad(yield_by))(logarithms)
-    by_forward = jax.jvp(yield_by, (logarithms,), (jnp.ones(3),))[1]
-    print("the yield by the logarithm of each rate", by_reverse.round(6))
+# %%
+y = amounts(RATES)
+print("first species", y[0].round(6))
+logarithms = jnp.log(RATES)
+by_reverse = jax.jit(jax.grad(yield_by))(logarithms)
+by_forward = jax.jvp(yield_by, (logarithms,), (jnp.ones(3),))[1]
+print("the yield by the logarithm of each rate", by_reverse.round(6))
 
-    h = 1e-3
-    moved = [yield_by(logarithms + s * h * jnp.array([0.0, 0.0, 1.0])) for s in (1, -1)]
-    by_difference = (moved[0] - moved[1]) / (2 * h)
-    checks = {
-        "mass is conserved": jnp.allclose(y.sum(0), 1.0, atol=1e-9),
-        "Radau's method agrees": jnp.allclose(y, amounts(RATES, "Radau"), rtol=1e-5),
-        "the derivative is that by differences": jnp.allclose(
-            by_reverse[2], by_difference, rtol=1e-4
-        ),
-        "forward and reverse mode agree": jnp.allclose(by_reverse.sum(), by_forward, rtol=1e-5),
-        # Scaling all rates is scaling time.
-        "faster rates are a later time": jnp.allclose(
-            by_forward,
-            TIMES[-1] * 0.04 * y[0, -1] - TIMES[-1] * 1e4 * y[1, -1] * y[2, -1],
-            rtol=1e-3,
-        ),
-    }
-    for what, holds in checks.items():
-        print(f"{what}: {bool(holds)}")
-    if not all(checks.values()):
-        raise SystemExit("a check failed")
+h = 1e-3
+moved = [yield_by(logarithms + s * h * jnp.array([0.0, 0.0, 1.0])) for s in (1, -1)]
+by_difference = (moved[0] - moved[1]) / (2 * h)
+checks = {
+    "mass is conserved": jnp.allclose(y.sum(0), 1.0, atol=1e-9),
+    "Radau's method agrees": jnp.allclose(y, amounts(RATES, "Radau"), rtol=1e-5),
+    "the derivative is that by differences": jnp.allclose(by_reverse[2], by_difference, rtol=1e-4),
+    "forward and reverse mode agree": jnp.allclose(by_reverse.sum(), by_forward, rtol=1e-5),
+    # Scaling all rates is scaling time.
+    "faster rates are a later time": jnp.allclose(
+        by_forward,
+        TIMES[-1] * 0.04 * y[0, -1] - TIMES[-1] * 1e4 * y[1, -1] * y[2, -1],
+        rtol=1e-3,
+    ),
+}
 
+# %%
+plt.figure(figsize=(7, 4), layout="constrained")
+plt.plot(TIMES, y[0], "o-", label="first species")
+plt.plot(TIMES, 1e4 * y[1], "o-", label="second species, times 10,000")
+plt.plot(TIMES, y[2], "o-", label="third species")
+plt.xscale("log")
+plt.xlabel("time")
+plt.legend()
+plt.show()
 
-if __name__ == "__main__":
-    main()
+# %%
+for what, holds in checks.items():
+    print(f"{what}: {bool(holds)}")
+if not all(checks.values()):
+    raise SystemExit("a check failed")
