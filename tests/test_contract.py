@@ -29,6 +29,7 @@ ONLY_OPTIONS = {
     "torch": {"batch_dims", "rng"},
 }
 ONLY_IN_CLOSURE = {"jax": set(), "torch": {"from_module"}}
+ONLY_IN_SCIPY = {"OdeResult", "quad", "solve_ivp"}  # of JAX, so far
 POLICIES = ("differentiable", "traced", "floating", "all")
 
 
@@ -152,6 +153,15 @@ def test_the_same_derivatives_of_integrals(host) -> None:
     end = lambda a: euler(lambda t, y: a * t + 0 * y, y0=one, ts=host.array([1.0, 3.0]))[1]
     # From y' = a t: y_t = a t, and backwards the integral of t by one step from the end.
     assert float(host.gradient(end)(one)) == 2.0 * 3.0
+
+
+def test_the_same_solvers_of_scipy(both) -> None:
+    first, second = (importlib.import_module(f"freevars.{host.name}.scipy") for host in both)
+    assert set(first.__all__) - ONLY_IN_SCIPY == set(second.__all__)
+    for name in ("minimize", "root", "root_scalar", "least_squares"):
+        signatures = (inspect.signature(getattr(host, name)).parameters for host in (first, second))
+        mine, others = ({n: p.default for n, p in found.items()} for found in signatures)
+        assert mine == others, name
 
 
 def test_the_same_attributes_of_a_closure(both) -> None:

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import freevars
 
 SOURCE = Path(freevars.__file__).parent
@@ -37,6 +39,7 @@ STOREYS = {
         "_closure",
         "_captures",
         "_rules",
+        "scipy",
     ),
 }
 HOSTS = ("jax", "torch")
@@ -92,13 +95,14 @@ def test_the_jax_host_loads_scipy_at_the_first_use_of_its_part() -> None:
     assert shown.split() == ["False", "True"]
 
 
-def test_a_missing_scipy_is_named_with_what_to_install() -> None:
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_missing_scipy_is_named_with_what_to_install(host) -> None:
     shown = _in_a_process(
-        "import sys, freevars.jax as fv; sys.modules['scipy'] = None\n"
+        f"import sys, freevars.{host} as fv; sys.modules['scipy'] = None\n"
         "try: fv.scipy\n"
         "except ImportError as error: print(error)"
     )
-    assert shown.strip() == "freevars.jax.scipy needs scipy: pip install 'freevars[scipy]'"
+    assert shown.strip() == f"freevars.{host}.scipy needs scipy: pip install 'freevars[scipy]'"
 
 
 def _in_a_process(code: str) -> str:

@@ -1,5 +1,11 @@
 """The PyTorch host: the tensors that a function captures become explicit, differentiable
-arguments."""
+arguments.
+
+`fv.scipy` is imported at its first use: nothing else here needs scipy.
+"""
+
+import importlib as _importlib
+from typing import Any as _Any
 
 try:
     import torch as _torch
@@ -59,3 +65,10 @@ __all__ = [
 ]
 
 del _torch
+
+
+def __getattr__(name: str) -> _Any:
+    if name == "scipy":
+        return _importlib.import_module("freevars.torch.scipy")
+    message = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(message)

@@ -1,0 +1,195 @@
+"""`scipy.optimize.minimize`, with derivatives."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from freevars._solvers.scipy_calls import HESSIAN, NO_GRADIENT, PRODUCTS, as_tuple
+from freevars.torch._rules.condition import OnFailure
+from freevars.torch._rules.constrained import bounds_like
+from freevars.torch._rules.rules import argmin
+from freevars.torch.scipy._constraints import as_functions, as_sides
+from freevars.torch.scipy._host import HostFunction
+from freevars.torch.scipy._result import OptimizeResult, solver_status
+from freevars.torch.scipy._scipy import as_start, in_pytorch, optimize, refuse_derivatives
+
+__all__ = ["minimize"]
+
+
+class _Curvature(optimize.BFGS):  # type: ignore[misc]
+    """What trust-constr learns of the second derivatives of the constraints: as scipy's default,
+    and silent about constraints that are linear."""
+
+    def update(self, delta_x: Any, delta_grad: Any) -> None:
+        if np.any(delta_grad):
+            super().update(delta_x, delta_grad)
+
+
+def _run(
+    fun: Any,
+    x0: Any,
+    args: tuple[Any, ...],
+    *,
+    method: Any,
+    tol: Any,
+    callback: Any,
+    options: Any,
+    keep_feasible: Any,
+    bounds: Any = None,
+    equality: Any = None,
+    inequality: Any = None,
+) -> tuple[Any, dict[str, Tensor]]:
+    """Run scipy."""
+    host = HostFunction(fun, x0, args, equations=False)
+    name = method.lower() if isinstance(method, str) else method
+    given: dict[str, Any] = {}
+    if name not in NO_GRADIENT:
+        given["jac"] = True
+    if name in HESSIAN or callable(method):
+        given["hess"] = host.hessian
+    elif name in PRODUCTS:
+        given["hessp"] = host.hvp
+    if bounds is not None:
+        sides = map(host.vector, bounds_like(bounds)(x0))
+        given["bounds"] = optimize.Bounds(*sides, keep_feasible=keep_feasible)
+    given["constraints"] = [
+        optimize.NonlinearConstraint(c, 0.0, upper, jac=c.jacobian, hess=_Curvature())
+        for c, upper in (
+            (HostFunction(g, x0, equations=True), upper)
+            for g, upper in ((equality, 0.0), (inequality, np.inf))
+            if g is not None
+        )
+    ]
+    result = optimize.minimize(
+        host.value_and_grad if given.get("jac") else host,
+        host.vector(x0),
+        (),
+        method,
+        tol=tol,
+        callback=callback,
+        options=options,
+        **given,
+    )
+    return host.x(result.x), solver_status(result)
+
+
+_run.__name__ = _run.__qualname__ = "minimize"  # what errors call it
+
+
+@functools.cache
+def _solver(on_failure: OnFailure, one_sided: bool, polish: bool) -> Any:  # noqa: FBT001
+    how: dict[str, Any] = {"on_failure": on_failure, "one_sided": one_sided, "polish": polish}
+    return argmin(has_aux=True, **how)(_run)
+
+
+def minimize(
+    fun: Callable[..., Any],
+    x0: Any,
+    args: Any = (),
+    method: Any = None,
+    jac: Any = None,
+    hess: Any = None,
+    hessp: Any = None,
+    bounds: Any = None,
+    constraints: Any = (),
+    tol: Any = None,
+    callback: Any = None,
+    options: Any = None,
+    *,
+    on_failure: OnFailure = "raise",
+    one_sided: bool = False,
+    polish: bool = True,
+) -> OptimizeResult:
+    """`scipy.optimize.minimize` of a function in PyTorch, differentiable by everything it captures.
+
+    Every method runs as scipy has it, with the exact gradient, and Hessian or products with it, of
+    `fun`, and the exact Jacobians of the constraints. Derivatives, in both modes and of any order,
+    flow into `args`, `bounds`, and whatever `fun` and the constraints capture; into `x0` and the
+    options they are zero.
+
+    Args:
+        fun: `fun(x, *args)`, in PyTorch, gives a real number of shape ().
+        x0: a pytree of floating or complex tensors, NumPy arrays or numbers, and x is such a one of
+            tensors, as `fun` is given.
+        args: extra arguments of `fun`.
+        method: as in scipy.
+        jac: not needed, and refused; so are `hess` and `hessp`.
+        hess: see `jac`.
+        hessp: see `jac`.
+        bounds: scipy's `Bounds` or a sequence of pairs (min, max), over the numbers of x0 in order;
+            or a pair (lower, upper), each like x0, a number or None.
+        constraints: as in scipy: dicts, `NonlinearConstraint`, `LinearConstraint`, or a sequence of
+            these. Functions are in PyTorch and take x like x0.
+        tol: as in scipy.
+        callback: as in scipy: it is given NumPy vectors, and has no part in the result.
+        options: as in scipy. Its defaults of tolerance will do: see `polish`.
+        on_failure: what happens where a derivative cannot be trusted, as for
+            `freevars.torch.argmin`.
+        one_sided: as for `freevars.torch.argmin`.
+        polish: adds a Newton step to the result of scipy, of the Karush-Kuhn-Tucker system where
+            there are constraints, unless a second one would be no shorter. False returns it as it
+            is; a derivative is then refused where it is too far from the minimum.
+
+    Returns:
+        x, `fun` at x, and what scipy said (`OptimizeResult`). That scipy did not succeed is told
+        in `success` alone; a derivative asks whether x is a minimum.
+
+    Raises:
+        TypeError: `fun` is no PyTorch, or a derivative is given.
+        freevars.errors.FreevarsError: as for `freevars.torch.argmin`.
+        Exception: whatever scipy raises, as it is.
+
+    >>> import torch, freevars.torch.scipy
+    >>> def lowest(a):  # of the Rosenbrock function: (a, a^2)
+    ...     rosen = lambda x: (a - x[0]) ** 2 + 10 * (x[1] - x[0] ** 2) ** 2
+    ...     return freevars.torch.scipy.minimize(rosen, torch.zeros(2)).x
+    >>> print(torch.autograd.functional.jacobian(lowest, torch.tensor(1.5)).round(decimals=2))
+    tensor([1., 3.])
+    """
+    name = "minimize"
+    refuse_derivatives(name, jac=jac, hess=hess, hessp=hessp)
+    x0, args = as_start(x0), as_tuple(args)
+    sides, keep_feasible = as_sides(bounds, x0, name)
+    equality, inequality = as_functions(constraints, name)
+    if method is None:  # scipy's own choice, which has to know of the constraints
+        method = "SLSQP" if equality or inequality else "BFGS" if sides is None else "L-BFGS-B"
+    with in_pytorch(name, fun, x0, args) as value:
+        _check_value(value)
+    x, status = _solver(on_failure, one_sided, polish)(
+        fun,
+        x0,
+        args,
+        method=method,
+        tol=tol,
+        callback=callback,
+        options=options,
+        keep_feasible=keep_feasible,
+        bounds=sides,
+        equality=equality,
+        inequality=inequality,
+    )
+    return OptimizeResult(x, fun(x, *args), **status)
+
+
+def _check_value(value: Any) -> None:
+    """Refuse what is no number."""
+    if isinstance(value, tuple):
+        message = (
+            "minimize: expected a function that returns a number, got a tuple from it. The gradient"
+            " beside the value (scipy's jac=True) is not needed: return the value alone."
+        )
+        raise TypeError(message)
+    if not isinstance(value, Tensor) or value.shape != ():
+        is_tensor = isinstance(value, Tensor)
+        got = f"shape {tuple(value.shape)}" if is_tensor else type(value).__name__
+        message = (
+            f"minimize: expected a function that returns a number of shape (), got {got}. Let it"
+            " end in .sum(), say; a root or a sum of squares of several is found by root or"
+            " least_squares."
+        )
+        raise TypeError(message)

@@ -1,0 +1,140 @@
+"""What a solver of scipy says of its own run: tensors, so that it crosses `torch.func.vmap`.
+
+The message crosses as bytes. Not here: derivatives; of all this only x and what is computed from it
+has any.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from freevars.torch import _compat
+
+__all__ = ["OptimizeResult", "RootResults", "root_status", "solver_status"]
+
+_BYTES = 256  # of a message; what is longer is cut
+_COUNTS = ("nit", "nfev", "njev", "nhev")
+
+
+def solver_status(result: Any) -> dict[str, Tensor]:
+    """What a result of scipy tells beside x."""
+    return {
+        "success": torch.tensor(bool(result.success)),
+        "status": torch.tensor(int(getattr(result, "status", 0)), dtype=torch.int32),
+        **{name: _count(getattr(result, name, None)) for name in _COUNTS},
+        "text": _encode(str(result.message)),
+    }
+
+
+def root_status(result: Any) -> dict[str, Tensor]:
+    """The same for a result of `root_scalar`."""
+    return {
+        "converged": torch.tensor(bool(result.converged)),
+        "iterations": _count(result.iterations),
+        "function_calls": _count(result.function_calls),
+        "text": _encode(str(result.flag)),
+    }
+
+
+def _count(n: Any) -> Tensor:
+    known = n is not None and np.isfinite(n)
+    return torch.tensor(int(n) if known else -1, dtype=torch.int32)
+
+
+def _encode(text: str) -> Tensor:
+    data = text.encode()[:_BYTES].ljust(_BYTES, b"\0")
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def _decode(data: Tensor) -> Any:
+    """A text, or lists of texts over the axes of a batch; None inside a transform."""
+    if _compat.transforms_active():
+        return None
+    if data.ndim > 1:
+        return [_decode(row) for row in data]
+    return bytes(data.tolist()).rstrip(b"\0").decode(errors="ignore")
+
+
+def _shown(result: Any, **said: Any) -> str:
+    fields = {name: value for name, value in result._asdict().items() if name != "text"} | said
+    shown = ", ".join(f"{name}={value!r}" for name, value in fields.items())
+    return f"{type(result).__name__}({shown})"
+
+
+class OptimizeResult(NamedTuple):
+    """What `minimize`, `root` and `least_squares` return, with scipy's names.
+
+    Derivatives flow into `x`, and into `fun` and `cost`, which are computed from it; everything
+    else is what the solver said of its own run, before x was polished.
+
+    Attributes:
+        x: the solution, a pytree like x0.
+        fun: the value of the function at x.
+        success: bool, whether the solver stopped as it should.
+        status: int32, the solver's own code of `message`.
+        nit: int32, iterations; this and the next three are -1 where a method does not count it.
+        nfev: int32, evaluations of the function.
+        njev: int32, evaluations of its derivative.
+        nhev: int32, evaluations of its second derivative.
+        text: `message` as bytes.
+        cost: of `least_squares`, half the sum of the squares of the residuals; else None.
+
+    >>> import torch, freevars.torch.scipy
+    >>> result = freevars.torch.scipy.minimize(lambda x: (x - 2.0) ** 2, 0.0)
+    >>> print(float(result.x), bool(result.success), result.message)
+    2.0 True Optimization terminated successfully.
+    """
+
+    x: Any
+    fun: Any
+    success: Any
+    status: Any
+    nit: Any
+    nfev: Any
+    njev: Any
+    nhev: Any
+    text: Any
+    cost: Any = None
+
+    def __repr__(self) -> str:
+        return _shown(self, message=self.message)
+
+    @property
+    def message(self) -> Any:
+        """Why the solver stopped: a str, a list of them for a batch; None inside a transform."""
+        return _decode(self.text)
+
+
+class RootResults(NamedTuple):
+    """What `root_scalar` returns, with scipy's names.
+
+    Attributes:
+        root: the solution, a tensor of shape (). Derivatives flow into this alone.
+        converged: bool, whether the solver stopped as it should.
+        iterations: int32.
+        function_calls: int32, evaluations of the function.
+        text: `flag` as bytes.
+
+    >>> import freevars.torch.scipy
+    >>> result = freevars.torch.scipy.root_scalar(lambda x: x**2 - 4.0, bracket=(0.0, 5.0))
+    >>> print(float(result.root), bool(result.converged), result.flag)
+    2.0 True converged
+    """
+
+    root: Any
+    converged: Any
+    iterations: Any
+    function_calls: Any
+    text: Any
+
+    def __repr__(self) -> str:
+        return _shown(self, flag=self.flag)
+
+    @property
+    def flag(self) -> Any:
+        """Why the solver stopped: a str, a list of them for a batch; None inside a transform."""
+        return _decode(self.text)

@@ -1,0 +1,114 @@
+"""`scipy.optimize.root`, with derivatives."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from freevars._solvers.scipy_calls import JACOBIAN, as_tuple
+from freevars.torch._rules.condition import OnFailure
+from freevars.torch._rules.rules import implicit
+from freevars.torch.scipy._host import HostFunction
+from freevars.torch.scipy._result import OptimizeResult, solver_status
+from freevars.torch.scipy._scipy import as_start, in_pytorch, optimize, refuse_derivatives
+
+__all__ = ["root"]
+
+
+def _run(
+    fun: Any,
+    x0: Any,
+    args: tuple[Any, ...],
+    *,
+    method: Any,
+    tol: Any,
+    callback: Any,
+    options: Any,
+) -> tuple[Any, dict[str, Tensor]]:
+    """Run scipy."""
+    host = HostFunction(fun, x0, args, equations=True)
+    takes = callable(method) or str(method).lower() in JACOBIAN
+    result = optimize.root(
+        host,
+        host.vector(x0),
+        (),
+        method,
+        jac=host.jacobian if takes else None,
+        tol=tol,
+        callback=callback,
+        options=options,
+    )
+    return host.x(result.x), solver_status(result)
+
+
+_run.__name__ = _run.__qualname__ = "root"  # what errors call it
+
+
+def _value(fun: Callable[..., Any], x: Any) -> Any:
+    """What is zero, in any structure."""
+    return fun(x)
+
+
+@functools.cache
+def _solver(on_failure: OnFailure, polish: bool) -> Any:  # noqa: FBT001
+    return implicit(_value, has_aux=True, on_failure=on_failure, polish=polish)(_run)
+
+
+def root(
+    fun: Callable[..., Any],
+    x0: Any,
+    args: Any = (),
+    method: Any = "hybr",
+    jac: Any = None,
+    tol: Any = None,
+    callback: Any = None,
+    options: Any = None,
+    *,
+    on_failure: OnFailure = "raise",
+    polish: bool = True,
+) -> OptimizeResult:
+    """`scipy.optimize.root` of a function in PyTorch, differentiable by everything it captures.
+
+    "hybr" and "lm" are given the exact Jacobian. The other methods take none: they build their own
+    from steps of theirs, and "krylov" from differences, whose step (`jac_options={"rdiff": ...}`)
+    has to be larger than the default in float32.
+
+    Args:
+        fun: `fun(x, *args)`, in PyTorch, gives as many numbers as x has, in any structure.
+        x0: a pytree of floating or complex tensors, NumPy arrays or numbers, and x is such a one of
+            tensors, as `fun` is given.
+        args: extra arguments of `fun`.
+        method: as in scipy.
+        jac: not needed, and refused.
+        tol: as in scipy.
+        callback: as in scipy: it is given NumPy vectors, and has no part in the result.
+        options: as in scipy.
+        on_failure: as for `freevars.torch.argmin`.
+        polish: as for `minimize`.
+
+    Returns:
+        x, `fun` at x, and what scipy said (`OptimizeResult`).
+
+    Raises:
+        TypeError: `fun` is no PyTorch, or a derivative is given.
+        freevars.errors.FreevarsError: as for `freevars.torch.argmin`.
+        Exception: whatever scipy raises, as it is.
+
+    >>> import torch, freevars.torch.scipy
+    >>> def meet(radius):  # of a circle with the diagonal
+    ...     system = lambda p: (p["x"] ** 2 + p["y"] ** 2 - radius**2, p["x"] - p["y"])
+    ...     return freevars.torch.scipy.root(system, {"x": 1.0, "y": 0.5}).x["y"]
+    >>> print(f"{torch.func.grad(meet)(torch.tensor(2.0)):.4f}")  # 1 / sqrt(2)
+    0.7071
+    """
+    refuse_derivatives("root", jac=jac)
+    x0, args = as_start(x0), as_tuple(args)
+    with in_pytorch("root", fun, x0, args):
+        pass
+    x, status = _solver(on_failure, polish)(
+        fun, x0, args, method=method, tol=tol, callback=callback, options=options
+    )
+    return OptimizeResult(x, fun(x, *args), **status)

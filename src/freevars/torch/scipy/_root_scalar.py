@@ -1,0 +1,162 @@
+"""`scipy.optimize.root_scalar`, with derivatives."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freevars._solvers.scipy_calls import ORDERS, as_tuple
+from freevars.torch._rules.condition import OnFailure
+from freevars.torch._rules.rules import root as root_rule
+from freevars.torch.scipy._host import HostFunction
+from freevars.torch.scipy._result import RootResults, root_status
+from freevars.torch.scipy._scipy import as_start, in_pytorch, optimize, refuse_derivatives
+
+__all__ = ["root_scalar"]
+
+
+def _run(
+    fun: Any,
+    x0: Any,
+    args: tuple[Any, ...],
+    *,
+    method: Any,
+    order: int,
+    bracket: Any,
+    starts: bool,
+    x1: Any,
+    xtol: Any,
+    rtol: Any,
+    maxiter: Any,
+    options: Any,
+) -> tuple[Any, dict[str, Tensor]]:
+    """Run scipy."""
+    host = HostFunction(fun, x0, args, equations=True)
+
+    def f(x: Any) -> Any:
+        values = host.derivatives(x, order)
+        return values if order else values[0]
+
+    result = optimize.root_scalar(
+        f,
+        (),
+        method,
+        None if bracket is None else [float(end) for end in bracket],
+        fprime=order > 0 or None,
+        fprime2=order > 1 or None,
+        x0=float(x0) if starts else None,
+        x1=None if x1 is None else float(x1),
+        xtol=xtol,
+        rtol=rtol,
+        maxiter=maxiter,
+        options=options,
+    )
+    return host.x(result.root), root_status(result)
+
+
+_run.__name__ = _run.__qualname__ = "root_scalar"  # what errors call it
+
+
+@functools.cache
+def _solver(on_failure: OnFailure, polish: bool) -> Any:  # noqa: FBT001
+    return root_rule(has_aux=True, on_failure=on_failure, polish=polish)(_run)
+
+
+def root_scalar(
+    f: Callable[..., Any],
+    args: Any = (),
+    method: Any = None,
+    bracket: Any = None,
+    fprime: Any = None,
+    fprime2: Any = None,
+    x0: Any = None,
+    x1: Any = None,
+    xtol: Any = None,
+    rtol: Any = None,
+    maxiter: Any = None,
+    options: Any = None,
+    *,
+    on_failure: OnFailure = "raise",
+    polish: bool = True,
+) -> RootResults:
+    """`scipy.optimize.root_scalar` of a function in PyTorch, differentiable by all it captures.
+
+    "newton" and "halley" are given exact derivatives. Derivatives by the bracket and the starting
+    points are zero: a root does not depend on where it was looked for.
+
+    Args:
+        f: `f(x, *args)`, in PyTorch, gives a real number for one of shape ().
+        args: extra arguments of `f`.
+        method: as in scipy; None: "brentq" with a bracket, "secant" with `x1`, else "newton".
+        bracket: two numbers at which f has different signs.
+        fprime: not needed, and refused; so is `fprime2`.
+        fprime2: see `fprime`.
+        x0: a number to start from.
+        x1: a second one.
+        xtol: as in scipy; so are `rtol`, `maxiter` and `options`.
+        rtol: see `xtol`.
+        maxiter: see `xtol`.
+        options: see `xtol`.
+        on_failure: as for `freevars.torch.argmin`.
+        polish: as for `minimize`.
+
+    Returns:
+        `root`, and what scipy said (`RootResults`).
+
+    Raises:
+        TypeError: `f` is no PyTorch, a derivative is given, or a number is none: many
+            roots at once are `torch.func.vmap` of this.
+        freevars.errors.FreevarsError: as for `freevars.torch.argmin`.
+        Exception: whatever scipy raises, as it is.
+
+    >>> import torch, freevars.torch.scipy
+    >>> def kepler(eccentricity, mean):  # E = M + e sin E
+    ...     f = lambda angle: angle - eccentricity * torch.sin(angle) - mean
+    ...     return freevars.torch.scipy.root_scalar(f, bracket=(mean - 1, mean + 1)).root
+    >>> slope = torch.func.grad(kepler)(torch.tensor(0.1), torch.tensor(1.0))
+    >>> print(f"{slope:.4f}")  # sin E / (1 - e cos E)
+    0.9291
+    """
+    name = "root_scalar"
+    refuse_derivatives(name, fprime=fprime, fprime2=fprime2)
+    if bracket is None and x0 is None:
+        optimize.root_scalar(lambda x: x, method=method)  # raises what scipy raises
+    if method is None:
+        method = "brentq" if bracket is not None else "newton" if x1 is None else "secant"
+    ends = None if bracket is None else tuple(_number(end, name) for end in bracket)
+    start = None if x0 is None else _number(x0, name)
+    second = None if x1 is None else _number(x1, name)
+    args = as_tuple(args)
+    first = ends[0] if start is None and ends else start
+    with in_pytorch(name, f, first, args):
+        pass
+    x, status = _solver(on_failure, polish)(
+        f,
+        first,
+        args,
+        method=method,
+        order=ORDERS.get(str(method).lower(), 0),
+        bracket=ends,
+        starts=start is not None,
+        x1=second,
+        xtol=xtol,
+        rtol=rtol,
+        maxiter=maxiter,
+        options=options,
+    )
+    return RootResults(x, **status)
+
+
+def _number(a: Any, name: str) -> Tensor:
+    found = as_start(a)
+    if not isinstance(found, Tensor) or found.shape != () or found.is_complex():
+        message = (
+            f"{name}: expected real numbers of shape () for x0, x1 and the bracket, got {a!r}. Many"
+            " roots at once are torch.func.vmap of this; a complex one is found by root."
+        )
+        raise TypeError(message)
+    return found if found.is_floating_point() else found.to(torch.get_default_dtype())
