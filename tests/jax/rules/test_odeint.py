@@ -164,6 +164,24 @@ def test_kepler_against_finite_differences() -> None:
     np.testing.assert_allclose(jax.jvp(end, (1.0,), (1.0,))[1], difference, rtol=1e-6)
 
 
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_on_each_device_of_a_mesh(check_vma) -> None:
+    """Inside `shard_map`, whose types say what varies from device to device."""
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("d")
+
+    def end(rate):
+        area = fv.integral(lambda f, a, b: (b - a) * f(b))(lambda u: rate * u, 0.0, 1.0)
+        ys = fv.odeint(rk4)(lambda t, y: -rate * y, jnp.ones_like(rate), jnp.array([0.0, 1.0]))
+        return jnp.sum(ys[-1] + area)
+
+    on_mesh = jax.shard_map(
+        jax.grad(end), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check_vma
+    )
+    rate = jnp.array([0.5, 1.0])
+    np.testing.assert_allclose(jax.jit(on_mesh)(rate), 1 - jnp.exp(-rate), rtol=1e-5)
+
+
 def test_extra_arguments_are_differentiated_by() -> None:
     solve = fv.odeint(ode.odeint, tfirst=False)
     ts = jnp.array([0.0, 1.0])

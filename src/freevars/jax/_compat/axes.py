@@ -59,8 +59,9 @@ def tracks_varying(name: str) -> bool:
 
 
 def varying_axes(x: Any) -> frozenset[str]:
-    """The named axes over which the type of a value says that it varies. JAX 0.10 renamed it."""
-    aval = jax.typeof(x)
+    """The named axes over which the type of a value, or a type, says that it varies. JAX 0.10
+    renamed it."""
+    aval = x if isinstance(x, core.AbstractValue) else jax.typeof(x)
     if hasattr(aval, "manual_axis_type"):
         return frozenset(aval.manual_axis_type.varying)
     return frozenset(getattr(aval, "vma", ()))

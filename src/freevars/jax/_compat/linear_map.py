@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from freevars.jax._compat.axes import like_type
 from freevars.jax._compat.private import ad, batching, core, mlir
 
 __all__ = ["LinearMap", "linear_map"]
@@ -36,7 +37,7 @@ def linear_map(
     fun: LinearMap, given: Sequence[Any], x: Sequence[Any], types: Sequence[Any]
 ) -> list[Any]:
     """`fun.forward(given, x)`, arrays of `types`, with the transpose of `fun`."""
-    out = tuple(core.ShapedArray(t.shape, t.dtype) for t in types)
+    out = tuple(t.strip_weak_type() for t in types)
     return list(_linear_p.bind(*given, *x, fun=fun, n=len(given), out=out))
 
 
@@ -47,7 +48,7 @@ _linear_p.multiple_results = True
 @_linear_p.def_impl  # type: ignore[untyped-decorator]
 def _run(*args: Any, fun: LinearMap, n: int, out: Any) -> list[Any]:
     values = fun.forward(args[:n], args[n:])
-    return [jnp.asarray(v, t.dtype) for v, t in zip(values, out, strict=True)]
+    return [like_type(jnp.asarray(v, t.dtype), t) for v, t in zip(values, out, strict=True)]
 
 
 @_linear_p.def_abstract_eval  # type: ignore[untyped-decorator]
@@ -89,7 +90,7 @@ def _is_zero(tangent: Any) -> bool:
 def _transpose(g: Any, *args: Any, fun: LinearMap, n: int, out: Any) -> Any:
     known, x = args[:n], args[n:]
     arrived = [
-        jnp.zeros(t.shape, t.dtype) if type(ct) is ad.Zero else ct
+        like_type(jnp.zeros(t.shape, t.dtype), t) if type(ct) is ad.Zero else ct
         for ct, t in zip(g, out, strict=True)
     ]
     found = fun.transposed(known, arrived)
@@ -126,7 +127,7 @@ def _batch(args: Any, dims: Any, *, fun: LinearMap, n: int, out: Any) -> Any:
         jnp.broadcast_to(a, (size, *a.shape)) if d is None else jnp.moveaxis(a, d, 0)
         for a, d in zip(args[n:], dims[n:], strict=True)
     ]
-    types = [core.ShapedArray((size, *t.shape), t.dtype) for t in out]
+    types = [core.unmapped_aval(size, 0, t) for t in out]
     values = linear_map(_Batch(fun, axes, size), given, x, types)
     return values, [0] * len(values)
 

@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 
 from freevars._solvers.integration import Reverse
+from freevars.jax import _compat
 from freevars.jax._rules.forms import Flat
 from freevars.jax._rules.integrator import merged
 
@@ -191,7 +192,8 @@ def _adjoint(by: BySolver, given: Arrays, g: Arrays) -> tuple[Arrays, Any]:
         end = jax.lax.cond(now == before, lambda start: start, solve, start)
         return (end[m : 2 * m], end[2 * m :]), end[:m]
 
-    zeros = ([jnp.zeros_like(y) for y in of.y0], [jnp.zeros_like(p) for p in of.p])
+    start = [_compat.like_type(jnp.zeros_like(y), ct) for y, ct in zip(of.y0, g, strict=True)]
+    zeros = (start, [_compat.like_type(jnp.zeros_like(p), p) for p in of.p])
     (costate, by_p), again = zeros, [y[:0] for y in of.ys]
     if of.ts.size > 1:
         later = ((of.ts[1:], of.ts[:-1]), [y[1:] for y in of.ys], [ct[1:] for ct in g])
