@@ -63,7 +63,13 @@ TRANSFORMATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", TRANSFORMATIONS)
+SLOW = {"grad of jit", "jacfwd", "reverse over reverse", "reverse over forward"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(t, marks=[pytest.mark.slow] if t in SLOW else []) for t in TRANSFORMATIONS],
+)
 def test_equals_the_closed_form(name) -> None:
     integrate, transform = fv.integral(gauss), TRANSFORMATIONS[name]
     got = transform(lambda *args: damped(integrate, *args))(P, 0.2, 1.3)

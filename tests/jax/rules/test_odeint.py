@@ -96,11 +96,15 @@ TABLE = [
     ("host", "jit"),
 ]
 SLOW = {"hessian", "reverse over reverse", "vmap"}
+DEAR = {("pytree", "jvp"), ("sensitivities", "jvp"), ("jax", "jvp"), ("host", "jit")}
 
 
 @pytest.mark.parametrize(
     ("solver", "name"),
-    [pytest.param(*row, marks=[pytest.mark.slow] if row[1] in SLOW else []) for row in TABLE],
+    [
+        pytest.param(*row, marks=[pytest.mark.slow] if row[1] in SLOW or row in DEAR else [])
+        for row in TABLE
+    ],
 )
 def test_equals_the_closed_form(solver, name) -> None:
     transform, args = TRANSFORMATIONS[name], tuple(map(jnp.asarray, ARGS))
@@ -146,6 +150,7 @@ def test_structures_and_types() -> None:
     )
 
 
+@pytest.mark.slow
 def test_kepler_against_finite_differences() -> None:
     """Eccentric orbits, whose field is not linear, by the mass that the field captures."""
 

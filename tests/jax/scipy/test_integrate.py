@@ -86,7 +86,9 @@ def test_solve_ivp_is_scipys() -> None:
     assert (bool(got.success), int(got.status), int(got.nfev)) == (True, 0, told.nfev)
 
 
-@pytest.mark.parametrize("method", ["RK45", "Radau", "LSODA"])
+@pytest.mark.parametrize(
+    "method", ["RK45", *(pytest.param(m, marks=pytest.mark.slow) for m in ("Radau", "LSODA"))]
+)
 def test_derivatives_of_solve_ivp(method) -> None:
     exact = lambda rate, ts: jnp.sum(jnp.exp(-rate * ts) + 3 * jnp.exp(-2 * rate * ts))
     total = lambda rate, ts: jnp.sum(decay(rate, ts, method=method, rtol=1e-7).y)

@@ -64,7 +64,7 @@ TRANSFORMATIONS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("takes", [None, "array", "pytree"])
+@pytest.mark.parametrize("takes", [None, pytest.param("array", marks=pytest.mark.slow), "pytree"])
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
 def test_equals_the_closed_form(name, takes) -> None:
     transform, solve = TRANSFORMATIONS[name], fv.integral(gauss, takes=takes)
