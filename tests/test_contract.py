@@ -29,7 +29,7 @@ ONLY_OPTIONS = {
     "torch": {"batch_dims", "rng"},
 }
 ONLY_IN_CLOSURE = {"jax": set(), "torch": {"from_module"}}
-ONLY_IN_SCIPY = {"OdeResult", "quad", "solve_ivp"}  # of JAX, so far
+ONLY_IN_SCIPY = {"OdeResult", "fixed_point", "linprog", "quad", "solve_ivp"}  # of JAX, so far
 POLICIES = ("differentiable", "traced", "floating", "all")
 
 

@@ -5,7 +5,9 @@ differentiable by everything that its functions capture, under `jit`, `vmap` and
 imported by itself, or at the first use of `fv.scipy`: nothing else in freevars needs scipy.
 """
 
+from freevars.jax.scipy._fixed_point import fixed_point
 from freevars.jax.scipy._least_squares import least_squares
+from freevars.jax.scipy._linprog import linprog
 from freevars.jax.scipy._minimize import minimize
 from freevars.jax.scipy._quad import quad
 from freevars.jax.scipy._result import OptimizeResult, RootResults
@@ -17,7 +19,9 @@ __all__ = [
     "OdeResult",
     "OptimizeResult",
     "RootResults",
+    "fixed_point",
     "least_squares",
+    "linprog",
     "minimize",
     "quad",
     "root",

@@ -1,0 +1,133 @@
+"""`scipy.optimize.linprog`, with derivatives."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from freevars._solvers.verdict import OnFailure
+from freevars.jax import _compat
+from freevars.jax._host.on_host import on_host
+from freevars.jax._rules.rules import argmin
+from freevars.jax.scipy._constraints import as_sides
+from freevars.jax.scipy._result import OptimizeResult, solver_status
+from freevars.jax.scipy._scipy import optimize
+
+__all__ = ["linprog"]
+
+
+def _run(
+    fun: Any,
+    x0: Any,
+    *,
+    method: Any,
+    options: Any,
+    bounds: Any,
+    equality: Any = None,
+    inequality: Any = None,
+) -> tuple[Any, dict[str, Any]]:
+    """Run scipy on the host, with the matrices of the functions, which are linear."""
+    zero = np.zeros_like(x0)
+    given: dict[str, Any] = {}
+    if inequality is not None:  # b - A x >= 0
+        given |= {"A_ub": -inequality.jacobian(zero), "b_ub": inequality(zero)}
+    if equality is not None:  # A x - b = 0
+        given |= {"A_eq": equality.jacobian(zero), "b_eq": -equality(zero)}
+    limits = np.stack(bounds, axis=1)
+    result = optimize.linprog(
+        fun.grad(zero), **given, bounds=limits, method=method, options=options
+    )
+    x = np.full_like(zero, np.nan) if result.x is None else result.x
+    return x, solver_status(result)
+
+
+_run.__name__ = "linprog"  # what errors call it
+
+
+@functools.cache
+def _solver(on_failure: OnFailure, one_sided: bool) -> Any:  # noqa: FBT001
+    rule = argmin(has_aux=True, on_failure=on_failure, one_sided=one_sided)
+    return rule(on_host(_run, aux=solver_status()))
+
+
+def linprog(
+    c: Any,
+    A_ub: Any = None,
+    b_ub: Any = None,
+    A_eq: Any = None,
+    b_eq: Any = None,
+    bounds: Any = (0, None),
+    method: Any = "highs",
+    options: Any = None,
+    *,
+    on_failure: OnFailure = "raise",
+    one_sided: bool = False,
+) -> OptimizeResult:
+    """`scipy.optimize.linprog`, differentiable by the matrices, the vectors and the bounds.
+
+    The minimum of c x with A_ub x <= b_ub, A_eq x = b_eq and bounds. At a vertex x changes with the
+    constraints that meet there, and not with c; where it is not the only minimum, or more
+    constraints meet than x has numbers, there is no derivative, and it is refused.
+
+    Args:
+        c: Float[Array, "n"].
+        A_ub: Float[Array, "m n"] or None.
+        b_ub: Float[Array, "m"] or None.
+        A_eq: Float[Array, "k n"] or None.
+        b_eq: Float[Array, "k"] or None.
+        bounds: as in scipy: a pair (min, max) for all, or one for each of x, None for no bound.
+        method: as in scipy.
+        options: as in scipy.
+        on_failure: as for `freevars.jax.root`.
+        one_sided: as for `freevars.jax.argmin`.
+
+    Returns:
+        x, `fun` at x, and what scipy said (`OptimizeResult`). x is NaN where scipy found none.
+
+    Raises:
+        TypeError: a matrix is given without its vector.
+        freevars.errors.FreevarsError: as for `freevars.jax.argmin`.
+        Exception: whatever scipy raises, as for `freevars.jax.on_host`.
+
+    >>> import jax, jax.numpy as jnp, freevars.jax.scipy
+    >>> def plan(hours, cap):  # the most of 2 x + 3 y
+    ...     limits = {"A_ub": jnp.ones((1, 2)), "b_ub": jnp.array([hours])}
+    ...     gain = jnp.array([2.0, 3.0])
+    ...     return freevars.jax.scipy.linprog(-gain, **limits, bounds=[(0, None), (0, cap)]).x
+    >>> print(plan(8.0, 3.0), jax.jacobian(plan)(8.0, 3.0) + 0.0)
+    [5. 3.] [1. 0.]
+    """
+    name = "linprog"
+    c = jnp.asarray(c, jnp.result_type(float, c))
+    functions: dict[str, Any] = {}
+    for kind, ub, A, b in (("inequality", True, A_ub, b_ub), ("equality", False, A_eq, b_eq)):
+        if (A is None) != (b is None):
+            end = "ub" if ub else "eq"
+            message = f"{name}: expected both A_{end} and b_{end}, or neither of them."
+            raise TypeError(message)
+        if A is not None:
+            matrix, vector = jnp.asarray(A, c.dtype), jnp.asarray(b, c.dtype)
+            sign = -1 if ub else 1
+            functions[kind] = functools.partial(_rows, sign * matrix, sign * vector)
+    x0 = jnp.zeros_like(c)
+    if bounds is None:
+        bounds = (0, None)
+    if len(bounds) == 2 and all(_is_number(side) for side in bounds):  # noqa: PLR2004
+        bounds = [tuple(bounds)] * c.size
+    (lower, upper), _ = as_sides([tuple(pair) for pair in bounds], x0, name)
+    sides = (lower.astype(c.dtype), upper.astype(c.dtype))
+    x, status = _solver(on_failure, one_sided)(
+        lambda x: jnp.vdot(c, x), x0, method=method, options=options, bounds=sides, **functions
+    )
+    return OptimizeResult(x, jnp.vdot(c, x), **status)
+
+
+def _rows(matrix: Any, vector: Any, x: Any) -> Any:
+    return matrix @ x - vector
+
+
+def _is_number(side: Any) -> bool:
+    return side is None or (_compat.is_array(side) and np.shape(side) == ())
