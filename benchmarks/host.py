@@ -5,6 +5,7 @@ hand around the same call of scipy. The hand-written side compiles its gradient 
 arguments. Ours takes the objective as users write it, a lambda made afresh for each call; whatever
 is not compiled in it has to be traced once more each time, which the first row shows and the second
 avoids. The third takes a partial of a jitted objective, which is not traced at all.
+Two rows before them are about batches.
 """
 
 import functools
@@ -130,8 +131,54 @@ def with_a_trace(fit: Fit, train: Data) -> Fit:
     return traced
 
 
+def kepler(angle: Any, mean: Any) -> Any:
+    return angle - 0.3 * jnp.sin(angle) - mean
+
+
+def brackets() -> Row:
+    """Many roots by brentq, against a loop of NumPy that calls a jitted function."""
+    means = np.linspace(0.1, 3.0, 500)
+    f = jax.jit(kepler)
+
+    def loop() -> Any:
+        return [scipy.optimize.brentq(lambda x, m=m: float(f(x, m)), m - 1, m + 1) for m in means]
+
+    def one(mean: Any) -> Any:
+        own = lambda x: kepler(x, mean)  # noqa: E731
+        return fv.scipy.root_scalar(own, bracket=(mean - 1, mean + 1)).root
+
+    batch = jax.jit(jax.vmap(one))
+    ours = lambda: jax.block_until_ready(batch(means))  # noqa: E731
+    np.testing.assert_allclose(ours(), loop(), rtol=1e-9)
+    timing = alternate(loop, ours, budget=6.0)
+    base, own = map(seconds, timing.seconds)
+    return Row("brentq on a batch of 500, vmap", timing.ratios[1], 10.0, base, own)
+
+
+def together() -> Row:
+    """A solver that takes batches, against one solve after the other."""
+    means = jnp.linspace(0.1, 3.0, 200)
+
+    def newton(fun: Any, x0: Any) -> Any:
+        x = x0
+        for _ in range(8):
+            x = x - fun(x) / fun.hvp(x, np.ones_like(x))
+        return x
+
+    def side(how: Any) -> Callable[[], Any]:
+        solver = fv.root(fv.on_host(newton, vmap=how))
+        batch = jax.jit(jax.vmap(lambda m: solver(lambda x: kepler(x, m), m[None])))
+        return lambda: jax.block_until_ready(batch(means))
+
+    timing = alternate(side("sequential"), side("whole"), budget=4.0)
+    base, own = map(seconds, timing.seconds)
+    return Row('a batch of 200 with vmap="whole"', timing.ratios[1], 0.1, base, own)
+
+
 def rows() -> Iterator[Row]:
     with jax.enable_x64(True):  # as the main job, and as scipy
+        yield brackets()
+        yield together()
         train, valid = load()
         log_reg = jnp.zeros(train[0].shape[1])
 

@@ -67,7 +67,7 @@ def test_the_table_of_host_solvers(monkeypatch, one_turn):
     monkeypatch.setattr(host, "load", few)
     monkeypatch.setattr(host, "alternate", one_turn)
     figures = _figures(host.rows())
-    assert len(figures) == 6
+    assert len(figures) == 8
     assert _all_finite(figures)
 
 
