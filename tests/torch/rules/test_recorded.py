@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from freevars.torch import NotASolutionError, argmin, fixed_point, root
+from freevars.torch import CaptureError, NotASolutionError, argmin, fixed_point, root
 from tests.torch.explicit import fresh
 
 f = torch.func
@@ -257,3 +257,31 @@ def test_transforms_of_torch_func_inside_beside_constants() -> None:
     (g,) = torch.autograd.grad(x.sum(), w)
     assert torch.allclose(x, c / (2 * w + 1))
     assert torch.allclose(g, -2 * c / (2 * w + 1) ** 2)
+
+
+def test_statistics_of_the_batch_that_nothing_keeps() -> None:
+    """What the refusal of a batch norm in train mode says to do, and that it is right."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(2, dtype=F64)
+    norm.weight.data.fill_(0.2)
+    x, before = torch.randn(4, 2, dtype=F64), norm.running_mean.clone()
+
+    def total(weight: Tensor) -> Tensor:
+        def fun(z: Tensor) -> Tensor:
+            return x + weight * nn.functional.batch_norm(z.sin(), None, None, training=True)
+
+        return (iterate(fun, zeros(4, 2)) ** 2).sum()
+
+    def by_module() -> Tensor:
+        return (iterate(lambda z: x + norm(z.sin()), zeros(4, 2)) ** 2).sum()
+
+    with pytest.raises(CaptureError, match="track_running_stats = False") as refused:
+        by_module()
+    assert "norm.num_batches_tracked" in str(refused.value)
+    norm.track_running_stats = False
+    (g,) = torch.autograd.grad(by_module(), norm.weight)
+    weight, h = norm.weight.detach(), 1e-5
+    steps = h * torch.eye(2, dtype=F64)
+    differences = [float(total(weight + s) - total(weight - s)) / (2 * h) for s in steps]
+    assert g.tolist() == pytest.approx(differences, rel=1e-6)
+    assert torch.equal(norm.running_mean, before)

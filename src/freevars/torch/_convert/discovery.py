@@ -358,11 +358,7 @@ class DiscoveryMode(CaptureMode):
         argument = self.argument_keys.get(key)
         found = self.captured_keys.get(key, t) if argument is None else argument
         kind = "a captured tensor" if argument is None else "its argument"
-        named = self._named(found)
-        return (
-            f"expected a function that writes to its own intermediates only, got {func} writing "
-            f"in place to {kind}: {named}. Nothing was written. Write to a clone."
-        )
+        return operators.write_message(func, kind, self._named(found))
 
 
 class DispatchDiscovery(DispatchMode):  # type: ignore[no-untyped-call]

@@ -40,6 +40,7 @@ __all__ = [
     "resumed",
     "tensors",
     "traits",
+    "write_message",
     "writes_first",
     "writes_metadata",
     "written",
@@ -299,10 +300,24 @@ def refuse_running_statistics(watch: CaptureMode, func: Func, args: Any, kwargs:
     message = (
         "expected a function that leaves its captured values as they are, got a train-mode "
         f"{getattr(func, '__name__', func)} that updates captured running statistics in place. "
-        "Put the "
-        "module in eval mode (net.eval()), or build it with track_running_stats=False."
+        f"{STATISTICS}"
     )
     watch.refuse(message)
+
+
+# What to do with a module that writes to its buffers.
+STATISTICS = (
+    "Put a module that keeps statistics into eval mode (module.eval()); a batch norm may also take "
+    "those of the batch and keep none (module.track_running_stats = False)."
+)
+
+
+def write_message(func: Any, whose: str, named: str) -> str:
+    """For a write in place to the tensor `named`."""
+    return (
+        f"expected a function that writes to its own intermediates only, got {func} writing in "
+        f"place to {whose}: {named}. Nothing was written. Write to a clone. {STATISTICS}"
+    )
 
 
 def callables(value: Any) -> Iterator[Any]:

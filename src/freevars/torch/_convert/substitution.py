@@ -144,14 +144,10 @@ class SubstitutionMode(CaptureMode):
     def _refuse_write(self, func: Any, t: Tensor) -> None:
         direct = id(t) in self.table or self.outside.holds(t)
         if direct or (not operators.writes_metadata(func) and self._holds_memory_of(t)):
+            whose = "a captured tensor, its argument, or a view of one"
+            name = getattr(func, "__name__", func)
             named = describe(t, self.fun, line_of_caller())
-            message = (
-                "expected a function that writes to its own intermediates only, got "
-                f"{getattr(func, '__name__', func)} writing in place to a captured tensor, its "
-                f"argument, or a view of one: {named}. Nothing was written. Write to a "
-                "clone; a module that updates running statistics belongs in eval mode."
-            )
-            self.refuse(message)
+            self.refuse(operators.write_message(name, whose, named))
 
     def _holds_memory_of(self, t: Tensor) -> bool:
         if self._keys is None:
@@ -202,15 +198,21 @@ class CarefulSubstitutionMode(SubstitutionMode):
         self.note((*known, *table.values()))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func not in operators.METADATA and not self.paused:
-            self.check(self.replace((args, kwargs)))
-        out = super().__torch_function__(func, types, args, kwargs)
+        if not kwargs and func in _plain_calls and not _hooks.broken:
+            get = self.table.get
+            given = [get(id(a), a) if type(a) in operators.PLAIN else self.replace(a) for a in args]
+            self.check(given)
+            out = func(*given)
+        else:
+            kwargs = kwargs or {}
+            if func not in operators.METADATA and not self.paused:
+                self.check(self.replace((args, kwargs)))
+            out = super().__torch_function__(func, types, args, kwargs)
         self.note(out)
         return out
 
     def check(self, value: Any) -> None:
-        for t in operators.tensors(value):
+        for t in operators.given_tensors(value, None):
             ref = self._made.get(id(t))
             if (ref is None or ref() is not t) and operators.may_carry_derivative(t):
                 if self._reachable is None:
@@ -219,6 +221,9 @@ class CarefulSubstitutionMode(SubstitutionMode):
                     self.refuse(not_hoisted(t, self.fun, line_of_caller()))
 
     def note(self, value: Any) -> None:
+        if type(value) is Tensor:
+            self._made[id(value)] = weakref.ref(value)
+            return
         for t in operators.tensors(value):
             self._made[id(t)] = weakref.ref(t)
 
