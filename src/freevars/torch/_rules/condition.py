@@ -8,55 +8,26 @@ x0.
 Not here: the user's function and solver (`problem.py`), derivatives (`record.py`, `implicit.py`).
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from freevars._solvers.bounds import on_a_bound
 from freevars._solvers.failures import Context, failure, option_matters
-from freevars._solvers.verdict import Kind, Limits, is_minimum
+from freevars._solvers.verdict import Limits, is_minimum
 from freevars.errors import FreevarsError, NotASolutionError, StructureError
 from freevars.torch._rules import diagnostics
 from freevars.torch._rules.conserved import completion
 from freevars.torch._rules.dense import Dense
 from freevars.torch._rules.derivative import Derivative
-from freevars.torch._rules.linear import LinearSolve, System, system_of
+from freevars.torch._rules.linear import System, system_of
 from freevars.torch._rules.ravel import Unknown
+from freevars.torch._rules.rule import Rule
 from freevars.torch._rules.sizes import PARTS, Sizes
 
-__all__ = ["Condition", "Kind", "OnFailure", "Rng", "Rule", "Solution"]
-
-OnFailure = Literal["raise", "nan", "least_squares"]
-Rng = Literal["replay", "allow", "error"]
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What was said when the solver was decorated."""
-
-    kind: Kind
-    solver: Callable[..., Any]
-    name: str
-    has_aux: bool = False
-    linear_solve: LinearSolve | None = None
-    on_failure: OnFailure = "raise"
-    check: bool = True
-    tol: float | None = None
-    polish: bool = False
-    conserved: Callable[[Any], Any] | None = None
-    batch_dims: int = 0
-    rng: Rng = "replay"
-    one_sided: bool = False
-    # Of kind "implicit": condition(fun, x), and what `fun` takes.
-    stated: tuple[Callable[..., Any] | None, Callable[[Any], Any] | None] = (None, None)
-
-    def __post_init__(self) -> None:
-        if isinstance(self.batch_dims, bool) or not self.batch_dims >= 0:
-            message = f"batch_dims: expected a number of axes, got {self.batch_dims!r}."
-            raise ValueError(message)
+__all__ = ["Condition", "Solution"]
 
 
 class Solution(NamedTuple):

@@ -19,11 +19,12 @@ from freevars.torch._compat import pytree
 from freevars.torch._convert.convert import Converted
 from freevars.torch._describe import function_name
 from freevars.torch._rules.active import Functions, Scaled, multipliers_at, rows_of, system_at
-from freevars.torch._rules.condition import Rule, Solution
+from freevars.torch._rules.condition import Solution
 from freevars.torch._rules.inputs import Inputs
 from freevars.torch._rules.optimality import check_value, joined, value_of
 from freevars.torch._rules.problem import Problem
 from freevars.torch._rules.ravel import Unknown
+from freevars.torch._rules.rule import Rule
 
 __all__ = ["ConstrainedProblem", "bounds_like", "unknown_of"]
 

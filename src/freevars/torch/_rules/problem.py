@@ -21,12 +21,12 @@ from freevars.torch._convert.operators import may_carry_derivative
 from freevars.torch._convert.structure import Structure, same
 from freevars.torch._describe import function_name
 from freevars.torch._rules.batch import DifferentiableCondition
-from freevars.torch._rules.condition import Rule
 from freevars.torch._rules.conserved import check_constant
 from freevars.torch._rules.inputs import Inputs
 from freevars.torch._rules.optimality import STATED_BY, check_value, optimality
 from freevars.torch._rules.preserve_grad import preserve_grad
 from freevars.torch._rules.ravel import Unknown
+from freevars.torch._rules.rule import Rule
 
 __all__ = ["Problem"]
 
