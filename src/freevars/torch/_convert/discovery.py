@@ -18,7 +18,7 @@ from torch import Tensor
 
 from freevars.torch import _compat, _hooks
 from freevars.torch._compat import storage_key
-from freevars.torch._convert import operators
+from freevars.torch._convert import contents, operators, refusals
 from freevars.torch._convert.autograd_graph import hidden_path
 from freevars.torch._convert.places import Search
 from freevars.torch._convert.structure import Structure
@@ -53,7 +53,7 @@ class DiscoveryMode(CaptureMode):
         self.captured: dict[int, Tensor] = {}
         self.where: dict[int, tuple[str, int] | None] = {}
         self.arguments = {id(t): t for t in arguments}
-        self.argument_keys = {storage_key(u): t for t in arguments for u in operators.inner(t)}
+        self.argument_keys = {storage_key(u): t for t in arguments for u in contents.inner(t)}
         self.captured_keys: dict[int, Tensor] = {}
         self.made_keys: set[int] = set()
         self._made: dict[int, weakref.ref[Tensor]] = {}
@@ -85,18 +85,18 @@ class DiscoveryMode(CaptureMode):
         if self.paused or func in operators.METADATA or func == operators.REQUIRES_GRAD:
             return func(*args, **kwargs)
         self._refuse(func, args, kwargs)
-        given = operators.given_tensors(args, kwargs)
+        given = contents.given_tensors(args, kwargs)
         for t in given:
             self.read(t)
         self._refuse_change(func, args, kwargs)
         if func is torch.autograd.grad:
-            outputs, inputs = ([*operators.tensors(x)] for x in args[:2])
+            outputs, inputs = ([*contents.tensors(x)] for x in args[:2])
             inputs = [t for t in inputs if id(t) in self.captured]
             problem = hidden_path(outputs, inputs, self.captured.values(), self.fun)
             if problem is not None:
                 self.refuse(problem)
         if operators.is_python(func):
-            args, kwargs = operators.resumed(self, args), operators.resumed(self, kwargs)
+            args, kwargs = contents.resumed(self, args), contents.resumed(self, kwargs)
             self._read_of_callables((args, kwargs))
         if _compat.is_custom_function_call(func):
             self._read_of_class(args[0])
@@ -111,21 +111,21 @@ class DiscoveryMode(CaptureMode):
 
     def _refuse(self, func: Any, args: Any, kwargs: Any) -> None:
         if func in operators.BACKWARD and not (_compat.in_backward() or self.solvers):
-            self.refuse(operators.backward_message(self.fun))
+            self.refuse(refusals.backward_message(self.fun))
         if _compat.is_higher_order(func):
-            self.refuse(operators.higher_order_message(func, self.fun))
-        body = operators.operator_body(self, func)
+            self.refuse(refusals.higher_order_message(func, self.fun))
+        body = refusals.operator_body(self, func)
         if body is not None:
-            operators.refuse_reads_of_operator(self, func, body, self.hoist, self.fun)
+            refusals.refuse_reads_of_operator(self, func, body, self.hoist, self.fun)
         if func in operators.BATCH_STATISTICS:
-            operators.refuse_running_statistics(self, func, args, kwargs)
+            refusals.refuse_running_statistics(self, func, args, kwargs)
 
     def _note_memory(self, func: Any, args: Any, kwargs: Any, out: Any, *, factory: bool) -> None:
         """Leaves that `fun` makes, and memory that the dispatch mode does not see being made."""
         if func in operators.MAKES_LEAF or kwargs.get("requires_grad"):
             self.leaves.append(args[0] if func in operators.MAKES_LEAF else out)
         if (factory and operators.is_factory(func)) or func is Tensor.__deepcopy__:
-            self.made_keys.update(storage_key(t) for t in operators.tensors(out))
+            self.made_keys.update(storage_key(t) for t in contents.tensors(out))
 
     def read(self, t: Tensor) -> None:
         """The first read of a foreign tensor captures it."""
@@ -211,9 +211,9 @@ class DiscoveryMode(CaptureMode):
     def _inner(self, t: Tensor) -> list[Tensor]:
         """Every plain tensor that reading `t` may read, where converted calls stand below us
         too."""
-        found = operators.inner(t)
+        found = contents.inner(t)
         given = _hooks.resolve(t)
-        return found if given is t else found + operators.inner(given)
+        return found if given is t else found + contents.inner(given)
 
     def is_foreign(self, t: Tensor) -> bool:
         return not self._is_made(t) and storage_key(t) not in self.made_keys
@@ -222,7 +222,7 @@ class DiscoveryMode(CaptureMode):
         """Whether `fun` made the tensor that its tape ends in."""
         if any(leaf is t for t in self.leaves):
             return True
-        made = any(storage_key(u) in self.made_keys for u in operators.inner(leaf))
+        made = any(storage_key(u) in self.made_keys for u in contents.inner(leaf))
         self.makes_leaves |= made
         return made
 
@@ -241,10 +241,10 @@ class DiscoveryMode(CaptureMode):
             t, args[1:], kwargs
         )
         if new_leaf or func in operators.CHANGES:
-            self.refuse(operators.change_message(func, t, self.fun))
+            self.refuse(refusals.change_message(func, t, self.fun))
 
     def _read_of_callables(self, value: Any) -> None:
-        for x in operators.callables(value):
+        for x in contents.callables(value):
             self._read_reachable(getattr(x, "__wrapped__", x))
 
     def _read_of_class(self, cls: Any) -> None:
@@ -270,24 +270,24 @@ class DiscoveryMode(CaptureMode):
     # --- what it does not see (called by the hooks)
 
     def replace(self, value: Any) -> Any:
-        for t in operators.tensors(value):
+        for t in contents.tensors(value):
             self.read(t)
         return value
 
     def note(self, value: Any) -> None:
-        for t in operators.tensors(value):
+        for t in contents.tensors(value):
             if id(t) not in self.captured and id(t) not in self.arguments:
                 self._made[id(t)] = weakref.ref(t)
 
     def custom_function(self, cls: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        for t in operators.tensors(args):
+        for t in contents.tensors(args):
             self.read(t)
         self._read_of_class(cls)
-        return tuple(operators.resumed(self, args))
+        return tuple(contents.resumed(self, args))
 
     def begin(self, args: Sequence[Any]) -> set[int] | None:
         before = self._call
-        self._call = {storage_key(u) for t in operators.tensors(args) for u in self._inner(t)}
+        self._call = {storage_key(u) for t in contents.tensors(args) for u in self._inner(t)}
         if _compat.transforms_active():  # tangents of tensors seen before
             self._call |= self.captured_keys.keys()
         return before
@@ -298,7 +298,7 @@ class DiscoveryMode(CaptureMode):
     # --- what the dispatch mode tells
 
     def on_dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
-        given = operators.given_tensors(args, kwargs)
+        given = contents.given_tensors(args, kwargs)
         keys = [storage_key(t) for t in given]
         what = operators.traits(func)
         if func is torch.ops.aten.lift_fresh.default:
@@ -316,7 +316,7 @@ class DiscoveryMode(CaptureMode):
             for t, key in zip(given, keys, strict=True):
                 self._check_seen(func, t, key)
         out = func(*args, **kwargs)
-        made = {storage_key(t) for t in operators.tensors(out)} - set(keys)
+        made = {storage_key(t) for t in contents.tensors(out)} - set(keys)
         self.made_keys |= made
         self.note(out)
         return out
@@ -349,7 +349,7 @@ class DiscoveryMode(CaptureMode):
         self.drew = self.drew or str(func)
         generator = kwargs.get("generator")
         if generator is None:
-            generator = _generator_of(kwargs.get("device"), operators.tensors(args))
+            generator = _generator_of(kwargs.get("device"), contents.tensors(args))
         if generator is not None and id(generator) not in self.generators:
             self.generators[id(generator)] = (generator, generator.get_state())
 
@@ -358,7 +358,7 @@ class DiscoveryMode(CaptureMode):
         argument = self.argument_keys.get(key)
         found = self.captured_keys.get(key, t) if argument is None else argument
         kind = "a captured tensor" if argument is None else "its argument"
-        return operators.write_message(func, kind, self._named(found))
+        return refusals.write_message(func, kind, self._named(found))
 
 
 class DispatchDiscovery(DispatchMode):  # type: ignore[no-untyped-call]

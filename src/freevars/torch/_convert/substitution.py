@@ -15,7 +15,7 @@ from torch import Tensor
 
 from freevars.torch import _compat, _hooks
 from freevars.torch._compat import CheckpointFunction, storage_key
-from freevars.torch._convert import operators
+from freevars.torch._convert import contents, operators, refusals
 from freevars.torch._convert.autograd_graph import not_hoisted
 from freevars.torch._describe import describe, line_of_caller, reachable
 from freevars.torch._hooks import CaptureMode, DispatchMode
@@ -62,7 +62,7 @@ class SubstitutionMode(CaptureMode):
         if kwargs or func not in _plain_calls or _hooks.broken:
             return self._special(func, args, kwargs or {})
         get = self.table.get
-        given = [get(id(a), a) if type(a) in operators.PLAIN else self.replace(a) for a in args]
+        given = [get(id(a), a) if type(a) in contents.PLAIN else self.replace(a) for a in args]
         return func(*given)
 
     def _special(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -77,8 +77,8 @@ class SubstitutionMode(CaptureMode):
         new_args, new_kwargs = self.replace(args), self.replace(kwargs)
         if operators.is_python(func):
             new_args, new_kwargs = (
-                operators.resumed(self, new_args),
-                operators.resumed(self, new_kwargs),
+                contents.resumed(self, new_args),
+                contents.resumed(self, new_kwargs),
             )
         out = func(*new_args, **new_kwargs)
         if kind == "leaf" or kwargs.get("requires_grad"):
@@ -89,17 +89,17 @@ class SubstitutionMode(CaptureMode):
 
     def _refuse(self, kind: str | None, func: Any, args: Any, kwargs: Any) -> None:
         if kind == "backward" and not (_compat.in_backward() or self.solvers):
-            self.refuse(operators.backward_message(self.fun))
+            self.refuse(refusals.backward_message(self.fun))
         if _compat.is_higher_order(func):
-            self.refuse(operators.higher_order_message(func, self.fun))
-        body = operators.operator_body(self, func)
+            self.refuse(refusals.higher_order_message(func, self.fun))
+        body = refusals.operator_body(self, func)
         if body is not None and body not in self.outside.operators:
-            operators.refuse_reads_of_operator(self, func, body, self._matters, self.fun)
+            refusals.refuse_reads_of_operator(self, func, body, self._matters, self.fun)
             self.outside.operators.add(body)
         if kind == "leaf":
             self._refuse_new_leaf(func, args, kwargs)
         if kind == "statistics":
-            operators.refuse_running_statistics(self, func, args, kwargs)
+            refusals.refuse_running_statistics(self, func, args, kwargs)
         for t in operators.written_by_call(func, args, kwargs):
             self._refuse_write(func, t)
 
@@ -139,7 +139,7 @@ class SubstitutionMode(CaptureMode):
         if (t is not args[0] or self.outside.holds(t)) and operators.changes_requires_grad(
             t, args[1:], kwargs
         ):
-            self.refuse(operators.change_message(func, args[0], self.fun))
+            self.refuse(refusals.change_message(func, args[0], self.fun))
 
     def _refuse_write(self, func: Any, t: Tensor) -> None:
         direct = id(t) in self.table or self.outside.holds(t)
@@ -147,12 +147,12 @@ class SubstitutionMode(CaptureMode):
             whose = "a captured tensor, its argument, or a view of one"
             name = getattr(func, "__name__", func)
             named = describe(t, self.fun, line_of_caller())
-            self.refuse(operators.write_message(name, whose, named))
+            self.refuse(refusals.write_message(name, whose, named))
 
     def _holds_memory_of(self, t: Tensor) -> bool:
         if self._keys is None:
-            self._keys = {storage_key(u) for x in self.known for u in operators.inner(x)}
-        keys = [storage_key(u) for u in operators.inner(t)]
+            self._keys = {storage_key(u) for x in self.known for u in contents.inner(x)}
+        keys = [storage_key(u) for u in contents.inner(t)]
         return any(key in self._keys or self.outside.holds_memory(key) for key in keys)
 
     # --- called by the hooks
@@ -163,7 +163,7 @@ class SubstitutionMode(CaptureMode):
     def custom_function(self, cls: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         if cls is CheckpointFunction and isinstance(args[0], Callable):  # type: ignore[arg-type]
             return self._checkpointed(*args)
-        return tuple(operators.resumed(self, self.replace(args)))
+        return tuple(contents.resumed(self, self.replace(args)))
 
     def _checkpointed(self, fun: Any, preserve: Any, *inputs: Any) -> tuple[Any, ...]:
         """Reentrant checkpointing returns derivatives of its inputs only: the given values become
@@ -200,7 +200,7 @@ class CarefulSubstitutionMode(SubstitutionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not kwargs and func in _plain_calls and not _hooks.broken:
             get = self.table.get
-            given = [get(id(a), a) if type(a) in operators.PLAIN else self.replace(a) for a in args]
+            given = [get(id(a), a) if type(a) in contents.PLAIN else self.replace(a) for a in args]
             self.check(given)
             out = func(*given)
         else:
@@ -212,7 +212,7 @@ class CarefulSubstitutionMode(SubstitutionMode):
         return out
 
     def check(self, value: Any) -> None:
-        for t in operators.given_tensors(value, None):
+        for t in contents.given_tensors(value, None):
             ref = self._made.get(id(t))
             if (ref is None or ref() is not t) and operators.may_carry_derivative(t):
                 if self._reachable is None:
@@ -224,7 +224,7 @@ class CarefulSubstitutionMode(SubstitutionMode):
         if type(value) is Tensor:
             self._made[id(value)] = weakref.ref(value)
             return
-        for t in operators.tensors(value):
+        for t in contents.tensors(value):
             self._made[id(t)] = weakref.ref(t)
 
     def custom_function(self, cls: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -233,7 +233,7 @@ class CarefulSubstitutionMode(SubstitutionMode):
         return args
 
     def _checkpointed(self, fun: Any, preserve: Any, *inputs: Any) -> tuple[Any, ...]:
-        return tuple(operators.resumed(self, (fun, preserve, *self.replace(inputs))))
+        return tuple(contents.resumed(self, (fun, preserve, *self.replace(inputs))))
 
 
 class ForeignTensors:
@@ -269,7 +269,7 @@ class ForeignTensors:
 def _memory(t: Tensor) -> list[int]:
     """The memory of `t`, and that of its `.grad`."""
     grad = t.grad if t.is_leaf else None
-    return [storage_key(u) for x in (t, grad) if x is not None for u in operators.inner(x)]
+    return [storage_key(u) for x in (t, grad) if x is not None for u in contents.inner(x)]
 
 
 class AllocationTracker(DispatchMode):  # type: ignore[no-untyped-call]
@@ -282,9 +282,9 @@ class AllocationTracker(DispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        given = {storage_key(t) for t in operators.tensors((args, kwargs))}
-        self._keys |= {storage_key(t) for t in operators.tensors(out)} - given
+        given = {storage_key(t) for t in contents.tensors((args, kwargs))}
+        self._keys |= {storage_key(t) for t in contents.tensors(out)} - given
         return out
 
     def holds(self, t: Tensor) -> bool:
-        return any(storage_key(u) in self._keys for u in operators.inner(t))
+        return any(storage_key(u) in self._keys for u in contents.inner(t))

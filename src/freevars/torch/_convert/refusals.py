@@ -1,0 +1,114 @@
+"""What no function may do under a watch, and what the error says.
+
+Not here: where it is asked (`discovery.py`, `substitution.py`).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freevars.torch import _compat, _hooks
+from freevars.torch._compat import overloads
+from freevars.torch._describe import caller, describe, function_name, line_of_caller, reachable
+from freevars.torch._hooks import CaptureMode
+
+__all__ = [
+    "backward_message",
+    "change_message",
+    "higher_order_message",
+    "operator_body",
+    "refuse_reads_of_operator",
+    "refuse_running_statistics",
+    "write_message",
+]
+
+Func = Callable[..., Any]
+
+# What to do with a module that writes to its buffers.
+_STATISTICS = (
+    "Put a module that keeps statistics into eval mode (module.eval()); a batch norm may also take "
+    "those of the batch and keep none (module.track_running_stats = False)."
+)
+
+
+def refuse_running_statistics(watch: CaptureMode, func: Func, args: Any, kwargs: Any) -> None:
+    """Refuses a train-mode normalisation over foreign running statistics: it writes to them, and
+    PyTorch declares no mutation."""
+    names = ("input", "weight", "bias", "running_mean", "running_var", "training")
+    if getattr(func, "__module__", "") == "torch.nn.functional":
+        names = ("input", "running_mean", "running_var", "weight", "bias", "training")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    default = func is torch.nn.functional.instance_norm
+    mean = given.get("running_mean")
+    training = given.get("training", given.get("use_input_stats", default))
+    if not (training and isinstance(mean, Tensor) and watch.is_foreign(mean)):
+        return
+    message = (
+        "expected a function that leaves its captured values as they are, got a train-mode "
+        f"{getattr(func, '__name__', func)} that updates captured running statistics in place. "
+        f"{_STATISTICS}"
+    )
+    watch.refuse(message)
+
+
+def write_message(func: Any, whose: str, named: str) -> str:
+    """For a write in place to the tensor `named`."""
+    return (
+        f"expected a function that writes to its own intermediates only, got {func} writing in "
+        f"place to {whose}: {named}. Nothing was written. Write to a clone. {_STATISTICS}"
+    )
+
+
+def change_message(func: Func, t: Tensor, fun: Any) -> str:
+    name = getattr(func, "__name__", str(func))
+    if name == "__set__":  # of `t.grad`, say
+        name = f"setting .{getattr(getattr(func, '__self__', None), '__name__', 'an attribute')}"
+    return (
+        f"expected a function that leaves its captured values as they are, got {name} on "
+        f"{describe(t, fun, line_of_caller())}. Nothing was written. Use t.detach(), which is "
+        "another tensor."
+    )
+
+
+def backward_message(fun: Any) -> str:
+    return (
+        f"expected a function that returns its result, got {function_name(fun)!r} "
+        f"calling .backward() at {caller()}, which adds to the .grad of captured tensors. "
+        "Use torch.autograd.grad."
+    )
+
+
+def higher_order_message(func: Any, fun: Any) -> str:
+    return (
+        f"expected operations of PyTorch's Python API, got the higher-order operator {func} at "
+        f"{caller()} in {function_name(fun)!r}: what its branches read cannot be replaced. "
+        "Use Python's own if, for, while."
+    )
+
+
+def operator_body(watch: CaptureMode, func: Any) -> Any:
+    """The Python function of a custom operator, or None."""
+    point = "custom operators"
+    if point not in _hooks.broken:
+        return _compat.operator_body(func)
+    names = (_compat.schema(overload).name for overload in overloads(func))
+    if any(not name.startswith(("aten::", "prims::")) for name in names):
+        watch.refuse(_hooks.broken_message(point))
+    return None
+
+
+def refuse_reads_of_operator(
+    watch: CaptureMode, func: Any, body: Any, matters: Callable[[Tensor], bool], fun: Any
+) -> None:
+    """Refuses a custom operator whose own function can reach a tensor that matters."""
+    for t, _ in reachable(body).values():
+        if matters(t):
+            message = (
+                "expected every read of a captured tensor to go through PyTorch's Python API, got "
+                f"the custom operator {func} at {caller()} in {function_name(fun)!r}, whose "
+                f"function can read {describe(t, body)}. "
+                "Pass that tensor to the operator as an argument."
+            )
+            watch.refuse(message)
