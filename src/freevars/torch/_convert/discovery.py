@@ -8,8 +8,7 @@ writes before they happen, and reads that did not come through the Python API.
 Not here: calling `fun` with other values (`substitution.py`).
 """
 
-import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -20,50 +19,29 @@ from freevars.torch import _compat, _hooks
 from freevars.torch._compat import storage_key
 from freevars.torch._convert import contents, operators, refusals
 from freevars.torch._convert.autograd_graph import hidden_path
-from freevars.torch._convert.places import Search
-from freevars.torch._convert.structure import Structure
+from freevars.torch._convert.provenance import Hoist, Provenance
 from freevars.torch._describe import (
-    Line,
     Reachable,
-    ReadSite,
     caller,
-    describe,
-    line_of_caller,
 )
-from freevars.torch._hooks import CaptureMode, DispatchMode
+from freevars.torch._hooks import DispatchMode
 
 __all__ = ["DiscoveryMode"]
 
-Hoist = Callable[[Tensor], bool]
 
-
-class DiscoveryMode(CaptureMode):
+class DiscoveryMode(Provenance):
     """One watched run. After it, `captured` holds what was read, in order of first use."""
 
     def __init__(
         self, fun: Any, arguments: Sequence[Tensor], hoist: Hoist, *, rng: str, constants: bool
     ) -> None:
-        self.fun = fun
+        super().__init__(fun, arguments, hoist)
         self.constants = constants  # whether tensors without derivatives may be hoisted too
-        self.hoist = hoist
         self.rng = rng
-        self.level = _compat.transform_level()
         self.drew: str | None = None  # the first random operation
         self.generators: dict[int, tuple[torch.Generator, Tensor]] = {}
-        self.captured: dict[int, Tensor] = {}
-        self.where: dict[int, tuple[str, int] | None] = {}
-        self.arguments = {id(t): t for t in arguments}
-        self.argument_keys = {storage_key(u): t for t in arguments for u in contents.inner(t)}
-        self.captured_keys: dict[int, Tensor] = {}
-        self.made_keys: set[int] = set()
-        self._made: dict[int, weakref.ref[Tensor]] = {}
-        self.leaves: list[
-            Tensor
-        ] = []  # made by `fun` as function modes see it, and those they do not:
-        self.makes_leaves = False
         self._reachable: Reachable | None = None
         self._later: dict[int, Any] = {}  # by id: what may be called after the run
-        self.looking = False  # we look at a tensor ourselves, which is no read
         self._call: set[int] | None = None  # memory that the running operation was given
 
     def watching(self) -> AbstractContextManager[Any]:
@@ -127,109 +105,6 @@ class DiscoveryMode(CaptureMode):
         if (factory and operators.is_factory(func)) or func is Tensor.__deepcopy__:
             self.made_keys.update(storage_key(t) for t in contents.tensors(out))
 
-    def read(self, t: Tensor) -> None:
-        """The first read of a foreign tensor captures it."""
-        key = id(t)
-        if key in self.captured or key in self.arguments or self._is_made(t):
-            return
-        if t.is_nested and self.hoist(t):
-            self.refuse_nested(t)
-        bases = self._inner(t)
-        plain = list(_compat.unwrap(t))[-1]
-        if storage_key(plain) in self.made_keys:
-            self._made[key] = weakref.ref(t)
-            return
-        self.captured[key] = t
-        self.captured_keys |= {storage_key(u): t for u in bases}
-        if self.hoist(t):
-            self.where[key] = line_of_caller()
-
-    def refuse_nested(self, t: Tensor) -> None:
-        message = (
-            "expected captured tensors with a shape, got a nested tensor: "
-            f"{self._named(t)}. Capture its parts, t.unbind(), and nest "
-            "them inside; or declare it constant, by hoist= or t.detach()."
-        )
-        self.refuse(message)
-
-    def returned(self, outputs: Sequence[Tensor]) -> None:
-        """What `fun` returns is captured too if it did not make it."""
-        self.replace(outputs)
-
-    def _named(self, t: Tensor) -> str:
-        self.looking = True
-        try:
-            return describe(t, self.fun, line_of_caller())
-        finally:
-            self.looking = False
-
-    def drop_unheld(self) -> None:
-        """Forgets the constants that nobody else holds, once the run and its results are over: the
-        function made them where no mode sees it (`torch.frombuffer`), and a later call makes its
-        own. What may have been computed from captured tensors there is refused."""
-        self.captured_keys.clear()
-        refs = {key: weakref.ref(t) for key, t in self.captured.items()}
-        hoisted = {
-            key: Structure.shown(t)
-            for key, t in self.captured.items()
-            if self.hoist(t) and _compat.owns_memory(t)
-        }
-        self.captured.clear()
-        for key, ref in refs.items():
-            t = ref()
-            if t is not None:
-                self.captured[key] = t
-            elif key in hoisted:
-                self.refuse(self._unseen_message(hoisted[key], self.where[key]))
-
-    def _unseen_message(self, shown: str, line: Line | None) -> str:
-        where = "" if line is None else f" (read at {ReadSite(*line)})"
-        return (
-            "expected a function whose operations all run in its own thread, through PyTorch, got "
-            f"a tensor {shown}{where} that was made elsewhere: in a worker thread, or by a library "
-            "outside of PyTorch. What it was computed from cannot be seen. Run it in this thread, "
-            "or make that tensor outside and capture it."
-        )
-
-    def name_sharded(self, search: Search) -> list[tuple[Tensor, Tensor]]:
-        """Takes the parameters that a user knows for the gathered ones that a sharded module reads;
-        returns both, the latter first."""
-        pairs = _compat.sharded_parameters(node.obj for node in search.met.values())
-        found = [pairs[key] for key in self.captured if key in pairs]
-        for gathered, parameter in found:
-            self.where[id(parameter)] = self.where.get(id(gathered))
-        own = {id(gathered): parameter for gathered, parameter in found}
-        kept = [own.get(key, t) for key, t in self.captured.items()]
-        self.captured = {id(t): t for t in kept}
-        return found
-
-    def made_and_alive(self) -> dict[int, Tensor]:
-        """What the run made and somebody still holds, by id."""
-        found = ((key, ref()) for key, ref in self._made.items() if key not in self.captured)
-        return {key: t for key, t in found if t is not None}
-
-    def _inner(self, t: Tensor) -> list[Tensor]:
-        """Every plain tensor that reading `t` may read, where converted calls stand below us
-        too."""
-        found = contents.inner(t)
-        given = _hooks.resolve(t)
-        return found if given is t else found + contents.inner(given)
-
-    def is_foreign(self, t: Tensor) -> bool:
-        return not self._is_made(t) and storage_key(t) not in self.made_keys
-
-    def has_made(self, leaf: Tensor) -> bool:
-        """Whether `fun` made the tensor that its tape ends in."""
-        if any(leaf is t for t in self.leaves):
-            return True
-        made = any(storage_key(u) in self.made_keys for u in contents.inner(leaf))
-        self.makes_leaves |= made
-        return made
-
-    def _is_made(self, t: Tensor) -> bool:
-        ref = self._made.get(id(t))
-        return ref is not None and ref() is t
-
     def _refuse_change(self, func: Any, args: Any, kwargs: Any) -> None:
         """Refuses to change a captured tensor itself; writes to its memory are told below."""
         if func not in operators.CHANGES and func not in operators.MAKES_LEAF:
@@ -268,16 +143,6 @@ class DiscoveryMode(CaptureMode):
             self._read_reachable(fun)
 
     # --- what it does not see (called by the hooks)
-
-    def replace(self, value: Any) -> Any:
-        for t in contents.tensors(value):
-            self.read(t)
-        return value
-
-    def note(self, value: Any) -> None:
-        for t in contents.tensors(value):
-            if id(t) not in self.captured and id(t) not in self.arguments:
-                self._made[id(t)] = weakref.ref(t)
 
     def custom_function(self, cls: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         for t in contents.tensors(args):
