@@ -23,6 +23,7 @@ __all__ = [
     "in_backward",
     "is_custom_function_node",
     "is_higher_order",
+    "is_legacy_batched",
     "is_wrapped",
     "layers",
     "operator_body",
@@ -158,10 +159,14 @@ def tangents(t: Tensor) -> list[Tensor]:
     return found
 
 
+def is_legacy_batched(t: Tensor) -> bool:
+    """Whether the old vmap behind `torch.autograd.functional.jacobian(strategy="forward-mode")`
+    batches `t`: few operations know how to."""
+    return bool(_functorch.is_legacy_batchedtensor(t))
+
+
 def _tangent(t: Tensor) -> list[Tensor]:
-    # The old vmap behind `torch.autograd.functional.jacobian(strategy="forward-mode")` batches
-    # tangents, and cannot be asked for theirs: it takes no second one.
-    if _functorch.is_legacy_batchedtensor(t):
+    if is_legacy_batched(t):  # it takes no second tangent, and cannot be asked for one
         return []
     with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
         tangent = primal_and_tangent(t).tangent

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from freevars.torch import (
+    CaptureError,
     NotASolutionError,
     SingularError,
     StructureError,
@@ -270,3 +271,60 @@ def test_the_operator_of_a_linear_solve() -> None:
     assert seen[0].structure().shape == (3,)
     with pytest.raises(TypeError, match="linear_solve"):
         root(newton_of_one, linear_solve=3)
+
+
+def test_a_linear_solve_of_ones_own_in_a_batch() -> None:
+    """It is written for one problem, and may read a tensor of which each has its own."""
+
+    def solved(a: Tensor, step: Tensor) -> Tensor:
+        def richardson(operator: Any, b: Tensor) -> Tensor:
+            u = torch.zeros_like(b)
+            for _ in range(40):
+                u = u + step * (b - operator(u))
+            return u
+
+        solve = root(lambda fun, x0: a.sqrt(), linear_solve=richardson)
+        return solve(lambda x: x**2 - a, torch.ones_like(a))
+
+    a = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)
+    steps = 0.8 / (2 * a.sqrt())
+    expected = torch.diag_embed(0.5 / a.sqrt())
+    for transform in (torch.func.jacrev, torch.func.jacfwd):
+        torch.testing.assert_close(torch.func.vmap(transform(solved))(a, steps), expected)
+    one = torch.func.vmap(torch.func.jacrev(solved), (0, None))(a, steps[0])
+    torch.testing.assert_close(one[0], expected[0])
+    zero = torch.func.grad(lambda step: solved(a[0], step).sum())(steps[0])
+    assert zero.tolist() == [0, 0]
+
+
+def test_the_old_vmap_of_forward_mode_is_refused() -> None:
+    a = torch.tensor(4.0, dtype=torch.float64)
+    solve = root(lambda fun, x0: x0)
+    with pytest.raises(CaptureError, match=r"torch\.func\.jacfwd"):
+        torch.autograd.functional.jacobian(
+            lambda a: solve(lambda x: x**2 - a, torch.full_like(a, 2.0)),
+            a,
+            strategy="forward-mode",
+            vectorize=True,
+        )
+
+
+@pytest.mark.parametrize("start", [torch.ones_like, lambda w: w / 2, lambda w: torch.ones(3).to(w)])
+def test_vmap_of_a_solver_whose_start_is_one_of_the_batch(start: Any) -> None:
+    w = torch.linspace(0.1, 1.1, 12, dtype=F64).reshape(4, 3)
+
+    def iterate(fun: Any, z: Tensor) -> Tensor:
+        for _ in range(60):
+            z = fun(z)
+        return z
+
+    def solved(w: Tensor, solver: Any) -> Tensor:
+        return solver(lambda z: 0.3 * z.cos() * w, start(w))
+
+    expected = f.vmap(f.jacrev(lambda w: solved(w, iterate)))(w)
+    rule = fixed_point(iterate)
+    for transform in (f.jacrev, f.jacfwd):
+        got = f.vmap(transform(lambda w: solved(w, rule)))(w)
+        torch.testing.assert_close(got, expected)
+    twice = f.vmap(f.vmap(f.jacrev(lambda w: solved(w, rule))))(w.reshape(2, 2, 3))
+    torch.testing.assert_close(twice.reshape(4, 3, 3), expected)

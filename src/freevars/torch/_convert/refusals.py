@@ -28,8 +28,8 @@ Func = Callable[..., Any]
 
 # What to do with a module that writes to its buffers.
 _STATISTICS = (
-    "Put a module that keeps statistics into eval mode (module.eval()); a batch norm may also take "
-    "those of the batch and keep none (module.track_running_stats = False)."
+    "Put a module that keeps running statistics into eval mode (module.eval()); a batch norm may "
+    "also take those of the batch and keep none (module.track_running_stats = False)."
 )
 
 

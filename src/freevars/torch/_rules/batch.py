@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 
 from freevars.torch._rules.condition import Condition, Solution
+from freevars.torch._rules.derivative import LinearOperator
 from freevars.torch._rules.implicit import implicit, jvp, vjp
+from freevars.torch._rules.linear import LinearSolve
+from freevars.torch._rules.truncated import Truncated
 
 __all__ = ["DifferentiableCondition"]
 
@@ -139,11 +142,31 @@ class BatchedCondition(DifferentiableCondition):
         totals: Tensor = torch.func.vmap(self.of.totals)(self._split(x))
         return totals.flatten(0, 1)
 
+    def start(self, x0: Tensor) -> Tensor:
+        each: Tensor = torch.func.vmap(self.of.start)(_in_front(x0, self.dims[0], self.size))
+        return each.flatten(0, 1)
+
     def structure(self) -> Any:
         return self.of.structure()
 
     def compare(self, now: Tensor, recorded: Tensor) -> None:
         self.of.compare(now, recorded)
+
+    def own_linear_solve(self, values: Sequence[Tensor]) -> LinearSolve | None:
+        """Once for each element: it is written for one, and may read a tensor of its own there."""
+        own = self.of.own_linear_solve(values)
+        if own is None or isinstance(own, Truncated):
+            return own
+
+        def each(operator: LinearOperator, b: Tensor) -> Tensor:
+            found = []
+            for k, right in enumerate(b.reshape(self.size, -1)):
+                solve = self.of.own_linear_solve(self._one(values, k))
+                assert solve is not None  # noqa: S101 (for the type checker)
+                found.append(solve(operator.part(k, self.size), right))
+            return torch.cat(found)
+
+        return each
 
     def run(self, *values: Tensor) -> tuple[Tensor, ...]:
         found = self._together(values)

@@ -22,7 +22,7 @@ from freevars.torch._rules import diagnostics
 from freevars.torch._rules.conserved import completion
 from freevars.torch._rules.dense import Dense
 from freevars.torch._rules.derivative import Derivative
-from freevars.torch._rules.linear import System, system_of
+from freevars.torch._rules.linear import LinearSolve, System, system_of
 from freevars.torch._rules.ravel import Unknown
 from freevars.torch._rules.rule import Rule
 from freevars.torch._rules.sizes import PARTS, Sizes
@@ -90,8 +90,17 @@ class Condition:
         """What the solver was given: its bounds may be there."""
         return ()
 
+    def own_linear_solve(self, values: Sequence[Tensor]) -> LinearSolve | None:
+        """The user's, if there is one, as it is run with these values."""
+        del values
+        return self.rule.linear_solve
+
     def magnitude(self, x: Tensor) -> Tensor:
         return self.unknown.magnitude(x)
+
+    def start(self, x0: Tensor) -> Tensor:
+        """The first of the values as Float[Tensor, "problems n"]."""
+        return x0
 
     # --- a solution
 
@@ -113,7 +122,7 @@ class Condition:
             at = x.clone().requires_grad_()
             with torch.enable_grad():
                 f = self.residual(at, columns, *values)
-            x = x - self._system(self._derivative(at, f), values[0]).newton_step()
+            x = x - self._system(self._derivative(at, f), values).newton_step()
         return x, columns, others
 
     def solve(self, *values: Tensor) -> tuple[Tensor, ...]:
@@ -132,7 +141,7 @@ class Condition:
             f = self.equations(at, *values)
             totals = self.totals(at)
         return completion(
-            at, f, totals, diagnostics.units(self._size(x, values[0])), self.rule.name
+            at, f, totals, diagnostics.units(self._size(x, self.start(values[0]))), self.rule.name
         )
 
     # --- its linear systems
@@ -177,7 +186,7 @@ class Condition:
             return explained
         problems = len(judged.good)
         name = self.rule.name + (f" (problem {k} of {problems})" if problems > 1 else "")
-        at_start = torch.equal(at.x[k], values[0][k])
+        at_start = torch.equal(at.x[k], self.start(values[0])[k])
         limits, kind = self._limits(), self.rule.kind
         figures = judged.figures.of(k)
         least_squares = self.rule.on_failure == "least_squares"
@@ -203,7 +212,7 @@ class Condition:
             return self._known[1]
         leaf, f = self._evaluated(at, values)
         derivative = self._derivative(leaf, f)
-        system = self._system(derivative, values[0])
+        system = self._system(derivative, values)
         if self.rule.check and len(f) > 1:
             self._check_independent(leaf, f)
         figures = diagnostics.Figures.unmeasured(at.x)
@@ -282,17 +291,17 @@ class Condition:
         symmetric = is_minimum(self.rule.kind) and self.rule.conserved is None
         return Derivative(leaf, f, symmetric=symmetric)
 
-    def _system(self, derivative: Derivative, x0: Tensor) -> System:
+    def _system(self, derivative: Derivative, values: Sequence[Tensor]) -> System:
         return system_of(
             derivative,
-            self._size(derivative.at.detach(), x0),
+            self._size(derivative.at.detach(), self.start(values[0])),
             self.structure,
-            own=self.rule.linear_solve,
+            own=self.own_linear_solve(values),
             least_squares=self.rule.on_failure == "least_squares",
         )
 
     def _sizes(self, at: Solution, values: tuple[Tensor, ...]) -> Sizes:
-        x, x0 = at.x, values[0]
+        x, x0 = at.x, self.start(values[0])
 
         def by_leaf() -> tuple[Tensor, Tensor]:
             near = self.unknown.leafwise(x)

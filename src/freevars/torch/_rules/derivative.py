@@ -106,6 +106,29 @@ class Derivative:
         return torch.stack([self.transposed(unit) for unit in units])
 
 
+class _Part(Derivative):
+    """Of some of the problems, by products with the whole of A."""
+
+    def __init__(self, whole: Derivative, problems: slice) -> None:
+        super().__init__(whole.at[problems], whole.f[problems], symmetric=whole.symmetric)
+        self._whole = whole
+        self._problems = problems
+
+    def transposed(self, u: Tensor) -> Tensor:
+        return self._whole.transposed(self._beside_zeros(u))[self._problems]
+
+    def forward(self, v: Tensor) -> Tensor:
+        return self._whole.forward(self._beside_zeros(v))[self._problems]
+
+    def matrix(self) -> Tensor:
+        return self._whole.matrix()[self._problems]
+
+    def _beside_zeros(self, u: Tensor) -> Tensor:
+        whole = torch.zeros_like(self._whole.f, dtype=u.dtype)
+        whole[self._problems] = u
+        return whole
+
+
 class LinearOperator:
     """The system of a derivative as a `linear_solve=` is given it: `solve(operator, b)` returns u
     with `operator(u) = b`, on real vectors of n numbers (a complex unknown counts as two).
@@ -148,6 +171,12 @@ class LinearOperator:
     def diagonal(self) -> Tensor:
         """Float[Tensor, "n"], from as many products as one problem has unknowns."""
         return self._derivative.matrix().diagonal(dim1=1, dim2=2).reshape(-1)
+
+    def part(self, k: int, parts: int) -> "LinearOperator":
+        """Of the problems of a batch in so many equal parts: the operator of the k-th."""
+        count = len(self._derivative.f) // parts
+        part = _Part(self._derivative, slice(k * count, (k + 1) * count))
+        return LinearOperator(part, self.structure, transposed=self._transposed)
 
     def _product(self, v: Tensor, *, transposed: bool) -> Tensor:
         a = self._derivative

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from freevars.errors import CaptureError
 from freevars.torch import _compat, _hooks
 
 __all__ = ["Solvable", "implicit", "jvp", "pull_back", "vjp"]
@@ -109,6 +110,13 @@ class _Implicit(torch.autograd.Function):
         # outer transform. On again, the tangents of this one must be taken off, or this rule
         # calls itself.
         primal = _compat.primal_and_tangent
+        if any(t is not None and _compat.is_legacy_batched(t) for t in tangents[1:]):
+            message = (
+                "expected torch.func.jacfwd for a derivative of a rule in forward mode, got "
+                'torch.autograd.functional.jacobian(strategy="forward-mode"), whose vmap of old '
+                "cannot run the linear system."
+            )
+            raise CaptureError(message)
         with _compat.forward_mode(True):
             saved = [primal(t).primal for t in ctx.saved_tensors]
             x, _, columns, *values = saved

@@ -1,8 +1,9 @@
 """What one call of a solver brings, as one list of tensors: the values of its condition.
 
 In this order: x0; the tensors among the arguments of `fun` and among the solver's options; the
-hoisted values of `fun`, and of the user's condition if there is one; and what the solver can reach
-itself (the object of a method, its closure) and a derivative could flow into. The solution depends
+hoisted values of `fun`, and of the user's condition if there is one; and what the solver and the
+`linear_solve` can reach themselves (the object of a method, a closure) and a derivative could flow
+into. The solution depends
 on the arguments and the hoisted values. It does not depend on the rest, if it is one: where a
 derivative by the rest is asked for, that is checked, and the derivative is zero.
 
@@ -43,6 +44,7 @@ class Inputs:
         hoisted: Mapping[str, Sequence[Tensor]],
         *,
         captured: Sequence[Tensor],
+        linear_solve: Callable[..., Any] | None,
         x0_matters: bool,
     ) -> None:
         self._solver = solver
@@ -51,7 +53,7 @@ class Inputs:
         self._where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         given = [leaves[i] for i in self._where]
-        reached = _reached_by(solver, *call.options.values())
+        reached = _reached_by(solver, *call.options.values(), linear_solve)
         self._reached = [t for t, _ in reached]
         known = {id(t) for t in (*given, *captured)}
         found = [
@@ -60,6 +62,9 @@ class Inputs:
             if id(t) not in known and may_carry_derivative(_hooks.resolve(t))
         ]
         self._held = [t for t, _ in found]
+        where = {id(t): k for k, t in enumerate((*given, *captured), start=1)}
+        # What the solver reads itself and `fun` too, with its position among the values.
+        self._shared = [(t, where[id(t)]) for t, _ in reached if id(t) in where]
         held = map(_hooks.resolve, self._held)
         read = [t for values in hoisted.values() for t in values]
         self.values: tuple[Tensor, ...] = (x0, *given, *read, *held)
@@ -119,14 +124,18 @@ class Inputs:
     def held_by_solver(self, values: Sequence[Tensor]) -> AbstractContextManager[Any]:
         """Inside, the solver reads the given values in place of what it holds, where those belong
         to a transform that does not see it run."""
-        table = {
-            id(t): v
-            for t, v in zip(self._held, values[self._ends[1] :], strict=True)
-            if _of_a_transform(_hooks.resolve(t))
-        }
+        pairs = [*zip(self._held, values[self._ends[1] :], strict=True)]
+        pairs += [(t, values[k]) for t, k in self._shared]
+        table = {id(t): v for t, v in pairs if _of_a_transform(_hooks.resolve(t))}
         return (
             SubstitutionMode(self._solver, table).reraising_refusals() if table else nullcontext()
         )
+
+    def solver_reads_any(self, dims: Sequence[int | None]) -> bool:
+        """Whether the solver reads one of the values that have an axis more, as `dims` says, past
+        the function and the start that it is given."""
+        own = [*self.besides_hoisted(dims)[1:], *(dims[k] for _, k in self._shared)]
+        return any(d is not None for d in own)
 
     def leaves(self) -> list[Tensor]:
         """The tensors whose `.grad` the solver's own backward passes could change."""

@@ -23,10 +23,12 @@ from freevars.torch._describe import function_name
 from freevars.torch._rules.batch import DifferentiableCondition
 from freevars.torch._rules.conserved import check_constant
 from freevars.torch._rules.inputs import Inputs
+from freevars.torch._rules.linear import LinearSolve
 from freevars.torch._rules.optimality import STATED_BY, check_value, optimality
 from freevars.torch._rules.preserve_grad import preserve_grad
 from freevars.torch._rules.ravel import Unknown
 from freevars.torch._rules.rule import Rule
+from freevars.torch._rules.truncated import Truncated
 
 __all__ = ["Problem"]
 
@@ -142,6 +144,17 @@ class Problem(DifferentiableCondition):
     def structure(self) -> Any:
         return self.unknown.structure()
 
+    def own_linear_solve(self, values: Sequence[Tensor]) -> LinearSolve | None:
+        own = self.rule.linear_solve
+        if own is None or isinstance(own, Truncated):
+            return own
+
+        def with_values(operator: Any, b: Tensor) -> Tensor:
+            with self.inputs.held_by_solver(values):
+                return own(operator, b)
+
+        return with_values
+
     def _check_result(self) -> None:
         """What `fun` returned on the example, against what the rule needs, before the solver
         runs."""
@@ -218,7 +231,7 @@ class Problem(DifferentiableCondition):
         where `dims` says: as a longer batch. None where more than what `fun` captures differs."""
         if not self.rule.batch_dims or self.rule.has_aux:
             return None
-        if any(d is not None for d in self.inputs.besides_hoisted(dims)[1:]):
+        if self.inputs.solver_reads_any(dims):
             return None
         args, kwargs, options = self.inputs.arguments(values)
         hoisted = self.inputs.hoisted(values, "fun")

@@ -131,6 +131,7 @@ class ImplicitSolver(DecoratedSolver[P, R]):
             unknown.ravel(start, "x0"),
             hoisted,
             captured=[t for function in functions.values() for t in function.captured],
+            linear_solve=rule.linear_solve,
             x0_matters=rule.conserved is not None,
         )
         of = (rule, functions, unknown, self._signature, inputs)
