@@ -230,6 +230,10 @@ def test_conserved_totals() -> None:
     torch.testing.assert_close(got, want)
     second = [torch.autograd.grad(g[0] + g[1].sum(), (k, start)) for g in (got, want)]
     torch.testing.assert_close(*second)
+    starts = torch.stack([start, 2 * start]).detach()
+    by_start = (lambda s: solve(rates, s), lambda s: exact(k, s))
+    each = [f.vmap(f.jacrev(of))(starts) for of in by_start]
+    torch.testing.assert_close(*each)
     with pytest.raises(NotASolutionError, match="conserved="):
         root(solver, conserved=lambda x: x.sum())(lambda x: start.detach() * k - x, start)
 

@@ -37,6 +37,8 @@ def check_constant(conserved: Callable[[Any], Any], x0: Any, name: str) -> None:
     if not any(isinstance(t, Tensor) and may_carry_derivative(t) for t in totals):
         return
     converted, _ = closure_convert(conserved, example)
+    if not converted.captured:  # torch.func wraps whatever is computed
+        return
     pairs = zip(converted.captured, converted.first_reads, strict=True)
     reads = " and ".join(describe(t, conserved, line) for t, line in pairs)
     message = (
@@ -44,10 +46,6 @@ def check_constant(conserved: Callable[[Any], Any], x0: Any, name: str) -> None:
         "which a derivative could flow: it would be lost. Detach it there."
     )
     raise CaptureError(message)
-
-
-def _ones(t: Tensor) -> Tensor:
-    return torch.ones(t.shape, dtype=t.dtype, device=t.device)
 
 
 def completion(at: Tensor, f: Tensor, totals: Tensor, unit: Tensor, name: str) -> Tensor:
