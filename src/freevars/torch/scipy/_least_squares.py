@@ -11,8 +11,8 @@ from torch import Tensor
 
 from freevars._solvers.scipy_calls import as_tuple, refuse_loss
 from freevars.torch._compat import pytree
-from freevars.torch._rules.condition import OnFailure
 from freevars.torch._rules.constrained import bounds_like
+from freevars.torch._rules.rule import OnFailure
 from freevars.torch._rules.rules import least_squares as least_squares_rule
 from freevars.torch.scipy._constraints import as_sides
 from freevars.torch.scipy._host import HostFunction

@@ -10,8 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from freevars._solvers.scipy_calls import HESSIAN, NO_GRADIENT, PRODUCTS, as_tuple
-from freevars.torch._rules.condition import OnFailure
 from freevars.torch._rules.constrained import bounds_like
+from freevars.torch._rules.rule import OnFailure
 from freevars.torch._rules.rules import argmin
 from freevars.torch.scipy._constraints import as_functions, as_sides
 from freevars.torch.scipy._host import HostFunction

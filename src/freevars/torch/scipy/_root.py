@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from freevars._solvers.scipy_calls import JACOBIAN, as_tuple
-from freevars.torch._rules.condition import OnFailure
+from freevars.torch._rules.rule import OnFailure
 from freevars.torch._rules.rules import implicit
 from freevars.torch.scipy._host import HostFunction
 from freevars.torch.scipy._result import OptimizeResult, solver_status

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from freevars._solvers.scipy_calls import ORDERS, as_tuple
-from freevars.torch._rules.condition import OnFailure
+from freevars.torch._rules.rule import OnFailure
 from freevars.torch._rules.rules import root as root_rule
 from freevars.torch.scipy._host import HostFunction
 from freevars.torch.scipy._result import RootResults, root_status
