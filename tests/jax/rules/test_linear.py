@@ -268,3 +268,27 @@ def test_large_least_squares():
     b = 1.0 * (hole > 0)
     f = lambda t: jnp.sum(solver(lambda x: x @ (hole * x) / 2 - t * b @ x, jnp.zeros(N)))
     np.testing.assert_allclose(jax.grad(f)(1.0), np.sum(b / np.maximum(hole, 1)), rtol=1e-9)
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_conjugate_gradients_solve_for_small_components_too(check):
+    # A ridge regression whose unknowns differ by 10,000: in float32 the residual of the large ones
+    # hides that of the others.
+    rng = np.random.default_rng(0)
+    size = 10.0 ** np.linspace(-2, 2, N)
+    features = rng.normal(size=(3 * N, N)) * size
+    y = features @ (rng.normal(size=N) / size) + 0.1 * rng.normal(size=3 * N)
+    hessian = 2 * features.T @ features / (3 * N) + 0.6 * np.diag(size**2)
+    x = np.linalg.solve(hessian, 2 * features.T @ y / (3 * N))
+    want = -np.linalg.solve(hessian, 2 * size**2 * x)
+    features, y, size, x = (jnp.asarray(each, jnp.float32) for each in (features, y, size, x))
+    solve = fv.argmin(lambda fun, x0: x, dense_limit=LIMIT, check=check)
+
+    def objective(penalty):
+        fit = lambda x: jnp.mean((features @ x - y) ** 2)
+        return lambda x: fit(x) + penalty * jnp.sum((size * x) ** 2)
+
+    got = jax.jit(jax.jacfwd(lambda p: solve(objective(p), jnp.zeros(N, jnp.float32))))(
+        jnp.float32(0.3)
+    )
+    np.testing.assert_allclose(got * size, want * size, atol=3e-3 * np.max(np.abs(want * size)))

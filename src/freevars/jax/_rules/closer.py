@@ -11,7 +11,7 @@ The derivative is compared in one direction p of what it is asked by, which chan
 that relative to itself. At x it is y = -A^-1 dF/dt p. At x - s it leaves a residual in its own
 equation, dF/dx y + dF/dt p, that moves it by A^-1 of that, to first order.
 
-It takes four values of F, three of its derivative in a direction, and solves with five right-hand
+It takes four values of F, two of its derivative in a direction, and solves with five right-hand
 sides, and is computed only where asked for. Not here: the figures that need no closer look.
 """
 
@@ -47,6 +47,7 @@ class Step(NamedTuple):
 
 
 def look(
+    apply: Callable[[Tree], Tree],
     inverse: Callable[[Tree], Tree],
     again: Callable[[Tree], Tree],
     along: Callable[[Tree, Tree], Tree] | None,
@@ -59,7 +60,8 @@ def look(
     """The largest component of the step in its unit, and the change of the derivative along it.
 
     Args:
-        inverse: solves for right-hand sides stacked along a first axis.
+        apply: the system.
+        inverse: solves it for right-hand sides stacked along a first axis.
         again: F.
         along: (v, d) -> the direction of F at v for d and p; None: not known.
         at: the step.
@@ -76,9 +78,9 @@ def look(
     # Members of a batch that do not need it take no step: F may not be defined there.
     asked_for = jax.tree.map(lambda s: jnp.where(needed, s, 0), step)
 
-    def values(function: Callable[[Any], Tree], points: list[Any]) -> Tree:
+    def values(points: list[Tree]) -> Tree:
         # One at a time: F may hold what has no batches.
-        return jax.lax.map(function, jax.tree.map(lambda *each: jnp.stack(each), *points))
+        return jax.lax.map(again, jax.tree.map(lambda *each: jnp.stack(each), *points))
 
     def one(side: Tree) -> Tree:
         return jax.tree.map(lambda x: x[0], inverse(jax.tree.map(lambda x: x[None], side)))
@@ -86,9 +88,10 @@ def look(
     def change(end: Tree, still: Tree) -> Any:
         """Of the derivative, from x to the end of the step."""
         assert along is not None  # noqa: S101 (not used otherwise)
-        y = jax.tree.map(jnp.negative, one(along(v, still)))
-        there = values(lambda at: along(*at), [(v, y), (end, y)])
-        moved = one(jax.tree.map(lambda g: g[1] - g[0], there))
+        here = along(v, still)
+        y = jax.tree.map(jnp.negative, one(here))
+        here = jax.tree.map(jnp.add, apply(y), here)  # the residual of a rough solve
+        moved = one(jax.tree.map(jnp.subtract, along(end, y), here))
         least = floor * largest(_over(y, wide))
         unit = jax.tree.map(
             lambda y, w: jnp.maximum(jnp.abs(y), least.astype(w.dtype) * w), y, wide
@@ -106,12 +109,12 @@ def look(
 
         h = jax.tree.map(part, safe, v, offends)
         end = jax.tree.map(jnp.subtract, v, safe)
-        there = values(again, [jax.tree.map(jnp.subtract, v, h), end])
+        there = values([jax.tree.map(jnp.subtract, v, h), end])
         first = inverse(jax.tree.map(lambda f, g: jnp.stack([f - g[0], g[1]]), f, there))
         # The next iterate tells from zero what is next to nothing beside the step.
         last = jax.tree.map(lambda x, found: x - found[1], end, first)
         k = jax.tree.map(lambda x, off: jnp.where(off, x * _PART, 0).astype(x.dtype), last, offends)
-        there = values(again, [last, jax.tree.map(jnp.subtract, last, k)])
+        there = values([last, jax.tree.map(jnp.subtract, last, k)])
         second = inverse(jax.tree.map(lambda g: (g[0] - g[1])[None], there))
 
         def sort(

@@ -213,6 +213,7 @@ def _applied(
     rcond = space.norm(mixed) / growth
     everywhere = space.max(unknown.far)
     size, change = look(
+        apply,
         lambda sides: jax.lax.map(lambda b: solve(b)[0], sides),
         lambda v: jax.lax.stop_gradient(again(v)),
         along,

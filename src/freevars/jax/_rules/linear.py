@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 
 from freevars._solvers.verdict import Limits
 from freevars.jax._rules.coordinates import Space
@@ -30,6 +31,7 @@ from freevars.jax._rules.iterative import (
     solve_transposed,
     symmetric_units,
 )
+from freevars.jax._rules.krylov import choose
 from freevars.jax._rules.operator import LinearOperator, lineax_module
 from freevars.jax._rules.system import LinearSystem, guarded, pass_if
 from freevars.jax._rules.truncated import Truncated
@@ -205,12 +207,17 @@ class Method(NamedTuple):
         self, operator: LinearOperator, space: Space, solve: Solve, transposed: Solve, raw: Solve
     ) -> LinearSystem:
         def linear(b: Tree, good: Any = True) -> Tree:  # noqa: FBT002
+            def only_if_good(solve: Solve) -> Callable[[Any, Tree], Tree]:
+                # What is refused is not solved; and the verdict comes first, so that its memory is
+                # free by then.
+                if good is True:
+                    return lambda _, b: solve(b)
+                nothing = functools.partial(jax.tree.map, jnp.zeros_like)
+                return lambda _, b: guarded(space, good, solve(choose(good, b, nothing(b))), b)
+
             # Not told to be symmetric: then what solves the transpose is checked in that.
             return jax.lax.custom_linear_solve(
-                operator.matvec,
-                b,
-                lambda _, b: guarded(space, good, solve(b), b),
-                lambda _, b: guarded(space, good, transposed(b), b),
+                operator.matvec, b, only_if_good(solve), only_if_good(transposed)
             )
 
         def inverse(b: Tree) -> Tree:

@@ -145,6 +145,7 @@ def measure(
     least = jnp.maximum(least, limits.rounding * rounding)
     near = jnp.maximum(size, least.astype(x.dtype))
     relative, change = look(
+        lambda v: system.matrix @ v,
         jax.vmap(system.of),
         again,
         along,
