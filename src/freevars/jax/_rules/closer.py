@@ -56,6 +56,7 @@ def look(
     largest: Callable[[Tree], Any],
     *,
     floor: float,
+    mixed: bool = False,
 ) -> tuple[Any, Any]:
     """The largest component of the step in its unit, and the change of the derivative along it.
 
@@ -68,6 +69,8 @@ def look(
         limits: of the verdict.
         largest: the largest absolute value of a component.
         floor: a component of y counts as this at least, relative to the largest one.
+        mixed: the step is that of F and something else, enough to see that it is small. Here that
+            of F alone is taken.
     """
     v, f, step, near, far, rounding = at
     eps = limits.column**2
@@ -100,7 +103,12 @@ def look(
 
     def turn(state: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         # What depends on the state is computed in the loop; the rest XLA moves out of it.
-        safe = jax.tree.map(lambda s: s + state[2].astype(s.dtype), asked_for)
+        if mixed:
+            safe = one(
+                jax.tree.map(lambda f: jnp.where(needed, f, 0) + state[2].astype(f.dtype), f)
+            )
+        else:
+            safe = jax.tree.map(lambda s: s + state[2].astype(s.dtype), asked_for)
         offends = jax.tree.map(lambda s, n: jnp.abs(s) > limits.certain * n, safe, near)
 
         def part(s: Any, v: Any, off: Any) -> Any:

@@ -176,7 +176,7 @@ def _applied(
         probes = [_times(d, probe(v, seed)) for seed in (0, 1)]
         images = [*map(apply, probes)]
     else:
-        probes, images = (some[-2:] for some in system.tried)
+        probes, images = (some[-2:] for some in system.tried[1:])
     # The size of each equation, per unit of the unknowns.
     rows = jax.tree.map(lambda a, b: jnp.maximum(jnp.abs(a), jnp.abs(b)), *images)
     rows = _at_least(rows, limits.rcond * space.max(rows))
@@ -198,6 +198,8 @@ def _applied(
             tol = 0.05 * _SHARE / space.size(v) ** 0.5
             x = system.roughly(b, min(tol, limits.residual / 2))
         left = combine(-1, b, apply(x))
+        if system.tried is not None:  # in the units that it was solved in
+            left, b = (_times(system.tried[0], v) for v in (left, b))
         residual = divide(space.norm(left), space.norm(b))
         return jax.tree.map(lambda leaf: leaf * size, x), residual
 
@@ -221,6 +223,7 @@ def _applied(
         limits,
         space.max,
         floor=_SHARE,
+        mixed=True,
     )
     figures = figures._replace(
         step=size,

@@ -208,7 +208,8 @@ def linearise(
     def along(v: Tree, d: Tree) -> Tree:
         fixed = jax.lax.stop_gradient(leaves)
         dots = [_relative(leaf, i) for i, leaf in enumerate(fixed[i] for i in moving)]
-        return lift(_push_once(at, lower(v), fixed, lower(d), dict(zip(moving, dots, strict=True))))
+        dt = dict(zip(moving, dots, strict=True))
+        return jax.lax.stop_gradient(lift(_push_once(at, lower(v), fixed, lower(d), dt)))
 
     operator = LinearOperator(
         lambda d: lift(by_x(lower(d))),
@@ -288,7 +289,9 @@ def _with(leaves: list[Any], places: Iterable[int], values: Iterable[Any]) -> li
 def _relative(leaf: Any, number: int) -> Any:
     """A direction that changes the entries of a leaf relative to what they are."""
     size = jnp.where(jnp.any(leaf != 0), jnp.abs(leaf), 1)
+    if size.dtype != jnp.float64:
+        size = size.astype(jnp.float32)
     part = probe(size, number)
     if jnp.iscomplexobj(leaf):
         part = jax.lax.complex(part, probe(size, number + 1))
-    return jnp.where(jnp.isfinite(leaf), part * size, 0).astype(leaf.dtype)
+    return jnp.where(jnp.isfinite(leaf), (part * size).astype(leaf.dtype), 0).astype(leaf.dtype)

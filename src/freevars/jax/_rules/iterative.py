@@ -116,9 +116,7 @@ def solve_by_default(
     return where(acceptable, x) if choice.check else x
 
 
-def symmetric_units(
-    operator: LinearOperator, space: Space
-) -> tuple[Tree, tuple[list[Tree], list[Tree]]]:
+def symmetric_units(operator: LinearOperator, space: Space) -> tuple[Tree, list[Tree], list[Tree]]:
     """D for which the rows of D A D are about of one size, and vectors v with their images A v.
 
     The size of a row is estimated by images of vectors without a pattern. A row of D A D is scaled
@@ -147,7 +145,7 @@ def symmetric_units(
         units = jax.tree.map(lambda d, row: d * missing(row), units, rows)
         points += pair
         images += found
-    return units, (points, images)
+    return units, points, images
 
 
 def _unless_solved(first: Solution, then: Callable[[Tree, Any], Solution]) -> Solution:

@@ -144,7 +144,8 @@ class Method(NamedTuple):
             return system._replace(least_squares=self.least_squares)
         units = tried = None
         if operator.symmetric and self.linear_solve is None and not self.least_squares:
-            units, tried = symmetric_units(operator, space)
+            tried = symmetric_units(operator, space)
+            units = tried[0]
         raw, _ = self._replace(check=False).methods(operator, space, eps, units)
         system = self._iterative(operator, space, *self.methods(operator, space, eps, units), raw)
         if self.linear_solve is not None:

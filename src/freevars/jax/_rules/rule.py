@@ -158,7 +158,8 @@ class Rule:
 
     def verdict(self, tree: Any, leaves: list[Any], x: Any, x0: Any, captured: Any) -> Any:
         """The verdict on x, and the Newton step."""
-        smooth = (i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact))
+        types = enumerate(map(jnp.result_type, leaves))
+        smooth = (i for i, dtype in types if jnp.issubdtype(dtype, jnp.inexact))
         point, unknown, system = self.system(tree, leaves, x, x0, tuple(smooth), captured)
         found = diagnostics.measure(system, unknown, point.f, point.at, point.along)
         return found, point.coordinates.from_real(found.step)
