@@ -332,3 +332,29 @@ def test_vmap_of_a_solver_whose_start_is_one_of_the_batch(start: Any) -> None:
         torch.testing.assert_close(got, expected)
     twice = f.vmap(f.vmap(f.jacrev(lambda w: solved(w, rule))))(w.reshape(2, 2, 3))
     torch.testing.assert_close(twice.reshape(4, 3, 3), expected)
+
+
+@pytest.mark.parametrize("off", [0.0, 0.3])
+def test_many_unknowns_in_units_of_their_own(off: float) -> None:
+    """The large columns say nothing of the small ones: neither in the check nor in the solve."""
+    n = 600
+    torch.manual_seed(0)
+    unit = 10.0 ** (6 * torch.rand(n, dtype=F64) - 3)
+    rows = torch.randn(2 * n, n, dtype=F64) * unit
+    y = rows @ (torch.randn(n, dtype=F64) / unit)
+    hessian = rows.T @ rows / n + torch.diag(unit**2)
+    t = torch.ones((), dtype=F64, requires_grad=True)
+
+    def objective(x: Tensor) -> Tensor:
+        return ((rows @ x - t * y) ** 2).sum() / (2 * n) + ((unit * x) ** 2).sum() / 2
+
+    right = torch.linalg.solve(hessian, rows.T @ y / n)  # x is linear in t
+    k = int(unit.argmin())
+    x = right * (1 + off * torch.linspace(-1, 1, n, dtype=F64))
+    found = argmin(returning(x))(objective, torch.zeros(n, dtype=F64))
+    if off:
+        with pytest.raises(NotASolutionError):
+            found[k].backward()
+    else:
+        found[k].backward()
+        torch.testing.assert_close(t.grad, right[k], rtol=1e-6, atol=0)

@@ -157,10 +157,13 @@ class Condition:
         NaN, where it cannot be trusted. A problem without a share in `b` is not asked about."""
         if not b.numel():
             return b
-        judged = self._judged(
-            Solution(*(t.detach() for t in at)), tuple(v.detach() for v in values)
-        )
+        plain = Solution(*(t.detach() for t in at)), tuple(v.detach() for v in values)
+        judged = self._judged(*plain)
+        applied = not judged.system.written_out
         u = judged.system.solve(b, transposed=transposed)
+        if applied and judged.system.written_out:  # then the matrix has more to say
+            self._known = None
+            judged = self._judged(*plain, judged.system)
         if judged.all_good:
             return u
         wanted = (b != 0).any(-1)
@@ -205,14 +208,18 @@ class Condition:
     def _limits(self) -> Limits:
         return diagnostics.limits_of(self.unknown.dtype, self.rule.tol)
 
-    def _judged(self, at: Solution, values: tuple[Tensor, ...]) -> _Judged:
-        """The system at a solution; the backward passes of one call share it."""
+    def _judged(
+        self, at: Solution, values: tuple[Tensor, ...], system: System | None = None
+    ) -> _Judged:
+        """The system at a solution, if it is not given; the backward passes of one call share
+        it."""
         key = (*at, *values)
         if self._known is not None and all(map(torch.equal, self._known[0], key)):
             return self._known[1]
         leaf, f = self._evaluated(at, values)
         derivative = self._derivative(leaf, f)
-        system = self._system(derivative, values)
+        if system is None:
+            system = self._system(derivative, values)
         if self.rule.check and len(f) > 1:
             self._check_independent(leaf, f)
         figures = diagnostics.Figures.unmeasured(at.x)
@@ -303,9 +310,10 @@ class Condition:
     def _sizes(self, at: Solution, values: tuple[Tensor, ...]) -> Sizes:
         x, x0 = at.x, self.start(values[0])
 
-        def by_leaf() -> tuple[Tensor, Tensor]:
-            near = self.unknown.leafwise(x)
-            return near, torch.maximum(near, self.unknown.leafwise(x - x0))
+        def by_leaf(unit: Tensor | None) -> tuple[Tensor, Tensor]:
+            d = torch.ones_like(x) if unit is None else unit
+            near = d * self.unknown.leafwise(x / d)
+            return near, torch.maximum(near, d * self.unknown.leafwise((x - x0) / d))
 
         def nearby() -> Sequence[Tensor]:
             return self._nearby(at, values)

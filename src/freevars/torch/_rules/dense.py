@@ -20,6 +20,8 @@ __all__ = ["Dense"]
 class Dense:
     """A system by its matrix, Float[Tensor, "problems n n"]."""
 
+    written_out = True
+
     def __init__(self, matrix: Tensor, f: Tensor, size: Tensor, *, least_squares: bool) -> None:
         """`size`: of each component of the unknown, as far as the solver saw it."""
         self._dtype = f.dtype

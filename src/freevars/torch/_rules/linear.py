@@ -40,6 +40,9 @@ DENSE_LIMIT = 512
 # Numbers in the largest matrix that is written out where an iteration stalled.
 _LARGEST_MATRIX = 2**25
 
+_SWEEPS = 2  # each leaves the root of how far the rows differ
+_ALIKE = 64  # up to this factor, they do not
+
 LinearSolve = Callable[[Any, Tensor], Tensor]  # (LinearOperator, b) -> u, real vectors
 
 
@@ -54,6 +57,10 @@ def check_linear_solve(linear_solve: object) -> None:
 
 class System(Protocol):
     """A u = b, or its transpose, for any b: Float[Tensor, "... problems n"]."""
+
+    @property
+    def written_out(self) -> bool:
+        """Whether the matrix is there, and factorised."""
 
     def solve(self, b: Tensor, *, transposed: bool) -> Tensor: ...
 
@@ -79,6 +86,7 @@ class Iterative:
         self._own = own
         self._dense: System | None = None
         self._residual = 0.0
+        self._units = self._symmetric_units() if derivative.symmetric and own is None else None
         b, n = derivative.f.shape
         self._fits = own is None and b * n * n <= _LARGEST_MATRIX
         # As many products as one problem has unknowns give the matrix.
@@ -92,12 +100,41 @@ class Iterative:
     def newton_step(self) -> Tensor:
         return self.solve(self._a.f.detach(), transposed=False)
 
+    @property
+    def written_out(self) -> bool:
+        """Whether an iteration stalled, so that the matrix solves since."""
+        return self._dense is not None
+
+    def _symmetric_units(self) -> Tensor | None:
+        """D for which the rows of D A D are about of one size; None if those of A are.
+
+        The size of a row is estimated by images of vectors without a pattern. A row of D A D is
+        scaled by D twice, once as a column; so D takes the root of what is missing, more than once.
+
+        Source: Bradley 2010, "Algorithms for the equilibration of matrices and their application to
+        limited-memory quasi-Newton methods", chapter 3.
+        """
+        d = torch.ones_like(self._a.f)
+        operator = LinearOperator(self._a, self._structure, transposed=False)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(_SWEEPS):
+            probes = (d * _signs(d, generator) for _ in range(2))
+            images = [operator(v.reshape(-1)).reshape(d.shape).abs() for v in probes]
+            rows = d * torch.maximum(*images)
+            missing = rows.amax(1, keepdim=True) / torch.where(rows > 0, rows, 1)
+            wide = (rows > 0) & (missing > _ALIKE) & torch.isfinite(missing)
+            if not bool(wide.any()):
+                break
+            # By powers of two, which round nothing.
+            d = d * torch.where(wide, missing, 1).sqrt().log2().round().exp2()
+        return None if bool((d == 1).all()) else d
+
     def figures(self, derivative: Derivative, sizes: Sizes, certain: float) -> Figures:
-        """The Newton step is measured against each tensor of the unknown: in full where a product
-        with A is one with A^T, and by its components along two random directions elsewhere, which
-        products of A^T give."""
+        """The Newton step is measured against each tensor of the unknown, in units in which the
+        equations are alike: in full where a product with A is one with A^T, and by its components
+        along two random directions elsewhere, which products of A^T give."""
         f = self._a.f.detach()
-        near, far = map(units, sizes.by_leaf())
+        near, far = map(units, sizes.by_leaf(self._units))
         step = self._size_of_step(f, near)
         if step > certain and self._dense is None and self._size_of_step(f, far) <= certain:
             step = self._beside_zeros(sizes, near, far)
@@ -127,8 +164,7 @@ class Iterative:
         generator = torch.Generator().manual_seed(0)
         sizes = []
         for _ in range(2 if self._own is None else 1):
-            signs = torch.randint(0, 2, f.shape, generator=generator).to(f) * 2 - 1
-            w = signs / unit
+            w = _signs(f, generator) / unit
             scale = float(w.abs().max())
             v = self._solve(w / scale, True, 1e-2)
             sizes.append(abs(float((v * f).sum())) * scale / math.sqrt(f.numel()))
@@ -139,8 +175,10 @@ class Iterative:
             return self._dense.solve(b, transposed=transposed)
         if not bool(b.any()):
             return torch.zeros_like(b)
-        scale = b.abs().max()  # squares of small numbers are no numbers
-        right = (b / scale).reshape(-1)
+        d = 1 if self._units is None else self._units
+        right = d * b
+        scale = right.abs().max()  # squares of small numbers are no numbers
+        right = (right / scale).reshape(-1)
         operator = LinearOperator(self._a, self._structure, transposed=transposed)
         if self._own is not None:
             u = self._own(operator, right)
@@ -149,8 +187,10 @@ class Iterative:
             return u.reshape(b.shape) * scale
         dtype = torch.promote_types(right.dtype, torch.float32)
 
+        flat = d if isinstance(d, int) else d.reshape(-1)
+
         def matvec(v: Tensor) -> Tensor:
-            return operator(v.to(right.dtype)).to(dtype)
+            return (flat * operator(flat * v.to(right.dtype))).to(dtype)
 
         found = False
         if self._a.symmetric:
@@ -161,12 +201,17 @@ class Iterative:
             self._dense = self._make_dense()
             return self._dense.solve(b, transposed=transposed)
         if not found:
-            self._measure(operator, u.to(right.dtype), right)
-        return u.to(b.dtype).reshape(b.shape) * scale
+            self._measure(matvec, u, right)
+        return d * u.to(b.dtype).reshape(b.shape) * scale
 
-    def _measure(self, operator: LinearOperator, u: Tensor, b: Tensor) -> None:
+    def _measure(self, operator: Callable[[Tensor], Tensor], u: Tensor, b: Tensor) -> None:
         left = float(torch.linalg.vector_norm(operator(u) - b) / torch.linalg.vector_norm(b))
         self._residual = max(self._residual, left) if left == left else float("inf")  # noqa: PLR0124
+
+
+def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Random signs, the same from run to run."""
+    return torch.randint(0, 2, like.shape, generator=generator).to(like) * 2 - 1
 
 
 def system_of(

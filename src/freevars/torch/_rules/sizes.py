@@ -37,7 +37,8 @@ class Sizes(NamedTuple):
     x: Tensor
     near: Tensor  # how large it is
     far: Tensor  # or how far the solver came with it, the larger
-    by_leaf: Callable[[], tuple[Tensor, Tensor]]  # the same of the tensor that it belongs to
+    # the same of the tensor that it belongs to, in given units (None: as it is)
+    by_leaf: Callable[[Tensor | None], tuple[Tensor, Tensor]]
     nearby: Callable[[], Sequence[Tensor]]  # F at x - h for each of `PARTS`, where it is known
 
 
