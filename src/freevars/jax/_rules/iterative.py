@@ -40,7 +40,7 @@ Solve: TypeAlias = Callable[[Tree], Tree]  # b -> x
 DENSE_FALLBACK = 2048
 
 _SWEEPS = 2  # each leaves the root of how far the rows differ
-_ALIKE = 64  # up to this factor, they do not
+_ALIKE = 1024  # up to this factor, they do not: an estimate may be small by chance
 
 
 class Choice(NamedTuple):

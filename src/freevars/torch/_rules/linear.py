@@ -41,7 +41,7 @@ DENSE_LIMIT = 512
 _LARGEST_MATRIX = 2**25
 
 _SWEEPS = 2  # each leaves the root of how far the rows differ
-_ALIKE = 64  # up to this factor, they do not
+_ALIKE = 1024  # up to this factor, they do not: an estimate may be small by chance
 
 LinearSolve = Callable[[Any, Tensor], Tensor]  # (LinearOperator, b) -> u, real vectors
 
