@@ -174,7 +174,7 @@ class DiscoveryMode(Provenance):
                 if what.changes_view:  # an alias is its own
                     own = id(t) not in self.captured and id(t) not in self.arguments
                 if not own:
-                    self.refuse(self._write_message(func, t))
+                    self.refuse(refusals.write_message(func, *self._whose(t)))
         if what.draws:
             self._draw(func, args, kwargs)
         if not _compat.in_backward():
@@ -218,12 +218,13 @@ class DiscoveryMode(Provenance):
         if generator is not None and id(generator) not in self.generators:
             self.generators[id(generator)] = (generator, generator.get_state())
 
-    def _write_message(self, func: Any, t: Tensor) -> str:
+    def _whose(self, t: Tensor) -> tuple[str, str]:
+        """What a tensor that is not the function's own is to it, and its name."""
         key = storage_key(t)
         argument = self.argument_keys.get(key)
         found = self.captured_keys.get(key, t) if argument is None else argument
         kind = "a captured tensor" if argument is None else "its argument"
-        return refusals.write_message(func, kind, self._named(found))
+        return kind, self._named(found)
 
 
 class DispatchDiscovery(DispatchMode):  # type: ignore[no-untyped-call]
