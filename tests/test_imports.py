@@ -97,6 +97,7 @@ def test_the_jax_host_loads_scipy_at_the_first_use_of_its_part() -> None:
 
 @pytest.mark.parametrize("host", HOSTS)
 def test_a_missing_scipy_is_named_with_what_to_install(host) -> None:
+    pytest.importorskip(host)
     shown = _in_a_process(
         f"import sys, freevars.{host} as fv; sys.modules['scipy'] = None\n"
         "try: fv.scipy\n"
