@@ -14,7 +14,7 @@ SOURCE = Path(freevars.__file__).parent
 
 # Each storey imports its own files and those of the storeys before it.
 STOREYS = {
-    "": ("errors", "_difference", "_names", "_contract", "report", "_solvers"),
+    "": ("errors", "_difference", "_sequences", "_names", "_contract", "report", "_solvers"),
     "jax": (
         "_compat",
         "_selftest",

@@ -51,6 +51,11 @@ def cells(source: str) -> Iterator[Cell]:
             yield Cell(text, source.count("\n", 0, mark.end()), is_code=True)
 
 
+def _files() -> dict[Path, int]:
+    """The pictures that examples leave, and when each was written."""
+    return {path: path.stat().st_mtime_ns for path in sorted(Path("out").glob("*.png"))}
+
+
 class Runner:
     """Runs cells one after the other, and keeps what comes out."""
 
@@ -58,7 +63,7 @@ class Runner:
         self._path = example
         self._names: dict[str, Any] = {"__name__": "__main__", "__file__": str(example)}
         self._pictures: list[bytes] = []
-        self._seen: set[Path] = set()
+        self._seen = _files()  # of another run
 
     @property
     def first_picture(self) -> bytes | None:
@@ -94,10 +99,11 @@ class Runner:
         plt.close("all")
 
     def _collect_files(self) -> None:
-        for path in sorted(Path("out").glob("*.png")):
-            if path not in self._seen:
-                self._seen.add(path)
-                self._pictures.append(path.read_bytes())
+        found = _files()
+        self._pictures += [
+            path.read_bytes() for path in found if found[path] != self._seen.get(path)
+        ]
+        self._seen = found
 
 
 def _lines(text: str) -> list[str]:

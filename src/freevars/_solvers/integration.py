@@ -22,11 +22,23 @@ mathematics (`integral`, `adjoint` of a host).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypedDict
 
-from freevars.errors import NotASolutionError
+from freevars.errors import CaptureError, NotASolutionError
 
-__all__ = ["INTEGRAL", "ODE", "OdeOnFailure", "Reverse", "State", "Takes", "not_solved", "shown_by"]
+__all__ = [
+    "INTEGRAL",
+    "ODE",
+    "IntegralOptions",
+    "OdeOptions",
+    "Reverse",
+    "State",
+    "Takes",
+    "called_as",
+    "no_derivative",
+    "not_solved",
+    "shown_by",
+]
 
 INTEGRAL = ("integrand", "a", "b")
 ODE = ("field", "y0", "ts")
@@ -39,6 +51,25 @@ State: TypeAlias = Literal[None, "pytree", "array"]  # noqa: PYI061 (as above)
 # How a backward pass of a differential equation is solved, and what happens where it is not good.
 Reverse: TypeAlias = Literal["adjoint", "sensitivities"]
 OdeOnFailure: TypeAlias = Literal["raise", "warn", "nan"]
+
+
+class IntegralOptions(TypedDict, total=False):
+    """The keyword arguments of `integral`."""
+
+    has_aux: bool  # False
+    takes: Takes  # None
+
+
+class OdeOptions(TypedDict, total=False):
+    """The keyword arguments of `odeint`."""
+
+    tfirst: bool  # True
+    has_aux: bool  # False
+    takes: State  # None
+    reverse: Reverse  # "adjoint"
+    on_failure: OdeOnFailure  # "raise"
+    check: bool  # True
+    tol: float | None  # None
 
 
 def shown_by(shapes: Sequence[tuple[int, ...]], *, is_leaf: bool) -> Takes:
@@ -68,4 +99,23 @@ def not_solved(name: str, error: float, limit: float, *, backwards: bool) -> Not
         f"{name}: the derivative cannot be trusted: solved once more, {how}, the state differs from"
         f" what the solver returned by {error:.1e}, relative to the component's largest size; up to"
         f" {limit:.1e} is accepted. {advice}; or accept more by the rule's tol=."
+    )
+
+
+def called_as(*, tfirst: bool) -> str:
+    """How the solver calls its field, and what to say if it is the other way round."""
+    first, other = ("(t, y)", "(y, t)") if tfirst else ("(y, t)", "(t, y)")
+    return (
+        f"The solver calls it as field{first} by tfirst={tfirst}; say tfirst={not tfirst} for"
+        f" field{other}."
+    )
+
+
+def no_derivative(name: str, by: str, leads: Sequence[str], constant: str) -> CaptureError:
+    """The error for a derivative by what only the solver reads: nothing tells what it does."""
+    function, *points = leads
+    return CaptureError(
+        f"{name}: expected a derivative by what the {function} reads or by {' or '.join(points)},"
+        f" got one by {by}, which the solver reads itself. Let the {function} read it; or, if the"
+        f" result does not depend on it (a tolerance, a number of steps), pass {constant}."
     )

@@ -69,6 +69,11 @@ def is_wrapped(t: Tensor) -> bool:
     return bool(_functorch.is_functorch_wrapped_tensor(t))
 
 
+def is_grad_tracking(t: Tensor) -> bool:
+    """Whether a torch.func transform that differentiates wraps `t`, directly."""
+    return bool(_functorch.is_gradtrackingtensor(t))
+
+
 def is_grads_batch(t: Tensor) -> bool:
     """Whether `torch.autograd.grad(is_grads_batched=True)` batches `t`, by the vmap before
     torch.func's, which no custom Function is told of."""

@@ -10,7 +10,7 @@ import scipy.integrate
 from jax import lax
 
 import freevars.jax as fv
-from freevars.errors import StructureError
+from freevars.errors import CaptureError, StructureError
 
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(16)
 P = np.array([0.7, 0.3])
@@ -182,7 +182,8 @@ def test_extra_arguments_and_options() -> None:
         return value + 0 * aux["scale"]
 
     assert jax.grad(program)(3.0, 1.0) == pytest.approx(2.0)
-    assert jax.grad(program, 1)(3.0, 1.0) == 0.0  # an option is no part of the integral
+    with pytest.raises(CaptureError, match="the option scale="):
+        jax.grad(program, 1)(3.0, 1.0)
 
 
 def test_methods() -> None:
@@ -205,9 +206,28 @@ def test_what_is_refused() -> None:
         integrate(lambda t: t, 0.0, jnp.ones(2))
     with pytest.raises(StructureError, match="the structure and shapes of the integrand"):
         fv.integral(lambda f, a, b: (f(a), f(b)))(lambda t: t, 0.0, 1.0)
-    with pytest.raises(TypeError, match="captures a traced value"):
-        jax.grad(
-            jax.jit(
-                lambda c: fv.integral(lambda f, a, b: c * gauss(f, a, b))(lambda t: c * t, 0, 1)
-            )
-        )(2.0)
+
+
+def test_what_the_solver_reads_itself_has_no_derivative() -> None:
+    """Neither an option nor a captured value, whether the integrand reads it too or not."""
+
+    def scaled(f, a, b, scale=1.0):
+        return gauss(f, a, b) * scale
+
+    def holding(c):
+        return fv.integral(lambda f, a, b: scaled(f, a, b, c))
+
+    by_option = fv.integral(scaled)
+    for integrand in (lambda c: lambda t: t, lambda c: lambda t: c * t):
+        for transform in (jax.grad, jax.jacfwd, lambda f: jax.jit(jax.grad(f))):
+            with pytest.raises(CaptureError, match=r"the option scale=.* reads itself"):
+                transform(lambda c, of=integrand: by_option(of(c), 0.0, 1.0, scale=c))(2.0)
+            with pytest.raises(CaptureError, match="captures, which the solver reads itself"):
+                transform(lambda c, of=integrand: holding(c)(of(c), 0.0, 1.0))(2.0)
+    # Declared constant, or not differentiated by.
+    still = jax.lax.stop_gradient
+    got = jax.grad(lambda c: by_option(lambda t: c * t, 0.0, 1.0, scale=still(c)))(2.0)
+    assert got == pytest.approx(1.0)
+    assert jax.jit(lambda c: holding(c)(lambda t: t, 0.0, 1.0))(2.0) == pytest.approx(1.0)
+    with pytest.raises(CaptureError, match="whose traced values are all arguments"):
+        jax.jit(lambda c: jax.grad(lambda p: holding(c)(lambda t: p * t, 0.0, 1.0))(1.0))(2.0)

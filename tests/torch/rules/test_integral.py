@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import freevars.torch as fv
-from freevars.errors import StructureError
+from freevars.errors import CaptureError, StructureError
 from freevars.torch._compat import pytree
 
 f = torch.func
@@ -143,3 +143,49 @@ def test_what_is_refused() -> None:
         fv.integral(lambda fun, a, b: fun(a.double()))(lambda t: t, 0.0, 1.0)
     with pytest.raises(StructureError, match="the structure and shapes of the integrand"):
         fv.integral(lambda fun, a, b: (fun(a), fun(b)))(lambda t: t, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("reads", [True, False], ids=["as the integrand does", "alone"])
+def test_what_the_solver_reads_itself_has_no_derivative(reads: bool) -> None:  # noqa: FBT001
+    def scaled(fun: Any, a: Any, b: Any, scale: Any = 1.0) -> Any:
+        return gauss(fun, a, b) * scale
+
+    def holding(c: Tensor) -> Any:
+        return fv.integral(lambda fun, a, b: scaled(fun, a, b, c))
+
+    def of(c: Tensor) -> Any:
+        return lambda t: t * c if reads else t
+
+    c, (a, b) = torch.tensor(2.0, dtype=F64, requires_grad=True), torch.eye(2, dtype=F64)[0].flip(0)
+    by_option = fv.integral(scaled)
+    programs = {
+        "the option scale=": lambda c: by_option(of(c), a, b, scale=c),
+        "got one by c ": lambda c: holding(c)(of(c), a, b),
+    }
+    for named, program in programs.items():
+        with pytest.raises(CaptureError, match=f"{named}.*reads itself"):
+            program(c).backward()
+        with pytest.raises(CaptureError, match=f"{named}.*reads itself"):
+            f.grad(program)(c.detach())
+        with pytest.raises(CaptureError, match=f"{named}.*reads itself"):
+            f.jvp(program, (c.detach(),), (torch.ones_like(c),))
+        with torch.no_grad():
+            torch.testing.assert_close(program(c), c * 0.5 * (c if reads else 1))
+    if reads:
+        (got,) = torch.autograd.grad(by_option(of(c), a, b, scale=c.detach()), c)
+        torch.testing.assert_close(got, c.detach() * 0.5)
+
+
+def test_what_the_solver_could_read_and_does_not() -> None:
+    """It reaches a tensor, under torch.func too, that the integrand alone reads."""
+
+    def program(c: Tensor) -> Tensor:
+        def solver(fun: Any, a: Any, b: Any) -> Any:
+            assert c.shape == ()
+            return gauss(fun, a, b)
+
+        return fv.integral(solver)(lambda t: t * c, 0.0, torch.ones((), dtype=F64))
+
+    c = torch.tensor(2.0, dtype=F64)
+    torch.testing.assert_close(f.grad(program)(c), torch.tensor(0.5, dtype=F64))
+    torch.testing.assert_close(f.grad(f.grad(lambda c: program(c) * c))(c), torch.ones_like(c))

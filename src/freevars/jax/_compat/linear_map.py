@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from freevars._sequences import replaced
 from freevars.jax._compat.axes import like_type
 from freevars.jax._compat.private import ad, batching, core, mlir
 
@@ -71,10 +72,7 @@ def _jvp(primals: Any, tangents: Any, *, fun: LinearMap, n: int, out: Any) -> An
     if moving:
 
         def at(*some: Any) -> list[Any]:
-            merged = list(given)
-            for i, value in zip(moving, some, strict=True):
-                merged[i] = value
-            return _run(*merged, *x, fun=fun, n=n, out=out)
+            return _run(*replaced(given, moving, some), *x, fun=fun, n=n, out=out)
 
         some, dots = [given[i] for i in moving], [tangents[i] for i in moving]
         parts.append(jax.jvp(at, some, dots)[1])

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Generic, ParamSpec, Self, TypeVar
 
 from freevars._contract import Hoist
+from freevars._sequences import replaced
 from freevars.errors import StructureError
 from freevars.jax._convert.arguments import describe
 from freevars.jax._convert.convert import convert, name_of, trace
@@ -74,10 +75,7 @@ class Converted(Generic[P, R]):
     def _with_constants(self, hoisted: tuple[Any, ...]) -> Sequence[Any]:
         if not hoisted:
             return self._constants
-        merged = list(self._constants)
-        for i, value in zip(self._hoisted, hoisted, strict=True):
-            merged[i] = value
-        return tuple(merged)
+        return tuple(replaced(self._constants, self._hoisted, hoisted))
 
     def _refuse_count(self, got: int) -> None:
         message = (

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from freevars._sequences import replaced
 from freevars.errors import CaptureError
 from freevars.jax import _compat
 from freevars.jax._compat import Eqn
@@ -198,7 +199,7 @@ def _pushforward(rule: Rule) -> Callable[..., tuple[list[Any], list[Any]]]:
         # them, so that its derivative along the others at zero is what it makes of these alone:
         # what belongs to a tangent that is known to be zero is not computed, and not added.
         made, along = jax.jvp(
-            lambda *moved: run(values, [*args, *_put(dots, moving, moved)]),
+            lambda *moved: run(values, [*args, *replaced(dots, moving, moved)]),
             [jnp.zeros_like(dots[i]) for i in moving],
             [dots[i] for i in moving],
         )
@@ -219,13 +220,6 @@ def _reached(jaxpr: Any, places: Sequence[int]) -> list[bool]:
         if any(type(v) is not _compat.Literal and v in moving for v in eqn.invars):
             moving.update(eqn.outvars)
     return [type(v) is not _compat.Literal and v in moving for v in jaxpr.outvars]
-
-
-def _put(xs: Sequence[Any], places: Sequence[int], values: Sequence[Any]) -> list[Any]:
-    xs = list(xs)
-    for i, value in zip(places, values, strict=True):
-        xs[i] = value
-    return xs
 
 
 def _refuse(rule: Rule) -> Callable[..., Any]:

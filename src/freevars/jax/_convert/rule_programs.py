@@ -5,12 +5,12 @@ Not here: which rules are traced, and what they hold (`traced_rules`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from freevars._sequences import replaced
 from freevars.jax import _compat
 from freevars.jax._compat import Eqn
 from freevars.jax._convert.rule import Rule
@@ -26,13 +26,6 @@ def _split(eqn: Eqn, rule: Rule) -> tuple[Any, list[Any], list[Any], list[int]]:
     return call, avals[:count], avals[count:], [i for i, s in enumerate(rule.smooth) if s]
 
 
-def _put(args: Sequence[Any], places: Sequence[int], values: Sequence[Any]) -> list[Any]:
-    args = list(args)
-    for i, value in zip(places, values, strict=True):
-        args[i] = value
-    return args
-
-
 def trace_jvp(eqn: Eqn, rule: Rule) -> list[Any]:
     """One program: arguments and a tangent for each smooth one, to results and the tangents of
     those that have one."""
@@ -46,7 +39,7 @@ def trace_jvp(eqn: Eqn, rule: Rule) -> list[Any]:
 
     def push(captures: Any, args: Any, dots: Any) -> list[Any]:
         results, tangents = jax.jvp(
-            lambda *moved: call(*captures, *_put(args, places, moved)),
+            lambda *moved: call(*captures, *replaced(args, places, moved)),
             [args[i] for i in places],
             dots,
         )
@@ -64,7 +57,8 @@ def trace_vjp(eqn: Eqn, rule: Rule) -> list[Any]:
 
     def forward(captures: Any, args: Any) -> list[Any]:
         results, pull = jax.vjp(
-            lambda *moved: call(*captures, *_put(args, places, moved)), *[args[i] for i in places]
+            lambda *moved: call(*captures, *replaced(args, places, moved)),
+            *[args[i] for i in places],
         )
         residuals, tree = jax.tree.flatten(pull)
         structure[:] = [tree]

@@ -30,10 +30,10 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from freevars._sequences import replaced
 from freevars._solvers.integration import Reverse
 from freevars.jax import _compat
 from freevars.jax._rules.forms import Flat
-from freevars.jax._rules.integrator import merged
 
 __all__ = ["BySolver", "OdeSolver"]
 
@@ -104,7 +104,7 @@ class BySolver:
         of_y = jax.tree.structure(y0)
 
         def f(t: Any, p: Arrays, y: Arrays) -> Arrays:
-            at = tree.unflatten(merged(leaves, self.moving, p))
+            at = tree.unflatten(replaced(leaves, self.moving, p))
             return jax.tree.leaves(at.value((t, of_y.unflatten(y)), has_aux=False))
 
         p = [leaves[i] for i in self.moving]

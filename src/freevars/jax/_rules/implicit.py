@@ -23,12 +23,13 @@ counts (`diagnostics`), and JAX's rule around it (`rules`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
+from freevars._sequences import replaced
 from freevars.errors import StructureError
 from freevars.jax import _compat
 from freevars.jax._rules.constrained import Constrained
@@ -242,7 +243,7 @@ def _push(
     if not _compat.has_custom_vjp(jax.make_jaxpr(f)(v, leaves).jaxpr):
         value, by_v = jax.linearize(lambda v: f(v, leaves), v)
         _, by_moved = jax.linearize(
-            lambda moved: f(v, _with(leaves, moving, moved)), [leaves[i] for i in moving]
+            lambda moved: f(v, replaced(leaves, moving, moved)), [leaves[i] for i in moving]
         )
         return value, by_v, by_moved
     value, push = _transposed_twice(f, v, leaves)
@@ -264,7 +265,9 @@ def _push_once(
     if _compat.has_custom_vjp(jax.make_jaxpr(f)(v, leaves).jaxpr):
         return _transposed_twice(f, v, leaves)[1](dv, dots)
     primals, tangents = [leaves[i] for i in dots], [*dots.values()]
-    return jax.jvp(lambda v, some: f(v, _with(leaves, dots, some)), (v, primals), (dv, tangents))[1]
+    return jax.jvp(
+        lambda v, some: f(v, replaced(leaves, dots, some)), (v, primals), (dv, tangents)
+    )[1]
 
 
 def _transposed_twice(
@@ -274,16 +277,11 @@ def _transposed_twice(
         i for i, leaf in enumerate(leaves) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
     ]
     value, pull = jax.vjp(
-        lambda v, *s: f(v, _with(leaves, smooth, s)), v, *[leaves[i] for i in smooth]
+        lambda v, *s: f(v, replaced(leaves, smooth, s)), v, *[leaves[i] for i in smooth]
     )
     transpose = jax.linear_transpose(pull, value)
     zeros = {i: jnp.zeros_like(leaves[i]) for i in smooth}
     return value, lambda dv, dots: transpose((dv, *(zeros | dots).values()))[0]
-
-
-def _with(leaves: list[Any], places: Iterable[int], values: Iterable[Any]) -> list[Any]:
-    replaced = dict(zip(places, values, strict=True))
-    return [replaced.get(i, leaf) for i, leaf in enumerate(leaves)]
 
 
 def _relative(leaf: Any, number: int) -> Any:

@@ -21,33 +21,27 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, ParamSpec, TypedDict, TypeVar
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from freevars._contract import check_callable
-from freevars._solvers.integration import INTEGRAL, Takes, shown_by
+from freevars._sequences import replaced
+from freevars._solvers.integration import INTEGRAL, IntegralOptions, Takes, shown_by
 from freevars._solvers.signature import SolverCall
 from freevars.errors import StructureError
 from freevars.jax import _compat
 from freevars.jax._convert.static import as_static, from_static
 from freevars.jax._rules.forms import Flat
 from freevars.jax._rules.hosted import Hosted
-from freevars.jax._rules.integrator import Integrator, dots_of, merged
+from freevars.jax._rules.integrator import Integrator, dots_of
 from freevars.jax._solver.problem import Problem
 
-__all__ = ["IntegralOptions", "IntegralSolver"]
+__all__ = ["IntegralSolver"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-class IntegralOptions(TypedDict, total=False):
-    """The keyword arguments of `integral`."""
-
-    has_aux: bool  # False
-    takes: Takes  # None
 
 
 class IntegralSolver(Integrator[P, R]):
@@ -119,13 +113,13 @@ class IntegralSolver(Integrator[P, R]):
 
     def _push(self, primals: Any, tangents: Any) -> Any:
         problem, at, options, own = primals
+        self.refuse_lost(own, tangents)
         out = self._operation(*primals)
         value = out[0] if self.has_aux else out
         types, tree = jax.tree.flatten(jax.tree.map(jax.typeof, value))
         terms = []
         moving, dots = dots_of(tangents[0])
         if moving:
-            self.refuse_captures(own)
             given, structure = jax.tree.flatten((problem, at, options))
             by_problem = _ByProblem(self, structure, moving)
             terms.append(_compat.linear_map(by_problem, given, dots, types))
@@ -176,7 +170,7 @@ class _ByProblem:
         leaves, tree = jax.tree.flatten(problem)
 
         def f(t: Any, some: list[Any]) -> Any:
-            return tree.unflatten(merged(leaves, self.moving, some)).value(t, has_aux=False)
+            return tree.unflatten(replaced(leaves, self.moving, some)).value(t, has_aux=False)
 
         return f, [leaves[i] for i in self.moving], problem, at, options
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ParamSpec, Protocol, TypeVar, Unpack, overload
 
+from freevars._solvers.integration import IntegralOptions, OdeOptions
 from freevars._solvers.options import check_options
-from freevars.jax._rules.integral import IntegralOptions, IntegralSolver
-from freevars.jax._rules.odeint import OdeintSolver, OdeOptions
+from freevars.jax._rules.integral import IntegralSolver
+from freevars.jax._rules.odeint import OdeintSolver
 
 __all__ = ["integral", "odeint"]
 
@@ -48,8 +49,8 @@ def integral(
     the integrand captures, into the extra arguments that the solver passes on to it (what its
     signature collects in `*args` and `**kwargs`, or a tuple named `args`), and into the limits.
     They are integrals too, by the same solver: it has to be as good for the derivative of the
-    integrand as for the integrand. All else in its signature is an option of its own, with
-    derivative zero.
+    integrand as for the integrand. What the solver reads itself, its options among it, has no
+    derivative, and one that is asked for is refused.
 
     Args:
         solver: `solver(integrand, a, b, ...)` in JAX, pure, or one `on_host`. `integrand(t)` takes
@@ -65,6 +66,7 @@ def integral(
             an array, "pytree" if something else.
 
     Raises:
+        freevars.errors.CaptureError: a derivative is asked for by what the solver reads itself.
         freevars.errors.StructureError: the solver returns another structure or shape than the
             integrand does, or a limit is no real number.
 
@@ -103,8 +105,9 @@ def odeint(solver: Callable[..., Any] | None = None, /, **options: Unpack[OdeOpt
     and reverse and of any order, flow into every value that the field captures, into the extra
     arguments that the solver passes on to it (what its signature collects in `*args` and
     `**kwargs`, or a tuple named `args`), into `y0` and into `ts`. The same solver solves for them:
-    forward sensitivities in forward mode, the adjoint equation backwards in reverse mode. All else
-    in its signature is an option of its own, with derivative zero.
+    forward sensitivities in forward mode, the adjoint equation backwards in reverse mode. What
+    the solver reads itself, its options among it, has no derivative, and one that is asked for is
+    refused.
 
     Args:
         solver: `solver(field, y0, ts, ...)` in JAX, pure, or one `on_host`. `y0` is a pytree of

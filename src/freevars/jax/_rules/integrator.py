@@ -8,16 +8,17 @@ Not here: what the derivative is (`integral`, `odeint`).
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar, overload
 
 import jax
 from jax import tree_util
 
 from freevars._solvers.decorated import DecoratedSolver
+from freevars._solvers.integration import no_derivative
 from freevars._solvers.options import check_options
 from freevars._solvers.signature import SolverCall
-from freevars.errors import StructureError
+from freevars.errors import CaptureError, StructureError
 from freevars.jax import _compat
 from freevars.jax._closure import Closure
 from freevars.jax._convert.static import as_static, from_static
@@ -25,7 +26,7 @@ from freevars.jax._host.host_solver import HostSolver
 from freevars.jax._solver.problem import Problem
 from freevars.jax._solver.unknown import is_array
 
-__all__ = ["Integrator", "dots_of", "merged"]
+__all__ = ["Integrator", "dots_of"]
 
 P = ParamSpec("P")
 Q = ParamSpec("Q")
@@ -88,16 +89,29 @@ class Integrator(DecoratedSolver[P, R]):
             return self._run(problem, at, options)
         return self._run_converted(own, problem, at, options)
 
-    def refuse_captures(self, own: Any) -> None:
-        """For a derivative, which is a call for another function, all must be in sight."""
+    def refuse_lost(self, own: Any, tangents: Any) -> None:
+        """Refuse a derivative of which a part would be lost.
+
+        The rule is by what the function reads and by the points. And a derivative is a call for
+        another function, elsewhere, where a traced value that the solver captures is not.
+        """
+        options = from_static(tangents[2])
+        constant = "jax.lax.stop_gradient of it"
+        for name, dot in options.items():
+            if _moves(dot):
+                raise no_derivative(self.__name__, f"the option {name}=", self.leads, constant)
+        if _moves(tangents[3]):
+            by = "a value that the solver captures"
+            raise no_derivative(self.__name__, by, self.leads, f"{constant} as an option")
         traced = [] if own is None else [v for v in own.values if isinstance(v, _compat.Tracer)]
-        if traced:
+        if traced and _moves(tangents):
+            types = ", ".join(str(jax.typeof(value)) for value in traced)
             message = (
-                f"{self.__name__}: the solver captures a traced value ({traced[0]!r}), and the"
-                " derivative calls it again elsewhere. Pass the value as an option of the solver:"
-                f" a parameter of its own after {', '.join(self.leads)}."
+                f"{self.__name__}: expected a solver whose traced values are all arguments, got one"
+                f" that captures {types}: its derivative calls it again elsewhere. Pass it as an"
+                f" option of the solver, a parameter of its own after {', '.join(self.leads)}."
             )
-            raise TypeError(message)
+            raise CaptureError(message)
 
     def _run_solver(self, problem: Problem, at: Any, options: Any) -> Any:
         raise NotImplementedError
@@ -129,12 +143,10 @@ def dots_of(tangents: Any) -> tuple[tuple[int, ...], list[Any]]:
     return moving, [leaves[i] for i in moving]
 
 
-def merged(values: Sequence[Any], where: Sequence[int], some: Sequence[Any]) -> list[Any]:
-    """The values with some of them replaced."""
-    result = list(values)
-    for i, value in zip(where, some, strict=True):
-        result[i] = value
-    return result
+def _moves(tangents: Any) -> bool:
+    leaves = tree_util.tree_leaves(tangents, is_leaf=_compat.is_symbolic_zero)
+    # A Python number among the options stays one, and never moves.
+    return any(isinstance(dot, jax.Array) and not _compat.is_symbolic_zero(dot) for dot in leaves)
 
 
 def _call(own: Callable[..., Any], problem: Problem, at: Any, options: Any) -> Any:

@@ -12,14 +12,22 @@ import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, ParamSpec, TypedDict, TypeVar
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from freevars._contract import check_callable
-from freevars._solvers.integration import ODE, OdeOnFailure, Reverse, State, not_solved, shown_by
+from freevars._solvers.integration import (
+    ODE,
+    OdeOptions,
+    Reverse,
+    State,
+    called_as,
+    not_solved,
+    shown_by,
+)
 from freevars._solvers.signature import SolverCall
 from freevars._solvers.verdict import Limits
 from freevars.errors import StructureError
@@ -32,22 +40,10 @@ from freevars.jax._rules.integrator import Integrator, dots_of
 from freevars.jax._solver.problem import Problem
 from freevars.jax._solver.unknown import as_unknown, like
 
-__all__ = ["OdeOptions", "OdeintSolver"]
+__all__ = ["OdeintSolver"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-class OdeOptions(TypedDict, total=False):
-    """The keyword arguments of `odeint`."""
-
-    tfirst: bool  # True
-    has_aux: bool  # False
-    takes: State  # None
-    reverse: Reverse  # "adjoint"
-    on_failure: OdeOnFailure  # "raise"
-    check: bool  # True
-    tol: float | None  # None
 
 
 class OdeintSolver(Integrator[P, R]):
@@ -100,11 +96,7 @@ class OdeintSolver(Integrator[P, R]):
 
     @property
     def _order(self) -> str:
-        first, other = ("(t, y)", "(y, t)") if self._tfirst else ("(y, t)", "(t, y)")
-        return (
-            f"The solver calls it as field{first} by tfirst={self._tfirst}; say"
-            f" tfirst={not self._tfirst} for field{other}."
-        )
+        return called_as(tfirst=self._tfirst)
 
     def _times(self, ts: Any) -> Any:
         ts = jnp.asarray(ts)
@@ -143,6 +135,7 @@ class OdeintSolver(Integrator[P, R]):
 
     def _push(self, primals: Any, tangents: Any) -> Any:
         problem, (y0, ts), options, own = primals
+        self.refuse_lost(own, tangents)
         out = self._operation(*primals)
         ys = out[0] if self.has_aux else out
         types, tree = jax.tree.flatten(jax.tree.map(jax.typeof, ys))
@@ -151,7 +144,6 @@ class OdeintSolver(Integrator[P, R]):
         moving, dots = dots_of(tangents[0])
         terms = []
         if moving or moves or dots_of(d_start)[0]:
-            self.refuse_captures(own)
             start = [
                 jnp.zeros(y.shape, y.dtype) if _compat.is_symbolic_zero(d) else d
                 for y, d in zip(

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal
 from jax.flatten_util import ravel_pytree
 
+from freevars._sequences import replaced
 from freevars.jax import _compat
 from freevars.jax._rules import implicit
 from freevars.jax._rules.coordinates import Coordinates
@@ -81,8 +82,10 @@ class Pullback(NamedTuple):
         """(dF/dx)^T u, and (dF/dt)^T u for the leaves at some places."""
         some = [leaves[i] for i in places]
         if not self.over_reverse:
-            return jax.vjp(lambda v, some: self.at(v, _with(leaves, places, some)), v, some)[1](u)
-        gradient = jax.grad(lambda v, some: self.value(v, _with(leaves, places, some)), (0, 1))
+            return jax.vjp(lambda v, some: self.at(v, replaced(leaves, places, some)), v, some)[1](
+                u
+            )
+        gradient = jax.grad(lambda v, some: self.value(v, replaced(leaves, places, some)), (0, 1))
         return jax.jvp(lambda v: gradient(v, some), (v,), (u,))[1]
 
     def by_x(self, v: Tree, leaves: Leaves, u: Tree, *, transposed: bool) -> Tree:
@@ -118,7 +121,7 @@ class Pullback(NamedTuple):
         )
 
         def at(v: Tree, some: Leaves) -> Tree:
-            return self.at(v, _with(leaves, places, some))
+            return self.at(v, replaced(leaves, places, some))
 
         def there_and_back(v: Tree, some: Leaves) -> Any:
             if plain:
@@ -135,13 +138,6 @@ class Pullback(NamedTuple):
             minimum = self.condition in implicit.MINIMA
             return self._replace(over_reverse=minimum and plain)
         return None
-
-
-def _with(leaves: Leaves, places: Places, some: Leaves) -> Leaves:
-    merged = list(leaves)
-    for i, leaf in zip(places, some, strict=True):
-        merged[i] = leaf
-    return merged
 
 
 # What JAX tells a rule with `symbolic_zeros` of its arguments. A value that nothing differentiates
@@ -214,11 +210,11 @@ def _linear_backward(
     z = _linear(pullback, solve, not transposed, v, leaves, v0, full(w))
 
     def product(v: Tree, some: Leaves) -> Tree:
-        return pullback.by_x(v, _with(leaves, places, some), u, transposed=transposed)
+        return pullback.by_x(v, replaced(leaves, places, some), u, transposed=transposed)
 
     some = [leaves[i] for i in places]
     by_v, by_some = jax.tree.map(jnp.negative, jax.vjp(product, v, some)[1](z))
-    return by_v, _with([None] * len(leaves), places, by_some), None, z
+    return by_v, replaced([None] * len(leaves), places, by_some), None, z
 
 
 _linear.defvjp(_linear_forward, _linear_backward, symbolic_zeros=True)

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from freevars._sequences import replaced
 from freevars._solvers.signature import SolverCall
 from freevars.torch import _compat
 from freevars.torch._compat import pytree
@@ -45,6 +46,8 @@ Pack = Callable[[list[Tensor]], Any]
 
 class Trajectory:
     """One solution: of the times, the options' tensors, y_0, and what f depends on."""
+
+    first_option = 1
 
     def __init__(
         self, solver: Any, fun: Fun, pack: Pack, takes: str, options: Options, states: int
@@ -127,7 +130,7 @@ class Trajectory:
             y, costate = state[:m], state[m : 2 * m]
 
             def f(*inputs: Tensor) -> Tensor:
-                own = _merged(values, wanted, inputs[m:])
+                own = replaced(values, wanted, inputs[m:])
                 return of_y.ravel(self.fun(-s, list(inputs[:m]), own))
 
             at = [*y, *(values[i] for i in wanted)]
@@ -158,7 +161,7 @@ class Trajectory:
             y, columns = state[:m], state[m]
 
             def f(v: Tensor, p: Tensor) -> Tensor:
-                own = _merged(values, wanted, of_p.unravel(p))
+                own = replaced(values, wanted, of_p.unravel(p))
                 return of_y.ravel(self.fun(t, of_y.unravel(v), own))
 
             p = of_p.ravel([values[i] for i in wanted])
@@ -213,7 +216,7 @@ class Trajectory:
             y, d = state[:m], state[m:]
 
             def f(*at: Tensor) -> Tensor:
-                own = _merged(inputs[:n], moving, at[m:])
+                own = replaced(inputs[:n], moving, at[m:])
                 return of_y.ravel(self.fun(t, list(at[:m]), own))
 
             at = [*y, *(inputs[i] for i in moving)]
@@ -239,13 +242,6 @@ class Trajectory:
 
 def _only(leaves: list[Tensor]) -> Tensor:
     return leaves[0]
-
-
-def _merged(values: Sequence[Tensor], where: Sequence[int], some: Sequence[Tensor]) -> list[Tensor]:
-    merged = list(values)
-    for i, t in zip(where, some, strict=True):
-        merged[i] = t
-    return merged
 
 
 def _smooth(t: Tensor) -> bool:

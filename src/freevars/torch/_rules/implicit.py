@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from freevars._sequences import replaced
 from freevars.errors import CaptureError
 from freevars.torch import _compat, _hooks
 
@@ -124,7 +125,7 @@ class _Implicit(torch.autograd.Function):
             some = [primal(tangents[i + 1]).primal for i in wanted]
 
             def residual(*inputs: Tensor) -> Tensor:
-                return ctx.condition.residual(x, columns, *_merged(values, wanted, inputs))  # type: ignore[no-any-return]
+                return ctx.condition.residual(x, columns, *replaced(values, wanted, inputs))  # type: ignore[no-any-return]
 
             r = jvp(residual, [values[i] for i in wanted], some, like=x)
             dx = ctx.condition.system(tuple(saved), -r, transposed=False)
@@ -153,7 +154,7 @@ def pull_back(
     wanted = [i for i in _smooth(condition, values) if needed[i]]
 
     def residual(*some: Tensor) -> Tensor:
-        out = condition.residual(x, columns, *_merged(values, wanted, some))
+        out = condition.residual(x, columns, *replaced(values, wanted, some))
         if not _compat.transforms_active():
             condition.compare(out.detach(), f)
         return out
@@ -168,13 +169,6 @@ def _smooth(condition: Solvable, values: Sequence[Tensor]) -> list[int]:
     """The positions of the values that the root depends on differentiably."""
     smooth = (i for i, v in enumerate(values) if v.is_floating_point() or v.is_complex())
     return [i for i in smooth if i not in condition.constants]
-
-
-def _merged(values: Sequence[Tensor], where: Sequence[int], some: Sequence[Tensor]) -> list[Tensor]:
-    merged = list(values)
-    for i, t in zip(where, some, strict=True):
-        merged[i] = t
-    return merged
 
 
 # --- products with a derivative, in reverse mode only, differentiable again

@@ -25,7 +25,7 @@ from freevars.torch._convert.substitution import SubstitutionMode
 from freevars.torch._describe import Reachable
 from freevars.torch._rules.sharded import whole
 
-__all__ = ["Inputs"]
+__all__ = ["Inputs", "reached_by"]
 
 T = TypeVar("T")
 
@@ -53,7 +53,7 @@ class Inputs:
         self._where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         given = [leaves[i] for i in self._where]
-        reached = _reached_by(solver, *call.options.values(), linear_solve)
+        reached = reached_by(solver, *call.options.values(), linear_solve)
         self._reached = [t for t, _ in reached]
         known = {id(t) for t in (*given, *captured)}
         found = [
@@ -166,7 +166,8 @@ class Inputs:
                 yield from map(float, whole(t.detach()).reshape(-1).tolist())
 
 
-def _reached_by(*objects: Any) -> list[tuple[Tensor, str]]:
+def reached_by(*objects: Any) -> list[tuple[Tensor, str]]:
+    """The tensors that these can read, and what they are called there."""
     reachable = Reachable()
     return [found for x in objects for found in reachable.of(x)]
 

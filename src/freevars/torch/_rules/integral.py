@@ -16,13 +16,14 @@ Calculus" II, chapter IV. Not here: differential equations (`odeint`).
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, ParamSpec, TypedDict, TypeVar
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from freevars._contract import check_callable
-from freevars._solvers.integration import INTEGRAL, Takes, shown_by
+from freevars._sequences import replaced
+from freevars._solvers.integration import INTEGRAL, IntegralOptions, Takes, shown_by
 from freevars._solvers.signature import SolverCall
 from freevars.errors import StructureError
 from freevars.torch._compat import pytree
@@ -31,7 +32,7 @@ from freevars.torch._rules.forms import Flat, tracked, value_and_vjp
 from freevars.torch._rules.implicit import jvp
 from freevars.torch._rules.integrator import Integrator, Options, operate
 
-__all__ = ["IntegralOptions", "IntegralSolver"]
+__all__ = ["IntegralSolver"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -39,13 +40,6 @@ R = TypeVar("R")
 Fun = Callable[[Tensor, Sequence[Tensor]], list[Tensor]]
 # What the solver is given for these leaves, a tensor or a pytree, and back.
 Pack = Callable[[list[Tensor]], Any]
-
-
-class IntegralOptions(TypedDict, total=False):
-    """The keyword arguments of `integral`."""
-
-    has_aux: bool  # False
-    takes: Takes  # None
 
 
 class IntegralSolver(Integrator[P, R]):
@@ -103,6 +97,8 @@ class IntegralSolver(Integrator[P, R]):
 
 class _Integral:
     """One integral, of the limits, the options' tensors and the values that `fun` depends on."""
+
+    first_option = 2
 
     def __init__(
         self,
@@ -183,7 +179,7 @@ class _Integral:
 
         def pulled(t: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
             def f(*some: Tensor) -> Tensor:
-                return of_out.ravel(self.fun(t, _merged(inputs[:n], wanted, some)))
+                return of_out.ravel(self.fun(t, replaced(inputs[:n], wanted, some)))
 
             return value_and_vjp(f, [inputs[i] for i in wanted], of_out.ravel(inputs[n:]))[1]
 
@@ -218,7 +214,7 @@ class _Integral:
 
             def pushed(t: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
                 def f(*some: Tensor) -> Tensor:
-                    return of_out.ravel(self.fun(t, _merged(inputs[:n], moving, some)))
+                    return of_out.ravel(self.fun(t, replaced(inputs[:n], moving, some)))
 
                 like = inputs[moving[0]].new_zeros(of_out.size, dtype=of_out.dtype)
                 at = [inputs[i] for i in moving]
@@ -252,13 +248,6 @@ def _inside(end: Tensor, other: Tensor) -> Tensor:
 
 def _only(leaves: list[Tensor]) -> Tensor:
     return leaves[0]
-
-
-def _merged(values: Sequence[Tensor], where: Sequence[int], some: Sequence[Tensor]) -> list[Tensor]:
-    merged = list(values)
-    for i, t in zip(where, some, strict=True):
-        merged[i] = t
-    return merged
 
 
 def _smooth(t: Tensor) -> bool:

@@ -6,9 +6,10 @@ Not here: the decorated solvers and the mathematics (`integral`, `odeint`, `adjo
 from collections.abc import Callable
 from typing import Any, ParamSpec, Protocol, TypeVar, Unpack, overload
 
+from freevars._solvers.integration import IntegralOptions, OdeOptions
 from freevars._solvers.options import check_options
-from freevars.torch._rules.integral import IntegralOptions, IntegralSolver
-from freevars.torch._rules.odeint import OdeintSolver, OdeOptions
+from freevars.torch._rules.integral import IntegralSolver
+from freevars.torch._rules.odeint import OdeintSolver
 
 __all__ = ["integral", "odeint"]
 
@@ -46,8 +47,8 @@ def integral(
     extra arguments that the solver passes on to it (what its signature collects in `*args` and
     `**kwargs`, or a tuple named `args`), and of the limits; to any order, in reverse and forward
     mode, under every torch.func transform. The derivatives are integrals too, by the same solver:
-    it has to be as good for the derivative of the integrand as for the integrand. All else in its
-    signature is an option of its own, with derivative zero.
+    it has to be as good for the derivative of the integrand as for the integrand. What the solver
+    reads itself, its options among it, has no derivative, and one that is asked for is refused.
 
     Args:
         solver: `solver(integrand, a, b, ...)`, which may leave PyTorch. `integrand(t)` takes a real
@@ -102,8 +103,9 @@ def odeint(solver: Callable[..., Any] | None = None, /, **options: Unpack[OdeOpt
     to it (what its signature collects in `*args` and `**kwargs`, or a tuple named `args`), of `y0`
     and of `ts`; to any order, in reverse and forward mode, under every torch.func transform. The
     same solver solves for the derivatives: forward sensitivities in forward mode, the adjoint
-    equation backwards in reverse mode. All else in its signature is an option of its own, with
-    derivative zero. A batch (`torch.func.vmap`) is solved one member after the other.
+    equation backwards in reverse mode. What the solver reads itself, its options among it, has no
+    derivative, and one that is asked for is refused. A batch (`torch.func.vmap`) is solved one
+    member after the other.
 
     Args:
         solver: `solver(field, y0, ts, ...)`, which may leave PyTorch. `y0` is a pytree of real or

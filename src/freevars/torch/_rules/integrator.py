@@ -6,17 +6,34 @@ here: what the derivative is (`integral`, `odeint`).
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Concatenate, ParamSpec, Protocol, Self, TypeVar, overload
+from contextlib import nullcontext
+from typing import (
+    Any,
+    ClassVar,
+    Concatenate,
+    NoReturn,
+    ParamSpec,
+    Protocol,
+    Self,
+    TypeVar,
+    overload,
+)
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from freevars._solvers.decorated import DecoratedSolver
+from freevars._solvers.integration import no_derivative
 from freevars._solvers.options import check_options
 from freevars._solvers.signature import SolverCall
 from freevars.errors import StructureError
 from freevars.torch import _compat, _hooks
 from freevars.torch._compat import pytree
+from freevars.torch._convert import contents
+from freevars.torch._convert.autograd_graph import leaves_behind
+from freevars.torch._describe import describe
+from freevars.torch._rules.eager import EagerSolver
+from freevars.torch._rules.inputs import reached_by
 
 __all__ = ["Integrator", "Operation", "Options", "operate"]
 
@@ -27,12 +44,15 @@ S = TypeVar("S")
 
 
 class Options:
-    """The options of one call: its tensors are inputs, whose derivative is zero."""
+    """The options of one call: its tensors are inputs, by which there is no derivative."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         leaves, self._spec = pytree.tree_flatten(options)
+        whose = {k: pytree.tree_map(lambda _, k=k: k, value) for k, value in options.items()}
+        names = pytree.tree_leaves(whose)
         self._where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self.tensors = [leaves[i] for i in self._where]
+        self.names = [names[i] for i in self._where]  # of the options that they are in
         self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self.count = len(self.tensors)
 
@@ -49,6 +69,8 @@ class Operation(Protocol):
     """What `operate` runs and differentiates."""
 
     solver: Any  # the decorated one
+    options: Options
+    first_option: int  # its position among the tensors
 
     def run(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """From tensors without history."""
@@ -66,19 +88,71 @@ class Operation(Protocol):
 
 def operate(operation: Operation, tensors: Sequence[Tensor]) -> list[Tensor]:
     """`operation.run(tensors)`, with its derivatives."""
-    return list(_Operate.apply(operation, *tensors))  # type: ignore[no-untyped-call]
+    reads = _OwnReads(operation.solver.of_a_transform() if _compat.functorch_active() else ())
+    out = list(_Operate.apply(operation, reads, *tensors))  # type: ignore[no-untyped-call]
+    if reads.found and torch.is_grad_enabled():
+        _refuse(operation, describe(reads.found[0], operation.solver.__wrapped__))
+    return out
+
+
+class _OwnReads:
+    """What a solver reads itself, and a derivative could flow into.
+
+    What it is given has no history: so all that is behind its result, it reads itself. A tensor of
+    torch.func leaves no trace there, and is met where the solver uses it.
+    """
+
+    def __init__(self, of_a_transform: Sequence[Tensor]) -> None:
+        self._of_a_transform = {id(t) for t in of_a_transform}
+        self.found: list[Tensor] = []
+
+    def run(self, operation: Operation, plain: Sequence[Tensor]) -> Sequence[Tensor]:
+        """`operation.run`, watched."""
+        ids = self._of_a_transform
+        with _Watch(ids, self.found) if ids else nullcontext():
+            out = operation.run(plain)
+        tracked = [t for t in out if t.requires_grad]
+        self.found += [*(t for t in tracked if t.is_leaf), *leaves_behind(tracked)]
+        return out
+
+
+class _Watch(TorchFunctionMode):
+    """Takes note of the tensors of these ids that operations are given."""
+
+    def __init__(self, ids: set[int], found: list[Tensor]) -> None:
+        super().__init__()
+        self._ids, self._found = ids, found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if next(contents.tensors(out), None) is not None:  # a shape or dtype has no derivative
+            given = contents.given_tensors(args, kwargs or {})
+            self._found += [t for t in given if id(t) in self._ids]
+        return out
+
+
+def _refuse_options(operation: Operation, asked: Sequence[bool]) -> None:
+    asked = asked[operation.first_option :]
+    for name, is_asked in zip(operation.options.names, asked, strict=False):
+        if is_asked:
+            _refuse(operation, f"the option {name}=")
+
+
+def _refuse(operation: Operation, by: str) -> NoReturn:
+    solver = operation.solver
+    raise no_derivative(solver.__name__, by, solver.leads, "its .detach()")
 
 
 class _Operate(torch.autograd.Function):
     @staticmethod
-    def forward(operation: Operation, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(operation: Operation, reads: _OwnReads, *tensors: Tensor) -> tuple[Tensor, ...]:
         plain = [t.detach() for t in tensors]
         with _hooks.solver_running(), torch.inference_mode(mode=False), torch.enable_grad():
-            return tuple(t.detach() for t in operation.run(plain))
+            return tuple(t.detach() for t in reads.run(operation, plain))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.operation, *tensors = inputs
+        ctx.operation, _, *tensors = inputs
         ctx.n = len(tensors)
         ctx.save_for_backward(*tensors, *output)
         if _compat.transforms_active():
@@ -94,8 +168,9 @@ class _Operate(torch.autograd.Function):
             )
             raise NotImplementedError(message)
         saved = ctx.saved_tensors
-        needed = ctx.needs_input_grad[1:]
-        return None, *ctx.operation.pull(saved[: ctx.n], saved[ctx.n :], g, needed)
+        needed = ctx.needs_input_grad[2:]
+        _refuse_options(ctx.operation, needed)
+        return None, None, *ctx.operation.pull(saved[: ctx.n], saved[ctx.n :], g, needed)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
@@ -103,15 +178,20 @@ class _Operate(torch.autograd.Function):
         primal = _compat.primal_and_tangent
         with _compat.forward_mode(True):
             saved = [primal(t).primal for t in ctx.saved_tensors]
-            dots = [None if t is None else primal(t).primal for t in tangents[1:]]
+            dots = [None if t is None else primal(t).primal for t in tangents[2:]]
+            _refuse_options(ctx.operation, [dot is not None for dot in dots])
             return tuple(ctx.operation.push(saved[: ctx.n], saved[ctx.n :], dots))
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, operation: Operation, *tensors: Tensor) -> Any:
+    def vmap(
+        info: Any, in_dims: Any, operation: Operation, reads: _OwnReads, *tensors: Tensor
+    ) -> Any:
+        del reads  # each member looks for itself
+
         def member(i: int) -> list[Tensor]:
             some = (
                 t if d is None else t.select(d, i)
-                for t, d in zip(tensors, in_dims[1:], strict=True)
+                for t, d in zip(tensors, in_dims[2:], strict=True)
             )
             return operate(operation, list(some))
 
@@ -120,7 +200,7 @@ class _Operate(torch.autograd.Function):
         return out, (0,) * len(out)
 
 
-class Integrator(DecoratedSolver[P, R]):
+class Integrator(EagerSolver[P, R]):
     """What the decorated solvers of `integral` and `odeint` have in common."""
 
     kind: ClassVar[str]
@@ -144,17 +224,9 @@ class Integrator(DecoratedSolver[P, R]):
     def __repr__(self) -> str:
         return f"<{self.__name__} with the derivative rule of {self.kind}>"
 
-    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        result: R
-        if _compat.compiling():
-            result = self._eagerly(*args, **kwargs)
-        else:
-            result = super().__call__(*args, **kwargs)
-        return result
-
-    @_compat.eagerly  # type: ignore[untyped-decorator]
-    def _eagerly(self, *args: Any, **kwargs: Any) -> Any:
-        return super().__call__(*args, **kwargs)
+    def of_a_transform(self) -> list[Tensor]:
+        """What the solver reaches itself and a torch.func derivative is by."""
+        return [t for t, _ in reached_by(self._solver) if _compat.is_grad_tracking(t)]
 
     def call_solver(
         self, fun: Callable[..., Any], at: tuple[Any, Any], call: SolverCall, what: str

@@ -6,13 +6,20 @@ Not here: the mathematics (`adjoint`), and what makes a call a differentiable op
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, ParamSpec, TypedDict, TypeVar
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from freevars._contract import check_callable
-from freevars._solvers.integration import ODE, OdeOnFailure, Reverse, State, not_solved, shown_by
+from freevars._solvers.integration import (
+    ODE,
+    OdeOptions,
+    Reverse,
+    called_as,
+    not_solved,
+    shown_by,
+)
 from freevars._solvers.signature import SolverCall
 from freevars._solvers.verdict import Limits
 from freevars.errors import StructureError
@@ -22,22 +29,10 @@ from freevars.torch._convert.convert import closure_convert
 from freevars.torch._rules.adjoint import Trajectory
 from freevars.torch._rules.integrator import Integrator, Options, operate
 
-__all__ = ["OdeOptions", "OdeintSolver"]
+__all__ = ["OdeintSolver"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-class OdeOptions(TypedDict, total=False):
-    """The keyword arguments of `odeint`."""
-
-    tfirst: bool  # True
-    has_aux: bool  # False
-    takes: State  # None
-    reverse: Reverse  # "adjoint"
-    on_failure: OdeOnFailure  # "raise"
-    check: bool  # True
-    tol: float | None  # None
 
 
 class OdeintSolver(Integrator[P, R]):
@@ -120,11 +115,7 @@ class OdeintSolver(Integrator[P, R]):
 
     @property
     def _order(self) -> str:
-        first, other = ("(t, y)", "(y, t)") if self._tfirst else ("(y, t)", "(t, y)")
-        return (
-            f"The solver calls it as field{first} by tfirst={self._tfirst}; say"
-            f" tfirst={not self._tfirst} for field{other}."
-        )
+        return called_as(tfirst=self._tfirst)
 
     # What `Trajectory` needs: the solver's own call, and what it is given and returns.
 

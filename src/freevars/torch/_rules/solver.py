@@ -12,7 +12,6 @@ from typing import Any, Concatenate, ParamSpec, Self, TypedDict, TypeVar, Unpack
 
 from freevars._contract import check_callable
 from freevars._solvers import kkt
-from freevars._solvers.decorated import DecoratedSolver
 from freevars._solvers.options import check_options
 from freevars._solvers.signature import SolverCall
 from freevars._solvers.stated import States, kind_of
@@ -21,6 +20,7 @@ from freevars.torch._convert.convert import closure_convert
 from freevars.torch._describe import function_name
 from freevars.torch._rules import implicit as operation
 from freevars.torch._rules.constrained import ConstrainedProblem, bounds_like, unknown_of
+from freevars.torch._rules.eager import EagerSolver
 from freevars.torch._rules.inputs import Inputs
 from freevars.torch._rules.linear import LinearSolve, check_linear_solve
 from freevars.torch._rules.problem import Problem
@@ -51,7 +51,7 @@ class Options(TypedDict, total=False):
     one_sided: bool  # False
 
 
-class ImplicitSolver(DecoratedSolver[P, R]):
+class ImplicitSolver(EagerSolver[P, R]):
     """A solver with a derivative rule; made by `implicit`, `argmin`, `root` and the like."""
 
     def __init__(
@@ -83,18 +83,6 @@ class ImplicitSolver(DecoratedSolver[P, R]):
 
     def __repr__(self) -> str:
         return f"<{self._rule.name} with the derivative rule of {self._rule.kind}>"
-
-    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        result: R
-        if _compat.compiling():
-            result = self._eagerly(*args, **kwargs)
-        else:
-            result = super().__call__(*args, **kwargs)
-        return result
-
-    @_compat.eagerly  # type: ignore[untyped-decorator]
-    def _eagerly(self, *args: Any, **kwargs: Any) -> Any:
-        return super().__call__(*args, **kwargs)
 
     def _solve(self, call: SolverCall) -> Any:
         fun, x0, fun_args, fun_kwargs, options = call

@@ -1,0 +1,30 @@
+"""A decorated solver of this host: inside a compiled program it is called eagerly.
+
+Not here: what a call does (`solver.py`, `integrator.py`).
+"""
+
+from typing import Any, ParamSpec, TypeVar
+
+from freevars._solvers.decorated import DecoratedSolver
+from freevars.torch import _compat
+
+__all__ = ["EagerSolver"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class EagerSolver(DecoratedSolver[P, R]):
+    """What all decorated solvers have in common here."""
+
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        result: R
+        if _compat.compiling():
+            result = self._eagerly(*args, **kwargs)
+        else:
+            result = super().__call__(*args, **kwargs)
+        return result
+
+    @_compat.eagerly  # type: ignore[untyped-decorator]
+    def _eagerly(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs)
