@@ -108,6 +108,20 @@ def test_an_example_becomes_a_notebook(tmp_path: Path, source: str, cells: list[
     assert not (tmp_path / "thumbnail.png").exists()
 
 
+def test_a_notebook_has_the_pictures_of_its_own_run(tmp_path: Path) -> None:
+    """And not what another run has left in the folder, unless it draws that anew."""
+    (tmp_path / "out").mkdir()
+    for name in ("old.png", "new.png"):
+        (tmp_path / "out" / name).write_bytes(b"of another run")
+    picture = "import matplotlib.pyplot as plt; plt.figure(); plt.savefig('out/new.png')"
+    (tmp_path / "draws.py").write_text(f'"""Draws."""\n\n{picture}\n')
+    command = [sys.executable, TOOLS / "notebook.py", tmp_path / "draws.py", tmp_path]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    notebook = json.loads((tmp_path / "draws.ipynb").read_text())
+    (output,) = notebook["cells"][-1]["outputs"]
+    assert output["output_type"] == "display_data"
+
+
 def test_a_notebook_fails_as_its_example_does(tmp_path: Path) -> None:
     (tmp_path / "bad.py").write_text(IN_CELLS + "\nraise SystemExit('two and two is five')\n")
     done = run("notebook.py", tmp_path / "bad.py", tmp_path)

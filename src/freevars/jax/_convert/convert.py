@@ -172,10 +172,10 @@ def _keep_what_rules_hold(
     lost = [x for x in values if isinstance(x, _compat.Tracer) and not _compat.is_open(x)]
     for x in [x for x in kept if isinstance(x, _compat.Tracer)] + lost:
         message = (
-            f"{name_of(fun)}: a custom derivative rule in it, or the function that has the rule,"
-            f" captures the traced value {describe_capture(fun, x, jaxpr, values)}, and does"
-            " not give its derivative. Pass the value to the function that has the rule"
-            " as an argument."
+            f"{name_of(fun)}: a function in it that has a rule of its own (a custom derivative,"
+            " custom_vmap, linear_call), or the rule, captures the traced value"
+            f" {describe_capture(fun, x, jaxpr, values)}, and does not give its derivative. Pass the"
+            " value to the function that has the rule as an argument."
         )
         raise CaptureError(message)
     if not kept:

@@ -73,8 +73,8 @@ class HostSolver(DecoratedSolver[P, R]):
     def __init__(self, solver: Callable[P, R], /, **options: Unpack[Options]) -> None:
         check_options("on_host", options, Options)
         self._flat = options.get("flat", True)
-        self._aux = options.get("aux")
-        self._has_aux = self._aux is not None
+        self.aux = options.get("aux")  # the example
+        self._has_aux = self.aux is not None
         self._vmap: Vmap = options.get("vmap", "sequential")
         if self._vmap == "whole" and not self._flat:
             message = 'vmap="whole" needs flat=True: a batch of pytrees has no one form.'
@@ -147,7 +147,7 @@ class HostSolver(DecoratedSolver[P, R]):
             x = jax.tree.map(jax.numpy.array, form.to_tree(v))
         if not self._has_aux:
             return x
-        return x, tree_util.tree_unflatten(jax.tree.structure(self._aux), aux)
+        return x, tree_util.tree_unflatten(jax.tree.structure(self.aux), aux)
 
     def _as_taken(self, bounds: Any) -> Any:
         """The two sides as the solver takes an x."""
@@ -188,7 +188,7 @@ class HostSolver(DecoratedSolver[P, R]):
             raise TypeError(message)
         resolution.check(v, start, query, self.__name__, equations=oracle.equations)
         lead = v0.shape[:1] if self._vmap == "whole" else ()
-        return v, aux_leaves(aux, self._aux, lead, self.__name__)
+        return v, aux_leaves(aux, self.aux, lead, self.__name__)
 
     def _call_eagerly(
         self, given: Any, oracle: Oracle, problem: Problem, v0: Any, arrays: list[Any]
@@ -202,7 +202,7 @@ class HostSolver(DecoratedSolver[P, R]):
             v, aux = v[0], [leaf[0] for leaf in aux]
         else:
             v, aux = self._call(query, oracle, v0, _options(given, rest))
-        types = [aux_type(a).dtype for a in jax.tree.leaves(self._aux)]
+        types = [aux_type(a).dtype for a in jax.tree.leaves(self.aux)]
         return v, [leaf.astype(t) for leaf, t in zip(aux, types, strict=True)]
 
     def _in_program(
@@ -246,7 +246,7 @@ class HostSolver(DecoratedSolver[P, R]):
                 _ERRORS.get(int(np.ravel(number)[0]), []).append(error)
                 raise
 
-        aux = [aux_type(a) for a in jax.tree.leaves(self._aux)]
+        aux = [aux_type(a) for a in jax.tree.leaves(self.aux)]
         enter = functools.partial(call_staged, Solve(run, tuple(aux), self.__name__), oracle)
 
         def alone(problem: Problem, v0: Any, arrays: list[Any]) -> Any:

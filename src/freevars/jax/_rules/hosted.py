@@ -57,5 +57,5 @@ class Hosted:
             return x0 + 1, {"result": found, "aux": aux}
 
         run.__name__ = run.__qualname__ = name
-        aux = self.solver._aux  # noqa: SLF001 (own package)
+        aux = self.solver.aux
         return HostSolver(run, aux={"result": np.zeros(shape), "aux": aux})

@@ -23,6 +23,7 @@ Sources: Pontryagin et al. 1962, "The Mathematical Theory of Optimal Processes";
 sensitivity analysis for differential-algebraic equations". Not here: the decorator (`odeint`).
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ from freevars._sequences import replaced
 from freevars._solvers.signature import SolverCall
 from freevars.torch import _compat
 from freevars.torch._compat import pytree
-from freevars.torch._rules.forms import Flat, tracked, value_and_vjp
+from freevars.torch._rules.forms import Flat, is_smooth, tracked, value_and_vjp
 from freevars.torch._rules.implicit import jvp
 from freevars.torch._rules.integrator import Options, operate
 
@@ -42,6 +43,8 @@ __all__ = ["Trajectory"]
 # The leaves of a field, from t, those of the state, and the tensors that it depends on.
 Fun = Callable[[Tensor, list[Tensor], Sequence[Tensor]], list[Tensor]]
 Pack = Callable[[list[Tensor]], Any]
+
+_first = operator.itemgetter(0)
 
 
 class Trajectory:
@@ -85,7 +88,7 @@ class Trajectory:
             return [flat.ravel(fun(t, flat.unravel(y[0]), values))]
 
         start = [flat.ravel(state)] if whole else state
-        pack: Pack = _only if whole else tuple
+        pack: Pack = _first if whole else tuple
         operation = Trajectory(
             self.solver, packed if whole else fun, pack, self.takes, self.options, len(start)
         )
@@ -101,7 +104,7 @@ class Trajectory:
     ) -> Sequence[Tensor | None]:
         """Cotangents of the times, of y_0 and of what the field depends on."""
         ts, options, y0, values = self._parts(tensors)
-        wanted = [i for i, v in enumerate(values) if needed[self.end + i] and _smooth(v)]
+        wanted = [i for i, v in enumerate(values) if needed[self.end + i] and is_smooth(v)]
         backwards = self.solver.reverse == "adjoint"
         solve = self._adjoint if backwards else self._by_sensitivities
         by_p, by_y, error = solve(ts, options, values, wanted, out, g)
@@ -209,7 +212,7 @@ class Trajectory:
         if dts is not None:
             slopes = self.fun(ts[0], y0, values)
             start = [d - f * dts[0] for d, f in zip(start, slopes, strict=True)]
-        moving = [i for i in range(n) if dots[self.end + i] is not None and _smooth(values[i])]
+        moving = [i for i in range(n) if dots[self.end + i] is not None and is_smooth(values[i])]
         some = [d for i in moving if (d := dots[self.end + i]) is not None]
 
         def field(t: Tensor, state: list[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -238,14 +241,6 @@ class Trajectory:
                     shape = (-1, *[1] * f.dim())
                     total[k] = total[k] + (unit * dts[i]).reshape(shape) * f
         return [d.to(y.dtype) for d, y in zip(total, out, strict=True)]
-
-
-def _only(leaves: list[Tensor]) -> Tensor:
-    return leaves[0]
-
-
-def _smooth(t: Tensor) -> bool:
-    return t.is_floating_point() or t.is_complex()
 
 
 def _paired(g: Sequence[Tensor], f: Sequence[Tensor]) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from freevars.torch import _compat
 
-__all__ = ["Flat", "tracked", "value_and_vjp"]
+__all__ = ["Flat", "is_smooth", "tracked", "value_and_vjp"]
 
 
 class Flat:
@@ -49,6 +49,11 @@ class Flat:
             else:
                 tensors.append(part.reshape((*lead, *shape)))
         return tensors
+
+
+def is_smooth(t: Tensor) -> bool:
+    """Whether a derivative by it can be asked for."""
+    return t.is_floating_point() or t.is_complex()
 
 
 def tracked(*tensors: Tensor) -> bool:

@@ -25,6 +25,7 @@ from torch import Tensor
 from freevars._sequences import replaced
 from freevars.errors import CaptureError
 from freevars.torch import _compat, _hooks
+from freevars.torch._rules.forms import is_smooth
 
 __all__ = ["Solvable", "implicit", "jvp", "pull_back", "vjp"]
 
@@ -167,7 +168,7 @@ def pull_back(
 
 def _smooth(condition: Solvable, values: Sequence[Tensor]) -> list[int]:
     """The positions of the values that the root depends on differentiably."""
-    smooth = (i for i, v in enumerate(values) if v.is_floating_point() or v.is_complex())
+    smooth = (i for i, v in enumerate(values) if is_smooth(v))
     return [i for i in smooth if i not in condition.constants]
 
 

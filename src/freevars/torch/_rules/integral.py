@@ -15,6 +15,7 @@ Calculus" II, chapter IV. Not here: differential equations (`odeint`).
 """
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, ParamSpec, TypeVar
 
@@ -28,7 +29,7 @@ from freevars._solvers.signature import SolverCall
 from freevars.errors import StructureError
 from freevars.torch._compat import pytree
 from freevars.torch._convert.convert import closure_convert
-from freevars.torch._rules.forms import Flat, tracked, value_and_vjp
+from freevars.torch._rules.forms import Flat, is_smooth, tracked, value_and_vjp
 from freevars.torch._rules.implicit import jvp
 from freevars.torch._rules.integrator import Integrator, Options, operate
 
@@ -40,6 +41,8 @@ R = TypeVar("R")
 Fun = Callable[[Tensor, Sequence[Tensor]], list[Tensor]]
 # What the solver is given for these leaves, a tensor or a pytree, and back.
 Pack = Callable[[list[Tensor]], Any]
+
+_first = operator.itemgetter(0)
 
 
 class IntegralSolver(Integrator[P, R]):
@@ -171,7 +174,7 @@ class _Integral:
                 there = self._value_at(tensors[i], tensors[1 - i], values)
                 pairs = [(ct.conj() * f).real.sum() for ct, f in zip(g, there, strict=True)]
                 grads[i] = sign * sum(pairs[1:], pairs[0]).to(self.dtype)
-        wanted = [i for i, v in enumerate(values) if needed[self.start + i] and _smooth(v)]
+        wanted = [i for i, v in enumerate(values) if needed[self.start + i] and is_smooth(v)]
         if not wanted:
             return grads
         n, of_out = len(values), Flat(out)
@@ -190,10 +193,10 @@ class _Integral:
         if self.takes == "pytree":
             found = integrate(pulled, tuple)
         elif self.takes == "array":
-            found = flat.unravel(integrate(lambda t, v: [flat.ravel(pulled(t, v))], _only)[0])
+            found = flat.unravel(integrate(lambda t, v: [flat.ravel(pulled(t, v))], _first)[0])
         else:
             numbers = [
-                integrate(lambda t, v, k=k: [flat.ravel(pulled(t, v))[k]], _only)[0]  # type: ignore[misc]
+                integrate(lambda t, v, k=k: [flat.ravel(pulled(t, v))[k]], _first)[0]  # type: ignore[misc]
                 for k in range(flat.size)
             ]
             found = flat.unravel(torch.stack(numbers))
@@ -208,7 +211,7 @@ class _Integral:
         values, n = list(tensors[self.start :]), len(tensors) - self.start
         of_out = Flat(out)
         total = [torch.zeros_like(t) for t in out]
-        moving = [i for i in range(n) if dots[self.start + i] is not None and _smooth(values[i])]
+        moving = [i for i in range(n) if dots[self.start + i] is not None and is_smooth(values[i])]
         some = [d for i in moving if (d := dots[self.start + i]) is not None]
         if moving:
 
@@ -246,17 +249,9 @@ def _inside(end: Tensor, other: Tensor) -> Tensor:
     return torch.where(torch.isfinite(end), end, beside)
 
 
-def _only(leaves: list[Tensor]) -> Tensor:
-    return leaves[0]
-
-
-def _smooth(t: Tensor) -> bool:
-    return t.is_floating_point() or t.is_complex()
-
-
 def _inexact(leaf: Any) -> Tensor:
     t = torch.as_tensor(leaf)
-    return t if _smooth(t) else t.to(torch.get_default_dtype())
+    return t if is_smooth(t) else t.to(torch.get_default_dtype())
 
 
 def _shape(x: Any) -> Any:

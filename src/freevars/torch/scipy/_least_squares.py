@@ -17,7 +17,7 @@ from freevars.torch._rules.rules import least_squares as least_squares_rule
 from freevars.torch.scipy._constraints import as_sides
 from freevars.torch.scipy._host import HostFunction
 from freevars.torch.scipy._result import OptimizeResult, solver_status
-from freevars.torch.scipy._scipy import as_start, in_pytorch, optimize, refuse_derivatives
+from freevars.torch.scipy._scipy import as_start, optimize, refuse_derivatives, value_in_pytorch
 
 __all__ = ["least_squares"]
 
@@ -147,8 +147,7 @@ def least_squares(
         # In a list, so that two residuals are not taken for one and its aux.
         return [fun(x, *args, **kwargs)]
 
-    with in_pytorch(name, functools.partial(fun, **kwargs), x0, args):
-        pass
+    value_in_pytorch(name, functools.partial(fun, **kwargs), x0, args)
     x, status = _solver(on_failure, one_sided, polish)(residuals, x0, args, how=how, bounds=sides)
     (value,) = residuals(x, *args)
     cost = sum((r.abs() ** 2).sum() for r in pytree.tree_leaves(value)) / 2

@@ -16,7 +16,7 @@ from freevars.torch._rules.rules import argmin
 from freevars.torch.scipy._constraints import as_functions, as_sides
 from freevars.torch.scipy._host import HostFunction
 from freevars.torch.scipy._result import OptimizeResult, solver_status
-from freevars.torch.scipy._scipy import as_start, in_pytorch, optimize, refuse_derivatives
+from freevars.torch.scipy._scipy import as_start, optimize, refuse_derivatives, value_in_pytorch
 
 __all__ = ["minimize"]
 
@@ -158,8 +158,7 @@ def minimize(
     equality, inequality = as_functions(constraints, name)
     if method is None:  # scipy's own choice, which has to know of the constraints
         method = "SLSQP" if equality or inequality else "BFGS" if sides is None else "L-BFGS-B"
-    with in_pytorch(name, fun, x0, args) as value:
-        _check_value(value)
+    _check_value(value_in_pytorch(name, fun, x0, args))
     x, status = _solver(on_failure, one_sided, polish)(
         fun,
         x0,

@@ -13,7 +13,7 @@ from freevars.torch._rules.rule import OnFailure
 from freevars.torch._rules.rules import implicit
 from freevars.torch.scipy._host import HostFunction
 from freevars.torch.scipy._result import OptimizeResult, solver_status
-from freevars.torch.scipy._scipy import as_start, in_pytorch, optimize, refuse_derivatives
+from freevars.torch.scipy._scipy import as_start, optimize, refuse_derivatives, value_in_pytorch
 
 __all__ = ["root"]
 
@@ -106,8 +106,7 @@ def root(
     """
     refuse_derivatives("root", jac=jac)
     x0, args = as_start(x0), as_tuple(args)
-    with in_pytorch("root", fun, x0, args):
-        pass
+    value_in_pytorch("root", fun, x0, args)
     x, status = _solver(on_failure, polish)(
         fun, x0, args, method=method, tol=tol, callback=callback, options=options
     )

@@ -14,7 +14,7 @@ from freevars.torch._rules.rule import OnFailure
 from freevars.torch._rules.rules import root as root_rule
 from freevars.torch.scipy._host import HostFunction
 from freevars.torch.scipy._result import RootResults, root_status
-from freevars.torch.scipy._scipy import as_start, in_pytorch, optimize, refuse_derivatives
+from freevars.torch.scipy._scipy import as_start, optimize, refuse_derivatives, value_in_pytorch
 
 __all__ = ["root_scalar"]
 
@@ -132,8 +132,7 @@ def root_scalar(
     second = None if x1 is None else _number(x1, name)
     args = as_tuple(args)
     first = ends[0] if start is None and ends else start
-    with in_pytorch(name, f, first, args):
-        pass
+    value_in_pytorch(name, f, first, args)
     x, status = _solver(on_failure, polish)(
         f,
         first,

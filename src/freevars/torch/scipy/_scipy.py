@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ except ImportError as error:  # pragma: no cover (tested in a process of its own
     message = "freevars.torch.scipy needs scipy: pip install 'freevars[scipy]'"
     raise ImportError(message) from error
 
-__all__ = ["as_start", "in_pytorch", "not_in_pytorch", "optimize", "refuse_derivatives"]
+__all__ = ["as_start", "not_in_pytorch", "optimize", "refuse_derivatives", "value_in_pytorch"]
 
 
 def refuse_derivatives(name: str, **given: Any) -> None:
@@ -56,9 +55,8 @@ def not_in_pytorch(name: str, fun: Any, said: str) -> TypeError:
     )
 
 
-@contextlib.contextmanager
-def in_pytorch(name: str, fun: Callable[..., Any], x0: Any, args: tuple[Any, ...]) -> Iterator[Any]:
-    """Evaluate `fun` at x0, and say what to do if it leaves PyTorch there.
+def value_in_pytorch(name: str, fun: Callable[..., Any], x0: Any, args: tuple[Any, ...]) -> Any:
+    """The value of `fun` at x0; says what to do if it leaves PyTorch there.
 
     Raises:
         TypeError: it was written for numbers, in NumPy say.
@@ -80,7 +78,7 @@ def in_pytorch(name: str, fun: Callable[..., Any], x0: Any, args: tuple[Any, ...
     known = not _compat.transforms_active()
     if known and tensors and not any(tensor.requires_grad for tensor in tensors):
         raise not_in_pytorch(name, fun, "whose value has no derivative by x")
-    yield value
+    return value
 
 
 def _at_a_leaf(fun: Callable[..., Any], x0: Any, args: tuple[Any, ...]) -> Any:
