@@ -32,6 +32,7 @@ def test_times_are_shown_for_a_reader() -> None:
     assert [seconds(t) for t in (1.234e-5, 0.0456, 7.0)] == ["12.3 us", "45.6 ms", "7 s"]
 
 
+@pytest.mark.slow
 def test_memory_of_one_side_is_measured_in_its_own_process() -> None:
     command = [sys.executable, "-m", "benchmarks.memory", "Closure", "converted"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -240,6 +240,7 @@ SHARDED = """
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.slow
 def test_a_sharded_capture_keeps_its_sharding(kind) -> None:
     flags = "--xla_force_host_platform_device_count=8"
     done = subprocess.run(

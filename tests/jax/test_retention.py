@@ -120,7 +120,10 @@ USES = {
 }
 
 
-@pytest.mark.parametrize("body", BODIES)
+# JAX's caches have to be cleared for some, which costs whatever is compiled next.
+@pytest.mark.parametrize(
+    "body", [pytest.param(b, marks=pytest.mark.slow if i % 3 else ()) for i, b in enumerate(BODIES)]
+)
 @pytest.mark.parametrize("use", USES)
 def test_functions_and_arrays_die(body, use) -> None:
     fun = Function(BODIES[body])

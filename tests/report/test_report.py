@@ -427,6 +427,7 @@ CANARY = f"<!DOCTYPE html><title>quiet</title><body>{EVIL}</body>"
 
 
 @browser
+@pytest.mark.slow
 def test_browser_runs_nothing(tmp_path: Path) -> None:
     page = tmp_path / "closure.html"
     page.write_text(CANARY)
@@ -443,6 +444,7 @@ def test_browser_runs_nothing(tmp_path: Path) -> None:
 
 @browser
 @pytest.mark.parametrize(("scheme", "background"), [(1, "light"), (0, "dark")])
+@pytest.mark.slow
 def test_browser_paints_light_and_dark(tmp_path: Path, scheme: int, background: str) -> None:
     saved(example(), tmp_path)
     picture = tmp_path / "closure.png"

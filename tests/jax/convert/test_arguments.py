@@ -374,6 +374,7 @@ def test_strict_promotion_refuses_in_a_conversion_what_it_refuses_under_jit() ->
 
 
 @pytest.mark.parametrize("decorate", [fv.root, fv.argmin, fv.fixed_point])
+@pytest.mark.slow
 def test_solvers_under_strict_promotion(decorate) -> None:
     """Each function has its solution at t / 2."""
     fun = {

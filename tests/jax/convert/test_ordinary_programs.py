@@ -96,7 +96,10 @@ PROGRAMS = {
 HELD = {"odeint over a closure"}
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if i % 4 else ()) for i, n in enumerate(PROGRAMS)],
+)
 def test_jax_programs(name) -> None:
     check(PROGRAMS[name], equal=name not in HELD)
 
@@ -180,6 +183,7 @@ def test_lineax_programs() -> None:
     check_or_refused(cg)
 
 
+@pytest.mark.slow
 def test_optimistix_programs() -> None:
     optx = pytest.importorskip("optimistix")
     newton = optx.Newton(rtol=1e-6, atol=1e-6)

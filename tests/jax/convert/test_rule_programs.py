@@ -149,6 +149,7 @@ def test_derivatives_are_those_of_the_function(spec) -> None:
 
 @pytest.mark.parametrize("again", [True, False])
 @pytest.mark.parametrize("place", PLACES)
+@pytest.mark.slow
 def test_along_what_a_custom_jvp_captures(again, place) -> None:
     """The rule covers the argument; the derivative by a captured value is the body's."""
     spec = Spec((Rule("jvp", 1.0, 1.0, again, held=True),) * 2, ("plain", place))

@@ -131,6 +131,7 @@ def test_a_program_comes_back_as_it_was(name) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(PROGRAMS) - {"callback", "while", "ignored"}))
+@pytest.mark.slow
 def test_its_derivatives_too(name) -> None:
     f = fv.Closure(PROGRAMS[name], X)
     g = elsewhere(f)
@@ -385,6 +386,7 @@ def test_a_worker_returns_the_gradient_of_a_closure(pool, rule) -> None:
         f = jax.tree.map(lambda v, g: v - 0.1 * g, f, gradient)
 
 
+@pytest.mark.slow
 def test_dask_sends_a_closure_and_returns_its_gradient() -> None:
     dask = pytest.importorskip("dask")
     f = fv.Closure(lambda x: jnp.sum(jnp.sin(W * x)), X)
@@ -406,6 +408,7 @@ def run(code, **env):
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_an_exported_solver_takes_closures_of_another_process(tmp_path) -> None:
     pytest.importorskip("flatbuffers")
     solver = jax.jit(lambda f, x: lax.fori_loop(0, 20, lambda _, x: x - 0.1 * jax.grad(f)(x), x))

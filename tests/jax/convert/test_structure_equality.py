@@ -534,6 +534,7 @@ def test_a_constant_at_another_place_is_another_program() -> None:
     np.testing.assert_array_equal(two(x), x + other - 2 * held)
 
 
+@pytest.mark.slow
 def test_an_optimiser_with_a_rule_of_its_own() -> None:
     """What a `custom_vjp` of a library's captures is a constant: with the same arrays it is equal."""
     jaxopt = pytest.importorskip("jaxopt")

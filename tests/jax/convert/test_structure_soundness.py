@@ -237,6 +237,7 @@ def _import_again(c):
 
 
 @pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.slow
 def test_what_a_rule_reads_later_counts(name) -> None:
     read, change = CHANGES[name]
     sine = rule(read)
@@ -316,6 +317,7 @@ def _size(dtype):
 
 
 @pytest.mark.parametrize("name", HELD)
+@pytest.mark.slow
 def test_what_a_rule_holds_counts_by_more_than_equality(name) -> None:
     members, factor = HELD[name]
     make = lambda m: lambda: (rule(lambda: factor(m)), factor(m))

@@ -107,12 +107,19 @@ TABLE = [("lbfgs", way) for way in WAYS] + [
 ]
 
 
-@pytest.mark.parametrize(("name", "way"), [*TABLE, ("whole", "vmap(vmap)")])
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        pytest.param(*row, marks=() if row[0] == "lbfgs" else pytest.mark.slow)
+        for row in (*TABLE, ("whole", "vmap(vmap)"))
+    ],
+)
 def test_a_host_solver_under_every_transformation_gives_the_closed_form(name, way):
     got = WAYS[way](lambda lam: ridge(MINIMIZERS[name], lam))
     np.testing.assert_allclose(got, WAYS[way](ridge_exact), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_root_of_a_pytree_of_unknowns():
     find = fv.root(fv.on_host(lambda fun, x0: so.root(fun, x0, jac=fun.jacobian).x))
 
@@ -156,6 +163,7 @@ def test_complex_unknowns_are_two_real_ones():
         np.testing.assert_allclose(dot, 0.5 / (1.0 + 1.0j), rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_pytrees_for_a_solver_that_wants_them():
     seen = []
 

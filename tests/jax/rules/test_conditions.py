@@ -42,6 +42,7 @@ def _on_host(field, u0):
     return scipy.optimize.root(equations, u0, jac=jacobian, tol=1e-12).x
 
 
+@pytest.mark.slow
 def test_a_boundary_value_problem_that_the_solver_states_otherwise() -> None:
     solve = lambda a: _on_host(lambda u: a * u**3, jnp.linspace(0.1, 0.9, N)).sum()
     slope = jax.grad(solve)(2.0)
@@ -82,6 +83,7 @@ def test_check_rule_takes_a_condition() -> None:
 
 
 @pytest.mark.parametrize("method", ["lm", "trf"])
+@pytest.mark.slow
 def test_scipys_least_squares_on_the_host(method) -> None:
     @fv.least_squares(polish=True)
     @fv.on_host

@@ -190,6 +190,7 @@ def test_the_dual_of_a_support_vector_machine() -> None:
     np.testing.assert_allclose(got, _differences(solve, 1.0, 1e-3), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_nonnegative_least_squares() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(8, 4)), rng.normal(size=8)
@@ -207,6 +208,7 @@ def test_nonnegative_least_squares() -> None:
         np.testing.assert_allclose(slope(0.1), _differences(solve, 0.1, 1e-3), atol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_solver_in_jax_sees_closures() -> None:
     @fv.argmin
     def projected(fun, x0, *, bounds):

@@ -128,6 +128,7 @@ def test_times(ts) -> None:
         np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_structures_and_types() -> None:
     """A pytree with a complex state; captured integers; both modes, by all that is complex."""
     solve, n = fv.odeint(rk4), jnp.array([1, 2])
@@ -219,6 +220,7 @@ def test_where_backwards_fails_forwards_does_not() -> None:
     np.testing.assert_allclose(got, exact, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_coarse_solver_is_refused_and_a_plain_one_is_not() -> None:
     def euler(field, y0, ts, n=4):
         h = (ts[-1] - ts[0]) / n
@@ -253,6 +255,7 @@ def test_a_component_that_is_zero_whenever_it_is_seen(leaves) -> None:
     np.testing.assert_allclose(jax.grad(end)(2 * np.pi), 1 / np.pi, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_like_diffrax_through_its_steps() -> None:
     diffrax = pytest.importorskip("diffrax")
 

@@ -69,6 +69,7 @@ def by_factors(factors):
 
 
 @pytest.mark.parametrize("transform", [jax.grad, jax.jacfwd, lambda f: jax.jit(jax.grad(f))])
+@pytest.mark.slow
 def test_a_linear_solve_that_captures_traced_factors_of_an_asymmetric_matrix(transform):
     def x_of(matrix):
         factors = jax.scipy.linalg.lu_factor(matrix)
@@ -78,6 +79,7 @@ def test_a_linear_solve_that_captures_traced_factors_of_an_asymmetric_matrix(tra
     np.testing.assert_allclose(transform(x_of)(M), transform(right)(M), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_second_derivative_through_captured_factors():
     def x_of(t):
         matrix = M + t * jnp.diag(jnp.arange(3.0))
@@ -99,6 +101,7 @@ def test_a_loop_that_jax_cannot_transpose_is_asked_for_the_transposed_system():
     np.testing.assert_allclose(jax.grad(loss(richardson))(B), right, rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_a_factorisation_on_the_host_knows_which_system_it_is_asked_for():
     factors = scipy.sparse.linalg.splu(scipy.sparse.csc_matrix(M))
 
@@ -204,6 +207,7 @@ def test_zeros_and_units_play_no_part(method, unit):
     assert Space().norm(left) <= 3 * eps**0.75 * unit
 
 
+@pytest.mark.slow
 def test_a_preconditioner_that_captures_a_traced_value():
     d = jnp.linspace(1.0, 1e6, 50)
     steps = []
@@ -222,6 +226,7 @@ def test_a_preconditioner_that_captures_a_traced_value():
     np.testing.assert_allclose(jax.grad(lambda s: x_of(s, **jacobi(s)))(2.0), right, rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_division_and_the_limit_of_what_is_written_out():
     one = fv.root(lambda fun, x0: jax.lax.fori_loop(0, 30, lambda _, x: x - fun(x) / 4, x0))
     text = str(jax.make_jaxpr(jax.grad(lambda a: one(lambda x: 4 * x - a, 1.0)))(1.0))

@@ -62,6 +62,7 @@ def bisect(fun, x0):
 
 
 @pytest.mark.parametrize("cube", [by_adjoint_code, by_a_loop])
+@pytest.mark.slow
 def test_a_backward_pass_that_cannot_be_transposed(cube):
     solver = fv.root(bisect)
     solve = lambda b: solver(lambda x: cube(x, b) - 8.0, jnp.ones(()))  # x = 2 b^(-1/3)
@@ -86,6 +87,7 @@ def test_options_that_need_forward_mode_are_refused():
         solve(1.5, polish=True)
 
 
+@pytest.mark.slow
 def test_the_second_order_is_as_far_as_the_backward_pass_goes():
     # The backward pass holds a rule for reverse mode itself, as an ODE solver's does.
     @jax.custom_vjp

@@ -137,6 +137,7 @@ def test_vmap_over_captured_values(square_root):
     close(jax.jit(jax.vmap(jax.hessian(square_root)))(a), -0.25 * a**-1.5)
 
 
+@pytest.mark.slow
 def test_vmap_over_the_start_and_over_both():
     starts, a = jnp.array([1.0, -1.0]), jnp.array([1.0, A])
     solve = lambda a, x0: newton(lambda x: x**2 - a, x0)
@@ -455,6 +456,7 @@ def test_a_rule_inside_a_rule():
 # --- Arguments and options ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_a_solver_collects_is_differentiated():
     close(jax.grad(lambda b: newton(lambda x, b: x**2 - 2 * b, 1.0, b))(3.0), 0.5 * (2 / 3) ** 0.5)
     by_keyword = lambda b: newton(lambda x, *, b: x**2 - 2 * b, 1.0, b=b)
@@ -537,6 +539,7 @@ def test_an_option_may_be_a_function_that_captures_a_traced_value():
     close(jax.grad(solve, (0, 1))(A, 0.3), (D1, 0.0))
 
 
+@pytest.mark.slow
 def test_aux_of_the_solver_and_of_the_function():
     @fv.root(has_aux=True)
     def with_both(fun, x0):
@@ -597,6 +600,7 @@ def test_names_of_arguments_are_the_solver_s():
     close([solver(fun), solver(residual=fun, guess=2.0), solver(fun, guess=1.0)], [A**0.5] * 3)
 
 
+@pytest.mark.slow
 def test_partials_jitted_functions_bound_methods_and_objects_are_solvers():
     class Bisection:
         def __call__(self, fun, x0):

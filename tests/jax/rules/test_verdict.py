@@ -183,6 +183,7 @@ SINGULAR = {
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.slow
 def test_singular_systems_are_refused_in_every_unit(dtype):
     def by(m, x):
         return jax.jacfwd(lambda s: ROOT(lambda y: m @ (y - s * x), 0 * x, x))(jnp.ones((), dtype))
@@ -203,6 +204,7 @@ def test_singular_systems_are_refused_in_every_unit(dtype):
 # --- What is asked for ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_refused_member_of_a_batch_that_is_not_asked_for_contributes_nothing():
     solve = fv.root(newton_steps)
     a = jnp.array([4.0, 9.0, -1.0])  # the last has no real root
@@ -223,6 +225,7 @@ def bounded(fun, x0, low, steps=200):
     return lax.fori_loop(0, steps, lambda _, x: jnp.maximum(x - 0.3 * jax.grad(fun)(x), low), x0)
 
 
+@pytest.mark.slow
 def test_an_option_that_the_solution_depends_on_is_refused():
     solve = fv.argmin(bounded)
     by_low = jax.grad(lambda low, a: solve(lambda x: (x - a) ** 2, 1.0, low))
@@ -267,6 +270,7 @@ def test_a_warning_says_why_from_inside_a_program():
         jax.effects_barrier()
 
 
+@pytest.mark.slow
 def test_diagnose_gives_the_figures_as_data():
     solve = fv.root(newton_steps)
     found = solve.diagnose(lambda x: x**2 - 2.0, 1.0)
@@ -286,6 +290,7 @@ def test_diagnose_gives_the_figures_as_data():
         jax.jit(lambda a: solve.diagnose(lambda x: x**2 - a, 1.0).x)(2.0)
 
 
+@pytest.mark.slow
 def test_a_tolerance_and_a_polished_solution():
     loose = lambda fun, x0: newton_steps(fun, x0, 2) + 0.03
     by = lambda solve: jax.grad(lambda a: solve(lambda x: x**2 - a, 1.0))

@@ -26,6 +26,7 @@ def test_a_vertex_by_everything_that_is_given() -> None:
         np.testing.assert_allclose(by_ours, right, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_equations_in_programs() -> None:
     """x + y = total with the dearer one at its lower bound."""
     solve = lambda total, low: linprog(
@@ -38,6 +39,7 @@ def test_equations_in_programs() -> None:
     np.testing.assert_allclose(by_both, [[1.0, 0.0], [-1.0, 1.0]], atol=1e-12)
 
 
+@pytest.mark.slow
 def test_an_edge_of_minima_has_no_derivative() -> None:
     edge = lambda hours: _plan(jnp.ones(2), jnp.ones(2), hours, 3.0)
     with pytest.raises(FreevarsError):

@@ -59,6 +59,7 @@ def test_methods_without_derivatives_are_polished(method) -> None:
     np.testing.assert_allclose(jax.jacrev(solve)(1.2), [1.0, 2.4], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_loose_result_is_polished_or_refused() -> None:
     loose = {"options": {"gtol": 0.5}}
     with pytest.raises(NotASolutionError, match="minimize: the solver did not converge"):
@@ -67,6 +68,7 @@ def test_a_loose_result_is_polished_or_refused() -> None:
     assert np.isnan(kept).all()
 
 
+@pytest.mark.slow
 def test_in_programs_of_any_order() -> None:
     many = jnp.array([0.9, 1.2])
     slopes = jax.jit(jax.vmap(jax.jacrev(_lowest)))(many)

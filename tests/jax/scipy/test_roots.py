@@ -110,6 +110,7 @@ def test_root(method) -> None:
     np.testing.assert_allclose(jax.jacfwd(solve)(1.1), np.full(2, 1 / 1.3), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_root_takes_pytrees_and_args() -> None:
     def solve(radius):
         system = lambda p, r: {"circle": p["x"] ** 2 + p["y"] ** 2 - r**2, "line": p["x"] - p["y"]}

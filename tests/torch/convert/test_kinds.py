@@ -116,7 +116,6 @@ def test_nothing_is_retained(name: str) -> None:
         return [weakref.ref(t) for t in (*values, fun, converted)]
 
     run()  # PyTorch keeps what the first run in a process meets, while it loads more of itself
-    gc.collect()
     gc.disable()
     try:
         assert [ref() for ref in run()] == [None] * (n + 2)
@@ -127,6 +126,7 @@ def test_nothing_is_retained(name: str) -> None:
 # --- optree
 
 
+@pytest.mark.slow
 def test_without_optree() -> None:
     code = """
 import sys; sys.modules["optree"] = None

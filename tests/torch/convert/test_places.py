@@ -3,6 +3,7 @@
 import copy
 import functools
 import io
+import itertools
 import pickle
 import subprocess
 import sys
@@ -321,6 +322,7 @@ def test_a_copy_of_a_converted_function() -> None:
     assert closure_convert(lambda x: (w * x).sum(), x)[0] != converted
 
 
+@pytest.mark.slow
 def test_in_a_new_process(tmp_path: Path) -> None:
     x = torch.tensor([5.0, 7.0], dtype=torch.float64)
     c = pytree.tree_map(lambda t: 10 * t, Closure(scaled, x))
@@ -399,6 +401,14 @@ def test_packages_without_pytorch_are_searched_a_little(monkeypatch: pytest.Monk
     assert id(w) in met
     assert id(library.f1) in met
     assert id(library.f199) not in met
+    exec("class Node: pass", vars(library))  # noqa: S102 (as above)
+    nodes = [library.Node() for _ in range(5_000)]
+    for node, following in itertools.pairwise(nodes):
+        node.following = following
+    met = Search(lambda x, first=nodes[0]: first if x is None else w * x).met
+    assert id(w) in met
+    assert id(nodes[100]) in met
+    assert id(nodes[-1]) not in met
     library.torch = torch
     monkeypatch.setitem(sys.modules, "another_module", ModuleType("another_module"))
     assert id(library.f199) in Search(lambda x: library.f0() if x is None else w * x).met

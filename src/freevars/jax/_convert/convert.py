@@ -174,8 +174,8 @@ def _keep_what_rules_hold(
         message = (
             f"{name_of(fun)}: a function in it that has a rule of its own (a custom derivative,"
             " custom_vmap, linear_call), or the rule, captures the traced value"
-            f" {describe_capture(fun, x, jaxpr, values)}, and does not give its derivative. Pass the"
-            " value to the function that has the rule as an argument."
+            f" {describe_capture(fun, x, jaxpr, values)}, and does not give its derivative. Pass"
+            " the value to the function that has the rule as an argument."
         )
         raise CaptureError(message)
     if not kept:

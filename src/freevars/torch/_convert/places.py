@@ -44,7 +44,9 @@ __all__ = ["Places", "Search"]
 
 _WIDEST = 20_000  # entries looked at in one container
 _MOST = 100_000  # objects looked at in one search
-_MOST_STRANGERS = 20  # functions of one package without PyTorch whose globals are followed
+# Of one package without PyTorch: functions whose globals are followed, objects that are entered.
+_MOST_STRANGE_FUNCTIONS = 20
+_MOST_STRANGE_OBJECTS = 1_000
 _ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), type(...), range, slice})
 _TORCH_ATOMS = frozenset({torch.dtype, torch.device, torch.layout, torch.Size, torch.Generator})
 _PLAIN_DICTS = frozenset({dict, OrderedDict, defaultdict})  # which have no attributes to speak of
@@ -81,7 +83,8 @@ class Search:
         self._queue: deque[_Object] = deque()
         self._names: dict[int, tuple[str, ...]] = {}
         self._outside: dict[type, bool] = {}
-        self._strangers: Counter[str] = Counter()  # functions of packages without PyTorch
+        # How much there was of packages without PyTorch, by their name and how much there may be.
+        self._strangers: Counter[tuple[str, int]] = Counter()
         self._meet(_Object(fun, None, None))
         while self._queue and len(self.met) < _MOST:
             node = self._queue.popleft()
@@ -146,7 +149,7 @@ class Search:
         for name, x in fun.__dict__.items():
             self._link(node, attribute, name, x)
         module = fun.__globals__.get("__name__")
-        if not outside(module) and self._reads_globals(module):
+        if not outside(module) and self._is_searched(module, _MOST_STRANGE_FUNCTIONS):
             for name in names:
                 self._variable(node, variable, name, fun.__globals__.get(name), names)
 
@@ -180,10 +183,16 @@ class Search:
             if "__wrapped__" in attributes:
                 self._link(node, attribute, "__wrapped__", attributes["__wrapped__"])
             return
+        if not self._is_searched(kind.__module__, _MOST_STRANGE_OBJECTS):
+            return
         if attributes:
             for name, x in list(attributes.items()):
                 self._link(node, attribute, name, x)
             self._dicts.append((node, attribute, attributes, dict(attributes)))
+        self._slots(node, obj, kind)
+        self._link(node, part, "__class__", kind)
+
+    def _slots(self, node: _Object, obj: Any, kind: type) -> None:
         for base in kind.__mro__[:-1]:
             slots = base.__dict__.get("__slots__", ())
             for name in (slots,) if isinstance(slots, str) else tuple(slots):
@@ -194,7 +203,6 @@ class Search:
                     self._link(node, slot, mangled, object.__getattribute__(obj, mangled))
                 except AttributeError:
                     continue
-        self._link(node, part, "__class__", kind)
 
     def _members(self, node: _Object, cls: type) -> None:
         for i, base in enumerate(cls.__mro__[:-1]):
@@ -204,15 +212,15 @@ class Search:
                     found = getattr(found, "__func__", found)
                     self._link(node, member, (i, name), found)
 
-    def _reads_globals(self, module: object) -> bool:
-        """Whether to follow the globals of one more function of this module. Those of a plotting
-        or testing library lead to tens of thousands of objects; but somebody may have put a tensor
-        into a small module that does not know PyTorch, settings say."""
+    def _is_searched(self, module: object, most: int) -> bool:
+        """Whether to look into one more function or object of this module. Those of a plotting or
+        testing library lead to tens of thousands of others; but somebody may have put a tensor into
+        a small module that does not know PyTorch, settings say."""
         if uses_torch(module):
             return True
-        root = str(module).partition(".")[0]
-        self._strangers[root] += 1
-        return self._strangers[root] <= _MOST_STRANGERS
+        key = str(module).partition(".")[0], most
+        self._strangers[key] += 1
+        return self._strangers[key] <= most
 
     def _is_outside(self, kind: type) -> bool:
         known = self._outside.get(kind)
