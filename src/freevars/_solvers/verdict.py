@@ -23,9 +23,10 @@ The step in units of u is the relative error of x. Beside |x| there is a second 
 component may be a difference of others. Below `certain` x is a solution. Up to `step` it is one if
 the derivative is the same along the step. That is asked twice. Of A along s: then the second
 simplified Newton step, A^-1 F(x - s), is much smaller than the first. And of the derivative itself,
-y = -A^-1 dF/dt p, in a direction p of what it is asked by: with dF/dx and dF/dt at x - s it changes
-by -A^-1 (dF/dx y + dF/dt p), to first order, each component relative to itself. For a component may
-move little where its derivative moves much: of tanh(z), 1 - tanh(z)^2 where z is large.
+y = -A^-1 dF/dt p, in a few directions p of what it is asked by: with dF/dx and dF/dt at x - s it
+changes by -A^-1 (dF/dx y + dF/dt p), to first order, each component relative to the largest that it
+is in these. For a component may move little where its derivative moves much: of tanh(z),
+1 - tanh(z)^2 where z is large. One that is small in a single direction says nothing.
 
 Where a component of the solution is zero, all that the solver leaves there is an error, and no unit
 can be read off x. How far the solver came tells what it could see, sqrt(eps) |x - x0|. But it is a

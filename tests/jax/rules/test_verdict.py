@@ -374,3 +374,28 @@ def test_least_squares_takes_freedoms_and_refuses_totals():
     root = fv.root(lambda fun, x0: descend(objective(d), x0), on_failure="least_squares")
     got = jax.jacrev(lambda d: root(lambda x: edges.T @ (edges @ x - d), jnp.zeros(3)))(d)
     np.testing.assert_allclose(got, np.linalg.pinv(edges), atol=1e-9)
+
+
+def test_a_component_that_one_direction_hardly_moves_is_no_reason_to_refuse() -> None:
+    """Of many components some move little by chance, and change by a large part of that."""
+    n = 150
+    rng = np.random.default_rng(1)
+    mixing = 3 * jnp.asarray(rng.standard_normal((n, n)) / n**0.5)
+    signs = jnp.asarray(np.sign(rng.standard_normal(n)))
+
+    def loss(mixing):
+        return lambda z: jnp.sum(jax.nn.softplus(-signs * (mixing @ z))) + z @ z / 2
+
+    def newton(fun, z):
+        slope = jax.grad(fun)
+        step = lambda _, z: z - jnp.linalg.solve(jax.jacfwd(slope)(z), slope(z))
+        return lax.fori_loop(0, 12, step, z)
+
+    def total(solver):
+        return lambda mixing: jnp.sum(jnp.abs(fv.argmin(solver)(loss(mixing), jnp.zeros(n))))
+
+    exact = newton(loss(mixing), jnp.zeros(n))
+    nearly = exact * (1 + 1e-3 * jnp.asarray(rng.uniform(-1, 1, n)))
+    right = jax.grad(total(newton))(mixing)
+    got = jax.jit(jax.grad(total(lambda fun, x0: nearly)))(mixing)
+    np.testing.assert_allclose(got, right, atol=2e-3 * float(jnp.max(jnp.abs(right))))

@@ -7,12 +7,14 @@ the function does not see a change of x by a part of the step. In the last two t
 how far the solver came; in any other case by the component itself, however small that is next to
 the start.
 
-The derivative is compared in one direction p of what it is asked by, which changes every entry of
-that relative to itself. At x it is y = -A^-1 dF/dt p. At x - s it leaves a residual in its own
-equation, dF/dx y + dF/dt p, that moves it by A^-1 of that, to first order.
+The derivative is compared in a few directions p of what it is asked by, each of which changes every
+entry of that relative to itself. At x it is y = -A^-1 dF/dt p. At x - s it leaves a residual in its
+own equation, dF/dx y + dF/dt p, that moves it by A^-1 of that, to first order. A component counts
+relative to the largest that it is in these directions.
 
-It takes four values of F, two of its derivative in a direction, and solves with five right-hand
-sides, and is computed only where asked for. Not here: the figures that need no closer look.
+It takes four values of F, solves with three right-hand sides, and for each direction takes two of
+its derivatives and solves twice; all of it is computed only where asked for. Not here: the figures
+that need no closer look.
 """
 
 from __future__ import annotations
@@ -50,12 +52,13 @@ def look(
     apply: Callable[[Tree], Tree],
     inverse: Callable[[Tree], Tree],
     again: Callable[[Tree], Tree],
-    along: Callable[[Tree, Tree], Tree] | None,
+    along: Callable[[Tree, Tree, Any], Tree] | None,
     at: Step,
     limits: Limits,
     largest: Callable[[Tree], Any],
     *,
     floor: float,
+    number: int,
     mixed: bool = False,
 ) -> tuple[Any, Any]:
     """The largest component of the step in its unit, and the change of the derivative along it.
@@ -64,10 +67,12 @@ def look(
         apply: the system.
         inverse: solves it for right-hand sides stacked along a first axis.
         again: F.
-        along: (v, d) -> the direction of F at v for d and p; None: not known.
+        along: (v, d, number) -> the direction of F at v for d and the p of this number; None: not
+            known.
         at: the step.
         limits: of the verdict.
         largest: the largest absolute value of a component.
+        number: of directions, in which the derivative is compared.
         floor: a component of y counts as this at least, relative to the largest one.
         mixed: the step is that of F and something else, enough to see that it is small. Here that
             of F alone is taken.
@@ -87,19 +92,6 @@ def look(
 
     def one(side: Tree) -> Tree:
         return jax.tree.map(lambda x: x[0], inverse(jax.tree.map(lambda x: x[None], side)))
-
-    def change(end: Tree, still: Tree) -> Any:
-        """Of the derivative, from x to the end of the step."""
-        assert along is not None  # noqa: S101 (not used otherwise)
-        here = along(v, still)
-        y = jax.tree.map(jnp.negative, one(here))
-        here = jax.tree.map(jnp.add, apply(y), here)  # the residual of a rough solve
-        moved = one(jax.tree.map(jnp.subtract, along(end, y), here))
-        least = floor * largest(_over(y, wide))
-        unit = jax.tree.map(
-            lambda y, w: jnp.maximum(jnp.abs(y), least.astype(w.dtype) * w), y, wide
-        )
-        return largest(_over(moved, unit))
 
     def turn(state: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         # What depends on the state is computed in the loop; the rest XLA moves out of it.
@@ -151,7 +143,12 @@ def look(
             changes = jnp.where(found > limits.certain, jnp.inf, changes)
         else:
             still = jax.tree.map(lambda v: jnp.broadcast_to(state[2], v.shape).astype(v.dtype), v)
-            changes = jnp.maximum(changes, change(end, jax.tree.map(_compat.like_type, still, v)))
+            still = jax.tree.map(_compat.like_type, still, v)
+            directions = jnp.arange(number, dtype=jnp.uint32)
+            y, moved = _changes(apply, one, along, (v, still, end), directions)
+            least = floor * largest(_over(y, wide))
+            unit = jax.tree.map(lambda y, w: jnp.maximum(y, least.astype(w.dtype) * w), y, wide)
+            changes = jnp.maximum(changes, largest(_over(moved, unit)))
         return _like(needed & False, needed), _like(found, size), _like(changes, size)
 
     if not limits.certain < limits.step:  # `tol`: whatever the derivative does
@@ -159,6 +156,28 @@ def look(
     # A loop of no or one turn, not a `cond`: under `vmap` that would compute it for every member.
     begin = (needed, size, jnp.zeros_like(size))
     return jax.lax.while_loop(lambda state: state[0], turn, begin)[1:]
+
+
+def _changes(
+    apply: Callable[[Tree], Tree],
+    one: Callable[[Tree], Tree],
+    along: Callable[[Tree, Tree, Any], Tree],
+    points: tuple[Tree, Tree, Tree],
+    directions: Any,
+) -> tuple[Tree, Tree]:
+    """The largest of each component of the derivative at x, and of what it changes by to the end
+    of the step, in some directions. `one` solves the system; the points are x, 0, the end."""
+    v, still, end = points
+
+    def in_direction(number: Any) -> tuple[Tree, Tree]:
+        here = along(v, still, number)
+        y = jax.tree.map(jnp.negative, one(here))
+        here = jax.tree.map(jnp.add, apply(y), here)  # the residual of a rough solve
+        moved = one(jax.tree.map(jnp.subtract, along(end, y, number), here))
+        return jax.tree.map(jnp.abs, (y, moved))
+
+    found = jax.lax.map(in_direction, directions)
+    return jax.tree.map(lambda each: jnp.max(each, axis=0), found)
 
 
 def _like(a: Any, b: Any) -> Any:

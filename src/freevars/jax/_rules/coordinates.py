@@ -184,11 +184,11 @@ def _different_on_each(v: Tree, names: Any) -> Tree:
     return jax.tree.map(lambda leaf: leaf * (1 + place).astype(leaf.dtype), probe(v, 7))
 
 
-def probe(v: Tree, seed: int) -> Tree:
+def probe(v: Tree, seed: Any) -> Tree:
     """Fixed entries between -1 and 1 without a pattern: a vector with a bit of every direction.
 
     A hash of the place of an entry, because random numbers would take longer to compile than all
-    the rest. On every device it is the same.
+    the rest. On every device it is the same. The seed is an integer, known or not.
     """
 
     def fill(number: int, leaf: Any) -> Any:
@@ -198,7 +198,8 @@ def probe(v: Tree, seed: int) -> Tree:
             count = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
             place = place + count * jnp.uint32(stride % 2**32)
             stride *= leaf.shape[axis]
-        h = place + jnp.uint32((seed * 7919 + number * 104729 + 1) * 2654435761 % 2**32)
+        start = jnp.uint32(seed) * jnp.uint32(7919) + jnp.uint32((number * 104729 + 1) % 2**32)
+        h = place + start * jnp.uint32(2654435761)
         for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # the finaliser of MurmurHash3
             h = (h ^ (h >> jnp.uint32(shift))) * jnp.uint32(factor)
         unit = (h ^ (h >> jnp.uint32(16))).astype(leaf.dtype) * (2.0**-31) - 1

@@ -29,7 +29,7 @@ from freevars.jax._rules.system import LinearSystem
 __all__ = ["Diagnostics", "Unknown", "kept", "limits_of", "measure", "newton"]
 
 Tree: TypeAlias = Any  # a pytree of real arrays
-Along: TypeAlias = Callable[[Tree, Tree], Tree]
+Along: TypeAlias = Callable[[Tree, Tree, Any], Tree]
 
 _SHARE = 0.3  # of every direction in the right-hand side of the rough solve, beside F
 
@@ -87,8 +87,9 @@ def measure(
         unknown: x.
         f: F there.
         again: F.
-        along: `along(v, d)` is the direction of F at v, for the direction d of x and one of what F
-            is differentiated by; None: not known. Then a step has to be certain.
+        along: `along(v, d, number)` is the direction of F at v, for the direction d of x and one,
+            of this number, of what F is differentiated by; None: not known. Then a step has to be
+            certain.
     """
     f = jax.lax.stop_gradient(f)
     if not system.operator.size:
@@ -135,9 +136,9 @@ def _written_out(
     def by_vector(v: Any) -> Any:
         return operator.ravel(again(operator.unravel(v)))
 
-    def by_vectors(v: Any, d: Any) -> Any:
+    def by_vectors(v: Any, d: Any, number: Any) -> Any:
         assert along is not None  # noqa: S101 (not used otherwise)
-        return operator.ravel(along(operator.unravel(v), operator.unravel(d)))
+        return operator.ravel(along(operator.unravel(v), operator.unravel(d), number))
 
     assert system.scaled is not None  # noqa: S101 (asked before)
     figures, step = scaled.measure(
@@ -223,6 +224,7 @@ def _applied(
         limits,
         space.max,
         floor=_SHARE,
+        number=1,
         mixed=True,
     )
     figures = figures._replace(

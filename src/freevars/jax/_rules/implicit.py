@@ -162,7 +162,8 @@ class Linearised(NamedTuple):
     by_x: LinearOperator  # dF/dx
     by_moved: Callable[[list[Any]], Tree]  # dF/dt, of directions of the moving leaves
     at: Callable[[Tree], Tree]  # F, of x alone: no derivative flows into the leaves
-    along: Callable[[Tree, Tree], Tree]  # dF at x along a direction of x and `probe_of` the moving
+    # dF at x along a direction of x, and one of the moving leaves, of this number
+    along: Callable[[Tree, Tree, Any], Tree]
     to_x: Callable[[Tree], Any]  # a direction of x from its coordinates
 
 
@@ -206,9 +207,10 @@ def linearise(
     def lower(tree: Tree) -> Tree:
         return jax.tree.map(_compat.not_more_varying, space.agree(tree), v)
 
-    def along(v: Tree, d: Tree) -> Tree:
+    def along(v: Tree, d: Tree, number: Any) -> Tree:
         fixed = jax.lax.stop_gradient(leaves)
-        dots = [_relative(leaf, i) for i, leaf in enumerate(fixed[i] for i in moving)]
+        seed = jnp.uint32(number) * jnp.uint32(2 * len(moving) + 1)
+        dots = [_relative(fixed[i], seed + jnp.uint32(2 * k)) for k, i in enumerate(moving)]
         dt = dict(zip(moving, dots, strict=True))
         return jax.lax.stop_gradient(lift(_push_once(at, lower(v), fixed, lower(d), dt)))
 
@@ -284,12 +286,12 @@ def _transposed_twice(
     return value, lambda dv, dots: transpose((dv, *(zeros | dots).values()))[0]
 
 
-def _relative(leaf: Any, number: int) -> Any:
+def _relative(leaf: Any, seed: Any) -> Any:
     """A direction that changes the entries of a leaf relative to what they are."""
     size = jnp.where(jnp.any(leaf != 0), jnp.abs(leaf), 1)
     if size.dtype != jnp.float64:
         size = size.astype(jnp.float32)
-    part = probe(size, number)
+    part = probe(size, seed)
     if jnp.iscomplexobj(leaf):
-        part = jax.lax.complex(part, probe(size, number + 1))
+        part = jax.lax.complex(part, probe(size, seed + 1))
     return jnp.where(jnp.isfinite(leaf), (part * size).astype(leaf.dtype), 0).astype(leaf.dtype)

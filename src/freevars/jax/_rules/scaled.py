@@ -29,6 +29,10 @@ Solve: TypeAlias = Callable[[Any], Any]  # of Float[Array, "n k"]
 _INVERSE = 16
 _PROBES = 4
 
+# In which the derivative is compared: a component that is small in one of them by chance is not in
+# all, one that the solution hardly moves is.
+_DIRECTIONS = 4
+
 
 class Scaled(NamedTuple):
     """S = R A D of a matrix A."""
@@ -125,12 +129,12 @@ def measure(
     far: Vector,
     f: Vector,
     again: Callable[[Vector], Vector],
-    along: Callable[[Vector, Vector], Vector] | None,
+    along: Callable[[Vector, Vector, Any], Vector] | None,
     *,
     least_squares: bool = False,
 ) -> tuple[Figures, Vector]:
     """The figures of a system at x, where F is f, and the Newton step; F is `again`, and `along`
-    its direction for one of x and one of what it is differentiated by."""
+    its direction for one of x and one, of a number, of what it is differentiated by."""
     size = jnp.abs(x)
     largest = jnp.max(size, initial=0)
     if len(x) == 1 and not least_squares:
@@ -153,6 +157,7 @@ def measure(
         limits,
         lambda v: jnp.max(jnp.abs(v), initial=0),
         floor=limits.column,
+        number=_DIRECTIONS,
     )
     if least_squares:
         # What no step removes is no rounding either: x is not a solution.
