@@ -73,10 +73,11 @@ def name_values(
     instances are entered all the same; ``implicit``, names of methods that the host's framework
     calls, so that no code of the user need mention them.
 
-    >>> w = object()
-    >>> params = {"dense": {"kernel": w}}
-    >>> name_values(lambda x: (x, params), [w])[0][0].name
-    "params['dense']['kernel']"
+    Example:
+        >>> w = object()
+        >>> params = {"dense": {"kernel": w}}
+        >>> name_values(lambda x: (x, params), [w])[0][0].name
+        "params['dense']['kernel']"
     """
     walk = _Search(ObjectGraph(opaque, enters, implicit), values, is_leaf or _never, identity)
     walk.run(fun)

@@ -23,19 +23,22 @@ def captures(fun: Callable[..., Any], *example_args: Any, hoist: Hoist = "traced
     Args:
         fun: any callable, pure. It runs once, on tracers. For a `Closure`, its `Closure.captures`.
         *example_args: as for `closure_convert`.
-        hoist: as for `closure_convert`: the conversion that the report tells about.
+        hoist: the policy that the report is about, as for `closure_convert`.
 
     Returns:
-        A `freevars.report.CaptureReport`: prints as a table, shows as HTML in a notebook.
+        A `freevars.report.CaptureReport`, with the values in order of first use; it prints as a
+        table and shows as HTML in a notebook.
 
     Raises:
         TypeError: `fun` is not callable.
+        ValueError: `hoist` is none of those of `closure_convert`.
 
-    >>> import jax.numpy as jnp, freevars.jax as fv
-    >>> params = {"w": jnp.ones(3), "b": jnp.zeros(())}
-    >>> report = fv.captures(lambda x: params["w"] @ x + params["b"], jnp.ones(3))
-    >>> [value.name for value in report.values]
-    ["params['w']", "params['b']"]
+    Example:
+        >>> import jax.numpy as jnp, freevars.jax as fv
+        >>> params = {"w": jnp.ones(3), "b": jnp.zeros(())}
+        >>> report = fv.captures(lambda x: params["w"] @ x + params["b"], jnp.ones(3))
+        >>> [value.name for value in report.values]
+        ["params['w']", "params['b']"]
     """
     policy_of(hoist)  # refuses what is none
     if isinstance(fun, Closure):

@@ -39,6 +39,9 @@ class Closure(Generic[P, R]):
     equal tree structures exactly where they compute the same thing from their values, so that
     `jax.jit(solver)(Closure(lambda x: f(x, w), x0), x0)` compiles once for all `w`.
 
+    Called outside a transformation a closure is one compiled dispatch, compiled once for all
+    closures of the same structure; inside one it is traced into the program under way.
+
     Args:
         fun: any callable, pure. It runs once, on tracers.
         *example_args: pytrees that fix structure, shapes and dtypes, as for `closure_convert`.
@@ -54,24 +57,22 @@ class Closure(Generic[P, R]):
         in_struct: the example arguments, a tuple, with a `jax.ShapeDtypeStruct` for each array.
         out_struct: the same for the result.
 
-    Called outside a transformation a closure is one compiled dispatch, compiled once for all
-    closures of the same structure; inside one it is traced into the program under way.
-
     Raises:
-        TypeError: `fun` is not callable, or a call brings another structure, shape, dtype or static
-            leaf than the example (`freevars.errors.StructureError`, which names the first path that
-            differs).
+        TypeError: `fun` is not callable.
+        freevars.errors.StructureError: a call brings another structure, shape, dtype or static leaf
+            than the example; the error names the first path that differs.
         freevars.errors.CaptureError: `fun` captures a mutable reference, or a custom derivative
             rule inside it that cannot be traced alone captures a traced value.
 
-    >>> import jax, jax.numpy as jnp, freevars.jax as fv
-    >>> w = jnp.array([1.0, 2.0])
-    >>> f = fv.Closure(lambda x: jnp.sum(w * x**2), w)
-    >>> x = jnp.array([3.0, 4.0])
-    >>> print(f(x))
-    41.0
-    >>> print(jax.grad(lambda f: f(x))(f).values[0])
-    [ 9. 16.]
+    Example:
+        >>> import jax, jax.numpy as jnp, freevars.jax as fv
+        >>> w = jnp.array([1.0, 2.0])
+        >>> f = fv.Closure(lambda x: jnp.sum(w * x**2), w)
+        >>> x = jnp.array([3.0, 4.0])
+        >>> print(f(x))
+        41.0
+        >>> print(jax.grad(lambda f: f(x))(f).values[0])
+        [ 9. 16.]
     """
 
     __slots__ = ("__weakref__", "_origin", "_program", "_values")

@@ -59,12 +59,13 @@ def check_rule(
         ValueError: there is no floating or complex value to differentiate by.
         TypeError: `solver` is not decorated.
 
-    >>> import jax, jax.numpy as jnp, freevars.jax as fv
-    >>> @fv.root
-    ... def newton(fun, x0):
-    ...     return jax.lax.fori_loop(0, 20, lambda _, x: x - fun(x) / jax.grad(fun)(x), x0)
-    >>> a = jnp.array(4.0)
-    >>> fv.testing.check_rule(newton, lambda x: x**2 - a, 1.0)
+    Example:
+        >>> import jax, jax.numpy as jnp, freevars.jax as fv
+        >>> @fv.root
+        ... def newton(fun, x0):
+        ...     return jax.lax.fori_loop(0, 20, lambda _, x: x - fun(x) / jax.grad(fun)(x), x0)
+        >>> a = jnp.array(4.0)
+        >>> fv.testing.check_rule(newton, lambda x: x**2 - a, 1.0)
     """
     if not isinstance(solver, ImplicitSolver):
         message = (

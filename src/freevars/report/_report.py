@@ -21,16 +21,17 @@ class CaptureReport(ReportData):
     there is any, ``values`` what it captures, in order of first use, ``bakes_in`` whether a program
     that the host compiles holds a copy of each constant. The report holds no array and no function.
 
-    >>> from freevars.report import CapturedValue
-    >>> w = CapturedValue(names=("w",), paths=("f.__closure__['w']",), dtype="float32", shape=(3,),
-    ...                   nbytes=12, traced_by=("grad",), differentiable=True, hoisted=True,
-    ...                   policy="traced", reads=1)
-    >>> print(CaptureReport(fun="f", values=(w,)))
-    f captures 1 value, 12 B: 1 hoisted, 1 differentiable, 0 concrete
-    <BLANKLINE>
-    name  type        size  kind        grad  hoisted  reads
-    w     float32[3]  12 B  leaf, grad  yes   traced       1
-        path  f.__closure__['w']
+    Example:
+        >>> from freevars.report import CapturedValue
+        >>> w = CapturedValue(names=("w",), paths=("f.__closure__['w']",), dtype="float32",
+        ...                   shape=(3,), nbytes=12, traced_by=("grad",), differentiable=True,
+        ...                   hoisted=True, policy="traced", reads=1)
+        >>> print(CaptureReport(fun="f", values=(w,)))
+        f captures 1 value, 12 B: 1 hoisted, 1 differentiable, 0 concrete
+        <BLANKLINE>
+        name  type        size  kind        grad  hoisted  reads
+        w     float32[3]  12 B  leaf, grad  yes   traced       1
+            path  f.__closure__['w']
     """
 
     def save(self, path: str | Path) -> None:

@@ -18,13 +18,14 @@ _SITES = 3  # lines of source shown for one value
 def describe(value: CapturedValue) -> str:
     """One captured value in one line, as every error message about one says it.
 
-    >>> from freevars.report import ReadSite
-    >>> site = ReadSite("/home/me/model.py", 44, "y = x @ w")
-    >>> w = CapturedValue(names=("w",), paths=("f.__closure__['w']",), dtype="float32",
-    ...                   captured_by="f at model.py:41", sites=(site,))
-    >>> describe(w)  # doctest: +NORMALIZE_WHITESPACE
-    "w (float32[] at f.__closure__['w'], captured by f at model.py:41,
-     first read at model.py:44: 'y = x @ w')"
+    Example:
+        >>> from freevars.report import ReadSite
+        >>> site = ReadSite("/home/me/model.py", 44, "y = x @ w")
+        >>> w = CapturedValue(names=("w",), paths=("f.__closure__['w']",), dtype="float32",
+        ...                   captured_by="f at model.py:41", sites=(site,))
+        >>> describe(w)  # doctest: +NORMALIZE_WHITESPACE
+        "w (float32[] at f.__closure__['w'], captured by f at model.py:41,
+         first read at model.py:44: 'y = x @ w')"
     """
     facts = [value.type_text]
     if value.paths and value.paths[0] != value.name:

@@ -26,27 +26,26 @@ def captures(
     transform too, where it shows which of them traces each tensor.
 
     Args:
-        fun: anything callable. It runs once, on the example. For a `Closure`, its
+        fun: any callable. It runs once, on the example. For a `Closure`, its
             `Closure.captures`.
         *example_args: as for `closure_convert`.
-        hoist: as for `closure_convert`: the conversion that the report tells about. Tensors that it
-            does not hoist are listed too.
+        hoist: the policy that the report is about, as for `closure_convert`. Tensors that it does
+            not hoist are listed too.
         rng: as for `closure_convert`.
 
     Returns:
-        A `freevars.report.CaptureReport`, with the tensors in order of first use: prints as a
-        table, shows as HTML in a notebook.
+        A `freevars.report.CaptureReport`, with the tensors in order of first use; it prints as a
+        table and shows as HTML in a notebook.
 
     Raises:
-        CaptureError: `fun` writes in place to a captured tensor, to its argument or to a running
-            statistic, calls `.backward()`, draws random numbers under `rng="error"`, uses a
-            higher-order operator, or hides a captured tensor in what it returns.
+        freevars.errors.CaptureError: `fun` writes in place to a captured tensor, to its argument or
+            to a running statistic, calls `.backward()`, draws random numbers under `rng="error"`,
+            uses a higher-order operator, or hides a captured tensor in what it returns.
         TypeError: `fun` is not callable.
-        ValueError: `hoist` or `rng` is none of those that there are.
+        ValueError: `hoist` or `rng` is none of those of `closure_convert`.
 
     Example:
-        >>> import torch
-        >>> import freevars.torch as fv
+        >>> import torch, freevars.torch as fv
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Tanh())
         >>> report = fv.captures(lambda x: net(x).sum(), torch.ones(3))
         >>> [value.name for value in report.values]

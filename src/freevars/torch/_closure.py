@@ -31,15 +31,15 @@ R = TypeVar("R")
 
 
 class Closure(Generic[P, R]):
-    """A function together with the tensors it captured, as one differentiable value.
+    """`fun` with the tensors that it captures as leaves: callable, and a differentiable argument.
 
-    Calling it equals calling the function, and every torch.func transform takes it as an
-    argument: its leaves are `values`, so a derivative with respect to a Closure is a Closure of
-    derivatives. Closures that came from one another (`tree_map`, a transform) have the same
-    structure; two conversions never do.
+    `Closure(fun, *example_args)(*args)` equals `fun(*args)`, in value and in every derivative, and
+    every torch.func transform takes a closure as an argument: a derivative by a closure is a
+    closure of derivatives. Closures that came from one another (`tree_map`, a transform) have the
+    same structure; two conversions never do.
 
     Args:
-        fun: anything callable. It runs once here, on the example, and again at every call.
+        fun: any callable. It runs once here, on the example, and again at every call.
         *example_args: any pytree of tensors, numbers and other values.
         hoist: which captured tensors become leaves. By default every one of floating or complex
             type, so that a plain tensor can be differentiated too; else as for `closure_convert`.
@@ -53,11 +53,12 @@ class Closure(Generic[P, R]):
         out_struct: the same for the result.
 
     Raises:
-        CaptureError, StructureError: as `closure_convert` does.
+        TypeError: `fun` is not callable.
+        freevars.errors.CaptureError: as for `closure_convert`.
+        freevars.errors.StructureError: as for `closure_convert`.
 
     Example:
-        >>> import torch
-        >>> import freevars.torch as fv
+        >>> import torch, freevars.torch as fv
         >>> w = torch.tensor([1.0, 2.0])
         >>> f = fv.Closure(lambda x: (w * x).sum(), torch.ones(2))
         >>> torch.func.grad(lambda f, x: f(x))(f, torch.tensor([3.0, 4.0])).values
@@ -78,7 +79,7 @@ class Closure(Generic[P, R]):
 
     @classmethod
     def from_module(cls, module: torch.nn.Module) -> Self:
-        """The Closure of a module, with its parameters as leaves in `module.parameters()` order.
+        """The closure of `module`, with its parameters as leaves in `module.parameters()` order.
 
         Nothing runs, so calls may bring any arguments. `Closure(module, x)` finds what is read
         instead.

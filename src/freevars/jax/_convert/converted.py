@@ -30,6 +30,13 @@ class Converted(Generic[P, R]):
     """A function whose captured values are its last arguments; made by `closure_convert`.
 
     `converted.__wrapped__` is the function itself, which a copy that was pickled does not have.
+
+    Example:
+        >>> import freevars.jax as fv
+        >>> a = 3.0
+        >>> converted, hoisted = fv.closure_convert(lambda x: a * x, 1.0)
+        >>> isinstance(converted, fv.Converted), converted.__wrapped__(2.0)
+        (True, 6.0)
     """
 
     __wrapped__: Callable[P, R]
@@ -121,7 +128,7 @@ _SIGNATURE = inspect.Signature(
 def closure_convert(
     fun: Callable[P, R], *example_args: Any, hoist: Hoist = "traced"
 ) -> tuple[Converted[P, R], list[Any]]:
-    """A function that takes the values `fun` captures as arguments, and these values.
+    """A function that takes the values that `fun` captures as arguments, and these values.
 
     `converted(*args, *hoisted)` equals `fun(*args)`, in value and in every derivative, and other
     values of the same types may stand for `hoisted`.
@@ -145,18 +152,20 @@ def closure_convert(
         derivative rule inside `fun` holds counts as read, along with what its function captures.
 
     Raises:
-        TypeError: `fun` is not callable, or a call brings another structure, shape, dtype, static
-            leaf or number of values than the example (`freevars.errors.StructureError`, which names
-            the first path that differs).
+        TypeError: `fun` is not callable.
+        ValueError: `hoist` is none of these policies.
+        freevars.errors.StructureError: a call brings another structure, shape, dtype, static leaf
+            or number of values than the example; the error names the first path that differs.
         freevars.errors.CaptureError: `fun` captures a mutable reference, or a custom derivative
             rule inside it that cannot be traced alone captures a traced value.
 
-    >>> import jax, jax.numpy as jnp, freevars.jax as fv
-    >>> def slope(w):
-    ...     converted, hoisted = fv.closure_convert(lambda x: w * x**2, 1.0)
-    ...     return converted(3.0, *hoisted)
-    >>> print(jax.grad(slope)(2.0))
-    9.0
+    Example:
+        >>> import jax, jax.numpy as jnp, freevars.jax as fv
+        >>> def slope(w):
+        ...     converted, hoisted = fv.closure_convert(lambda x: w * x**2, 1.0)
+        ...     return converted(3.0, *hoisted)
+        >>> print(jax.grad(slope)(2.0))
+        9.0
     """
     policy = policy_of(hoist)
     program, values = convert(fun, example_args)

@@ -68,7 +68,18 @@ class Options(TypedDict, total=False):
 
 
 class HostSolver(DecoratedSolver[P, R]):
-    """A NumPy solver that runs inside JAX programs; made by `on_host`."""
+    """A NumPy solver that runs inside JAX programs; made by `on_host`.
+
+    It is called like the solver itself, which is `__wrapped__`, and may be a method. It has no
+    derivative of its own: put a rule above it.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, freevars.jax as fv
+        >>> solver = fv.on_host(lambda fun, x0: x0 - fun.grad(x0) / 2)
+        >>> find = lambda a: solver(lambda x: jnp.sum((x - a) ** 2), jnp.zeros(2))
+        >>> print(isinstance(solver, fv.HostSolver), jax.jit(find)(3.0))
+        True [3. 3.]
+    """
 
     def __init__(self, solver: Callable[P, R], /, **options: Unpack[Options]) -> None:
         check_options("on_host", options, Options)

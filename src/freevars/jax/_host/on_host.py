@@ -47,17 +47,17 @@ def on_host(solver: Callable[P, R], /, **options: Unpack[Options]) -> HostSolver
 @overload
 def on_host(**options: Unpack[Options]) -> HostDecorator: ...
 def on_host(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]) -> Any:
-    """Let a NumPy solver, scipy's or any that takes Python callbacks, be the solver in JAX.
+    """A JAX solver from a NumPy one: scipy's, or any that takes Python callbacks.
 
-    The solver never sees a JAX value. Where all values are known, it is called as it stands. Inside
-    `jit`, `vmap` or `scan` it runs in a thread of its own, and the program answers what it asks of
-    `fun`; no JAX code runs inside a callback, and captured values stay on their device. Put `root`,
-    `argmin` or `fixed_point` above it for derivatives.
+    The solver never sees a JAX value. Where all values are known, it is called directly. Inside
+    `jit`, `vmap` or `scan` it runs in a thread of its own, and the compiled program evaluates `fun`
+    for it; no JAX code runs inside a callback, and captured values stay on their device. Put
+    `root`, `argmin` or `fixed_point` above it for derivatives.
 
-    In a program over several devices or processes one solver runs for one problem, all devices
-    answer what it asks and have its result, and its failure is an error on each of them. Inside
-    `shard_map` that is one for each member along the axes over which the problem varies; with
-    `check_vma=False`, along all that the function does not join.
+    In a program over several devices or processes, one solver runs for one problem; every device
+    takes part in evaluating `fun` and has the result, and a failure is an error on each of them.
+    Inside `shard_map` that is one solver for each member along the axes over which the problem
+    varies; with `check_vma=False`, along all axes over which the function does not reduce.
 
     Args:
         solver: `solver(fun, x0, **options)` gives x. `x0` and x are float64 vectors of shape (n,),
@@ -80,15 +80,16 @@ def on_host(solver: Callable[..., Any] | None = None, /, **options: Unpack[Optio
             derivative is taken and no rule stands above; inside `shard_map`, devices share one
             problem and each has a part of x, or a value of its own.
 
-    >>> import jax, jax.numpy as jnp, scipy.optimize, freevars.jax as fv
-    >>> @fv.argmin
-    ... @fv.on_host
-    ... def minimize(fun, x0):
-    ...     return scipy.optimize.minimize(fun.value_and_grad, x0, jac=True, method="BFGS").x
-    >>> def nearest(a):
-    ...     return minimize(lambda x: jnp.sum((x - a) ** 4 + (x - a) ** 2), jnp.zeros(2)).sum()
-    >>> print(f"{jax.jit(jax.grad(nearest))(3.0):.3f}")
-    2.000
+    Example:
+        >>> import jax, jax.numpy as jnp, scipy.optimize, freevars.jax as fv
+        >>> @fv.argmin
+        ... @fv.on_host
+        ... def minimize(fun, x0):
+        ...     return scipy.optimize.minimize(fun.value_and_grad, x0, jac=True, method="BFGS").x
+        >>> def nearest(a):
+        ...     return minimize(lambda x: jnp.sum((x - a) ** 4 + (x - a) ** 2), jnp.zeros(2)).sum()
+        >>> print(f"{jax.jit(jax.grad(nearest))(3.0):.3f}")
+        2.000
     """
     check_options("on_host", options, Options)
 

@@ -132,6 +132,16 @@ class HostFunction:
     imaginary ones for each array. With `flat=False`, v, d and what is like v are pytrees of NumPy
     arrays like `x0`, and matrices are still over the flat vector. With `vmap="whole"` everything
     has a leading axis over the batch.
+
+    Example:
+        >>> import jax.numpy as jnp, numpy as np, freevars.jax as fv
+        >>> @fv.argmin
+        ... @fv.on_host
+        ... def newton(fun, x0):  # one step, exact for a quadratic objective
+        ...     assert isinstance(fun, fv.HostFunction)
+        ...     return x0 - np.linalg.solve(fun.hessian(x0), fun.grad(x0))
+        >>> print(newton(lambda x: jnp.sum((x - 3.0) ** 2), jnp.zeros(2)))
+        [3. 3.]
     """
 
     def __init__(
@@ -181,29 +191,29 @@ class HostFunction:
         return self._out(value) if np.shape(value) == self._shape else _copy(value)
 
     def value_and_grad(self, v: Any) -> tuple[Any, Any]:
-        """The objective and its gradient: what `scipy.optimize.minimize` takes with `jac=True`."""
+        """The objective and its gradient at `v`: what scipy's `minimize(jac=True)` takes."""
         self._need_objective("value_and_grad")
         value, gradient = self._query("value_and_grad", self._in(v))
         return _number(value), self._out(gradient)
 
     def grad(self, v: Any) -> Any:
-        """The gradient of the objective."""
+        """The gradient of the objective at `v`."""
         self._need_objective("grad")
         return self._out(self._query("value_and_grad", self._in(v))[1])
 
     def hessian(self, v: Any) -> Any:
-        """The Hessian of the objective."""
+        """The Hessian of the objective at `v`."""
         self._need_objective("hessian")
         return _copy(self._query("matrix", self._in(v))[0])
 
     def jacobian(self, v: Any) -> Any:
-        """The Jacobian of the equations; of an objective, its gradient."""
+        """The Jacobian of the equations at `v`; of an objective, its gradient."""
         if not self._equations:
             return self.grad(v)
         return _copy(self._query("matrix", self._in(v))[0])
 
     def hvp(self, v: Any, d: Any) -> Any:
-        """The Hessian of the objective, or the Jacobian of the equations, times d."""
+        """The Hessian of the objective, or the Jacobian of the equations, at `v`, times `d`."""
         return self._out(self._query("product", self._in(v), self._in(d))[0])
 
     def _need_objective(self, name: str) -> None:

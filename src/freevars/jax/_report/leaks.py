@@ -42,23 +42,30 @@ _PLAIN = 2  # links in the path of a variable that a function captures by itself
 
 
 class explain_leaks(ContextDecorator):  # noqa: N801 (used like a function)
-    """Says which captured value JAX's errors about traced values are about, and how to fix it.
+    """A context in which JAX's errors about traced values name the captured value.
 
     Within it, `jax.errors.UnexpectedTracerError`, "Detected differentiation of a custom_vjp
-    function with respect to a closed-over value" and "No constant handler for type … Tracer" come
-    as a `freevars.errors.LeakError` that names the value and the function that captures it, with
-    the original as its cause. Every other error passes through. It costs nothing until one is
-    raised, and works as a decorator too.
+    function with respect to a closed-over value" and "No constant handler for type … Tracer" are
+    raised as a `freevars.errors.LeakError` that names the value, the function that captures it and
+    the fix, with the original as its cause. Every other error passes through. It costs nothing
+    until one is raised, and works as a decorator too.
 
-    >>> import functools, jax, freevars.jax as fv
-    >>> @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-    ... def solve(fun, x):
-    ...     return x - fun(x) / jax.grad(fun)(x)
-    >>> solve.defvjp(lambda fun, x: (solve(fun, x), x), lambda fun, x, x_bar: (x_bar,))
-    >>> with fv.explain_leaks():
-    ...     jax.grad(lambda a: solve(lambda x: x**2 - a, 1.0))(4.0)
-    Traceback (most recent call last):
-    freevars.errors.LeakError: a (float32[] at ...
+    Returns:
+        A context manager.
+
+    Raises:
+        freevars.errors.LeakError: in place of these errors.
+
+    Example:
+        >>> import functools, jax, freevars.jax as fv
+        >>> @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+        ... def solve(fun, x):
+        ...     return x - fun(x) / jax.grad(fun)(x)
+        >>> solve.defvjp(lambda fun, x: (solve(fun, x), x), lambda fun, x, x_bar: (x_bar,))
+        >>> with fv.explain_leaks():
+        ...     jax.grad(lambda a: solve(lambda x: x**2 - a, 1.0))(4.0)
+        Traceback (most recent call last):
+        freevars.errors.LeakError: a (float32[] at ...
     """
 
     def __enter__(self) -> None:

@@ -25,14 +25,34 @@ __all__ = ["Diagnosis", "explain", "known_figures"]
 
 
 class Diagnosis(NamedTuple):
-    """What is measured of a solution; made by the method `diagnose` of a decorated solver."""
+    """What is measured of a solution; made by the method `diagnose` of a decorated solver.
 
-    accepted: bool  # whether derivatives are given
-    error: FreevarsError | None  # what is raised if not
+    Attributes:
+        accepted: bool, whether derivatives are given.
+        error: the exception that is raised if not; None where they are given.
+        figures: what was measured: how far x is from a solution, the condition of the system.
+        limits: what the figures may be.
+        x: the solution, a pytree like x0.
+        newton_step: a pytree like x, to be subtracted from it.
+
+    Example:
+        >>> import jax, freevars.jax as fv
+        >>> @fv.root
+        ... def newton(fun, x0, steps=20):
+        ...     return jax.lax.fori_loop(0, steps, lambda _, x: x - fun(x) / jax.grad(fun)(x), x0)
+        >>> newton.diagnose(lambda x: x**2 - 4.0, 1.0).accepted
+        True
+        >>> early = newton.diagnose(lambda x: x**2 - 4.0, 1.0, steps=2)
+        >>> print(early.accepted, type(early.error).__name__, round(float(early.newton_step), 3))
+        False NotASolutionError 0.049
+    """
+
+    accepted: bool
+    error: FreevarsError | None
     figures: Figures
-    limits: Limits  # what the figures may be
-    x: Any  # the solution
-    newton_step: Any  # like x, to be subtracted from it
+    limits: Limits
+    x: Any
+    newton_step: Any
 
 
 def explain(

@@ -45,7 +45,16 @@ R = TypeVar("R")
 
 
 class IntegralSolver(Integrator[P, R]):
-    """A solver with the derivatives of an integral; made by `integral`."""
+    """A solver with the derivatives of an integral; made by `integral`.
+
+    It is called like the solver itself, which is `__wrapped__`, and may be a method.
+
+    Example:
+        >>> import freevars.jax as fv
+        >>> solver = fv.integral(lambda f, a, b: (b - a) * f((a + b) / 2))
+        >>> isinstance(solver, fv.IntegralSolver), float(solver(lambda t: 3 * t, 0.0, 2.0))
+        (True, 6.0)
+    """
 
     kind: ClassVar[str] = "integral"
     leads: ClassVar[tuple[str, ...]] = INTEGRAL

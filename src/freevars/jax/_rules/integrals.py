@@ -49,8 +49,12 @@ def integral(
     the integrand captures, into the extra arguments that the solver passes on to it (what its
     signature collects in `*args` and `**kwargs`, or a tuple named `args`), and into the limits.
     They are integrals too, by the same solver: it has to be as good for the derivative of the
-    integrand as for the integrand. What the solver reads itself, its options among it, has no
+    integrand as for the integrand. What the solver itself reads, its options included, has no
     derivative, and one that is asked for is refused.
+
+    On the host (a solver under `on_host`) the integrand gives a float; where it is no real number,
+    a vector of real numbers (a complex array as its real, then its imaginary parts). The solver
+    returns the same.
 
     Args:
         solver: `solver(integrand, a, b, ...)` in JAX, pure, or one `on_host`. `integrand(t)` takes
@@ -68,22 +72,20 @@ def integral(
     Raises:
         freevars.errors.CaptureError: a derivative is asked for by what the solver reads itself.
         freevars.errors.StructureError: the solver returns another structure or shape than the
-            integrand does, or a limit is no real number.
+            integrand does, or a limit is not a real number.
 
-    On the host (`on_host` below) the integrand gives a float, or a vector of real numbers where the
-    integrand is no real number (a complex array as its real, then its imaginary parts), and the
-    solver returns the like.
+    References:
+        Leibniz' rule for the derivative of an integral.
 
-    Source: Leibniz' rule for the derivative of an integral.
-
-    >>> import jax, jax.numpy as jnp, freevars.jax as fv
-    >>> @fv.integral
-    ... def midpoint(f, a, b, n=1000):
-    ...     t = a + (b - a) * (jnp.arange(n) + 0.5) / n
-    ...     return (b - a) * jnp.mean(jax.vmap(f)(t))
-    >>> power = lambda p, b: midpoint(lambda t: t**p, 0.0, b)  # b^(p+1) / (p+1)
-    >>> print([f"{x:.3f}" for x in jax.grad(power, (0, 1))(2.0, 1.0)])  # -1/9, 1
-    ['-0.111', '1.000']
+    Example:
+        >>> import jax, jax.numpy as jnp, freevars.jax as fv
+        >>> @fv.integral
+        ... def midpoint(f, a, b, n=1000):
+        ...     t = a + (b - a) * (jnp.arange(n) + 0.5) / n
+        ...     return (b - a) * jnp.mean(jax.vmap(f)(t))
+        >>> power = lambda p, b: midpoint(lambda t: t**p, 0.0, b)  # b^(p+1) / (p+1)
+        >>> print([f"{x:.3f}" for x in jax.grad(power, (0, 1))(2.0, 1.0)])  # -1/9, 1
+        ['-0.111', '1.000']
     """
     check_options("integral", options, IntegralOptions)
 
@@ -106,8 +108,13 @@ def odeint(solver: Callable[..., Any] | None = None, /, **options: Unpack[OdeOpt
     arguments that the solver passes on to it (what its signature collects in `*args` and
     `**kwargs`, or a tuple named `args`), into `y0` and into `ts`. The same solver solves for them:
     forward sensitivities in forward mode, the adjoint equation backwards in reverse mode. What
-    the solver reads itself, its options among it, has no derivative, and one that is asked for is
+    the solver itself reads, its options included, has no derivative, and one that is asked for is
     refused.
+
+    On the host (a solver under `on_host`) y0 is a float64 vector of shape (n,) (a complex array as
+    its real, then its imaginary parts), the solver returns an array of shape (times, n), and the
+    field is a NumPy function with `field.jacobian(t, y)`, of shape (n, n), for methods that take
+    it.
 
     Args:
         solver: `solver(field, y0, ts, ...)` in JAX, pure, or one `on_host`. `y0` is a pytree of
@@ -132,24 +139,23 @@ def odeint(solver: Callable[..., Any] | None = None, /, **options: Unpack[OdeOpt
 
     Raises:
         freevars.errors.NotASolutionError: see `on_failure`.
+        freevars.errors.CaptureError: a derivative is asked for by what the solver reads itself.
         freevars.errors.StructureError: the field returns another structure or shape than y0, the
             solver one that is not like y0 with an axis over `ts`, or calls the field in the other
             order than `tfirst` says.
 
-    On the host (`on_host` below) y0 is a float64 vector of shape (n,) (a complex array as its real,
-    then its imaginary parts), the solver returns an array of shape (times, n), and the field is a
-    NumPy function with `field.jacobian(t, y)`, of shape (n, n), for methods that take it.
+    References:
+        Pontryagin et al. 1962, "The Mathematical Theory of Optimal Processes"; Chen et al. 2018,
+        "Neural Ordinary Differential Equations".
 
-    Source: Pontryagin et al. 1962, "The Mathematical Theory of Optimal Processes"; Chen et al.
-    2018, "Neural Ordinary Differential Equations".
-
-    >>> import jax, jax.numpy as jnp, freevars.jax as fv
-    >>> from jax.experimental import ode
-    >>> solve = fv.odeint(ode.odeint, tfirst=False)
-    >>> ts = jnp.array([0.0, 1.0])
-    >>> end = lambda rate: solve(lambda y, t: -rate * y, 2.0, ts)[-1]  # 2 exp(-rate)
-    >>> print(f"{end(1.0):.3f} {jax.grad(end)(1.0):.3f}")
-    0.736 -0.736
+    Example:
+        >>> import jax, jax.numpy as jnp, freevars.jax as fv
+        >>> from jax.experimental import ode
+        >>> solve = fv.odeint(ode.odeint, tfirst=False)
+        >>> ts = jnp.array([0.0, 1.0])
+        >>> end = lambda rate: solve(lambda y, t: -rate * y, 2.0, ts)[-1]  # 2 exp(-rate)
+        >>> print(f"{end(1.0):.3f} {jax.grad(end)(1.0):.3f}")
+        0.736 -0.736
     """
     check_options("odeint", options, OdeOptions)
 

@@ -123,8 +123,9 @@ def symmetric_units(operator: LinearOperator, space: Space) -> tuple[Tree, list[
     by D twice, once as a column; so D takes the root of what is missing, more than once. Rows that
     are within a factor stay as they are: of a system in one unit, D is 1. Everything is constant.
 
-    Source: Bradley 2010, "Algorithms for the equilibration of matrices and their application to
-    limited-memory quasi-Newton methods", chapter 3.
+    References:
+        Bradley 2010, "Algorithms for the equilibration of matrices and their application to
+        limited-memory quasi-Newton methods", chapter 3.
     """
     units = jax.tree.map(jnp.ones_like, operator.example)
     points, images = [], []

@@ -47,7 +47,21 @@ R = TypeVar("R")
 
 
 class OdeintSolver(Integrator[P, R]):
-    """A solver with the derivatives of a differential equation; made by `odeint`."""
+    """A solver with the derivatives of a differential equation; made by `odeint`.
+
+    It is called like the solver itself, which is `__wrapped__`, and may be a method.
+
+    Example:
+        >>> import jax.numpy as jnp, freevars.jax as fv
+        >>> def euler(field, y0, ts):  # one step to each time
+        ...     ys = [y0]
+        ...     for t, following in zip(ts[:-1], ts[1:]):
+        ...         ys.append(ys[-1] + (following - t) * field(t, ys[-1]))
+        ...     return jnp.stack(ys)
+        >>> solver = fv.odeint(euler)
+        >>> isinstance(solver, fv.OdeintSolver), solver.__wrapped__ is euler
+        (True, True)
+    """
 
     kind: ClassVar[str] = "odeint"
     leads: ClassVar[tuple[str, ...]] = ODE

@@ -33,15 +33,16 @@ class LinearOperator:
             What solves with factors of its own needs to know.
         size: the number of real unknowns, of this device.
 
-    >>> import jax, jax.numpy as jnp, freevars.jax as fv
-    >>> def solve(operator, b):
-    ...     return operator.unravel(jnp.linalg.solve(operator.as_matrix(), operator.ravel(b)))
-    >>> newton = fv.root(
-    ...     lambda fun, x0: jax.lax.fori_loop(0, 20, lambda _, x: x - fun(x) / (2 * x), x0),
-    ...     linear_solve=solve,
-    ... )
-    >>> print(jax.grad(lambda a: newton(lambda x: x**2 - a, 1.0))(4.0))
-    0.25
+    Example:
+        >>> import jax, jax.numpy as jnp, freevars.jax as fv
+        >>> def solve(operator, b):
+        ...     return operator.unravel(jnp.linalg.solve(operator.as_matrix(), operator.ravel(b)))
+        >>> newton = fv.root(
+        ...     lambda fun, x0: jax.lax.fori_loop(0, 20, lambda _, x: x - fun(x) / (2 * x), x0),
+        ...     linear_solve=solve,
+        ... )
+        >>> print(jax.grad(lambda a: newton(lambda x: x**2 - a, 1.0))(4.0))
+        0.25
     """
 
     def __init__(
@@ -69,11 +70,11 @@ class LinearOperator:
         return self._matvec(v)
 
     def matvec(self, v: Tree) -> Tree:
-        """A v."""
+        """A v, for `v` like `structure`; what calling the operator gives."""
         return self._matvec(v)
 
     def rmatvec(self, v: Tree) -> Tree:
-        """A^T v."""
+        """A^T v, for `v` like `structure`."""
         if self._rmatvec is None:
             return jax.linear_transpose(self._matvec, self.example)(v)[0]
         return self._rmatvec(v)
@@ -90,11 +91,11 @@ class LinearOperator:
         )
 
     def ravel(self, tree: Tree) -> Any:
-        """A vector of shape (size,), in the order of rows and columns of `as_matrix`."""
+        """`tree`, like `structure`, as a vector of shape (size,): the order of `as_matrix`."""
         return jnp.concatenate([jnp.ravel(leaf) for leaf in self._tree.flatten_up_to(tree)])
 
     def unravel(self, vector: Any) -> Tree:
-        """The pytree of a vector of shape (size,)."""
+        """The pytree of a `vector` of shape (size,)."""
         return self._tree.unflatten(self._parts(vector[None], lambda part: part[0]))
 
     def _parts(self, rows: Any, last: Callable[[Any], Any] = lambda part: part) -> list[Any]:
@@ -111,7 +112,7 @@ class LinearOperator:
         return self.columns(jnp.arange(self.size)).T
 
     def columns(self, which: Any) -> Any:
-        """Some columns of the matrix, each as a row: shape (k, size) for k indices."""
+        """The columns `which` of the matrix, each as a row: shape (k, size) for k indices."""
         dtype = jax.tree.leaves(self.structure)[0].dtype
         rows = (which[:, None] == jnp.arange(self.size)[None]).astype(dtype)
         # Zeros like the example bring along over which axes of an enclosing shard_map it varies.

@@ -45,7 +45,7 @@ def implicit(
     """Derivatives for a solver whose result x satisfies `condition(fun, x) = 0`.
 
     The decorator on which `root`, `argmin`, `fixed_point` and `least_squares` stand. Everything
-    else is as for `root`, which also says what may be given as options.
+    else is as for `root`.
 
     Args:
         condition: `condition(fun, x)` returns floating or complex arrays in any structure, as many
@@ -55,20 +55,27 @@ def implicit(
         argument: what `fun` takes, as a function of x; None: x itself.
         **options: as for `root`.
 
-    >>> import jax, jax.numpy as jnp, freevars.jax as fv
-    >>> def eigenpair(matvec, x):
-    ...     return matvec(x["v"]) - x["l"] * x["v"], x["v"] @ x["v"] - 1
-    >>> @fv.implicit(eigenpair, argument=lambda x: x["v"])
-    ... def largest(matvec, x0):
-    ...     step = lambda _, v: matvec(v) / jnp.linalg.norm(matvec(v))
-    ...     v = jax.lax.fori_loop(0, 100, step, x0["v"])
-    ...     return {"v": v, "l": v @ matvec(v)}
-    >>> x0 = {"v": jnp.array([0.6, 0.8]), "l": jnp.array(0.0)}
-    >>> a = jnp.diag(jnp.array([1.0, 3.0]))
-    >>> slope = jax.grad(lambda a: largest(lambda v: a @ v, x0)["l"])(a)
-    >>> print(jnp.abs(slope).round(3))
-    [[0. 0.]
-     [0. 1.]]
+    Returns:
+        A decorator for `solver(fun, x0, ...)`.
+
+    Raises:
+        freevars.errors.FreevarsError: as for `root`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, freevars.jax as fv
+        >>> def eigenpair(matvec, x):
+        ...     return matvec(x["v"]) - x["l"] * x["v"], x["v"] @ x["v"] - 1
+        >>> @fv.implicit(eigenpair, argument=lambda x: x["v"])
+        ... def largest(matvec, x0):
+        ...     step = lambda _, v: matvec(v) / jnp.linalg.norm(matvec(v))
+        ...     v = jax.lax.fori_loop(0, 100, step, x0["v"])
+        ...     return {"v": v, "l": v @ matvec(v)}
+        >>> x0 = {"v": jnp.array([0.6, 0.8]), "l": jnp.array(0.0)}
+        >>> a = jnp.diag(jnp.array([1.0, 3.0]))
+        >>> slope = jax.grad(lambda a: largest(lambda v: a @ v, x0)["l"])(a)
+        >>> print(jnp.abs(slope).round(3))
+        [[0. 0.]
+         [0. 1.]]
     """
     check_condition(condition, argument)
     decorator: Decorator = _decorate(None, (condition, argument), options)
@@ -130,22 +137,25 @@ def root(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]
             reached with a multiplier of zero, the derivative is the one that keeps it active.
 
     Raises:
-        freevars.errors.NotASolutionError, freevars.errors.SingularError: see `on_failure`.
+        freevars.errors.NotASolutionError: see `on_failure`.
+        freevars.errors.SingularError: the same.
         freevars.errors.StructureError: the solver returns another structure, shape or dtype than
             `x0`.
         TypeError: an unknown is neither floating nor complex, or there is not one equation for
             each.
 
-    Source: the implicit function theorem; Blondel et al. 2022, "Efficient and Modular Implicit
-    Differentiation".
+    References:
+        The implicit function theorem; Blondel et al. 2022, "Efficient and Modular Implicit
+        Differentiation".
 
-    >>> import jax, freevars.jax as fv
-    >>> @fv.root
-    ... def newton(fun, x0):
-    ...     return jax.lax.fori_loop(0, 20, lambda _, x: x - fun(x) / jax.grad(fun)(x), x0)
-    >>> square_root = lambda a: newton(lambda x: x**2 - a, 1.0)
-    >>> print(square_root(4.0), jax.grad(square_root)(4.0))
-    2.0 0.25
+    Example:
+        >>> import jax, freevars.jax as fv
+        >>> @fv.root
+        ... def newton(fun, x0):
+        ...     return jax.lax.fori_loop(0, 20, lambda _, x: x - fun(x) / jax.grad(fun)(x), x0)
+        >>> square_root = lambda a: newton(lambda x: x**2 - a, 1.0)
+        >>> print(square_root(4.0), jax.grad(square_root)(4.0))
+        2.0 0.25
     """
     return _decorate(solver, "root", options)
 
@@ -158,8 +168,7 @@ def argmin(solver: Callable[..., Any] | None = None, /, **options: Unpack[Option
     """Derivatives for a solver whose result x satisfies `grad(fun)(x, *args, **kwargs) = 0`.
 
     A minimum, a maximum or a saddle of a real function of shape (): x has to be where the gradient
-    vanishes, and the second derivative there has to be regular. Everything else is as for `root`,
-    which also says what may be given as options.
+    vanishes, and the second derivative there has to be regular. Everything else is as for `root`.
 
     Constraints are what a call gives for parameters of the solver with these names; derivatives
     flow into them and into what they capture:
@@ -173,27 +182,36 @@ def argmin(solver: Callable[..., Any] | None = None, /, **options: Unpack[Option
     multiplier has the wrong sign, the gradients of the active constraints depend on each other, or
     a constraint is reached with a multiplier of zero (see `one_sided`).
 
-    Source: Fiacco 1983, "Introduction to Sensitivity and Stability Analysis in Nonlinear
-    Programming", chapter 3.
+    Args:
+        solver: `solver(fun, x0, ...)`, as for `root`.
+        **options: as for `root`.
 
-    >>> import jax, jax.numpy as jnp, freevars.jax as fv
-    >>> @fv.argmin
-    ... def descend(fun, x0, steps=200):
-    ...     return jax.lax.fori_loop(0, steps, lambda _, x: x - 0.3 * jax.grad(fun)(x), x0)
-    >>> data = jnp.array([1.0, 2.0, 6.0])
-    >>> def center(penalty):
-    ...     return descend(lambda m: jnp.mean((data - m) ** 2) + penalty * m**2, 0.0)
-    >>> print(f"{center(0.5):.3f} {jax.grad(center)(0.5):.3f}")  # 3 / (1 + p), -3 / (1 + p)^2
-    2.000 -1.333
+    Raises:
+        freevars.errors.FreevarsError: as for `root`.
 
-    >>> @fv.argmin
-    ... def project(fun, x0, *, bounds):
-    ...     step = lambda _, x: jnp.clip(x - 0.3 * jax.grad(fun)(x), *bounds)
-    ...     return jax.lax.fori_loop(0, 100, step, x0)
-    >>> def nearest(cap):
-    ...     return project(lambda x: jnp.sum((x - data) ** 2), jnp.zeros(3), bounds=(0.0, cap))
-    >>> print(nearest(3.0), jax.jacobian(nearest)(3.0))
-    [1. 2. 3.] [0. 0. 1.]
+    References:
+        Fiacco 1983, "Introduction to Sensitivity and Stability Analysis in Nonlinear Programming",
+        chapter 3.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, freevars.jax as fv
+        >>> @fv.argmin
+        ... def descend(fun, x0, steps=200):
+        ...     return jax.lax.fori_loop(0, steps, lambda _, x: x - 0.3 * jax.grad(fun)(x), x0)
+        >>> data = jnp.array([1.0, 2.0, 6.0])
+        >>> def center(penalty):
+        ...     return descend(lambda m: jnp.mean((data - m) ** 2) + penalty * m**2, 0.0)
+        >>> print(f"{center(0.5):.3f} {jax.grad(center)(0.5):.3f}")  # 3 / (1 + p), -3 / (1 + p)^2
+        2.000 -1.333
+
+        >>> @fv.argmin
+        ... def project(fun, x0, *, bounds):
+        ...     step = lambda _, x: jnp.clip(x - 0.3 * jax.grad(fun)(x), *bounds)
+        ...     return jax.lax.fori_loop(0, 100, step, x0)
+        >>> def nearest(cap):
+        ...     return project(lambda x: jnp.sum((x - data) ** 2), jnp.zeros(3), bounds=(0.0, cap))
+        >>> print(nearest(3.0), jax.jacobian(nearest)(3.0))
+        [1. 2. 3.] [0. 0. 1.]
     """
     return _decorate(solver, "argmin", options)
 
@@ -205,17 +223,24 @@ def fixed_point(**options: Unpack[Options]) -> Decorator: ...
 def fixed_point(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]) -> Any:
     """Derivatives for a solver whose result x satisfies `fun(x, *args, **kwargs) = x`.
 
-    `fun` returns the structure and shapes of x. Everything else is as for `root`, which also says
-    what may be given as options.
+    `fun` returns the structure and shapes of x. Everything else is as for `root`.
 
-    >>> import jax, jax.numpy as jnp, freevars.jax as fv
-    >>> @fv.fixed_point
-    ... def iterate(fun, x0):
-    ...     return jax.lax.fori_loop(0, 100, lambda _, x: fun(x), x0)
-    >>> def kepler(eccentricity):  # E = M + e sin E
-    ...     return iterate(lambda angle: 1.0 + eccentricity * jnp.sin(angle), 1.0)
-    >>> print(f"{kepler(0.1):.4f} {jax.grad(kepler)(0.1):.4f}")  # sin E / (1 - e cos E)
-    1.0886 0.9291
+    Args:
+        solver: `solver(fun, x0, ...)`, as for `root`.
+        **options: as for `root`.
+
+    Raises:
+        freevars.errors.FreevarsError: as for `root`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, freevars.jax as fv
+        >>> @fv.fixed_point
+        ... def iterate(fun, x0):
+        ...     return jax.lax.fori_loop(0, 100, lambda _, x: fun(x), x0)
+        >>> def kepler(eccentricity):  # E = M + e sin E
+        ...     return iterate(lambda angle: 1.0 + eccentricity * jnp.sin(angle), 1.0)
+        >>> print(f"{kepler(0.1):.4f} {jax.grad(kepler)(0.1):.4f}")  # sin E / (1 - e cos E)
+        1.0886 0.9291
     """
     return _decorate(solver, "fixed_point", options)
 
@@ -232,18 +257,26 @@ def least_squares(solver: Callable[..., Any] | None = None, /, **options: Unpack
     `fun` returns the residuals r, floating or complex arrays in any structure; x makes J^T r = 0
     for their Jacobian J. The system of the derivative is the whole second derivative, J^T J and
     what the curvature of r adds to it: exact where residuals remain. With `has_aux=True`, a pair
-    that `fun` returns is `(residuals, aux)`. Everything else is as for `root`, which also says what
-    may be given as options; the constraints are those of `argmin`.
+    that `fun` returns is `(residuals, aux)`. Everything else is as for `root`; the constraints
+    are those of `argmin`.
 
-    >>> import jax, jax.numpy as jnp, freevars.jax as fv
-    >>> @fv.least_squares
-    ... def gauss_newton(fun, x0):
-    ...     step = lambda _, x: x - jnp.linalg.pinv(jax.jacobian(fun)(x)) @ fun(x)
-    ...     return jax.lax.fori_loop(0, 5, step, x0)
-    >>> t = jnp.array([0.0, 1.0, 2.0])
-    >>> def slope(y):
-    ...     return gauss_newton(lambda x: x[0] + x[1] * t - y, jnp.zeros(2))[1]
-    >>> print(jax.grad(slope)(jnp.array([1.0, 2.0, 4.0])).round(3) + 0.0)
-    [-0.5  0.   0.5]
+    Args:
+        solver: `solver(fun, x0, ...)`, as for `root`.
+        **options: as for `root`.
+
+    Raises:
+        freevars.errors.FreevarsError: as for `root`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, freevars.jax as fv
+        >>> @fv.least_squares
+        ... def gauss_newton(fun, x0):
+        ...     step = lambda _, x: x - jnp.linalg.pinv(jax.jacobian(fun)(x)) @ fun(x)
+        ...     return jax.lax.fori_loop(0, 5, step, x0)
+        >>> t = jnp.array([0.0, 1.0, 2.0])
+        >>> def slope(y):
+        ...     return gauss_newton(lambda x: x[0] + x[1] * t - y, jnp.zeros(2))[1]
+        >>> print(jax.grad(slope)(jnp.array([1.0, 2.0, 4.0])).round(3) + 0.0)
+        [-0.5  0.   0.5]
     """
     return _decorate(solver, "least_squares", options)

@@ -61,7 +61,18 @@ class Options(TypedDict, total=False):
 
 
 class ImplicitSolver(DecoratedSolver[P, R]):
-    """A solver with a derivative rule; made by `implicit`, `root`, `argmin` and the like."""
+    """A solver with a derivative rule; made by `implicit`, `root`, `argmin` and the like.
+
+    It is called like the solver itself, which is `__wrapped__`, and may be a method.
+
+    Example:
+        >>> import jax, freevars.jax as fv
+        >>> def newton(fun, x0):
+        ...     return jax.lax.fori_loop(0, 20, lambda _, x: x - fun(x) / jax.grad(fun)(x), x0)
+        >>> solver = fv.root(newton)
+        >>> isinstance(solver, fv.ImplicitSolver), solver.__wrapped__ is newton
+        (True, True)
+    """
 
     def __init__(
         self, solver: Callable[P, R], states: States = "root", /, **options: Unpack[Options]
@@ -284,7 +295,15 @@ class ImplicitSolver(DecoratedSolver[P, R]):
     def diagnose(self, /, *args: Any, **kwargs: Any) -> Diagnosis:
         """Solve, and give what is measured of the solution before a derivative is believed.
 
-        It takes what the solver takes, with known values.
+        Args:
+            *args: what the solver takes, with known values, not traced ones.
+            **kwargs: the same.
+
+        Returns:
+            A `Diagnosis`.
+
+        Raises:
+            TypeError: a value is traced.
         """
         problem, x0, options = self._convert(self._signature.take_apart(args, kwargs))
         captured = self._captured(problem, x0, options)

@@ -19,7 +19,25 @@ Tree: TypeAlias = Any
 
 
 class Truncated:
-    """step sum_{k < terms} (I - step A)^k b in place of A^-1 b."""
+    """A `linear_solve` that sums terms of the Neumann series: `neumann(terms, step)`, `one_step`.
+
+    Args:
+        operator: the `LinearOperator` A.
+        b: a pytree like `operator.structure`.
+
+    Returns:
+        step sum_{k < terms} (I - step A)^k b, in place of A^-1 b.
+
+    Example:
+        >>> import jax, freevars.jax as fv
+        >>> iterate = fv.fixed_point(
+        ...     lambda fun, x0: jax.lax.fori_loop(0, 60, lambda _, x: fun(x), x0),
+        ...     linear_solve=fv.one_step,
+        ... )
+        >>> slope = jax.grad(lambda a: iterate(lambda x: x / 2 + a, 0.0))
+        >>> print(slope(1.0))  # 1, not 1 + 1/2 + 1/4 + ... = 2
+        1.0
+    """
 
     def __init__(self, terms: int, step: Any) -> None:
         if isinstance(terms, bool) or not isinstance(terms, int) or terms < 1:
@@ -59,20 +77,29 @@ def neumann(terms: int, step: Any = 1.0) -> Truncated:
     solution is still checked where it can be.
 
     Args:
-        terms: how many, 1 or more; one application of the operator for each but the first.
+        terms: how many, an int of 1 or more; each but the first applies the operator once.
         step: a number, or a captured value.
 
-    Source: Lorraine, Vicol and Duvenaud 2020, "Optimizing Millions of Hyperparameters by Implicit
-    Differentiation"; for fixed points Geng et al. 2021, "On Training Implicit Models" (the
-    phantom gradient).
+    Returns:
+        A function `solve(operator, b)`, to be given as `linear_solve=`.
 
-    >>> import jax, jax.numpy as jnp, freevars.jax as fv
-    >>> iterate = fv.fixed_point(
-    ...     lambda fun, x0: jax.lax.fori_loop(0, 60, lambda _, x: fun(x), x0),
-    ...     linear_solve=fv.neumann(3),
-    ... )
-    >>> print(jax.grad(lambda a: iterate(lambda x: x / 2 + a, 0.0))(1.0))  # 1 + 1/2 + 1/4, not 2
-    1.75
+    Raises:
+        ValueError: `terms` is not an int of 1 or more.
+
+    References:
+        Lorraine, Vicol and Duvenaud 2020, "Optimizing Millions of Hyperparameters by Implicit
+        Differentiation"; for fixed points Geng et al. 2021, "On Training Implicit Models" (the
+        phantom gradient).
+
+    Example:
+        >>> import jax, jax.numpy as jnp, freevars.jax as fv
+        >>> iterate = fv.fixed_point(
+        ...     lambda fun, x0: jax.lax.fori_loop(0, 60, lambda _, x: fun(x), x0),
+        ...     linear_solve=fv.neumann(3),
+        ... )
+        >>> slope = jax.grad(lambda a: iterate(lambda x: x / 2 + a, 0.0))
+        >>> print(slope(1.0))  # 1 + 1/2 + 1/4, not 2
+        1.75
     """
     return Truncated(terms, step)
 

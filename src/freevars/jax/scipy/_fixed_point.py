@@ -60,10 +60,11 @@ def fixed_point(
         Exception: whatever scipy raises, where it does not converge too, as for
             `freevars.jax.on_host`.
 
-    >>> import jax, jax.numpy as jnp, freevars.jax.scipy
-    >>> solve = lambda a: freevars.jax.scipy.fixed_point(lambda x: jnp.cos(x) * a, 0.5)
-    >>> print(f"{jax.grad(solve)(1.0):.4f}")  # cos x / (1 + sin x)
-    0.4416
+    Example:
+        >>> import jax, jax.numpy as jnp, freevars.jax.scipy
+        >>> solve = lambda a: freevars.jax.scipy.fixed_point(lambda x: jnp.cos(x) * a, 0.5)
+        >>> print(f"{jax.grad(solve)(1.0):.4f}")  # cos x / (1 + sin x)
+        0.4416
     """
     args = as_tuple(args)
     with tracing("fixed_point", func):

@@ -111,13 +111,14 @@ def least_squares(
         freevars.errors.FreevarsError: as for `freevars.jax.least_squares`.
         Exception: whatever scipy raises, as for `freevars.jax.on_host`.
 
-    >>> import jax, jax.numpy as jnp, freevars.jax.scipy
-    >>> t = jnp.array([0.0, 1.0, 2.0])
-    >>> def slope(y):
-    ...     residuals = lambda x: x[0] + x[1] * t - y
-    ...     return freevars.jax.scipy.least_squares(residuals, jnp.zeros(2)).x[1]
-    >>> print(jax.grad(slope)(jnp.array([1.0, 2.0, 4.0])).round(3) + 0.0)
-    [-0.5  0.   0.5]
+    Example:
+        >>> import jax, jax.numpy as jnp, freevars.jax.scipy
+        >>> t = jnp.array([0.0, 1.0, 2.0])
+        >>> def slope(y):
+        ...     residuals = lambda x: x[0] + x[1] * t - y
+        ...     return freevars.jax.scipy.least_squares(residuals, jnp.zeros(2)).x[1]
+        >>> print(jax.grad(slope)(jnp.array([1.0, 2.0, 4.0])).round(3) + 0.0)
+        [-0.5  0.   0.5]
     """
     name = "least_squares"
     del f_scale

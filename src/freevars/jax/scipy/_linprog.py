@@ -92,13 +92,14 @@ def linprog(
         freevars.errors.FreevarsError: as for `freevars.jax.argmin`.
         Exception: whatever scipy raises, as for `freevars.jax.on_host`.
 
-    >>> import jax, jax.numpy as jnp, freevars.jax.scipy
-    >>> def plan(hours, cap):  # the most of 2 x + 3 y
-    ...     limits = {"A_ub": jnp.ones((1, 2)), "b_ub": jnp.array([hours])}
-    ...     gain = jnp.array([2.0, 3.0])
-    ...     return freevars.jax.scipy.linprog(-gain, **limits, bounds=[(0, None), (0, cap)]).x
-    >>> print(plan(8.0, 3.0), jax.jacobian(plan)(8.0, 3.0) + 0.0)
-    [5. 3.] [1. 0.]
+    Example:
+        >>> import jax, jax.numpy as jnp, freevars.jax.scipy
+        >>> def plan(hours, cap):  # the most of 2 x + 3 y
+        ...     limits = {"A_ub": jnp.ones((1, 2)), "b_ub": jnp.array([hours])}
+        ...     gain = jnp.array([2.0, 3.0])
+        ...     return freevars.jax.scipy.linprog(-gain, **limits, bounds=[(0, None), (0, cap)]).x
+        >>> print(plan(8.0, 3.0), jax.jacobian(plan)(8.0, 3.0) + 0.0)
+        [5. 3.] [1. 0.]
     """
     name = "linprog"
     c = jnp.asarray(c, jnp.result_type(float, c))

@@ -138,18 +138,19 @@ def minimize(
         freevars.errors.FreevarsError: as for `freevars.jax.argmin`.
         Exception: whatever scipy raises, as for `freevars.jax.on_host`.
 
-    >>> import jax, jax.numpy as jnp, freevars.jax.scipy
-    >>> def lowest(a):  # of the Rosenbrock function: (a, a^2)
-    ...     rosen = lambda x: (a - x[0]) ** 2 + 10 * (x[1] - x[0] ** 2) ** 2
-    ...     return freevars.jax.scipy.minimize(rosen, jnp.zeros(2)).x
-    >>> print(jax.jit(jax.jacobian(lowest))(1.5).round(2))
-    [1. 3.]
+    Example:
+        >>> import jax, jax.numpy as jnp, freevars.jax.scipy
+        >>> def lowest(a):  # of the Rosenbrock function: (a, a^2)
+        ...     rosen = lambda x: (a - x[0]) ** 2 + 10 * (x[1] - x[0] ** 2) ** 2
+        ...     return freevars.jax.scipy.minimize(rosen, jnp.zeros(2)).x
+        >>> print(jax.jit(jax.jacobian(lowest))(1.5).round(2))
+        [1. 3.]
 
-    >>> def nearest(cap):
-    ...     distance = lambda x: jnp.sum((x - jnp.array([1.0, 3.0])) ** 2)
-    ...     return freevars.jax.scipy.minimize(distance, jnp.zeros(2), bounds=(0.0, cap)).x
-    >>> print(nearest(2.0), jax.jacobian(nearest)(2.0))
-    [1. 2.] [0. 1.]
+        >>> def nearest(cap):
+        ...     distance = lambda x: jnp.sum((x - jnp.array([1.0, 3.0])) ** 2)
+        ...     return freevars.jax.scipy.minimize(distance, jnp.zeros(2), bounds=(0.0, cap)).x
+        >>> print(nearest(2.0), jax.jacobian(nearest)(2.0))
+        [1. 2.] [0. 1.]
     """
     name = "minimize"
     refuse_derivatives(name, jac=jac, hess=hess, hessp=hessp)

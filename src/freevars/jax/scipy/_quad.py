@@ -85,13 +85,14 @@ def quad(
     Raises:
         TypeError: `func` cannot be traced by JAX or gives no number, or see above.
 
-    >>> import jax, jax.numpy as jnp, freevars.jax.scipy
-    >>> def tail(rate, start):
-    ...     density = lambda t: rate * jnp.exp(-rate * t)
-    ...     return freevars.jax.scipy.quad(density, start, jnp.inf)[0]
-    >>> slopes = jax.grad(tail, (0, 1))(2.0, 0.5)  # of exp(-rate start)
-    >>> print([f"{s:.4f}" for s in slopes])
-    ['-0.1839', '-0.7358']
+    Example:
+        >>> import jax, jax.numpy as jnp, freevars.jax.scipy
+        >>> def tail(rate, start):
+        ...     density = lambda t: rate * jnp.exp(-rate * t)
+        ...     return freevars.jax.scipy.quad(density, start, jnp.inf)[0]
+        >>> slopes = jax.grad(tail, (0, 1))(2.0, 0.5)  # of exp(-rate start)
+        >>> print([f"{s:.4f}" for s in slopes])
+        ['-0.1839', '-0.7358']
     """
     del maxp1, limlst
     for name, value in (("full_output", full_output), ("weight", weight), ("wvar", wvar)):

@@ -80,10 +80,11 @@ class OptimizeResult:
         nhev: int32, evaluations of its second derivative.
         cost: of `least_squares`, half the sum of the squares of the residuals; else None.
 
-    >>> import jax.numpy as jnp, freevars.jax.scipy
-    >>> result = freevars.jax.scipy.minimize(lambda x: (x - 2.0) ** 2, 0.0)
-    >>> print(result.x, bool(result.success), result.message)
-    2.0 True Optimization terminated successfully.
+    Example:
+        >>> import jax.numpy as jnp, freevars.jax.scipy
+        >>> result = freevars.jax.scipy.minimize(lambda x: (x - 2.0) ** 2, 0.0)
+        >>> print(result.x, bool(result.success), result.message)
+        2.0 True Optimization terminated successfully.
     """
 
     x: Any
@@ -113,10 +114,11 @@ class RootResults:
         iterations: int32.
         function_calls: int32, evaluations of the function.
 
-    >>> import freevars.jax.scipy
-    >>> result = freevars.jax.scipy.root_scalar(lambda x: x**2 - 4.0, bracket=(0.0, 5.0))
-    >>> print(result.root, bool(result.converged), result.flag)
-    2.0 True converged
+    Example:
+        >>> import freevars.jax.scipy
+        >>> result = freevars.jax.scipy.root_scalar(lambda x: x**2 - 4.0, bracket=(0.0, 5.0))
+        >>> print(result.root, bool(result.converged), result.flag)
+        2.0 True converged
     """
 
     root: Any

@@ -89,12 +89,13 @@ def root(
         freevars.errors.FreevarsError: as for `freevars.jax.root`.
         Exception: whatever scipy raises, as for `freevars.jax.on_host`.
 
-    >>> import jax, jax.numpy as jnp, freevars.jax.scipy
-    >>> def meet(radius):  # of a circle with the diagonal
-    ...     system = lambda p: (p["x"] ** 2 + p["y"] ** 2 - radius**2, p["x"] - p["y"])
-    ...     return freevars.jax.scipy.root(system, {"x": 1.0, "y": 0.5}).x["y"]
-    >>> print(f"{jax.grad(meet)(2.0):.4f}")  # 1 / sqrt(2)
-    0.7071
+    Example:
+        >>> import jax, jax.numpy as jnp, freevars.jax.scipy
+        >>> def meet(radius):  # of a circle with the diagonal
+        ...     system = lambda p: (p["x"] ** 2 + p["y"] ** 2 - radius**2, p["x"] - p["y"])
+        ...     return freevars.jax.scipy.root(system, {"x": 1.0, "y": 0.5}).x["y"]
+        >>> print(f"{jax.grad(meet)(2.0):.4f}")  # 1 / sqrt(2)
+        0.7071
     """
     refuse_derivatives("root", jac=jac)
     args = as_tuple(args)

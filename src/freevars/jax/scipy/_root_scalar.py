@@ -132,12 +132,13 @@ def root_scalar(
         freevars.errors.FreevarsError: as for `freevars.jax.root`.
         Exception: whatever scipy raises, as for `freevars.jax.on_host`.
 
-    >>> import jax, jax.numpy as jnp, freevars.jax.scipy
-    >>> def kepler(eccentricity, mean):  # E = M + e sin E
-    ...     f = lambda angle: angle - eccentricity * jnp.sin(angle) - mean
-    ...     return freevars.jax.scipy.root_scalar(f, bracket=(mean - 1, mean + 1)).root
-    >>> print(f"{jax.grad(kepler)(0.1, 1.0):.4f}")  # sin E / (1 - e cos E)
-    0.9291
+    Example:
+        >>> import jax, jax.numpy as jnp, freevars.jax.scipy
+        >>> def kepler(eccentricity, mean):  # E = M + e sin E
+        ...     f = lambda angle: angle - eccentricity * jnp.sin(angle) - mean
+        ...     return freevars.jax.scipy.root_scalar(f, bracket=(mean - 1, mean + 1)).root
+        >>> print(f"{jax.grad(kepler)(0.1, 1.0):.4f}")  # sin E / (1 - e cos E)
+        0.9291
     """
     name = "root_scalar"
     refuse_derivatives(name, fprime=fprime, fprime2=fprime2)

@@ -42,6 +42,14 @@ class OdeResult:
         nfev: int32, evaluations of the function.
         njev: int32, evaluations of the Jacobian.
         nlu: int32, factorisations.
+
+    Example:
+        >>> import jax.numpy as jnp, freevars.jax.scipy
+        >>> ts = jnp.array([0.0, 1.0])
+        >>> decay = lambda t, y: {"a": -y["a"]}
+        >>> result = freevars.jax.scipy.solve_ivp(decay, (0.0, 1.0), {"a": 2.0}, t_eval=ts)
+        >>> print(result.y["a"].shape, bool(result.success), f"{result.y['a'][-1]:.3f}")
+        (2,) True 0.736
     """
 
     t: Any
@@ -163,13 +171,15 @@ def solve_ivp(
         ValueError: times of `t_eval` that are known lie outside of `t_span`.
         freevars.errors.FreevarsError: as for `freevars.jax.odeint`.
 
-    >>> import jax, jax.numpy as jnp, freevars.jax.scipy
-    >>> def end(rate):
-    ...     decay = lambda t, y: -rate * y
-    ...     ts = jnp.array([1.0, 2.0])
-    ...     return freevars.jax.scipy.solve_ivp(decay, (0.0, 2.0), jnp.ones(1), t_eval=ts).y[0, -1]
-    >>> print(f"{end(0.5):.3f} {jax.grad(end)(0.5):.3f}")  # exp(-2 rate), -2 exp(-2 rate)
-    0.368 -0.736
+    Example:
+        >>> import jax, jax.numpy as jnp, freevars.jax.scipy
+        >>> def end(rate):
+        ...     decay = lambda t, y: -rate * y
+        ...     ts = jnp.array([1.0, 2.0])
+        ...     span, y0 = (0.0, 2.0), jnp.ones(1)
+        ...     return freevars.jax.scipy.solve_ivp(decay, span, y0, t_eval=ts).y[0, -1]
+        >>> print(f"{end(0.5):.3f} {jax.grad(end)(0.5):.3f}")  # exp(-2 rate), -2 exp(-2 rate)
+        0.368 -0.736
     """
     refuse_derivatives("solve_ivp", jac=options.pop("jac", None))
     for name, value in (

@@ -46,45 +46,46 @@ R = TypeVar("R")
 def closure_convert(
     fun: Callable[P, R], *example_args: Any, hoist: Hoist = "differentiable", rng: Rng = "allow"
 ) -> tuple[Converted[P, R], list[Tensor]]:
-    """Makes the tensors that `fun` reads from outside explicit arguments.
+    """A function that takes the tensors that `fun` captures as arguments, and these tensors.
 
-    ``converted(*args, *hoisted)`` equals ``fun(*args)``, in value and in derivatives of any
-    order. Each hoisted value has a partial derivative of its own, and a derivative that reaches
-    it flows on to the captured tensor; the parameters of a module stand for themselves.
-    ``converted(*args)`` uses the hoisted values returned here, for adjoints that list them beside;
-    inside a custom Function that was not given them it is refused. What is hoisted are the tensors
-    met here: binding a variable to another tensor later changes nothing.
+    `converted(*args, *hoisted)` equals `fun(*args)`, in value and in derivatives of any order. Each
+    hoisted value has a partial derivative of its own, and a derivative that reaches it flows on to
+    the captured tensor; the parameters of a module stand for themselves. `converted(*args)` uses
+    the hoisted values returned here, for adjoints that list them beside; inside a custom Function
+    that was not given them it is refused. What is hoisted are the tensors met here: binding a
+    variable to another tensor later changes nothing.
 
     Args:
-        fun: anything callable. It runs once here, on the example, and again at every call.
+        fun: any callable. It runs once here, on the example, and again at every call.
         *example_args: any pytree of tensors, numbers and other values.
-        hoist: `"differentiable"` hoists the tensors that a derivative could flow into now (they
-            require grad, a torch.func transform wraps them, or they carry a forward-mode
-            tangent), and so does `"traced"`, as nothing tells the two apart in PyTorch;
-            `"floating"` also every tensor of floating or complex type; `"all"` every
-            tensor read; or a function that decides for each tensor. A differentiable tensor that
-            it leaves out is a declared constant.
-        rng: `"allow"` lets `fun` draw random numbers afresh at each call; `"replay"` gives every
-            call the draws of the example run; `"error"` refuses. The conversion leaves the
-            generators as they were.
+        hoist: "differentiable" for the tensors that a derivative could flow into now (they require
+            grad, a torch.func transform wraps them, or they carry a forward-mode tangent); "traced"
+            is the same here, because nothing tells the two apart in PyTorch; "floating" for every
+            tensor of floating or complex dtype besides; "all" for every tensor read; or a function
+            that decides for each tensor. A differentiable tensor that it leaves out is a declared
+            constant.
+        rng: "allow" lets `fun` draw random numbers afresh at each call; "replay" gives every call
+            the draws of the example run; "error" refuses. The conversion leaves the generators as
+            they were.
 
     Returns:
-        `converted` and the list of hoisted values, each captured tensor once, in order of first
-        use.
+        `(converted, hoisted)`: `hoisted` is a list of tensors, each once, in the order in which
+        `fun` first reads them.
 
     Raises:
-        CaptureError: `fun` writes in place to a captured tensor, to its argument or to a running
-            statistic, changes a captured tensor itself (`requires_grad_`, `.grad`, `.data`, a
-            hook), calls `.backward()`, reads a captured tensor where it cannot be replaced
-            (TorchScript, a custom operator's own function), captures a nested tensor, returns a
-            generator that has yet to run, or takes an inner derivative whose path runs outside of
-            it; from `converted`, a captured tensor is gone from its variable.
-        StructureError: an argument or result is a nested tensor; from `converted`, a call with
-            another structure, type, shape or number of values.
+        TypeError: `fun` is not callable.
+        ValueError: `hoist` or `rng` is none of these.
+        freevars.errors.CaptureError: `fun` writes in place to a captured tensor, to its argument or
+            to a running statistic, changes a captured tensor itself (`requires_grad_`, `.grad`,
+            `.data`, a hook), calls `.backward()`, reads a captured tensor where it cannot be
+            replaced (TorchScript, a custom operator's own function), captures a nested tensor,
+            returns a generator that has yet to run, or takes an inner derivative whose path runs
+            outside of it; from `converted`, a captured tensor is gone from its variable.
+        freevars.errors.StructureError: an argument or result is a nested tensor; from `converted`,
+            a call with another structure, dtype, shape or number of values.
 
     Example:
-        >>> import torch
-        >>> import freevars.torch as fv
+        >>> import torch, freevars.torch as fv
         >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
         >>> converted, hoisted = fv.closure_convert(lambda x: (w * x).sum(), torch.ones(2))
         >>> converted(torch.ones(2), torch.tensor([5.0, 7.0]))

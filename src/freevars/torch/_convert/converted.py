@@ -50,10 +50,17 @@ _SIGNATURE = inspect.Signature([inspect.Parameter("args", inspect.Parameter.VAR_
 
 
 class Converted(Generic[P, R]):
-    """`fun` with its captured tensors as trailing arguments; made by `closure_convert`.
+    """A function whose captured tensors are its last arguments; made by `closure_convert`.
 
-    `hoisted` are the captured tensors as values: what is used where a call gives the arguments of
-    `fun` alone; `__wrapped__` is `fun` itself.
+    `converted.__wrapped__` is the function itself. `converted.hoisted` are the captured tensors as
+    values, which a call uses that gives the arguments of the function alone.
+
+    Example:
+        >>> import torch, freevars.torch as fv
+        >>> w = torch.tensor(3.0, requires_grad=True)
+        >>> converted, hoisted = fv.closure_convert(lambda x: w * x, torch.tensor(1.0))
+        >>> isinstance(converted, fv.Converted), converted.captured[0] is w
+        (True, True)
     """
 
     __wrapped__: Callable[P, R]

@@ -130,12 +130,26 @@ class _Part(Derivative):
 
 
 class LinearOperator:
-    """The system of a derivative as a `linear_solve=` is given it: `solve(operator, b)` returns u
-    with `operator(u) = b`, on real vectors of n numbers (a complex unknown counts as two).
+    """A linear map A of real vectors of n numbers to such vectors: what a `linear_solve` is given.
+
+    `solve(operator, b)` returns the u with A u = b; a complex unknown counts as two numbers.
+    Calling the operator applies it, so that a function written for `solve(matvec, b)` takes it as
+    it is.
 
     Attributes:
-        symmetric: whether the operator equals its transpose (`argmin`).
+        symmetric: it is the second derivative of an objective.
         structure: the unknown that a vector stands for, a pytree of tensors on the device "meta".
+
+    Example:
+        >>> import torch, freevars.torch as fv
+        >>> @fv.root(linear_solve=lambda A, b: torch.linalg.solve(A.as_matrix(), b))
+        ... def newton(fun, x0):
+        ...     for _ in range(20):
+        ...         x0 = x0 - fun(x0) / (2 * x0)
+        ...     return x0
+        >>> a = torch.tensor(4.0, requires_grad=True)
+        >>> torch.autograd.grad(newton(lambda x: x**2 - a, torch.tensor(1.0)), a)
+        (tensor(0.2500),)
     """
 
     def __init__(self, derivative: Derivative, structure: object, *, transposed: bool) -> None:
@@ -153,15 +167,15 @@ class LinearOperator:
         return self.matvec(v)
 
     def matvec(self, v: Tensor) -> Tensor:
-        """The product of the operator with `v`, Float[Tensor, "n"]; calling the operator is it."""
+        """A v, for `v` of shape (n,); what calling the operator gives."""
         return self._product(v, transposed=self._transposed)
 
     def rmatvec(self, v: Tensor) -> Tensor:
-        """The product of the operator's transpose with `v`, Float[Tensor, "n"]."""
+        """A^T v, for `v` of shape (n,)."""
         return self._product(v, transposed=not self._transposed)
 
     def as_matrix(self) -> Tensor:
-        """Float[Tensor, "n n"], from n products."""
+        """The matrix, of shape (n, n), by n applications of the operator."""
         blocks = self._derivative.matrix()
         b, n, _ = blocks.shape
         whole = blocks.new_zeros(b, n, b, n)
@@ -169,11 +183,12 @@ class LinearOperator:
         return whole.reshape(b * n, b * n)
 
     def diagonal(self) -> Tensor:
-        """Float[Tensor, "n"], from as many products as one problem has unknowns."""
+        """The diagonal of the matrix, of shape (n,), by as many applications as one problem of a
+        batch has unknowns."""
         return self._derivative.matrix().diagonal(dim1=1, dim2=2).reshape(-1)
 
     def part(self, k: int, parts: int) -> "LinearOperator":
-        """Of the problems of a batch in so many equal parts: the operator of the k-th."""
+        """The operator of the `k`-th of `parts` equal parts of a batch of problems."""
         count = len(self._derivative.f) // parts
         part = _Part(self._derivative, slice(k * count, (k + 1) * count))
         return LinearOperator(part, self.structure, transposed=self._transposed)

@@ -40,15 +40,15 @@ def integral(**options: Unpack[IntegralOptions]) -> "IntegralDecorator": ...
 def integral(
     solver: Callable[..., Any] | None = None, /, **options: Unpack[IntegralOptions]
 ) -> Any:
-    """Attaches the derivative of an integral from a to b to a solver that computes it.
+    """Derivatives for a solver that computes the integral of a function from a to b.
 
     The decorated solver is called as before, `solver(integrand, a, b, ...)`, and returns what it
-    returned before, now a differentiable function of everything that the integrand captures, of the
-    extra arguments that the solver passes on to it (what its signature collects in `*args` and
-    `**kwargs`, or a tuple named `args`), and of the limits; to any order, in reverse and forward
-    mode, under every torch.func transform. The derivatives are integrals too, by the same solver:
-    it has to be as good for the derivative of the integrand as for the integrand. What the solver
-    reads itself, its options among it, has no derivative, and one that is asked for is refused.
+    returned before. Derivatives, forward and reverse, of any order and under every torch.func
+    transform, flow into every tensor that the integrand captures, into the extra arguments that the
+    solver passes on to it (what its signature collects in `*args` and `**kwargs`, or a tuple named
+    `args`), and into the limits. They are integrals too, by the same solver: it has to be as good
+    for the derivative of the integrand as for the integrand. What the solver itself reads, its
+    options included, has no derivative, and one that is asked for is refused.
 
     Args:
         solver: `solver(integrand, a, b, ...)`, which may leave PyTorch. `integrand(t)` takes a real
@@ -64,15 +64,17 @@ def integral(
             something else.
 
     Raises:
-        StructureError: the solver returns another structure or shape than the integrand does, or
-            asks for a point of a wider dtype than the limits have, or a limit is no real number.
-        CaptureError: as `closure_convert` does.
+        freevars.errors.CaptureError: as for `closure_convert`; or a derivative is asked for by what
+            the solver reads itself.
+        freevars.errors.StructureError: the solver returns another structure or shape than the
+            integrand does, or asks for a point of a wider dtype than the limits have, or a limit is
+            not a real number.
 
-    The mathematics: Leibniz' rule for the derivative of an integral.
+    References:
+        Leibniz' rule for the derivative of an integral.
 
     Example:
-        >>> import torch
-        >>> import freevars.torch as fv
+        >>> import torch, freevars.torch as fv
         >>> @fv.integral
         ... def midpoint(f, a, b, n=1000):
         ...     t = a + (b - a) * (torch.arange(n) + 0.5) / n
@@ -95,17 +97,16 @@ def odeint(solver: Callable[P, R], /, **options: Unpack[OdeOptions]) -> OdeintSo
 @overload
 def odeint(**options: Unpack[OdeOptions]) -> "OdeDecorator": ...
 def odeint(solver: Callable[..., Any] | None = None, /, **options: Unpack[OdeOptions]) -> Any:
-    """Attaches the derivatives of a differential equation y' = field(t, y) to a solver of it.
+    """Derivatives for a solver of an ordinary differential equation y' = field(t, y).
 
     The decorated solver is called as before, `solver(field, y0, ts, ...)`, and returns what it
-    returned before: the states at the times `ts`, the first of which is y0; now a differentiable
-    function of everything that the field captures, of the extra arguments that the solver passes on
-    to it (what its signature collects in `*args` and `**kwargs`, or a tuple named `args`), of `y0`
-    and of `ts`; to any order, in reverse and forward mode, under every torch.func transform. The
-    same solver solves for the derivatives: forward sensitivities in forward mode, the adjoint
-    equation backwards in reverse mode. What the solver reads itself, its options among it, has no
-    derivative, and one that is asked for is refused. A batch (`torch.func.vmap`) is solved one
-    member after the other.
+    returned before: the states at the times `ts`, the first of which is y0. Derivatives, forward
+    and reverse, of any order and under every torch.func transform, flow into every tensor that the
+    field captures, into the extra arguments that the solver passes on to it (what its signature
+    collects in `*args` and `**kwargs`, or a tuple named `args`), into `y0` and into `ts`. The same
+    solver solves for them: forward sensitivities in forward mode, the adjoint equation backwards in
+    reverse mode. What the solver itself reads, its options included, has no derivative, and one
+    that is asked for is refused. A batch (`torch.func.vmap`) is solved one member after the other.
 
     Args:
         solver: `solver(field, y0, ts, ...)`, which may leave PyTorch. `y0` is a pytree of real or
@@ -129,18 +130,19 @@ def odeint(solver: Callable[..., Any] | None = None, /, **options: Unpack[OdeOpt
         tol: the difference that is accepted, relative. None: see `on_failure`.
 
     Raises:
-        NotASolutionError: see `on_failure`.
-        StructureError: the field returns another structure or shape than y0, the solver one that is
-            not like y0 with an axis over `ts`, or calls the field in the other order than `tfirst`
-            says.
-        CaptureError: as `closure_convert` does.
+        freevars.errors.NotASolutionError: see `on_failure`.
+        freevars.errors.CaptureError: as for `closure_convert`; or a derivative is asked for by what
+            the solver reads itself.
+        freevars.errors.StructureError: the field returns another structure or shape than y0, the
+            solver one that is not like y0 with an axis over `ts`, or calls the field in the other
+            order than `tfirst` says.
 
-    The mathematics: Pontryagin et al. 1962, "The Mathematical Theory of Optimal Processes"; Chen et
-    al. 2018, "Neural Ordinary Differential Equations".
+    References:
+        Pontryagin et al. 1962, "The Mathematical Theory of Optimal Processes"; Chen et al. 2018,
+        "Neural Ordinary Differential Equations".
 
     Example:
-        >>> import torch
-        >>> import freevars.torch as fv
+        >>> import torch, freevars.torch as fv
         >>> @fv.odeint
         ... def heun(field, y0, ts, steps=100):
         ...     ys = [y0]

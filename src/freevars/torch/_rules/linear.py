@@ -111,8 +111,9 @@ class Iterative:
         The size of a row is estimated by images of vectors without a pattern. A row of D A D is
         scaled by D twice, once as a column; so D takes the root of what is missing, more than once.
 
-        Source: Bradley 2010, "Algorithms for the equilibration of matrices and their application to
-        limited-memory quasi-Newton methods", chapter 3.
+        References:
+            Bradley 2010, "Algorithms for the equilibration of matrices and their application to
+            limited-memory quasi-Newton methods", chapter 3.
         """
         d = torch.ones_like(self._a.f)
         operator = LinearOperator(self._a, self._structure, transposed=False)

@@ -36,7 +36,21 @@ R = TypeVar("R")
 
 
 class OdeintSolver(Integrator[P, R]):
-    """A solver with the derivatives of a differential equation; made by `odeint`."""
+    """A solver with the derivatives of a differential equation; made by `odeint`.
+
+    It is called like the solver itself, which is `__wrapped__`, and may be a method.
+
+    Example:
+        >>> import torch, freevars.torch as fv
+        >>> def euler(field, y0, ts):  # one step to each time
+        ...     ys = [y0]
+        ...     for t, following in zip(ts[:-1], ts[1:]):
+        ...         ys.append(ys[-1] + (following - t) * field(t, ys[-1]))
+        ...     return torch.stack(ys)
+        >>> solver = fv.odeint(euler)
+        >>> isinstance(solver, fv.OdeintSolver), solver.__wrapped__ is euler
+        (True, True)
+    """
 
     kind: ClassVar[str] = "odeint"
     leads: ClassVar[tuple[str, ...]] = ODE

@@ -42,9 +42,10 @@ def implicit(
     argument: Callable[[Any], Any] | None = None,
     **options: Unpack[Options],
 ) -> Decorator:
-    """Attaches the derivative of an x with `condition(fun, x) = 0` to a solver; else as `argmin`.
+    """Derivatives for a solver whose result x satisfies `condition(fun, x) = 0`.
 
-    The decorator on which `root`, `argmin`, `fixed_point` and `least_squares` stand.
+    The decorator on which `root`, `argmin`, `fixed_point` and `least_squares` stand. Everything
+    else is as for `root`.
 
     Args:
         condition: `condition(fun, x)` returns real or complex tensors in any structure, as many
@@ -52,11 +53,16 @@ def implicit(
             arguments; the condition may use its derivatives, other functions beside it, or other
             functions only. Derivatives flow into everything that it reads.
         argument: what `fun` takes, as a function of x; None: x itself.
-        **options: as for `argmin`.
+        **options: as for `root`.
+
+    Returns:
+        A decorator for `solver(fun, x0, ...)`.
+
+    Raises:
+        freevars.errors.FreevarsError: as for `root`.
 
     Example:
-        >>> import torch
-        >>> import freevars.torch as fv
+        >>> import torch, freevars.torch as fv
         >>> def eigenpair(matvec, x):
         ...     return matvec(x["v"]) - x["l"] * x["v"], x["v"] @ x["v"] - 1
         >>> @fv.implicit(eigenpair, argument=lambda x: x["v"])
@@ -81,17 +87,63 @@ def argmin(solver: Callable[P, R], /, **options: Unpack[Options]) -> ImplicitSol
 @overload
 def argmin(**options: Unpack[Options]) -> Decorator: ...
 def argmin(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]) -> Any:
-    """Attaches the derivative of a minimiser `x = argmin fun(x, *args)` to a solver.
+    """Derivatives for a solver whose result x satisfies `grad(fun)(x, *args, **kwargs) = 0`.
 
-    The decorated solver is called as before and returns what it returned before, now a
-    differentiable function of everything that `fun` captures and of the extra arguments that the
-    solver passes on to `fun`: what its signature collects in `*args` and `**kwargs`, or a tuple
-    named `args`. To any order, in reverse and forward mode, under every torch.func transform.
-    Everything else in its signature is an option of its own and gets no derivative, and neither
-    does `x0`. What the solver itself captures gets none either, nor what the object of a method
-    holds, except where `fun` reads it: the solution does not depend on how it was found. Where a
-    derivative by any of these is asked for and the result is no solution (an active bound), that is
-    an error which names it.
+    A minimum, a maximum or a saddle of a real function of shape (): x has to be where the gradient
+    vanishes, and the second derivative there has to be regular. With `batch_dims`, `fun` returns
+    one number for each problem. Everything else is as for `root`.
+
+    Constraints are what a call gives for parameters of the solver with these names; derivatives
+    flow into them and into what they capture:
+
+    - `bounds`: a pair (lower, upper), each like x0, a number, or None for no bound.
+    - `equality`: a function with c(x) = 0, `inequality`: one with g(x) >= 0, as in scipy; with
+      `batch_dims`, the axes of the problems come first.
+
+    Then x is a root of the Karush-Kuhn-Tucker system of the constraints that are active at x, for
+    multipliers that the system determines. It is refused where x violates a constraint, a
+    multiplier has the wrong sign, the gradients of the active constraints depend on each other, or
+    a constraint is reached with a multiplier of zero (see `one_sided`).
+
+    Args:
+        solver: `solver(fun, x0, ...)`, as for `root`.
+        **options: as for `root`.
+
+    Raises:
+        freevars.errors.FreevarsError: as for `root`.
+
+    References:
+        For constraints: Fiacco 1983, "Introduction to Sensitivity and Stability Analysis in
+        Nonlinear Programming", chapter 3.
+
+    Example:
+        >>> import torch, freevars.torch as fv
+        >>> @fv.argmin
+        ... def minimize(fun, x0):
+        ...     return x0 - torch.func.grad(fun)(x0) / 2  # a Newton step
+        >>> a = torch.tensor(3.0, requires_grad=True)
+        >>> x = minimize(lambda x: (x - a) ** 2, torch.tensor(0.0))
+        >>> torch.autograd.grad(x, a)
+        (tensor(1.),)
+    """
+    return _decorate(solver, "argmin", options)
+
+
+@overload
+def root(solver: Callable[P, R], /, **options: Unpack[Options]) -> ImplicitSolver[P, R]: ...
+@overload
+def root(**options: Unpack[Options]) -> Decorator: ...
+def root(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]) -> Any:
+    """Derivatives for a solver whose result x satisfies `fun(x, *args, **kwargs) = 0`.
+
+    The decorated solver is called as before, `solver(fun, x0, ...)`, and returns what it returned
+    before. Derivatives, forward and reverse, of any order and under every torch.func transform,
+    flow into every tensor that `fun` captures and into the extra arguments that the solver passes
+    on to `fun`: what its signature collects in `*args` and `**kwargs`, or a tuple named `args`.
+    Everything else in its signature is an option of its own; options, `x0`, what the solver itself
+    captures and what the object of a method holds get no derivative, unless `fun` reads them: a
+    solution does not depend on how it was found. Where a derivative by any of these is asked for
+    and the result is no solution, an error names it.
 
     At the solution `fun` runs once more, as it is, with a graph. A first derivative in PyTorch's
     own reverse mode takes vector-Jacobian products of that graph and sends the result into it:
@@ -121,8 +173,8 @@ def argmin(solver: Callable[..., Any] | None = None, /, **options: Unpack[Option
             reciprocal condition number, in units of the unknowns and equations, is below 10 eps).
             "raise": an error. "nan": a derivative of NaN. "least_squares": the shortest solution of
             a singular system of up to 512 unknowns, where what it leaves open is a gauge (a shift),
-            and as "raise" for the rest. Problems of a batch that have no share in the derivative
-            are not asked about.
+            and as "raise" for the rest. Problems of a batch that the derivative does not depend on
+            are not checked.
         check: False leaves all of that out: a singular system gives what its factorisation gives,
             which is not finite, or what `linear_solve` does.
         tol: how far the result may be from a solution: a Newton step may change no term of an
@@ -143,53 +195,19 @@ def argmin(solver: Callable[..., Any] | None = None, /, **options: Unpack[Option
         one_sided: of `argmin` and `least_squares` with constraints. True: where a constraint is
             reached with a multiplier of zero, the derivative is the one that keeps it active.
 
-    Constraints are what a call gives for parameters of the solver with these names; derivatives
-    flow into them and into what they capture:
-
-    - `bounds`: a pair (lower, upper), each like x0, a number, or None for no bound.
-    - `equality`: a function with c(x) = 0, `inequality`: one with g(x) >= 0, as in scipy; with
-      `batch_dims`, the axes of the problems come first.
-
-    Then x is a root of the Karush-Kuhn-Tucker system of the constraints that are active at x, for
-    multipliers that the system determines. It is refused where x violates a constraint, a
-    multiplier has the wrong sign, the gradients of the active constraints depend on each other, or
-    a constraint is reached with a multiplier of zero.
-
     Raises:
-        NotASolutionError, SingularError: see `on_failure`; where the derivative is taken.
-        StructureError: the solver or `fun` returned another structure than expected.
-        CaptureError: as `closure_convert` does.
+        freevars.errors.NotASolutionError: see `on_failure`; raised where the derivative is taken.
+        freevars.errors.SingularError: the same.
+        freevars.errors.StructureError: the solver returns another structure than `x0` has, or `fun`
+            another than one equation for each unknown.
+        freevars.errors.CaptureError: as for `closure_convert`.
 
-    The mathematics: the implicit function theorem; Blondel et al. 2022, "Efficient and Modular
-    Implicit Differentiation"; for constraints, Fiacco 1983, "Introduction to Sensitivity and
-    Stability Analysis in Nonlinear Programming", chapter 3.
-
-    Example:
-        >>> import torch
-        >>> import freevars.torch as fv
-        >>> @fv.argmin
-        ... def minimize(fun, x0):
-        ...     return x0 - torch.func.grad(fun)(x0) / 2  # a Newton step
-        >>> a = torch.tensor(3.0, requires_grad=True)
-        >>> x = minimize(lambda x: (x - a) ** 2, torch.tensor(0.0))
-        >>> torch.autograd.grad(x, a)
-        (tensor(1.),)
-    """
-    return _decorate(solver, "argmin", options)
-
-
-@overload
-def root(solver: Callable[P, R], /, **options: Unpack[Options]) -> ImplicitSolver[P, R]: ...
-@overload
-def root(**options: Unpack[Options]) -> Decorator: ...
-def root(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]) -> Any:
-    """Attaches the derivative of a root, `fun(x, *args) = 0`, to a solver; else as `argmin`.
-
-    `fun` returns the structure of `x`.
+    References:
+        The implicit function theorem; Blondel et al. 2022, "Efficient and Modular Implicit
+        Differentiation".
 
     Example:
-        >>> import torch
-        >>> import freevars.torch as fv
+        >>> import torch, freevars.torch as fv
         >>> @fv.root
         ... def newton(fun, x0):
         ...     for _ in range(20):
@@ -207,11 +225,19 @@ def fixed_point(solver: Callable[P, R], /, **options: Unpack[Options]) -> Implic
 @overload
 def fixed_point(**options: Unpack[Options]) -> Decorator: ...
 def fixed_point(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]) -> Any:
-    """Attaches the derivative of a fixed point, `x = fun(x, *args)`, to a solver; else as `argmin`.
+    """Derivatives for a solver whose result x satisfies `fun(x, *args, **kwargs) = x`.
+
+    `fun` returns the structure and shapes of x. Everything else is as for `root`.
+
+    Args:
+        solver: `solver(fun, x0, ...)`, as for `root`.
+        **options: as for `root`.
+
+    Raises:
+        freevars.errors.FreevarsError: as for `root`.
 
     Example:
-        >>> import torch
-        >>> import freevars.torch as fv
+        >>> import torch, freevars.torch as fv
         >>> @fv.fixed_point
         ... def iterate(fun, x0):
         ...     for _ in range(60):
@@ -231,16 +257,23 @@ def least_squares(
 @overload
 def least_squares(**options: Unpack[Options]) -> Decorator: ...
 def least_squares(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]) -> Any:
-    """Attaches the derivative of `x = argmin |fun(x, *args)|^2` to a solver; else as `argmin`.
+    """Derivatives for a solver whose result x makes `|fun(x, *args, **kwargs)|^2` least.
 
     `fun` returns the residuals r, real or complex tensors in any structure; x makes J^T r = 0 for
     their Jacobian J. The system of the derivative is the whole second derivative, J^T J and what
     the curvature of r adds to it: exact where residuals remain. With `has_aux=True`, a pair that
-    `fun` returns is `(residuals, aux)`.
+    `fun` returns is `(residuals, aux)`. Everything else is as for `root`; the constraints are those
+    of `argmin`.
+
+    Args:
+        solver: `solver(fun, x0, ...)`, as for `root`.
+        **options: as for `root`.
+
+    Raises:
+        freevars.errors.FreevarsError: as for `root`.
 
     Example:
-        >>> import torch
-        >>> import freevars.torch as fv
+        >>> import torch, freevars.torch as fv
         >>> @fv.least_squares
         ... def gauss_newton(fun, x0):
         ...     for _ in range(10):

@@ -37,7 +37,7 @@ S = TypeVar("S")
 
 
 class Options(TypedDict, total=False):
-    """The keyword arguments of all decorators; see `argmin`."""
+    """The keyword arguments of all decorators; see `root`."""
 
     has_aux: bool  # False
     linear_solve: LinearSolve | None  # None
@@ -52,7 +52,20 @@ class Options(TypedDict, total=False):
 
 
 class ImplicitSolver(EagerSolver[P, R]):
-    """A solver with a derivative rule; made by `implicit`, `argmin`, `root` and the like."""
+    """A solver with a derivative rule; made by `implicit`, `root`, `argmin` and the like.
+
+    It is called like the solver itself, which is `__wrapped__`, and may be a method.
+
+    Example:
+        >>> import torch, freevars.torch as fv
+        >>> def newton(fun, x0):
+        ...     for _ in range(20):
+        ...         x0 = x0 - fun(x0) / torch.func.grad(fun)(x0)
+        ...     return x0
+        >>> solver = fv.root(newton)
+        >>> isinstance(solver, fv.ImplicitSolver), solver.__wrapped__ is newton
+        (True, True)
+    """
 
     def __init__(
         self,

@@ -13,7 +13,27 @@ __all__ = ["Truncated", "neumann", "one_step"]
 
 
 class Truncated:
-    """step sum_{k < terms} (I - step A)^k b in place of A^-1 b."""
+    """A `linear_solve` that sums terms of the Neumann series: `neumann(terms, step)`, `one_step`.
+
+    Args:
+        operator: the `LinearOperator` A.
+        b: a vector of shape (n,).
+
+    Returns:
+        step sum_{k < terms} (I - step A)^k b, in place of A^-1 b.
+
+    Example:
+        >>> import torch, freevars.torch as fv
+        >>> @fv.fixed_point(linear_solve=fv.one_step)
+        ... def iterate(fun, x0):
+        ...     for _ in range(60):
+        ...         x0 = fun(x0)
+        ...     return x0
+        >>> a = torch.tensor(1.0, requires_grad=True)
+        >>> x = iterate(lambda x: x / 2 + a, torch.tensor(0.0))
+        >>> torch.autograd.grad(x, a)  # 1, not 1 + 1/2 + 1/4 + ... = 2
+        (tensor(1.),)
+    """
 
     def __init__(self, terms: int, step: float | Tensor) -> None:
         if isinstance(terms, bool) or not isinstance(terms, int) or terms < 1:
@@ -43,16 +63,22 @@ def neumann(terms: int, step: float | Tensor = 1.0) -> Truncated:
     solution is still checked where it can be.
 
     Args:
-        terms: how many, 1 or more; one product with the operator for each but the first.
+        terms: how many, an int of 1 or more; each but the first applies the operator once.
         step: a number, or a tensor with one.
 
-    Source: Lorraine, Vicol and Duvenaud 2020, "Optimizing Millions of Hyperparameters by Implicit
-    Differentiation"; for fixed points Geng et al. 2021, "On Training Implicit Models" (the
-    phantom gradient).
+    Returns:
+        A function `solve(operator, b)`, to be given as `linear_solve=`.
+
+    Raises:
+        ValueError: `terms` is not an int of 1 or more.
+
+    References:
+        Lorraine, Vicol and Duvenaud 2020, "Optimizing Millions of Hyperparameters by Implicit
+        Differentiation"; for fixed points Geng et al. 2021, "On Training Implicit Models" (the
+        phantom gradient).
 
     Example:
-        >>> import torch
-        >>> import freevars.torch as fv
+        >>> import torch, freevars.torch as fv
         >>> @fv.fixed_point(linear_solve=fv.neumann(3))
         ... def iterate(fun, x0):
         ...     for _ in range(60):

@@ -115,13 +115,14 @@ def least_squares(
         freevars.errors.FreevarsError: as for `freevars.torch.argmin`.
         Exception: whatever scipy raises, as it is.
 
-    >>> import torch, freevars.torch.scipy
-    >>> t = torch.tensor([0.0, 1.0, 2.0])
-    >>> def slope(y):
-    ...     residuals = lambda x: x[0] + x[1] * t - y
-    ...     return freevars.torch.scipy.least_squares(residuals, torch.zeros(2)).x[1]
-    >>> print(torch.func.grad(slope)(torch.tensor([1.0, 2.0, 4.0])).round(decimals=3) + 0.0)
-    tensor([-0.5000,  0.0000,  0.5000])
+    Example:
+        >>> import torch, freevars.torch.scipy
+        >>> t = torch.tensor([0.0, 1.0, 2.0])
+        >>> def slope(y):
+        ...     residuals = lambda x: x[0] + x[1] * t - y
+        ...     return freevars.torch.scipy.least_squares(residuals, torch.zeros(2)).x[1]
+        >>> print(torch.func.grad(slope)(torch.tensor([1.0, 2.0, 4.0])).round(decimals=3) + 0.0)
+        tensor([-0.5000,  0.0000,  0.5000])
     """
     name = "least_squares"
     del f_scale

@@ -144,12 +144,13 @@ def minimize(
         freevars.errors.FreevarsError: as for `freevars.torch.argmin`.
         Exception: whatever scipy raises, as it is.
 
-    >>> import torch, freevars.torch.scipy
-    >>> def lowest(a):  # of the Rosenbrock function: (a, a^2)
-    ...     rosen = lambda x: (a - x[0]) ** 2 + 10 * (x[1] - x[0] ** 2) ** 2
-    ...     return freevars.torch.scipy.minimize(rosen, torch.zeros(2)).x
-    >>> print(torch.autograd.functional.jacobian(lowest, torch.tensor(1.5)).round(decimals=2))
-    tensor([1., 3.])
+    Example:
+        >>> import torch, freevars.torch.scipy
+        >>> def lowest(a):  # of the Rosenbrock function: (a, a^2)
+        ...     rosen = lambda x: (a - x[0]) ** 2 + 10 * (x[1] - x[0] ** 2) ** 2
+        ...     return freevars.torch.scipy.minimize(rosen, torch.zeros(2)).x
+        >>> print(torch.autograd.functional.jacobian(lowest, torch.tensor(1.5)).round(decimals=2))
+        tensor([1., 3.])
     """
     name = "minimize"
     refuse_derivatives(name, jac=jac, hess=hess, hessp=hessp)

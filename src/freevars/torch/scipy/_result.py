@@ -83,10 +83,11 @@ class OptimizeResult(NamedTuple):
         text: `message` as bytes.
         cost: of `least_squares`, half the sum of the squares of the residuals; else None.
 
-    >>> import torch, freevars.torch.scipy
-    >>> result = freevars.torch.scipy.minimize(lambda x: (x - 2.0) ** 2, 0.0)
-    >>> print(float(result.x), bool(result.success), result.message)
-    2.0 True Optimization terminated successfully.
+    Example:
+        >>> import torch, freevars.torch.scipy
+        >>> result = freevars.torch.scipy.minimize(lambda x: (x - 2.0) ** 2, 0.0)
+        >>> print(float(result.x), bool(result.success), result.message)
+        2.0 True Optimization terminated successfully.
     """
 
     x: Any
@@ -119,10 +120,11 @@ class RootResults(NamedTuple):
         function_calls: int32, evaluations of the function.
         text: `flag` as bytes.
 
-    >>> import freevars.torch.scipy
-    >>> result = freevars.torch.scipy.root_scalar(lambda x: x**2 - 4.0, bracket=(0.0, 5.0))
-    >>> print(float(result.root), bool(result.converged), result.flag)
-    2.0 True converged
+    Example:
+        >>> import freevars.torch.scipy
+        >>> result = freevars.torch.scipy.root_scalar(lambda x: x**2 - 4.0, bracket=(0.0, 5.0))
+        >>> print(float(result.root), bool(result.converged), result.flag)
+        2.0 True converged
     """
 
     root: Any

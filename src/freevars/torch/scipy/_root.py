@@ -97,12 +97,13 @@ def root(
         freevars.errors.FreevarsError: as for `freevars.torch.argmin`.
         Exception: whatever scipy raises, as it is.
 
-    >>> import torch, freevars.torch.scipy
-    >>> def meet(radius):  # of a circle with the diagonal
-    ...     system = lambda p: (p["x"] ** 2 + p["y"] ** 2 - radius**2, p["x"] - p["y"])
-    ...     return freevars.torch.scipy.root(system, {"x": 1.0, "y": 0.5}).x["y"]
-    >>> print(f"{torch.func.grad(meet)(torch.tensor(2.0)):.4f}")  # 1 / sqrt(2)
-    0.7071
+    Example:
+        >>> import torch, freevars.torch.scipy
+        >>> def meet(radius):  # of a circle with the diagonal
+        ...     system = lambda p: (p["x"] ** 2 + p["y"] ** 2 - radius**2, p["x"] - p["y"])
+        ...     return freevars.torch.scipy.root(system, {"x": 1.0, "y": 0.5}).x["y"]
+        >>> print(f"{torch.func.grad(meet)(torch.tensor(2.0)):.4f}")  # 1 / sqrt(2)
+        0.7071
     """
     refuse_derivatives("root", jac=jac)
     x0, args = as_start(x0), as_tuple(args)

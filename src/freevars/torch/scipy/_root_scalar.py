@@ -113,13 +113,14 @@ def root_scalar(
         freevars.errors.FreevarsError: as for `freevars.torch.argmin`.
         Exception: whatever scipy raises, as it is.
 
-    >>> import torch, freevars.torch.scipy
-    >>> def kepler(eccentricity, mean):  # E = M + e sin E
-    ...     f = lambda angle: angle - eccentricity * torch.sin(angle) - mean
-    ...     return freevars.torch.scipy.root_scalar(f, bracket=(mean - 1, mean + 1)).root
-    >>> slope = torch.func.grad(kepler)(torch.tensor(0.1), torch.tensor(1.0))
-    >>> print(f"{slope:.4f}")  # sin E / (1 - e cos E)
-    0.9291
+    Example:
+        >>> import torch, freevars.torch.scipy
+        >>> def kepler(eccentricity, mean):  # E = M + e sin E
+        ...     f = lambda angle: angle - eccentricity * torch.sin(angle) - mean
+        ...     return freevars.torch.scipy.root_scalar(f, bracket=(mean - 1, mean + 1)).root
+        >>> slope = torch.func.grad(kepler)(torch.tensor(0.1), torch.tensor(1.0))
+        >>> print(f"{slope:.4f}")  # sin E / (1 - e cos E)
+        0.9291
     """
     name = "root_scalar"
     refuse_derivatives(name, fprime=fprime, fprime2=fprime2)
