@@ -13,7 +13,14 @@ from freevars.errors import CaptureError
 from freevars.torch import _compat, _hooks
 from freevars.torch._describe import Line, describe
 
-__all__ = ["check_autograd_graph", "hidden_path", "leaves_behind", "nodes_behind", "not_hoisted"]
+__all__ = [
+    "check_autograd_graph",
+    "has_custom_functions",
+    "hidden_path",
+    "leaves_behind",
+    "nodes_behind",
+    "not_hoisted",
+]
 
 Edge = tuple[Any, int]
 
@@ -79,6 +86,13 @@ def hidden_path(
                     "call torch.func.vjp inside too, for its pullback holds such a path."
                 )
     return None
+
+
+def has_custom_functions(output: Tensor, inputs: Sequence[Tensor]) -> bool:
+    """Whether the tape of `output`, back to `inputs`, holds a custom Function."""
+    stops = set(map(_edge, inputs))
+    nodes = (edge[0] for edge in _walk([_edge(output)], stops) if edge not in stops)
+    return any(map(_compat.is_custom_function_node, nodes))
 
 
 def leaves_behind(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -8,12 +8,15 @@ x0.
 Not here: the user's function and solver (`problem.py`), derivatives (`record.py`, `implicit.py`).
 """
 
+import functools
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from freevars._sequences import replaced
 from freevars._solvers.bounds import on_a_bound
 from freevars._solvers.failures import Context, failure, option_matters
 from freevars._solvers.verdict import Limits, is_minimum
@@ -22,6 +25,7 @@ from freevars.torch._rules import diagnostics
 from freevars.torch._rules.conserved import completion
 from freevars.torch._rules.dense import Dense
 from freevars.torch._rules.derivative import Derivative
+from freevars.torch._rules.forms import is_smooth
 from freevars.torch._rules.linear import LinearSolve, System, system_of
 from freevars.torch._rules.ravel import Unknown
 from freevars.torch._rules.rule import Rule
@@ -101,6 +105,10 @@ class Condition:
     def start(self, x0: Tensor) -> Tensor:
         """The first of the values as Float[Tensor, "problems n"]."""
         return x0
+
+    def inputs_recorded(self) -> Sequence[Tensor]:
+        """The tensors that the graph of the recorded F reaches and a derivative is by."""
+        return ()
 
     # --- a solution
 
@@ -194,14 +202,19 @@ class Condition:
         figures = judged.figures.of(k)
         least_squares = self.rule.on_failure == "least_squares"
         regular = least_squares or figures.rcond > limits.rcond
-        stopped = figures.finite and not figures.step <= limits.step and not at_start
+        if not figures.change < math.inf:  # not known
+            limits = limits._replace(step=limits.certain)
+        accepted = limits.step
+        if figures.step <= accepted and not figures.change <= limits.change:
+            accepted = limits.certain
+        stopped = figures.finite and not figures.step <= accepted and not at_start
         if stopped and regular and self.by_options:
-            return option_matters(name, kind, figures.step, limits.step, self.by_options)
+            return option_matters(name, kind, figures.step, accepted, self.by_options)
         bounded: list[str] = []
         if stopped and not self.constrained and isinstance(judged.system, Dense):
             change = judged.system.newton_step()
             components = self.unknown.components(k, at.x, change)
-            bounded = on_a_bound(components, self.numbers(), kind, limits.step)
+            bounded = on_a_bound(components, self.numbers(), kind, accepted)
         context = Context(name, kind, least_squares, bounded, at_start, self.rule.polish)
         return failure(figures, limits, context)
 
@@ -224,8 +237,8 @@ class Condition:
             self._check_independent(leaf, f)
         figures = diagnostics.Figures.unmeasured(at.x)
         if self.rule.check:
-            certain = self._limits().certain
-            figures = system.figures(derivative, self._sizes(at, values), certain)
+            inputs = functools.partial(self._with_inputs, at, values)
+            figures = system.figures(derivative, self._sizes(at, values), self._limits(), inputs)
         least_squares = self.rule.on_failure == "least_squares"
         good = figures.good(self._limits(), least_squares=least_squares)
         if not self.rule.check:
@@ -262,6 +275,19 @@ class Condition:
             f = self.residual(leaf, at.columns, *values)
         self.compare(f.detach(), at.f)
         return leaf, f
+
+    def _with_inputs(
+        self, at: Solution, values: tuple[Tensor, ...]
+    ) -> tuple[Derivative, Sequence[Tensor]]:
+        """F with a graph also to what a derivative is by: as it was recorded, or evaluated."""
+        if self.recorded is not None and torch.equal(self.recorded[0], at.x):
+            return self._derivative(*self.recorded), self.inputs_recorded()
+        moving = [i for i, v in enumerate(values) if is_smooth(v) and i not in self.constants]
+        by = [values[i].detach().clone().requires_grad_() for i in moving]
+        leaf = at.x.clone().requires_grad_()
+        with torch.enable_grad():
+            f = self.residual(leaf, at.columns, *replaced(values, moving, by))
+        return self._derivative(leaf, f), by
 
     def _nearby(self, at: Solution, values: tuple[Tensor, ...]) -> Sequence[Tensor]:
         if self.recorded is not None and torch.equal(self.recorded[0], at.x):

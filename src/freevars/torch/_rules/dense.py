@@ -10,11 +10,18 @@ import functools
 import torch
 from torch import Tensor
 
+from freevars._solvers.verdict import Limits
+from freevars.torch._rules.closer import Inputs, all_error, change_along, second_step
 from freevars.torch._rules.derivative import Derivative
 from freevars.torch._rules.diagnostics import Figures, limits_of, units
-from freevars.torch._rules.sizes import Sizes, all_error
+from freevars.torch._rules.sizes import Sizes
 
 __all__ = ["Dense"]
+
+
+# In which the derivative is compared: a component that is small in one of them by chance is not in
+# all, one that the solution hardly moves is.
+_DIRECTIONS = 4
 
 
 class Dense:
@@ -65,20 +72,33 @@ class Dense:
         step = self.solve(self._f, transposed=False)
         return step.to(self._dtype)
 
-    def figures(self, derivative: Derivative, sizes: Sizes, certain: float) -> Figures:
-        """A component that may be zero is looked at where the step is not `certain` to be small."""
+    def figures(
+        self, derivative: Derivative, sizes: Sizes, limits: Limits, inputs: Inputs
+    ) -> Figures:
+        """A step is looked at closer where it is not certain to be small."""
         finite = torch.isfinite(self._f).all(1) & torch.isfinite(self._scaled).all(2).all(1)
         step = self.solve(self._f, transposed=False)
         entries = self._scaled.abs()
         near, far = (t.to(step.dtype) for t in sizes[1:3])
         worst = self._worst(entries, step, near)
-        open_ = worst > certain
-        if bool(open_.any()) and bool((self._worst(entries, step, far)[open_] <= certain).any()):
+        change = zero = torch.zeros_like(worst)
+        open_ = worst > limits.certain
+        if bool(open_.any()) and bool(
+            (self._worst(entries, step, far)[open_] <= limits.step).any()
+        ):
             inverse = functools.partial(self.solve, transposed=False)
             rounding = self._rounding(entries, near)
             error = all_error(sizes, derivative, step, rounding, inverse)
-            worst = self._worst(entries, step, torch.where(error, far, near))
-        return Figures(finite, worst, self._rcond, torch.zeros_like(worst), self._conserved)
+            unit = torch.where(error, far, near)
+            worst = self._worst(entries, step, unit)
+            open_ = (worst > limits.certain) & (worst <= limits.step)
+            if bool(open_.any()):
+                after = self._worst(entries, second_step(derivative, step, inverse), unit)
+                along = change_along(
+                    inputs, sizes, step, inverse, directions=_DIRECTIONS, floor=limits.column
+                )
+                change = torch.where(open_, torch.maximum(after / worst, along), zero)
+        return Figures(finite, worst, change, self._rcond, zero, self._conserved)
 
     def _worst(self, entries: Tensor, step: Tensor, size: Tensor) -> Tensor:
         """By how much of all that an equation adds up the step changes a term of it, at most."""

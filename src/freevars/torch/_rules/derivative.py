@@ -6,6 +6,8 @@ the derivative of the product of A^T, which is linear: only who asks for them ne
 differentiable twice.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -56,25 +58,35 @@ class Derivative:
     def curvature(self, s: Tensor) -> Tensor:
         """The second derivative of f along s twice; needs an f that is differentiable three times,
         and raises what PyTorch does elsewhere."""
-        zero = torch.zeros_like(s)
+        return self.along(s, (), (), s)[1]
+
+    def along(
+        self, y: Tensor, by: Sequence[Tensor], dots: Sequence[Tensor], s: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The derivative of f where `at` moves along y and the tensors `by` along `dots`, and how
+        it changes where `at` moves along s (None: not asked for)."""
+        zero = torch.zeros_like(self.f)
         if not self.f.requires_grad:
-            return zero
+            return zero, zero
         with torch.enable_grad():
             u = torch.zeros_like(self.f, requires_grad=True)
-            (product,) = torch.autograd.grad(
-                self.f, self.at, u, create_graph=True, materialize_grads=True
+            pulled = torch.autograd.grad(
+                self.f, (self.at, *by), u, create_graph=True, materialize_grads=True
             )
-            along = (product * s).sum()
-            if not along.requires_grad:
-                return zero
+            paired = _paired(pulled, (y, *dots))
+            if not paired.requires_grad:
+                return zero, zero
+            (value,) = torch.autograd.grad(paired, u, retain_graph=True, materialize_grads=True)
+            if s is None:
+                return value, zero
             (change,) = torch.autograd.grad(
-                along, self.at, create_graph=True, materialize_grads=True
+                paired, self.at, create_graph=True, materialize_grads=True
             )
-            along = (change * s).sum()
-            if not along.requires_grad:
-                return zero
-        (out,) = torch.autograd.grad(along, u, retain_graph=True, materialize_grads=True)
-        return out
+            paired = _paired((change,), (s,))
+            if not paired.requires_grad:
+                return value, zero
+        (out,) = torch.autograd.grad(paired, u, retain_graph=True, materialize_grads=True)
+        return value, out
 
     def matrix(self) -> Tensor:
         """A of each problem, Float[Tensor, "problems n n"], from n products whatever the number of
@@ -104,6 +116,12 @@ class Derivative:
             except RuntimeError:
                 pass
         return torch.stack([self.transposed(unit) for unit in units])
+
+
+def _paired(cotangents: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
+    pairs = zip(cotangents, tangents, strict=True)
+    products = [(g.conj() * t).real if g.is_complex() else g * t for g, t in pairs]
+    return torch.stack([p.sum().to(products[0].dtype) for p in products]).sum()
 
 
 class _Part(Derivative):

@@ -8,10 +8,9 @@ a way of this host. With s = A^-1 F, the Newton step, and d, the size of a compo
 by how much of all that an equation adds up the step changes one of its terms. Multiplying an
 equation by a number, or measuring an unknown in another unit, changes nothing. A component that is
 small by chance among others (a feature of a deep-equilibrium layer) counts by what it does in the
-equations; one that an equation rests on counts relative to itself. A second Newton step is not
-measured: it would run the user's function again. So only a step that needs no second one is good.
+equations; one that an equation rests on counts relative to itself.
 
-Not here: how the figures are computed (`linear.py`).
+Not here: how the figures are computed (`linear.py`, `closer.py`).
 """
 
 from typing import NamedTuple
@@ -29,8 +28,7 @@ def limits_of(dtype: torch.dtype, tol: float | None = None) -> Limits:
     """For an unknown of `dtype`; linear algebra is done in single precision at least."""
     eps = float(torch.finfo(dtype).eps)
     linear = float(torch.finfo(torch.promote_types(dtype, torch.float32)).eps)
-    limits = Limits.of(eps, linear, tol=tol)
-    return limits._replace(step=limits.certain)
+    return Limits.of(eps, linear, tol=tol)
 
 
 class Figures(NamedTuple):
@@ -38,6 +36,7 @@ class Figures(NamedTuple):
 
     finite: Tensor
     step: Tensor
+    change: Tensor
     rcond: Tensor
     residual: Tensor
     conserved: Tensor
@@ -46,14 +45,14 @@ class Figures(NamedTuple):
     def unmeasured(like: Tensor) -> "Figures":
         zero = torch.zeros(len(like), dtype=like.dtype, device=like.device)
         one = torch.ones_like(zero)
-        return Figures(torch.isfinite(like).all(1), zero, one, zero, zero)
+        return Figures(torch.isfinite(like).all(1), zero, zero, one, zero, zero)
 
     def good(self, limits: Limits, *, least_squares: bool) -> Tensor:
         zero = torch.zeros_like(self.step)
         figures = verdict.Figures(
             finite=self.finite,
             step=self.step,
-            change=zero,
+            change=self.change,
             rcond=self.rcond,
             residual=self.residual,
             asymmetry=zero,
@@ -64,8 +63,8 @@ class Figures(NamedTuple):
 
     def of(self, k: int) -> verdict.Figures:
         """Those of problem `k`, as Python numbers."""
-        finite, step, rcond, residual, conserved = (float(figure[k]) for figure in self)
-        return verdict.Figures(bool(finite), step, 0.0, rcond, residual, 0.0, conserved)
+        finite, step, change, rcond, residual, conserved = (float(figure[k]) for figure in self)
+        return verdict.Figures(bool(finite), step, change, rcond, residual, 0.0, conserved)
 
 
 def units(size: Tensor) -> Tensor:

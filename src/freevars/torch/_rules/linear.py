@@ -16,11 +16,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from freevars._solvers.verdict import Limits
+from freevars.torch._rules.closer import Inputs, all_error, change_along, second_step
 from freevars.torch._rules.dense import Dense
 from freevars.torch._rules.derivative import Derivative, LinearOperator
 from freevars.torch._rules.diagnostics import Figures, units
 from freevars.torch._rules.krylov import conjugate_gradients, gmres
-from freevars.torch._rules.sizes import Sizes, all_error
+from freevars.torch._rules.sizes import Sizes
 from freevars.torch._rules.truncated import Truncated
 
 __all__ = [
@@ -41,6 +43,7 @@ DENSE_LIMIT = 512
 _LARGEST_MATRIX = 2**25
 
 _SWEEPS = 2  # each leaves the root of how far the rows differ
+_SHARE = 0.3  # of the largest component of a derivative: so small ones do not count by themselves
 _ALIKE = 1024  # up to this factor, they do not: an estimate may be small by chance
 
 LinearSolve = Callable[[Any, Tensor], Tensor]  # (LinearOperator, b) -> u, real vectors
@@ -64,7 +67,9 @@ class System(Protocol):
 
     def solve(self, b: Tensor, *, transposed: bool) -> Tensor: ...
 
-    def figures(self, derivative: Derivative, sizes: Sizes, certain: float) -> Figures: ...
+    def figures(
+        self, derivative: Derivative, sizes: Sizes, limits: Limits, inputs: Inputs
+    ) -> Figures: ...
 
     def newton_step(self) -> Tensor:
         """A^-1 F."""
@@ -130,38 +135,50 @@ class Iterative:
             d = d * torch.where(wide, missing, 1).sqrt().log2().round().exp2()
         return None if bool((d == 1).all()) else d
 
-    def figures(self, derivative: Derivative, sizes: Sizes, certain: float) -> Figures:
+    def figures(
+        self, derivative: Derivative, sizes: Sizes, limits: Limits, inputs: Inputs
+    ) -> Figures:
         """The Newton step is measured against each tensor of the unknown, in units in which the
         equations are alike: in full where a product with A is one with A^T, and by its components
         along two random directions elsewhere, which products of A^T give."""
         f = self._a.f.detach()
         near, far = map(units, sizes.by_leaf(self._units))
-        step = self._size_of_step(f, near)
-        if step > certain and self._dense is None and self._size_of_step(f, far) <= certain:
-            step = self._beside_zeros(sizes, near, far)
+        size, change = self._size_of_step(f, near), 0.0
+        if size > limits.certain and self._size_of_step(f, far) <= limits.step:
+            size, change = self._closer(sizes, near, far, limits, inputs)
         if self._dense is not None:
-            return self._dense.figures(derivative, sizes, certain)
+            return self._dense.figures(derivative, sizes, limits, inputs)
         measured = Figures.unmeasured(f)
         finite = measured.finite & torch.isfinite(self._a.at.detach()).all(1)
         return measured._replace(
             finite=finite,
-            step=torch.full_like(measured.step, step),
+            step=torch.full_like(measured.step, size),
+            change=torch.full_like(measured.step, change),
             residual=torch.full_like(measured.residual, self._residual),
         )
 
-    def _beside_zeros(self, sizes: Sizes, near: Tensor, far: Tensor) -> float:
-        """The size of the step, with what is all error in units of how far the solver came."""
+    def _closer(
+        self, sizes: Sizes, near: Tensor, far: Tensor, limits: Limits, inputs: Inputs
+    ) -> tuple[float, float]:
+        """The size of the step, with what is all error in units of how far the solver came, and
+        the change of the derivative along it."""
         step = self.newton_step()
-        inverse = functools.partial(self.solve, transposed=False)
+        inverse = functools.partial(self._solve, transposed=False, relative=1e-2)
         error = all_error(sizes, self._a, step, sizes.near, inverse)
-        return float((step / torch.where(error, far, near)).square().mean().sqrt())
+        unit = torch.where(error, far, near)
+        size = _size(step / unit)
+        if not limits.certain < size <= limits.step:
+            return size, 0.0
+        after = _size(second_step(self._a, step, inverse) / unit) / size
+        along = change_along(inputs, sizes, step, inverse, directions=1, floor=_SHARE)
+        return size, max(after, float(along.max()))
 
     def _size_of_step(self, f: Tensor, unit: Tensor) -> float:
         if not bool(f.any()) or not bool(torch.isfinite(f).all()):
             return 0.0
         if self._a.symmetric:
             s = self._solve(f, False, 1e-2) / unit
-            return float(s.square().mean().sqrt())
+            return _size(s)
         generator = torch.Generator().manual_seed(0)
         sizes = []
         for _ in range(2 if self._own is None else 1):
@@ -208,6 +225,10 @@ class Iterative:
     def _measure(self, operator: Callable[[Tensor], Tensor], u: Tensor, b: Tensor) -> None:
         left = float(torch.linalg.vector_norm(operator(u) - b) / torch.linalg.vector_norm(b))
         self._residual = max(self._residual, left) if left == left else float("inf")  # noqa: PLR0124
+
+
+def _size(v: Tensor) -> float:
+    return float(v.square().mean().sqrt())
 
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -90,6 +90,14 @@ class Problem(DifferentiableCondition):
         """The captured tensors that the hoisted values stand for."""
         return [t for function in self.functions.values() for t in function.captured]
 
+    def inputs_recorded(self) -> Sequence[Tensor]:
+        values = self.inputs.values
+        moving = [i for i in range(len(values)) if i not in self.constants]
+        # Within another conversion, what that gives is read in place of what is captured.
+        read = self.inputs.as_read(values, self.captured)
+        found = (t for tensors in (read, values) for t in map(tensors.__getitem__, moving))
+        return list({id(t): t for t in found if t.requires_grad}.values())
+
     @property
     def stating(self) -> Mapping[str, Converted[..., Any]]:
         """The functions that F is computed from."""
