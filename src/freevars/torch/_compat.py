@@ -24,8 +24,10 @@ __all__ = [
     "is_custom_function_node",
     "is_higher_order",
     "is_legacy_batched",
+    "is_reentrant_checkpoint_node",
     "is_wrapped",
     "layers",
+    "not_inference",
     "operator_body",
     "owns_memory",
     "parts",
@@ -104,6 +106,16 @@ def checkpointing() -> bool:
 def is_custom_function_node(node: object) -> bool:
     """Whether `node` of an autograd graph is that of a custom Function."""
     return isinstance(node, torch.autograd.function.BackwardCFunction)
+
+
+def is_reentrant_checkpoint_node(node: Any) -> bool:
+    """Whether `node` is that of a reentrant checkpoint; a custom Function's knows its class."""
+    return is_custom_function_node(node) and node._forward_cls is CheckpointFunction
+
+
+def not_inference(t: Tensor) -> Tensor:
+    """`t`, or a copy that a graph can save: tensors of inference mode cannot be saved."""
+    return t.clone() if t.is_inference() else t
 
 
 def unwrap(t: Tensor) -> Iterator[Tensor]:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from freevars.torch import CaptureError, NotASolutionError, argmin, fixed_point, root
 from tests.torch.explicit import fresh
@@ -285,3 +286,42 @@ def test_statistics_of_the_batch_that_nothing_keeps() -> None:
     differences = [float(total(weight + s) - total(weight - s)) / (2 * h) for s in steps]
     assert g.tolist() == pytest.approx(differences, rel=1e-6)
     assert torch.equal(norm.running_mean, before)
+
+
+def halves(scale: Tensor) -> Any:
+    return lambda z: (scale * z).tanh() / 2 + scale
+
+
+def test_a_result_may_be_written_to() -> None:
+    """As what the last operation of a layer returns: a residual connection, in place."""
+    scale = fresh(2)
+    plain = iterate(halves(scale), zeros(2))
+    written = iterate(halves(scale), zeros(2))
+    written += scale
+    written.mul_(3)
+    right = torch.autograd.grad((3 * (plain + scale)).sum(), scale)[0]
+    torch.testing.assert_close(torch.autograd.grad(written.sum(), scale)[0], right)
+
+
+def test_what_was_made_in_inference_mode_may_be_given() -> None:
+    scale = fresh(2)
+
+    @fixed_point
+    def solve(fun: Any, x0: Tensor, *args: Tensor) -> Tensor:
+        return functools.reduce(lambda x, _: fun(x, *args), range(80), x0)
+
+    def slope(x0: Tensor, given: Tensor) -> Tensor:
+        x = solve(lambda x, c: torch.nn.functional.linear(x, torch.diag(scale) / 3) + c, x0, given)
+        return torch.autograd.grad(x.sum(), scale)[0]
+
+    with torch.inference_mode():
+        made = zeros(2), ONES.clone()
+    assert torch.equal(slope(*made), slope(zeros(2), ONES))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_a_reentrant_checkpoint_is_named() -> None:
+    scale = fresh(2)
+    x = iterate(lambda z: checkpoint(halves(scale), z, use_reentrant=True), zeros(2))
+    with pytest.raises(CaptureError, match=r"iterate: .* Call checkpoint with use_reentrant=False"):
+        x.sum().backward()

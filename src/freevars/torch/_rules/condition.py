@@ -24,7 +24,7 @@ from freevars.errors import FreevarsError, NotASolutionError, StructureError
 from freevars.torch._rules import diagnostics
 from freevars.torch._rules.conserved import completion
 from freevars.torch._rules.dense import Dense
-from freevars.torch._rules.derivative import Derivative
+from freevars.torch._rules.derivative import Derivative, naming_reentrant_checkpoints
 from freevars.torch._rules.forms import is_smooth
 from freevars.torch._rules.linear import LinearSolve, System, system_of
 from freevars.torch._rules.ravel import Unknown
@@ -166,9 +166,10 @@ class Condition:
         if not b.numel():
             return b
         plain = Solution(*(t.detach() for t in at)), tuple(v.detach() for v in values)
-        judged = self._judged(*plain)
-        applied = not judged.system.written_out
-        u = judged.system.solve(b, transposed=transposed)
+        with naming_reentrant_checkpoints(at.f, self.rule.name):
+            judged = self._judged(*plain)
+            applied = not judged.system.written_out
+            u = judged.system.solve(b, transposed=transposed)
         if applied and judged.system.written_out:  # then the matrix has more to say
             self._known = None
             judged = self._judged(*plain, judged.system)

@@ -88,6 +88,7 @@ class Inputs:
         """
         loose = {*range(self._ends[1], len(self.values)), *({0} & self.others)}
         values = [v.detach() if i in loose else v for i, v in enumerate(self.values)]
+        values = [*map(_compat.not_inference, values)]
         found = [self.values[i] for i in sorted(loose)]
         leaves = [*(t for t in found if t.is_leaf and t.requires_grad), *leaves_behind(found)]
         return values, list({id(t): t for t in leaves}.values())

@@ -10,12 +10,15 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, Concatenate, ParamSpec, Self, TypedDict, TypeVar, Unpack, overload
 
+from torch import Tensor
+
 from freevars._contract import check_callable
 from freevars._solvers import kkt
 from freevars._solvers.options import check_options
 from freevars._solvers.signature import SolverCall
 from freevars._solvers.stated import States, kind_of
 from freevars.torch import _compat
+from freevars.torch._compat import pytree
 from freevars.torch._convert.convert import closure_convert
 from freevars.torch._describe import function_name
 from freevars.torch._rules import implicit as operation
@@ -106,6 +109,8 @@ class ImplicitSolver(EagerSolver[P, R]):
             return fun(x, *args, **kwargs)
 
         rule = self._rule
+        # No value of x0 counts, so it need not be one that can be saved for a backward pass.
+        x0 = pytree.tree_map_only(Tensor, _compat.not_inference, x0)
         unknown = Unknown(x0, rule.batch_dims)
         condition, argument = rule.stated
         example = x0 if argument is None else argument(x0)
@@ -143,7 +148,7 @@ class ImplicitSolver(EagerSolver[P, R]):
             v, *aux = solve_and_attach(problem, call, as_given, inputs.values)
         if converted.replay is not None:
             converted.replay.advance()
-        x = unknown.unravel(v)
+        x = unknown.unravel(v.clone())  # the caller may write to it, not to what is saved
         x = x[0] if constraints else x
         return (x, problem.with_aux(aux)) if rule.has_aux else x
 
