@@ -2,9 +2,10 @@
 
     python tools/refusals.py
 
-Each code span in a heading of the page is a phrase. Every message of an error class of
-``freevars.errors`` in the source has to contain one of them, and every phrase has to be found in a
-message. ``--messages`` prints the messages, with ``{}`` for what is filled in.
+Each code span in a heading of the page, or in the first cell of a table row, is a phrase. Every
+message of an error class of ``freevars.errors`` and of Python in the source has to contain one of
+them, and every phrase has to be found in a message. ``--messages`` prints the messages, with ``{}``
+for what is filled in.
 """
 
 import ast
@@ -16,6 +17,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "refusals.md"
 CLASSES = {"CaptureError", "LeakError", "NotASolutionError", "SingularError", "StructureError"}
+PYTHONS = {
+    *("AssertionError", "ImportError", "NotImplementedError", "OverflowError", "TypeError"),
+    *("PicklingError", "UnpicklingError", "ValueError"),
+}
 SHORTEST = 3  # words; less is a part of a message
 PHRASE = re.compile(r"`([^`]+)`")
 
@@ -53,7 +58,7 @@ def messages() -> Iterator[tuple[str, str, str]]:
         for function in (n for n in ast.walk(module) if isinstance(n, ast.FunctionDef)):
             for call in (n for n in ast.walk(function) if isinstance(n, ast.Call) and n.args):
                 name = getattr(call.func, "id", getattr(call.func, "attr", ""))
-                if name not in CLASSES | {"refuse"} or function.name == "refuse":
+                if name not in CLASSES | PYTHONS | {"refuse"} or function.name == "refuse":
                     continue
                 told = text(call.args[0])
                 if told == "{}":
@@ -68,6 +73,17 @@ def _put_together(
     """The text of a message that stands in a variable, or that other functions make."""
     used = _names(node)
     made = []
+    if isinstance(node, ast.Name):  # what was assigned to it last is what is raised
+        assigned = [
+            part
+            for part in ast.walk(function)
+            if isinstance(part, ast.Assign)
+            and part.lineno < node.lineno
+            and node.id in set().union(*map(_names, part.targets))
+        ]
+        if assigned:
+            value = max(assigned, key=lambda part: part.lineno).value
+            made, used = [text(value)], _names(value)
     for part in ast.walk(function):
         if isinstance(part, ast.Assign | ast.For | ast.NamedExpr):
             targets = part.targets if isinstance(part, ast.Assign) else [part.target]
@@ -93,8 +109,10 @@ def main() -> int:
         for message in found:
             print(*message, sep="\n    ")
         return 0
-    headings = [line for line in PAGE.read_text().splitlines() if line.startswith("#")]
-    phrases = [phrase for line in headings for phrase in PHRASE.findall(line)]
+    lines = PAGE.read_text().splitlines()
+    headings = [line for line in lines if line.startswith("#")]
+    cells = [line.split(" | ")[0] for line in lines if line.startswith("| `")]
+    phrases = [phrase for line in headings + cells for phrase in PHRASE.findall(line)]
     missing = [m for m in found if not any(phrase in m[2] for phrase in phrases)]
     stale = [phrase for phrase in phrases if not any(phrase in m[2] for m in found)]
     for place, name, told in missing:

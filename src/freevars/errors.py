@@ -71,11 +71,11 @@ class LeakError(FreevarsError, TypeError):
         >>> import jax, freevars.jax as fv
         >>> kept = []
         >>> _ = jax.jit(lambda a: kept.append(lambda x: a * x))(1.0)
-        >>> with fv.explain_leaks():
-        ...     try:
+        >>> try:
+        ...     with fv.explain_leaks():
         ...         kept[0](2.0)
-        ...     except TypeError as error:
-        ...         print(type(error).__name__)
+        ... except TypeError as error:
+        ...     print(type(error).__name__)
         LeakError
     """
 

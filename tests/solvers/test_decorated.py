@@ -201,7 +201,7 @@ def test_a_method_is_bound_like_a_function():
     assert str(inspect.signature(thing.solve)) == "(fun, x0, k=1)"
     thing.scale = 6  # what the object holds at the call counts
     assert thing.bound("f", 1.0)[1][0] == 6
-    with pytest.raises(TypeError, match="takes its object first"):
+    with pytest.raises(TypeError, match="expected its object first"):
         Thing.solve()
 
 

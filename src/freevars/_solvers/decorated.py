@@ -59,7 +59,7 @@ class DecoratedSolver(Generic[P, R]):
         if not self._signature.is_method:
             return self._solve(self._signature.take_apart(args, kwargs))
         if not args:
-            message = f"{self._signature}: a method that is not bound takes its object first."
+            message = f"{self._signature}: expected its object first, as a method is not bound yet."
             raise TypeError(message)
         receiver, *rest = args
         result: R = self._bind(receiver, type(receiver))(*rest, **kwargs)

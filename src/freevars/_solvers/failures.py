@@ -30,7 +30,9 @@ def failure(figures: Figures, limits: Limits, context: Context) -> FreevarsError
     if not figures.finite:
         return NotASolutionError(
             f"{name}: the solver returned a value that is not finite, or its optimality or the"
-            " derivative of that is not finite there."
+            " derivative of that is not finite there. Look at what the solver reports of itself, or"
+            " start it elsewhere; a function without a derivative at x, such as a square root at"
+            " zero, has to be written without it."
         )
     if not figures.asymmetry <= limits.asymmetry:
         return SingularError(
@@ -50,8 +52,9 @@ def failure(figures: Figures, limits: Limits, context: Context) -> FreevarsError
     if not figures.residual <= limits.residual:
         return SingularError(
             f"{name}: the linear solver leaves a residual of {figures.residual:.1e}, relative; up"
-            f" to {limits.residual:.1e} is accepted. The system is singular, or linear_solve needs"
-            " more steps, or a system of another kind (a symmetric positive definite one, say)."
+            f" to {limits.residual:.1e} is accepted. The system is singular, linear_solve needs"
+            " more steps, or it is made for systems of another kind (symmetric positive definite"
+            " ones, say)."
         )
     return NotASolutionError(_not_converged(figures, limits, context))
 
@@ -76,7 +79,10 @@ def _singular(figures: Figures, limits: Limits, context: Context) -> str:
             " freedom by one more condition."
         )
     if is_minimum(context.kind):
-        return f"{text} Two equations repeat each other, or the objective is flat along a curve."
+        return (
+            f"{text} Two equations repeat each other, or the objective is flat along a curve: leave"
+            " out what the objective does not depend on, or add a term that determines it."
+        )
     return (
         f"{text} Its null vectors are not those of its transpose: the equations repeat each other,"
         " as they do where totals are conserved. If the solver keeps such totals from x0, state"

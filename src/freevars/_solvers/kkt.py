@@ -90,7 +90,7 @@ def take_constraints(kind: Kind, options: Mapping[str, Any], *, conserved: bool)
     active = {name: value for name, value in given.items() if value is not None}
     if active and conserved:
         message = (
-            "conserved: no constraints may stand beside it: give the totals as equality= instead."
+            "conserved: expected no constraints beside it. Give the totals as equality= instead."
         )
         raise TypeError(message)
     return active

@@ -75,7 +75,7 @@ class SolverSignature:
         try:
             bound = self._signature.bind(*args, **kwargs)
         except TypeError as error:
-            message = f"{self}: {error}."
+            message = f"{self}: {error}. Call it by this signature."
             raise TypeError(message) from None
         bound.apply_defaults()
         (_, fun), *rest = bound.arguments.items()

@@ -291,7 +291,7 @@ def test_the_order_of_the_field() -> None:
 
 def test_what_is_refused() -> None:
     solve = fv.odeint(rk4)
-    with pytest.raises(StructureError, match=r"y0\['n'\] has dtype int64"):
+    with pytest.raises(StructureError, match=r"y0\['n'\]: expected a floating .* got dtype int64"):
         solve(lambda t, y: y, {"n": jnp.array(1)}, jnp.ones(2))
     with pytest.raises(StructureError, match="ts: expected a vector"):
         solve(lambda t, y: y, 1.0, jnp.array(2.0))

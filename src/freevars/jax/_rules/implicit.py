@@ -120,23 +120,28 @@ def check_equations(
     value = value[0] if has_aux else value
     if condition is least or (isinstance(condition, Constrained) and condition.squares):
         if not _is_inexact(value):
-            message = f"{name}: expected floating or complex residuals, got {value}."
+            message = (
+                f"{name}: expected a function that returns floating or complex residuals, got"
+                f" {value}."
+            )
             raise StructureError(message)
         return
     if condition is stationary or isinstance(condition, Constrained):
         if jax.tree.map(lambda a: (a.shape, jnp.isrealobj(a)), value) != ((), True):
             message = (
                 f"{name}: expected an objective that is a real number of shape (), got {value}."
+                " Let it end in jnp.sum, say; least_squares takes residuals, and root equations."
             )
             raise StructureError(message)
     elif count(value) != count(x):
         message = (
             f"{name}: expected one equation for each unknown, or there is no derivative; the"
             f" {_CALLED[problem.stated_by]} has {count(value)} components for {count(x)} unknowns."
+            " Where there are more, take least_squares; where there are fewer, add a condition."
         )
         raise StructureError(message)
     if condition is fixed and _shapes(value) != _shapes(x):
-        message = f"{name}: the function returns {value} for a fixed point {x}."
+        message = f"{name}: expected a function that returns a value like x, {x}, got {value}."
         raise StructureError(message)
 
 

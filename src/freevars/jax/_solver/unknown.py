@@ -25,13 +25,13 @@ def as_unknown(x0: Any, name: str, *, what: str = "x0") -> Any:
     def convert(path: Any, leaf: Any) -> Any:
         where = f"{name}: {what}{tree_util.keystr(path)}"
         if not _compat.is_array(leaf):
-            message = f"{where} is {leaf!r}; an unknown is a floating or complex array or number."
+            message = f"{where}: expected a floating or complex array or number, got {leaf!r}."
             raise StructureError(message)
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.inexact):
             message = (
-                f"{where} has dtype {dtype}; an unknown is floating or complex, or the solution"
-                " could not have a derivative. Start from a float, 1.0 for 1."
+                f"{where}: expected a floating or complex array or number, got dtype {dtype}, in"
+                " which a solution has no derivative. Start from a float: 1.0, not 1."
             )
             raise StructureError(message)
         return jnp.asarray(leaf, dtype=dtype)

@@ -81,7 +81,10 @@ def check_value(kind: Kind, out: Any, unknown: Unknown, name: str) -> None:
     if kind == "argmin":
         if not isinstance(out, Tensor) or out.shape != batch or not out.is_floating_point():
             wanted = f"real tensor of shape {list(batch)}" if batch else "real scalar tensor"
-            message = f"argmin expected {name} to return a {wanted}, got {Structure.shown(out)}."
+            message = (
+                f"argmin expected {name} to return a {wanted}, got {Structure.shown(out)}. Let it"
+                " end in .sum(), say; least_squares takes residuals, and root equations."
+            )
             raise StructureError(message)
         return
     if kind in {"root", "fixed_point"}:
@@ -97,7 +100,8 @@ def check_value(kind: Kind, out: Any, unknown: Unknown, name: str) -> None:
     if kind == "implicit" and count != unknown.problems * unknown.n:
         message = (
             f"expected one equation for each unknown, or there is no derivative; {name} has {count}"
-            f" components for {unknown.problems * unknown.n} unknowns."
+            f" components for {unknown.problems * unknown.n} unknowns. Where there are more, take"
+            " least_squares; where there are fewer, add a condition."
         )
         raise StructureError(message)
 
