@@ -32,6 +32,7 @@ IN_ARCHIVE = (
     "tools/check_docs.py",
 )
 PLACEHOLDER = "freevars.example"
+ADDRESSED = ("pyproject.toml", ".github/ISSUE_TEMPLATE/config.yml")
 
 
 def run(*command: object) -> None:
@@ -72,8 +73,9 @@ def problems(archive: Path, wheel: Path, *, release: bool) -> list[str]:
         found.append(f"{wheel.name}: another version than in src/freevars/__init__.py")
     if release and "(unreleased)" in (ROOT / "CHANGELOG.md").read_text():
         found.append("CHANGELOG.md: the date is missing")
-    if release and PLACEHOLDER in text:
-        found.append(f"{PLACEHOLDER} stands for the project's address: see RELEASING.md")
+    stands = [name for name in ADDRESSED if PLACEHOLDER in (ROOT / name).read_text()]
+    if release and stands:
+        found.append(f"{PLACEHOLDER} is no address, in {', '.join(stands)}: see RELEASING.md")
     return found
 
 
