@@ -45,9 +45,9 @@ def fixed_point(
         func: `func(x, *args)`, in JAX, gives an x.
         x0: a pytree of floating or complex arrays, and x is like it; `func` is given such a one.
         args: extra arguments of `func`.
-        xtol: as in scipy; so are `maxiter` and `method`.
-        maxiter: see `xtol`.
-        method: see `xtol`.
+        xtol: as in scipy.
+        maxiter: as in scipy.
+        method: as in scipy.
         on_failure: as for `freevars.jax.root`.
         polish: as for `minimize`.
 

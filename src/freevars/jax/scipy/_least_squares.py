@@ -80,22 +80,21 @@ def least_squares(
     Args:
         fun: `fun(x, *args, **kwargs)`, in JAX, gives the residuals, real arrays in any structure.
         x0: a pytree of floating or complex arrays, and x is like it; `fun` is given such a one.
-        jac: not needed, and refused; so are `diff_step` and `jac_sparsity`.
+        jac: refused, because it is not needed: the function has exact derivatives.
         bounds: a pair (lower, upper), each like x0, a number or None; or scipy's `Bounds`.
-        method: as in scipy; so are `ftol`, `xtol`, `gtol`, `x_scale`, `tr_solver`, `tr_options`,
-            `max_nfev` and `verbose`.
-        ftol: see `method`.
-        xtol: see `method`.
-        gtol: see `method`.
-        x_scale: see `method`.
+        method: as in scipy.
+        ftol: as in scipy.
+        xtol: as in scipy.
+        gtol: as in scipy.
+        x_scale: as in scipy.
         loss: "linear". Another one is another objective: give it to `minimize`.
-        f_scale: of another loss.
-        diff_step: see `jac`.
-        tr_solver: see `method`.
-        tr_options: see `method`.
-        jac_sparsity: see `jac`.
-        max_nfev: see `method`.
-        verbose: see `method`.
+        f_scale: not used by the linear loss.
+        diff_step: refused, as `jac`.
+        tr_solver: as in scipy.
+        tr_options: as in scipy.
+        jac_sparsity: refused, as `jac`.
+        max_nfev: as in scipy.
+        verbose: as in scipy.
         args: extra arguments of `fun`.
         kwargs: extra keyword arguments of `fun`.
         callback: as in scipy: it is given NumPy vectors, and may not call JAX.

@@ -111,9 +111,9 @@ def minimize(
         x0: a pytree of floating or complex arrays, and x is like it; `fun` is given such a one.
         args: extra arguments of `fun`.
         method: as in scipy.
-        jac: not needed, and refused; so are `hess` and `hessp`.
-        hess: see `jac`.
-        hessp: see `jac`.
+        jac: refused, because it is not needed: the function has exact derivatives.
+        hess: refused, as `jac`.
+        hessp: refused, as `jac`.
         bounds: scipy's `Bounds` or a sequence of pairs (min, max), over the numbers of x0 in order;
             or a pair (lower, upper), each like x0, a number or None. Values may be traced, except
             in `Bounds`.
@@ -130,8 +130,8 @@ def minimize(
             is; a derivative is then refused where it is too far from the minimum.
 
     Returns:
-        x, `fun` at x, and what scipy said (`OptimizeResult`). That scipy did not succeed is told
-        in `success` alone; a derivative asks whether x is a minimum.
+        x, `fun` at x, and what scipy said (`OptimizeResult`). `success` alone reports
+        that scipy failed; a derivative depends on whether x is a minimum.
 
     Raises:
         TypeError: `fun` cannot be traced by JAX, or a derivative is given.

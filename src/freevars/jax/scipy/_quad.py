@@ -64,19 +64,19 @@ def quad(
 
     Args:
         func: `func(t, *args)`, in JAX, gives a number for one of shape ().
-        a: a real number; it may be traced, as `b`. An infinite one has derivative zero.
-        b: see `a`.
+        a: a real number, which may be traced. An infinite one has derivative zero.
+        b: as `a`.
         args: extra arguments of `func`.
-        full_output: not here, and refused.
-        epsabs: as in scipy; so are `epsrel`, `limit` and `points`.
-        epsrel: see `epsabs`.
-        limit: see `epsabs`.
-        points: see `epsabs`.
-        weight: not here, and refused; so are `wvar` and `wopts`. Write the weight into `func`.
-        wvar: see `weight`.
-        wopts: see `weight`.
-        maxp1: of a weight.
-        limlst: of a weight.
+        full_output: not supported, and refused.
+        epsabs: as in scipy.
+        epsrel: as in scipy.
+        limit: as in scipy.
+        points: as in scipy.
+        weight: not supported, and refused. Write the weight into `func`.
+        wvar: not supported, and refused.
+        wopts: not supported, and refused.
+        maxp1: not used without a weight.
+        limlst: not used without a weight.
         complex_func: whether func gives complex numbers, as in scipy.
 
     Returns:

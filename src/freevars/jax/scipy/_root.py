@@ -66,7 +66,7 @@ def root(
     """`scipy.optimize.root` of a function in JAX, differentiable by everything it captures.
 
     "hybr" and "lm" are given the exact Jacobian. The other methods take none: they build their own
-    from steps of theirs, and "krylov" from differences, whose step (`jac_options={"rdiff": ...}`)
+    from their own steps, and "krylov" from differences, whose step (`jac_options={"rdiff": ...}`)
     has to be larger than the default in float32.
 
     Args:
@@ -74,7 +74,7 @@ def root(
         x0: a pytree of floating or complex arrays, and x is like it; `fun` is given such a one.
         args: extra arguments of `fun`.
         method: as in scipy.
-        jac: not needed, and refused.
+        jac: refused, because it is not needed: the function has exact derivatives.
         tol: as in scipy.
         callback: as in scipy: it is given NumPy vectors, and may not call JAX.
         options: as in scipy.

@@ -112,14 +112,14 @@ def root_scalar(
         args: extra arguments of `f`.
         method: as in scipy; None: "brentq" with a bracket, "secant" with `x1`, else "newton".
         bracket: two numbers at which f has different signs. They may be traced.
-        fprime: not needed, and refused; so is `fprime2`.
-        fprime2: see `fprime`.
+        fprime: refused, because it is not needed: the function has exact derivatives.
+        fprime2: refused, as `fprime`.
         x0: a number to start from; it may be traced, as `x1`.
         x1: a second one.
-        xtol: as in scipy; so are `rtol`, `maxiter` and `options`.
-        rtol: see `xtol`.
-        maxiter: see `xtol`.
-        options: see `xtol`.
+        xtol: as in scipy.
+        rtol: as in scipy.
+        maxiter: as in scipy.
+        options: as in scipy.
         on_failure: as for `freevars.jax.root`.
         polish: as for `minimize`.
 
@@ -127,8 +127,8 @@ def root_scalar(
         `root`, and what scipy said (`RootResults`).
 
     Raises:
-        TypeError: `f` cannot be traced by JAX, a derivative is given, or a number is none: many
-            roots at once are `jax.vmap` of this.
+        TypeError: `f` cannot be traced by JAX, a derivative is given, or x0, x1 or a side of the
+            bracket is not one number: many roots at once are `jax.vmap` of this.
         freevars.errors.FreevarsError: as for `freevars.jax.root`.
         Exception: whatever scipy raises, as for `freevars.jax.on_host`.
 

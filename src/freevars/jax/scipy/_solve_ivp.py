@@ -151,14 +151,13 @@ def solve_ivp(
         method: as in scipy.
         t_eval: the times at which y is returned. It is needed: how many steps the solver takes is
             not known when a program is compiled.
-        dense_output: not here, and refused; so are `events` and `vectorized`.
-        events: see `dense_output`.
-        vectorized: see `dense_output`.
+        dense_output: not supported, and refused.
+        events: not supported, and refused.
+        vectorized: not supported, and refused.
         args: extra arguments of `fun`.
-        on_failure: as for `freevars.jax.odeint`; so are `reverse` and `tol`. For a stiff equation,
-            `reverse="sensitivities"` or forward mode.
-        reverse: see `on_failure`.
-        tol: see `on_failure`.
+        on_failure: as for `freevars.jax.odeint`.
+        reverse: as for `freevars.jax.odeint`; for a stiff equation "sensitivities".
+        tol: as for `freevars.jax.odeint`.
         **options: `rtol`, `atol` (default: 1e-6 and 1e-9, in float32 1e-4 and 1e-7: a derivative
             needs more than scipy's 1e-3), `first_step`, `max_step`, `min_step`, as in scipy. An
             `atol` for each component holds for y; the rest of a larger system has the least of it.

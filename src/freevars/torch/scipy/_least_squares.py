@@ -84,26 +84,25 @@ def least_squares(
             structure.
         x0: a pytree of floating or complex tensors, NumPy arrays or numbers, and x is such a one of
             tensors, as `fun` is given.
-        jac: not needed, and refused; so are `diff_step` and `jac_sparsity`.
+        jac: refused, because it is not needed: the function has exact derivatives.
         bounds: a pair (lower, upper), each like x0, a number or None; or scipy's `Bounds`.
-        method: as in scipy; so are `ftol`, `xtol`, `gtol`, `x_scale`, `tr_solver`, `tr_options`,
-            `max_nfev` and `verbose`.
-        ftol: see `method`.
-        xtol: see `method`.
-        gtol: see `method`.
-        x_scale: see `method`.
+        method: as in scipy.
+        ftol: as in scipy.
+        xtol: as in scipy.
+        gtol: as in scipy.
+        x_scale: as in scipy.
         loss: "linear". Another one is another objective: give it to `minimize`.
-        f_scale: of another loss.
-        diff_step: see `jac`.
-        tr_solver: see `method`.
-        tr_options: see `method`.
-        jac_sparsity: see `jac`.
-        max_nfev: see `method`.
-        verbose: see `method`.
+        f_scale: not used by the linear loss.
+        diff_step: refused, as `jac`.
+        tr_solver: as in scipy.
+        tr_options: as in scipy.
+        jac_sparsity: refused, as `jac`.
+        max_nfev: as in scipy.
+        verbose: as in scipy.
         args: extra arguments of `fun`.
         kwargs: extra keyword arguments of `fun`.
         callback: as in scipy: it is given NumPy vectors, and has no part in the result.
-        on_failure: as for `freevars.torch.argmin`.
+        on_failure: as for `freevars.torch.root`.
         one_sided: as for `freevars.torch.argmin`.
         polish: as for `minimize`.
 
@@ -111,7 +110,7 @@ def least_squares(
         x, `fun` and `cost` at x, and what scipy said (`OptimizeResult`).
 
     Raises:
-        TypeError: `fun` is no PyTorch, a derivative is given, or another loss.
+        TypeError: `fun` is not written in PyTorch, a derivative is given, or another loss.
         freevars.errors.FreevarsError: as for `freevars.torch.argmin`.
         Exception: whatever scipy raises, as it is.
 

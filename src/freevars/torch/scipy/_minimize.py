@@ -118,9 +118,9 @@ def minimize(
             tensors, as `fun` is given.
         args: extra arguments of `fun`.
         method: as in scipy.
-        jac: not needed, and refused; so are `hess` and `hessp`.
-        hess: see `jac`.
-        hessp: see `jac`.
+        jac: refused, because it is not needed: the function has exact derivatives.
+        hess: refused, as `jac`.
+        hessp: refused, as `jac`.
         bounds: scipy's `Bounds` or a sequence of pairs (min, max), over the numbers of x0 in order;
             or a pair (lower, upper), each like x0, a number or None.
         constraints: as in scipy: dicts, `NonlinearConstraint`, `LinearConstraint`, or a sequence of
@@ -129,18 +129,18 @@ def minimize(
         callback: as in scipy: it is given NumPy vectors, and has no part in the result.
         options: as in scipy. Its defaults of tolerance will do: see `polish`.
         on_failure: what happens where a derivative cannot be trusted, as for
-            `freevars.torch.argmin`.
+            `freevars.torch.root`.
         one_sided: as for `freevars.torch.argmin`.
         polish: adds a Newton step to the result of scipy, of the Karush-Kuhn-Tucker system where
             there are constraints, unless a second one would be no shorter. False returns it as it
             is; a derivative is then refused where it is too far from the minimum.
 
     Returns:
-        x, `fun` at x, and what scipy said (`OptimizeResult`). That scipy did not succeed is told
-        in `success` alone; a derivative asks whether x is a minimum.
+        x, `fun` at x, and what scipy said (`OptimizeResult`). `success` alone reports
+        that scipy failed; a derivative depends on whether x is a minimum.
 
     Raises:
-        TypeError: `fun` is no PyTorch, or a derivative is given.
+        TypeError: `fun` is not written in PyTorch, or a derivative is given.
         freevars.errors.FreevarsError: as for `freevars.torch.argmin`.
         Exception: whatever scipy raises, as it is.
 

@@ -73,7 +73,7 @@ def root(
     """`scipy.optimize.root` of a function in PyTorch, differentiable by everything it captures.
 
     "hybr" and "lm" are given the exact Jacobian. The other methods take none: they build their own
-    from steps of theirs, and "krylov" from differences, whose step (`jac_options={"rdiff": ...}`)
+    from their own steps, and "krylov" from differences, whose step (`jac_options={"rdiff": ...}`)
     has to be larger than the default in float32.
 
     Args:
@@ -82,18 +82,18 @@ def root(
             tensors, as `fun` is given.
         args: extra arguments of `fun`.
         method: as in scipy.
-        jac: not needed, and refused.
+        jac: refused, because it is not needed: the function has exact derivatives.
         tol: as in scipy.
         callback: as in scipy: it is given NumPy vectors, and has no part in the result.
         options: as in scipy.
-        on_failure: as for `freevars.torch.argmin`.
+        on_failure: as for `freevars.torch.root`.
         polish: as for `minimize`.
 
     Returns:
         x, `fun` at x, and what scipy said (`OptimizeResult`).
 
     Raises:
-        TypeError: `fun` is no PyTorch, or a derivative is given.
+        TypeError: `fun` is not written in PyTorch, or a derivative is given.
         freevars.errors.FreevarsError: as for `freevars.torch.argmin`.
         Exception: whatever scipy raises, as it is.
 

@@ -93,23 +93,23 @@ def root_scalar(
         args: extra arguments of `f`.
         method: as in scipy; None: "brentq" with a bracket, "secant" with `x1`, else "newton".
         bracket: two numbers at which f has different signs.
-        fprime: not needed, and refused; so is `fprime2`.
-        fprime2: see `fprime`.
+        fprime: refused, because it is not needed: the function has exact derivatives.
+        fprime2: refused, as `fprime`.
         x0: a number to start from.
         x1: a second one.
-        xtol: as in scipy; so are `rtol`, `maxiter` and `options`.
-        rtol: see `xtol`.
-        maxiter: see `xtol`.
-        options: see `xtol`.
-        on_failure: as for `freevars.torch.argmin`.
+        xtol: as in scipy.
+        rtol: as in scipy.
+        maxiter: as in scipy.
+        options: as in scipy.
+        on_failure: as for `freevars.torch.root`.
         polish: as for `minimize`.
 
     Returns:
         `root`, and what scipy said (`RootResults`).
 
     Raises:
-        TypeError: `f` is no PyTorch, a derivative is given, or a number is none: many
-            roots at once are `torch.func.vmap` of this.
+        TypeError: `f` is not written in PyTorch, a derivative is given, or x0, x1 or a side of the
+            bracket is not one number: many roots at once are `torch.func.vmap` of this.
         freevars.errors.FreevarsError: as for `freevars.torch.argmin`.
         Exception: whatever scipy raises, as it is.
 
