@@ -31,8 +31,8 @@ def failure(figures: Figures, limits: Limits, context: Context) -> FreevarsError
         return NotASolutionError(
             f"{name}: the solver returned a value that is not finite, or its optimality or the"
             " derivative of that is not finite there. Look at what the solver reports of itself, or"
-            " start it elsewhere; a function without a derivative at x, such as a square root at"
-            " zero, has to be written without it."
+            " start it elsewhere; if the function has no derivative at x, as a square root has none"
+            " at zero, write it in another form."
         )
     if not figures.asymmetry <= limits.asymmetry:
         return SingularError(
