@@ -16,7 +16,7 @@ LIMITS = Limits.of(DOUBLE)
 @pytest.mark.parametrize("eps", [DOUBLE, SINGLE, HALF, 2.0**-7])
 def test_limits_are_ordered_and_grow_with_the_spacing(eps):
     limits, finer = Limits.of(eps), Limits.of(eps / 2)
-    assert eps < limits.certain <= limits.step < 1
+    assert eps < limits.negligible <= limits.certain <= limits.step < 1
     assert all(a >= b for a, b in zip(limits, finer, strict=True))
 
 

@@ -120,7 +120,7 @@ def _not_converged(figures: Figures, limits: Limits, context: Context) -> str:
         f"{name}: the solver did not converge: a Newton step from its result would still move a"
         f" component by {step:.1e}, relative to its size, and the derivative changes by"
         f" {figures.change:.1e} on the way. Up to {limits.change:.1e} is accepted, and a step of"
-        f" {limits.certain:.1e} whatever the derivative does. {advice}"
+        f" {limits.negligible:.1e} whatever the derivative does. {advice}"
     )
 
 

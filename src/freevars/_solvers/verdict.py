@@ -20,13 +20,14 @@ sign of a singular system.)
     u = max(|x|, min(sqrt(eps) r, sqrt(eps) max|x|), 4 eps^(3/4) r)
 
 The step in units of u is the relative error of x. Beside |x| there is a second unit because a
-component may be a difference of others. Below `certain` x is a solution. Up to `step` it is one if
-the derivative is the same along the step. That is asked twice. Of A along s: then the second
-simplified Newton step, A^-1 F(x - s), is much smaller than the first. And of the derivative itself,
-y = -A^-1 dF/dt p, in a few directions p of what it is asked by: with dF/dx and dF/dt at x - s it
-changes by -A^-1 (dF/dx y + dF/dt p), to first order, each component relative to the largest that it
-is in these. For a component may move little where its derivative moves much: of tanh(z),
-1 - tanh(z)^2 where z is large. One that is small in a single direction says nothing.
+component may be a difference of others. Where the step is `negligible`, x is a solution. Up to
+`step` it is one if the derivative is the same along the step: a small step is no reason to believe
+that, for dF/dx and dF/dt may be differences of nearly equal terms. That is asked twice. Of A along
+s: then the second simplified Newton step, A^-1 F(x - s), is much smaller than the first. And of the
+derivative itself, y = -A^-1 dF/dt p, in a few directions p of what it is asked by: with dF/dx and
+dF/dt at x - s it changes by -A^-1 (dF/dx y + dF/dt p), to first order, each component relative to
+the largest that it is in these. For a component may move little where its derivative moves much: of
+tanh(z), 1 - tanh(z)^2 where z is large. One that is small in a single direction says nothing.
 
 Where a component of the solution is zero, all that the solver leaves there is an error, and no unit
 can be read off x. How far the solver came tells what it could see, sqrt(eps) |x - x0|. But it is a
@@ -34,7 +35,8 @@ unit only for what is zero: from x0 = 1 a solver may find x = 1e-9 to a few perc
 wrong by a few percent. So it is asked for, by values of F. F does not see x change by a part of the
 step, and x is what rounding leaves; or x - s is zero as far as F sees, and the second step is much
 smaller than the first: the solver was on its way to zero. Else the unit is u, from wherever the
-solver came. This costs values of F, and is asked for only where the step is not certain.
+solver came. This costs values of F, and is asked for only where the step is not negligible. Where
+the derivative cannot be had at x - s, a step that is not `certain` to be small is refused.
 
 Sources: r is the condition of Skeel 1979, "Scaling for numerical stability in Gaussian
 elimination"; the second step is the natural monotonicity test of Deuflhard 2004, "Newton Methods
@@ -62,7 +64,8 @@ def is_minimum(kind: Kind) -> bool:
 class Limits(NamedTuple):
     """What the figures may be, for an unknown of some precision."""
 
-    certain: float  # a step along which the derivative cannot change much
+    negligible: float  # a step after which nothing is asked
+    certain: float  # the largest one where nothing is known of the derivative on the way
     step: float  # the largest step
     change: float  # of the derivative along the step, relative
     rcond: float  # the least reciprocal condition number
@@ -82,8 +85,10 @@ class Limits(NamedTuple):
         """
         linear = eps if eps_linear is None else eps_linear
         step = max(1e-2, eps**0.25) if tol is None else tol
+        negligible = eps**0.5 if eps < _SINGLE else eps**0.25
         certain = min(eps**0.25, 1e-3) if eps < _SINGLE else eps**0.25
         return Limits(
+            negligible=negligible if tol is None else tol,
             certain=certain if tol is None else tol,
             step=step,
             change=0.02,
@@ -103,7 +108,7 @@ class Figures(NamedTuple):
 
     finite: Any  # bool: x, F there, and A are finite
     step: Any  # the largest component of the Newton step in its unit
-    change: Any  # of the derivative along the step, relative; 0 where the step is certain
+    change: Any  # of the derivative along the step, relative; 0 where the step is negligible
     rcond: Any  # the reciprocal condition number of S
     residual: Any  # |A u - b| / |b| of an iterative solver
     asymmetry: Any  # |u.Av - v.Au| over |u||Av| + |v||Au|, where a solver rests on symmetry
@@ -117,7 +122,7 @@ def accepted(figures: Figures, limits: Limits, *, least_squares: bool = False) -
     solution is not the one that the solver finds.
     """
     good = figures.finite & (figures.step <= limits.step)
-    good &= (figures.step <= limits.certain) | (figures.change <= limits.change)
+    good &= (figures.step <= limits.negligible) | (figures.change <= limits.change)
     if least_squares:
         good &= figures.conserved <= limits.residual
     else:

@@ -861,3 +861,30 @@ def test_what_a_numpy_solver_returns_is_an_array_of_jax():
     x = solver(lambda x: x - 2.0, jnp.ones(3))
     assert isinstance(x, jax.Array)
     np.testing.assert_array_equal(x, 2.0)
+
+
+@pytest.mark.parametrize("n", [1, 600])
+def test_an_equation_that_reads_nothing_of_what_is_differentiated_by(n) -> None:
+    """Of the unknown's leaves one has no direction of its own, and one no entries."""
+
+    def solve(fun, x0):
+        del fun
+        root = jnp.full(n, 2.0) ** 0.5
+        return {"a": root, "b": 3 * root, "c": x0["c"]}
+
+    def fun(x, t):
+        return {"a": x["a"] ** 2 - t, "b": x["b"] - 3 * x["a"], "c": x["c"]}
+
+    x0 = {"a": jnp.ones(n), "b": jnp.ones(n), "c": jnp.zeros((0, 2))}
+    total = lambda t: jnp.sum(fv.root(solve, dense_limit=1)(lambda x: fun(x, t), x0)["b"])
+    for derivative in (jax.grad, jax.jacfwd):
+        np.testing.assert_allclose(derivative(total)(2.0), n * 1.5 / 2**0.5, rtol=1e-5)
+
+
+def test_one_unknown_beside_a_leaf_without_entries() -> None:
+    solver = fv.root(lambda fun, x0: {"a": jnp.sqrt(2.0), "b": x0["b"]})
+    f = lambda t: solver(
+        lambda x: {"a": x["a"] ** 2 - t, "b": x["b"]}, {"a": 1.0, "b": jnp.zeros(0)}
+    )["a"]
+    np.testing.assert_allclose(jax.grad(f)(2.0), 0.5 / 2**0.5, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(jax.vmap(jax.grad(f)))(jnp.full(2, 2.0)), 0.5 / 2**0.5)

@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 
 import freevars.jax as fv
+from freevars._solvers.verdict import Limits
 from freevars.errors import NotASolutionError, SingularError
 
 
@@ -399,3 +400,27 @@ def test_a_component_that_one_direction_hardly_moves_is_no_reason_to_refuse() ->
     right = jax.grad(total(newton))(mixing)
     got = jax.jit(jax.grad(total(lambda fun, x0: nearly)))(mixing)
     np.testing.assert_allclose(got, right, atol=2e-3 * float(jnp.max(jnp.abs(right))))
+
+
+@pytest.mark.parametrize("count", [3, 2000])
+def test_a_function_that_is_not_finite_at_x_is_refused_in_a_batch_of_any_size(count) -> None:
+    """XLA's maximum over the entries of each of many members loses NaN."""
+    a = jnp.linspace(1.0, 2.0, 4)
+    slope = lambda x, x0: jax.grad(lambda t: ROOT(lambda x: jnp.log(x) - t * a, x0, x)[0])(1.0)
+    wrong, x = jnp.full((count, 4), -0.1), jnp.tile(jnp.exp(a), (count, 1))
+    got = jax.jit(jax.vmap(slope))(jnp.stack([wrong, x], 1).reshape(-1, 4)[:count], x)
+    assert np.isnan(got[::2]).all()
+    np.testing.assert_allclose(got[1::2], a[0] * jnp.exp(a[0]))
+
+
+@pytest.mark.parametrize(("dtype", "gap"), [(jnp.float32, 1e-3), (jnp.float64, 1e-5)])
+def test_a_small_step_is_no_reason_to_believe_a_difference(dtype, gap) -> None:
+    """dF/dt = x1 - x0 is a difference of nearly equal numbers; F is straight in x."""
+    fun = lambda x, t: jnp.stack([x[0] - t, x[1] - x[0] * (1 - gap), x[2] - (x[0] - x[1]) * t])
+    x = jnp.stack([1, 1 - gap, gap]).astype(dtype)
+    slope = jax.grad(lambda t, x: ROOT(lambda x: fun(x, t), x, x)[2])
+    np.testing.assert_allclose(slope(dtype(1), x), 2 * gap, rtol=1e-2)
+    moved = x + gap * jnp.array([-1, 1, 0.0], dtype) / 2
+    assert jnp.abs(moved / x - 1).max() < Limits.of(float(jnp.finfo(dtype).eps)).certain
+    with pytest.raises(NotASolutionError):
+        slope(dtype(1), moved)

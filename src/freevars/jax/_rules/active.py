@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from freevars._solvers import kkt
 from freevars._solvers.kkt import Pair
-from freevars.jax._rules.coordinates import Coordinates, probe
+from freevars.jax._rules.coordinates import Coordinates, magnitude, probe
 from freevars.jax._solver.problem import Problem
 
 __all__ = ["Functions", "Scaled", "flat", "pairs", "positive", "rows_of", "size_of"]
@@ -102,7 +102,7 @@ class Scaled(NamedTuple):
             weight = jnp.max(matrix / flat(unit), axis=1, initial=0)
         if "equality" in values:
             m = values["equality"].size
-            violated = jnp.max(jnp.abs(values["equality"]) / variation[:m], initial=0)
+            violated = jnp.max(magnitude(values["equality"] / variation[:m]), initial=0)
             left.append(violated)
         if "inequality" in values:
             start = variation.size - values["inequality"].size
@@ -112,7 +112,7 @@ class Scaled(NamedTuple):
             left.append(jnp.where(inequality.active, jnp.abs(gap), jnp.abs(force)))
         largest = jnp.zeros(())
         for part in left:
-            largest = jnp.maximum(largest, jnp.max(part, initial=0))
+            largest = jnp.maximum(largest, jnp.max(magnitude(part), initial=0))
         return Scaled(
             lower, upper, inequality, (below, above, gap), (pull, force), violated, largest, size
         )

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 
 from freevars._solvers.verdict import Limits
 from freevars.jax import _compat
+from freevars.jax._rules.coordinates import magnitude
 
 __all__ = ["Step", "look"]
 
@@ -82,7 +83,7 @@ def look(
     wide = jax.tree.map(lambda n, d: jnp.maximum(n, (limits.column * d).astype(n.dtype)), near, far)
     size = largest(_over(step, near))
     reach = largest(_over(step, wide))
-    needed = (size > limits.certain) & (reach <= limits.step)
+    needed = (size > limits.negligible) & (reach <= limits.step)
     # Members of a batch that do not need it take no step: F may not be defined there.
     asked_for = jax.tree.map(lambda s: jnp.where(needed, s, 0), step)
 
@@ -101,7 +102,7 @@ def look(
             )
         else:
             safe = jax.tree.map(lambda s: s + state[2].astype(s.dtype), asked_for)
-        offends = jax.tree.map(lambda s, n: jnp.abs(s) > limits.certain * n, safe, near)
+        offends = jax.tree.map(lambda s, n: jnp.abs(s) > limits.negligible * n, safe, near)
 
         def part(s: Any, v: Any, off: Any) -> Any:
             short = jnp.where(v == 0, jnp.abs(s), jnp.minimum(jnp.abs(s), jnp.abs(v)))
@@ -151,7 +152,7 @@ def look(
             changes = jnp.maximum(changes, largest(_over(moved, unit)))
         return _like(needed & False, needed), _like(found, size), _like(changes, size)
 
-    if not limits.certain < limits.step:  # `tol`: whatever the derivative does
+    if not limits.negligible < limits.step:  # `tol`: whatever the derivative does
         return size, jnp.zeros_like(size)
     # A loop of no or one turn, not a `cond`: under `vmap` that would compute it for every member.
     begin = (needed, size, jnp.zeros_like(size))
@@ -174,7 +175,7 @@ def _changes(
         y = jax.tree.map(jnp.negative, one(here))
         here = jax.tree.map(jnp.add, apply(y), here)  # the residual of a rough solve
         moved = one(jax.tree.map(jnp.subtract, along(end, y, number), here))
-        return jax.tree.map(jnp.abs, (y, moved))
+        return jax.tree.map(magnitude, (y, moved))
 
     found = jax.lax.map(in_direction, directions)
     return jax.tree.map(lambda each: jnp.max(each, axis=0), found)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from freevars.jax import _compat
 
-__all__ = ["Coordinates", "Space", "probe"]
+__all__ = ["Coordinates", "Space", "magnitude", "probe"]
 
 Tree: TypeAlias = Any  # a pytree of real arrays of one dtype
 
@@ -139,13 +139,13 @@ class Space:
         return jnp.sqrt(self.dot(v, v))
 
     def max(self, v: Tree) -> Any:
-        """The largest absolute value of an entry."""
+        """The largest absolute value of an entry; infinity where one is NaN."""
         leaves = jax.tree.leaves(v)
         axes = self._axes or [frozenset[str]()] * len(leaves)
         found = [
             jax.lax.pmax(largest, tuple(sorted(names))) if names else largest
             for largest, names in zip(
-                [jnp.max(jnp.abs(leaf), initial=0) for leaf in leaves], axes, strict=True
+                [jnp.max(magnitude(leaf), initial=0) for leaf in leaves], axes, strict=True
             )
         ]
         result = found[0]
@@ -166,6 +166,12 @@ class Space:
                 leaf = mean if is_copy is True else jnp.where(is_copy, mean, leaf)  # noqa: PLW2901
             result.append(leaf)
         return tree.unflatten(result)
+
+
+def magnitude(a: Any) -> Any:
+    """|a|, and infinity for NaN, which no maximum over it may lose: on CPUs, XLA's does so where
+    it is of a large batch."""
+    return jnp.where(jnp.isnan(a), jnp.inf, jnp.abs(a))
 
 
 def _devices(names: Any) -> int:

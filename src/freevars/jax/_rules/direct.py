@@ -15,7 +15,7 @@ from freevars._solvers.verdict import Limits
 from freevars.jax._rules import scaled
 from freevars.jax._rules.coordinates import Space
 from freevars.jax._rules.operator import LinearOperator, lineax_module
-from freevars.jax._rules.system import LinearSystem, guarded
+from freevars.jax._rules.system import LinearSystem, guarded, linear_solve
 
 __all__ = ["dense", "division", "factorise_by_lineax", "pseudoinverse", "vectors"]
 
@@ -37,7 +37,7 @@ def division(operator: LinearOperator, space: Space, sizes: Any) -> LinearSystem
             return guarded(space, good, jax.tree.map(jnp.divide, b, constant), b)
 
         constant = jax.lax.stop_gradient(slope)
-        return jax.lax.custom_linear_solve(product, b, quotient, quotient)
+        return linear_solve(product, b, quotient, quotient)
 
     matrix = jax.lax.stop_gradient(operator.ravel(slope))[:, None]
     return LinearSystem(

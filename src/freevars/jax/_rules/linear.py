@@ -33,7 +33,7 @@ from freevars.jax._rules.iterative import (
 )
 from freevars.jax._rules.krylov import choose
 from freevars.jax._rules.operator import LinearOperator, lineax_module
-from freevars.jax._rules.system import LinearSystem, guarded, pass_if
+from freevars.jax._rules.system import LinearSystem, guarded, linear_solve, pass_if
 from freevars.jax._rules.truncated import Truncated
 from freevars.jax._solver.unknown import like
 
@@ -217,14 +217,10 @@ class Method(NamedTuple):
                 return lambda _, b: guarded(space, good, solve(choose(good, b, nothing(b))), b)
 
             # Not told to be symmetric: then what solves the transpose is checked in that.
-            return jax.lax.custom_linear_solve(
-                operator.matvec, b, only_if_good(solve), only_if_good(transposed)
-            )
+            return linear_solve(operator.matvec, b, only_if_good(solve), only_if_good(transposed))
 
         def inverse(b: Tree) -> Tree:
-            return jax.lax.custom_linear_solve(
-                operator.matvec, b, lambda _, b: raw(b), lambda _, b: raw(b)
-            )
+            return linear_solve(operator.matvec, b, lambda _, b: raw(b), lambda _, b: raw(b))
 
         fixed = jax.lax.stop_gradient
         solver = self.linear_solve

@@ -16,7 +16,7 @@ from freevars.jax._rules import krylov, scaled
 from freevars.jax._rules.coordinates import Space
 from freevars.jax._rules.operator import LinearOperator
 
-__all__ = ["LinearSystem", "guarded", "nothing_if", "pass_if", "times", "where"]
+__all__ = ["LinearSystem", "guarded", "linear_solve", "nothing_if", "pass_if", "times", "where"]
 
 Tree: TypeAlias = Any  # a pytree of real arrays of one dtype
 Solve: TypeAlias = Callable[[Tree], Tree]  # b -> x
@@ -42,6 +42,17 @@ class LinearSystem(NamedTuple):
     tried: tuple[Tree, list[Tree], list[Tree]] | None = None
 
 
+def linear_solve(matvec: Solve, b: Tree, solve: Any, transposed: Any) -> Tree:
+    """`jax.lax.custom_linear_solve`; each of its solvers takes the map too.
+
+    JAX transposes it only where all leaves of b depend on what is transposed by. One of an equation
+    that reads nothing of that does not, nor one without entries. Together they do.
+    """
+    if len(jax.tree.leaves(b)) > 1:
+        b = jax.lax.optimization_barrier(b)
+    return jax.lax.custom_linear_solve(matvec, b, solve, transposed)
+
+
 def guarded(space: Space, good: Any, x: Tree, b: Tree) -> Tree:
     """What solves a good system: x; else NaN, but 0 for a b of zeros."""
     if good is True:
@@ -58,7 +69,7 @@ def pass_if(good: Any, space: Space, b: Tree) -> Tree:
     def same(_: Any, b: Tree) -> Tree:
         return guarded(space, good, b, b)
 
-    return jax.lax.custom_linear_solve(lambda v: v, b, same, same)
+    return linear_solve(lambda v: v, b, same, same)
 
 
 def nothing_if(good: Any, space: Space, like: Tree, dots: list[Any]) -> Tree:
