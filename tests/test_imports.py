@@ -31,6 +31,7 @@ STOREYS = {
     ),
     "torch": (
         "_compat",
+        "_modes",
         "_hooks",
         "_selftest",
         "_describe",

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 import freevars.torch as fv
 from freevars.report import CapturedValue, CaptureReport
-from freevars.torch import CaptureError, StructureError, _hooks
+from freevars.torch import CaptureError, StructureError, _modes
 from freevars.torch import _describe as _names
 from tests.torch import other_module
 from tests.torch.convert.test_convert_errors import scripted
@@ -883,7 +883,7 @@ def test_it_leaves_no_mode_and_changes_nothing() -> None:
         torch._C._len_torch_function_stack(),
         torch._C._len_torch_dispatch_stack(),
     ) == depths
-    assert _hooks.active() == []
+    assert _modes.active() == []
     assert torch.is_autocast_cache_enabled() is autocast
     assert all(p.grad is None for p in net.parameters())
     assert all(torch.equal(t, state[name]) for name, t in net.state_dict().items())

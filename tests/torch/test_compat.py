@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from freevars.torch import CaptureError, _compat, _hooks, _selftest, closure_convert
+from freevars.torch import CaptureError, _compat, _hooks, _modes, _selftest, closure_convert
 
 
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a new process, on a release of which nothing is known."""
     _hooks.install_hooks()
-    monkeypatch.setattr(_hooks, "broken", {})
+    monkeypatch.setattr(_modes, "broken", {})
     monkeypatch.setitem(_selftest._state, "checked", False)
 
 
@@ -104,7 +104,7 @@ def test_what_is_broken_is_refused_by_name(
             closure_convert(lambda x: x * w, x)
         return
     converted, hoisted = closure_convert(lambda x: (x * w).sin(), x)  # which does not need it
-    assert list(_hooks.broken) == [point]
+    assert list(_modes.broken) == [point]
     assert torch.equal(converted(x, *hoisted), (x * w).sin())
     with pytest.raises(CaptureError, match=re.escape(message)):
         closure_convert(lambda x: needs(x, w), x)
@@ -129,7 +129,7 @@ def test_the_first_use_may_be_anywhere(unchecked: None) -> None:
         first_use(x)
     with torch.no_grad(), torch.inference_mode():
         first_use(x)
-    assert _hooks.broken == {}
+    assert _modes.broken == {}
 
 
 @pytest.mark.slow
@@ -145,10 +145,10 @@ def test_a_known_release_is_checked_in_passing() -> None:
 
 def test_hooks_do_nothing_without_a_watch() -> None:
     x = torch.ones(2, requires_grad=True)
-    assert _hooks.active() == []
+    assert _modes.active() == []
     out = torch.func.vmap(torch.func.grad(lambda z: z**2))(x)
     assert torch.equal(out, 2 * x)
-    assert _hooks.resolve(x) is x
+    assert _modes.resolve(x) is x
 
 
 def test_hooks_are_installed_once() -> None:

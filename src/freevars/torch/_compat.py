@@ -19,6 +19,7 @@ __all__ = [
     "checkpointing",
     "compiling",
     "eagerly",
+    "function_modes",
     "functorch_active",
     "in_backward",
     "is_custom_function_node",
@@ -61,6 +62,13 @@ CheckpointFunction = _checkpoint.CheckpointFunction
 
 _custom_function_call = torch._functorch.autograd_function.custom_function_call
 _HigherOrder = torch._ops.HigherOrderOperator
+
+
+def function_modes() -> list[Any]:
+    """The function modes that are active on this thread, the innermost first. The stack has no
+    public reader."""
+    n = torch._C._len_torch_function_stack()
+    return [torch._C._get_function_stack_at(i) for i in range(n - 1, -1, -1)]
 
 
 # --- reading a tensor's insides -------------------------------------------------------------------

@@ -33,7 +33,7 @@ from freevars.torch._convert.convert import (
 from freevars.torch._convert.discovery import DiscoveryMode
 from freevars.torch._convert.places import Search
 from freevars.torch._describe import captured_value, line_of_caller, names_of
-from freevars.torch._hooks import resolve
+from freevars.torch._modes import resolve
 
 __all__ = ["report_of_converted", "report_of_function"]
 

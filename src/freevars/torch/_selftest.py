@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from freevars.errors import CaptureError
-from freevars.torch import _compat, _hooks
+from freevars.torch import _compat, _hooks, _modes
 
 __all__ = ["broken", "check_release"]
 
@@ -28,7 +28,7 @@ _VMAP: Any = torch._functorch.vmap  # noqa: SLF001
 _GIVEN = torch.full((2,), 10.0, device="cpu")
 
 
-class _Tens(_hooks.CaptureMode):
+class _Tens(_modes.CaptureMode):
     """Gives tens where `_CAPTURED` is read."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -97,8 +97,8 @@ def _all_called(point: str) -> bool:
 
 def _stack() -> bool:
     found: list[int] = []
-    _replaced(lambda: found.append(len(_hooks.active())))
-    return found == [1] and not _hooks.active()
+    _replaced(lambda: found.append(len(_modes.active())))
+    return found == [1] and not _modes.active()
 
 
 def _storages() -> bool:
@@ -187,11 +187,11 @@ def check_release() -> None:
     if not _state["checked"]:
         with _lock:
             if not _state["checked"]:
-                _hooks.broken |= _try_apart(_ESSENTIAL | _OPTIONAL)
+                _modes.broken |= _try_apart(_ESSENTIAL | _OPTIONAL)
                 _state["checked"] = True
     for point in _ESSENTIAL:
-        if point in _hooks.broken:
-            raise CaptureError(_hooks.broken_message(point))
+        if point in _modes.broken:
+            raise CaptureError(_modes.broken_message(point))
 
 
 def _try_apart(checks: dict[str, Callable[[], bool]]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from freevars.errors import CaptureError
-from freevars.torch import _compat, _hooks
+from freevars.torch import _compat, _modes
 from freevars.torch._describe import Line, describe
 
 __all__ = [
@@ -53,8 +53,8 @@ def check_autograd_graph(
             continue
         seen.add(node)
         following = node.next_functions
-        if "custom Functions" in _hooks.broken and _compat.is_custom_function_node(node):
-            raise CaptureError(_hooks.broken_message("custom Functions"))
+        if "custom Functions" in _modes.broken and _compat.is_custom_function_node(node):
+            raise CaptureError(_modes.broken_message("custom Functions"))
         if following:
             edges += following
         elif hasattr(node, "variable"):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from freevars.torch._compat import parts, unwrap
 from freevars.torch._compat import tangents as tangents_of
-from freevars.torch._hooks import CaptureMode
+from freevars.torch._modes import CaptureMode
 
 __all__ = ["PLAIN", "callables", "given_tensors", "inner", "resumed", "tensors"]
 

@@ -24,7 +24,7 @@ from freevars.torch._convert.draws import Draws, state_of
 from freevars.torch._convert.outputs import outputs_of, refuse_hidden
 from freevars.torch._convert.places import Search
 from freevars.torch._convert.structure import Structure, struct_of
-from freevars.torch._hooks import resolve
+from freevars.torch._modes import resolve
 from freevars.torch._selftest import check_release
 
 __all__ = [

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from freevars._contract import Hoist
 from freevars.errors import CaptureError, StructureError
-from freevars.torch import _compat, _hooks
+from freevars.torch import _compat, _hooks, _modes
 from freevars.torch._compat import pytree
 from freevars.torch._convert import operators
 from freevars.torch._convert.autograd_graph import check_autograd_graph
@@ -38,7 +38,7 @@ from freevars.torch._convert.substitution import (
     SubstitutionMode,
 )
 from freevars.torch._describe import Line, describe, function_name, reachable
-from freevars.torch._hooks import resolve
+from freevars.torch._modes import resolve
 
 __all__ = ["Converted", "Rng", "as_leaf"]
 
@@ -293,7 +293,7 @@ class Converted(Generic[P, R]):
             all(value is own for value, own in zip(values, self.hoisted, strict=True))
             and torch.is_grad_enabled()
             and not _compat.transforms_active()
-            and not _hooks.active()
+            and not _modes.active()
             and not any(id(x) in self._keys for x in leaves)
             and self._places.unchanged()
         )
@@ -318,7 +318,7 @@ class Converted(Generic[P, R]):
             *table.values(),
         ]
         # Within another converted call, what that gives.
-        known = [resolve(t) for t in read] if _hooks.active() else read
+        known = [resolve(t) for t in read] if _modes.active() else read
         mode = self._mode(table, known)
         replaying = nullcontext() if self.replay is None else self.replay.replayed()
         with self._memory(mode), mode.reraising_refusals(), replaying:

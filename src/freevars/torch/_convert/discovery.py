@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freevars.torch import _compat, _hooks
+from freevars.torch import _compat, _modes
 from freevars.torch._compat import storage_key
 from freevars.torch._convert import contents, operators, refusals
 from freevars.torch._convert.autograd_graph import hidden_path
@@ -24,7 +24,7 @@ from freevars.torch._describe import (
     Reachable,
     caller,
 )
-from freevars.torch._hooks import DispatchMode
+from freevars.torch._modes import DispatchMode
 
 __all__ = ["DiscoveryMode"]
 
@@ -58,7 +58,7 @@ class DiscoveryMode(Provenance):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if _hooks.broken:
+        if _modes.broken:
             self.refuse_broken()
         if self.paused or func in operators.METADATA or func == operators.REQUIRES_GRAD:
             return func(*args, **kwargs)

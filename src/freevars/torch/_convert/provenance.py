@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-from freevars.torch import _compat, _hooks
+from freevars.torch import _compat, _modes
 from freevars.torch._compat import storage_key
 from freevars.torch._convert import contents
 from freevars.torch._convert.places import Search
 from freevars.torch._convert.structure import Structure
 from freevars.torch._describe import Line, ReadSite, describe, line_of_caller
-from freevars.torch._hooks import CaptureMode
+from freevars.torch._modes import CaptureMode
 
 __all__ = ["Hoist", "Provenance"]
 
@@ -128,7 +128,7 @@ class Provenance(CaptureMode):
         """Every plain tensor that reading `t` may read, where converted calls stand below us
         too."""
         found = contents.inner(t)
-        given = _hooks.resolve(t)
+        given = _modes.resolve(t)
         return found if given is t else found + contents.inner(given)
 
     def is_foreign(self, t: Tensor) -> bool:

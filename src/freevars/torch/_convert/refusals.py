@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freevars.torch import _compat, _hooks
+from freevars.torch import _compat, _modes
 from freevars.torch._compat import overloads
 from freevars.torch._describe import caller, describe, function_name, line_of_caller, reachable
-from freevars.torch._hooks import CaptureMode
+from freevars.torch._modes import CaptureMode
 
 __all__ = [
     "backward_message",
@@ -91,11 +91,11 @@ def higher_order_message(func: Any, fun: Any) -> str:
 def operator_body(watch: CaptureMode, func: Any) -> Any:
     """The Python function of a custom operator, or None."""
     point = "custom operators"
-    if point not in _hooks.broken:
+    if point not in _modes.broken:
         return _compat.operator_body(func)
     names = (_compat.schema(overload).name for overload in overloads(func))
     if any(not name.startswith(("aten::", "prims::")) for name in names):
-        watch.refuse(_hooks.broken_message(point))
+        watch.refuse(_modes.broken_message(point))
     return None
 
 

@@ -13,12 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
-from freevars.torch import _compat, _hooks
+from freevars.torch import _compat, _hooks, _modes
 from freevars.torch._compat import CheckpointFunction, storage_key
 from freevars.torch._convert import contents, operators, refusals
 from freevars.torch._convert.autograd_graph import not_hoisted
 from freevars.torch._describe import describe, line_of_caller, reachable
-from freevars.torch._hooks import CaptureMode, DispatchMode
+from freevars.torch._modes import CaptureMode, DispatchMode
 
 __all__ = [
     "AllocationTracker",
@@ -59,14 +59,14 @@ class SubstitutionMode(CaptureMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # The hot path: every line here is paid for at every operation of `fun`.
-        if kwargs or func not in _plain_calls or _hooks.broken:
+        if kwargs or func not in _plain_calls or _modes.broken:
             return self._special(func, args, kwargs or {})
         get = self.table.get
         given = [get(id(a), a) if type(a) in contents.PLAIN else self.replace(a) for a in args]
         return func(*given)
 
     def _special(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if _hooks.broken:
+        if _modes.broken:
             self.refuse_broken()
         kind = _SPECIAL.get(func)
         if kind == "metadata" or self.paused:
@@ -198,7 +198,7 @@ class CarefulSubstitutionMode(SubstitutionMode):
         self.note((*known, *table.values()))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not kwargs and func in _plain_calls and not _hooks.broken:
+        if not kwargs and func in _plain_calls and not _modes.broken:
             get = self.table.get
             given = [get(id(a), a) if type(a) in contents.PLAIN else self.replace(a) for a in args]
             self.check(given)

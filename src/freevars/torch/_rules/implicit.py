@@ -24,7 +24,7 @@ from torch import Tensor
 
 from freevars._sequences import replaced
 from freevars.errors import CaptureError
-from freevars.torch import _compat, _hooks
+from freevars.torch import _compat, _modes
 from freevars.torch._rules.forms import is_smooth
 
 __all__ = ["Solvable", "implicit", "jvp", "pull_back", "vjp"]
@@ -85,7 +85,7 @@ class _Implicit(torch.autograd.Function):
     def forward(condition: Solvable, *values: Tensor) -> tuple[Tensor, ...]:
         # The solver may use autograd as it likes: it sees copies without history.
         plain = tuple(v.detach() for v in values)
-        with _hooks.solver_running(), torch.inference_mode(mode=False), torch.enable_grad():
+        with _modes.solver_running(), torch.inference_mode(mode=False), torch.enable_grad():
             return tuple(t.detach() for t in condition.solve(*plain))
 
     @staticmethod

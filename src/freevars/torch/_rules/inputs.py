@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from freevars._solvers.signature import SolverCall
-from freevars.torch import _compat, _hooks
+from freevars.torch import _compat, _modes
 from freevars.torch._compat import pytree
 from freevars.torch._convert.autograd_graph import leaves_behind
 from freevars.torch._convert.operators import may_carry_derivative
@@ -59,13 +59,13 @@ class Inputs:
         found = [
             (t, name)
             for t, name in reached
-            if id(t) not in known and may_carry_derivative(_hooks.resolve(t))
+            if id(t) not in known and may_carry_derivative(_modes.resolve(t))
         ]
         self._held = [t for t, _ in found]
         where = {id(t): k for k, t in enumerate((*given, *captured), start=1)}
         # What the solver reads itself and `fun` too, with its position among the values.
         self._shared = [(t, where[id(t)]) for t, _ in reached if id(t) in where]
-        held = map(_hooks.resolve, self._held)
+        held = map(_modes.resolve, self._held)
         read = [t for values in hoisted.values() for t in values]
         self.values: tuple[Tensor, ...] = (x0, *given, *read, *held)
         self._ends = (1 + len(given), 1 + len(given) + len(read))
@@ -127,7 +127,7 @@ class Inputs:
         to a transform that does not see it run."""
         pairs = [*zip(self._held, values[self._ends[1] :], strict=True)]
         pairs += [(t, values[k]) for t, k in self._shared]
-        table = {id(t): v for t, v in pairs if _of_a_transform(_hooks.resolve(t))}
+        table = {id(t): v for t, v in pairs if _of_a_transform(_modes.resolve(t))}
         return (
             SubstitutionMode(self._solver, table).reraising_refusals() if table else nullcontext()
         )
@@ -141,7 +141,7 @@ class Inputs:
     def leaves(self) -> list[Tensor]:
         """The tensors whose `.grad` the solver's own backward passes could change."""
         # Within a converted call, also what that gives.
-        found = [*self._reached, *map(_hooks.resolve, self._reached)]
+        found = [*self._reached, *map(_modes.resolve, self._reached)]
         with _compat.unseen():
             plain = [t for t in found if not _compat.is_wrapped(t)]
             leaves = [t for t in plain if t.is_leaf or t.retains_grad]

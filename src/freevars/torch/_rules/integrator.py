@@ -27,7 +27,7 @@ from freevars._solvers.integration import no_derivative
 from freevars._solvers.options import check_options
 from freevars._solvers.signature import SolverCall
 from freevars.errors import StructureError
-from freevars.torch import _compat, _hooks
+from freevars.torch import _compat, _modes
 from freevars.torch._compat import pytree
 from freevars.torch._convert import contents
 from freevars.torch._convert.autograd_graph import leaves_behind
@@ -147,7 +147,7 @@ class _Operate(torch.autograd.Function):
     @staticmethod
     def forward(operation: Operation, reads: _OwnReads, *tensors: Tensor) -> tuple[Tensor, ...]:
         plain = [t.detach() for t in tensors]
-        with _hooks.solver_running(), torch.inference_mode(mode=False), torch.enable_grad():
+        with _modes.solver_running(), torch.inference_mode(mode=False), torch.enable_grad():
             return tuple(t.detach() for t in reads.run(operation, plain))
 
     @staticmethod

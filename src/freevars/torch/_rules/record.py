@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from freevars._solvers.signature import SolverCall
-from freevars.torch import _compat, _hooks
+from freevars.torch import _compat, _modes
 from freevars.torch._convert.convert import Converted
 from freevars.torch._rules.condition import Condition, Solution
 from freevars.torch._rules.implicit import pull_back
@@ -41,7 +41,7 @@ def solve_and_attach(
     `given` are the functions of the problem as they were before conversion."""
     plain = tuple(v.detach() for v in values)
     with (
-        _hooks.solver_running(),
+        _modes.solver_running(),
         torch.inference_mode(mode=False),
         torch.enable_grad(),
         problem.running_as_it_is(call.fun),

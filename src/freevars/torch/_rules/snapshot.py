@@ -15,7 +15,7 @@ from torch import Tensor
 
 from freevars.torch._convert.operators import may_carry_derivative
 from freevars.torch._convert.substitution import SubstitutionMode
-from freevars.torch._hooks import resolve
+from freevars.torch._modes import resolve
 
 __all__ = ["constants_as_they_are"]
 

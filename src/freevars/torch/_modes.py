@@ -1,0 +1,160 @@
+"""The function mode that watches a run of `fun`, and which of them watch now.
+
+What no function mode sees, the hooks tell it (`_hooks.py`). Not here: what a mode does with what it
+sees (`discovery.py`, `substitution.py`).
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from freevars.errors import CaptureError
+from freevars.torch._compat import checkpointing, compiling, function_modes, transform_level
+
+__all__ = [
+    "CaptureMode",
+    "DispatchMode",
+    "active",
+    "broken",
+    "broken_message",
+    "resolve",
+    "solver_running",
+]
+
+# What a release of PyTorch has broken, and how it shows; filled by the self-test.
+broken: dict[str, str] = {}
+
+
+def broken_message(point: str) -> str:
+    """For whoever needs `point`."""
+    return (
+        f"expected a release of PyTorch in which freevars can see {point}, got "
+        f"{torch.__version__}: {broken[point]}. Install a supported release (docs/pytorch.md "
+        f"lists them), or leave {point} out of the function."
+    )
+
+
+# Without a hook, that something is used still shows, if later or less well.
+_USED: dict[str, Callable[["CaptureMode"], bool]] = {
+    "transforms of torch.func": lambda mode: transform_level() > mode.level,
+    "checkpointing": lambda mode: checkpointing(),  # noqa: ARG005 (one signature)
+    "compiled functions": lambda mode: compiling(),  # noqa: ARG005
+}
+
+
+class CaptureMode(TorchFunctionMode):
+    """A function mode that the hooks of this file talk to."""
+
+    refused: CaptureError | None = None
+    paused: int = 0  # how many functions run now that are PyTorch's own business
+    level: int = 0  # open transforms of torch.func when it was made
+    solvers: int = 0  # how many solvers of a rule run now: theirs may call `.backward()`
+
+    def refuse_broken(self) -> None:
+        """Refuses what `fun` uses and a broken hook does not see."""
+        for point, used in _USED.items():
+            if point in broken and used(self):
+                self.refuse(broken_message(point))
+
+    def refuse(self, message: str) -> NoReturn:
+        """Raises `CaptureError`, and remembers it: Python's operators turn a `TypeError` into
+        'unsupported operand', and `fun` may catch it."""
+        self.refused = CaptureError(message)
+        raise self.refused
+
+    @contextmanager
+    def reraising_refusals(self) -> Iterator[None]:
+        """Watches; what was refused inside is raised as itself."""
+        try:
+            with self:
+                yield
+        except Exception:
+            if self.refused is not None:
+                raise self.refused from None
+            raise
+        if self.refused is not None:
+            raise self.refused
+
+    def replace(self, value: Any) -> Any:
+        """What `fun` shall get where it reads `value` (any nest of containers)."""
+        raise NotImplementedError
+
+    def is_foreign(self, t: Tensor) -> bool:
+        """Whether `fun` did not make `t`."""
+        raise NotImplementedError
+
+    def given(self, t: Tensor) -> Tensor:
+        """What stands for `t`; unlike `replace`, asking is no read."""
+        return t
+
+    def note(self, value: Any) -> None:
+        """`value` was made while `fun` ran, on a road that function modes do not see."""
+
+    def custom_function(self, cls: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments for the custom `autograd.Function` `cls`, before its forward runs."""
+        raise NotImplementedError
+
+    def begin(self, args: Sequence[Any]) -> Any:
+        """An operation on `args` starts that function modes do not see; returns a token."""
+
+    def end(self, token: Any) -> None:
+        """That operation is over."""
+
+    def resume(self, fun: Callable[..., Any]) -> Callable[..., Any]:
+        """`fun`, run under this watch whenever it is called, also after the watch was left."""
+
+        @functools.wraps(fun, updated=())
+        def resumed(*args: Any, **kwargs: Any) -> Any:
+            if self in active():
+                return fun(*args, **kwargs)
+            with self:
+                return fun(*args, **kwargs)
+
+        return resumed
+
+
+class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A dispatch mode that does not wrap its handler for the compiler, which would import it: under
+    a watch nothing is compiled."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+def active() -> list[CaptureMode]:
+    """The watches on this thread, the innermost first."""
+    modes = function_modes()
+    return [mode for mode in modes if isinstance(mode, CaptureMode) and not mode.paused]
+
+
+@contextmanager
+def solver_running() -> Iterator[None]:
+    """A solver of a rule runs, on tensors without history: its `.backward()` reaches only its
+    own."""
+    watches = active()
+    for watch in watches:
+        watch.solvers += 1
+    try:
+        yield
+    finally:
+        for watch in watches:
+            watch.solvers -= 1
+
+
+def resolve(t: Tensor) -> Tensor:
+    """What `t` stands for in the converted calls that run on this thread."""
+    for watch in active():
+        t = watch.given(t)
+    return t
