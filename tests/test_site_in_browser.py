@@ -7,6 +7,7 @@ the other in a frame, measures them, and posts what it finds to the server that 
 import functools
 import http.server
 import json
+import re
 import shutil
 import subprocess
 import threading
@@ -30,7 +31,8 @@ pytestmark = [
 ]
 WIDTHS = (1280, 390)
 SCHEMES = ("default", "slate")  # Material's names of light and dark
-SEARCHED = {"conserved": "conserved", "hypergradient": "hypergradient"}
+DASH = "\N{EN DASH}"  # between the name of a parameter and what it is
+SEARCHED = {"conserved": "conserved", "hypergradient": "hypergradient", "leak": "leak"}
 
 HARNESS = """<!DOCTYPE html><title>harness</title><body style="margin:0"><script>
 const PAGES = %s, WIDTHS = %s, SCHEMES = %s, SEARCHED = %s;
@@ -228,6 +230,17 @@ def test_no_page_has(found: list[dict[str, Any]], about: str) -> None:
 
 def test_no_page_scrolls_sideways(found: list[dict[str, Any]]) -> None:
     assert [c for c in complaints(found, "overflow") if not c.endswith((": 0", ": 1"))] == []
+
+
+def test_every_parameter_on_the_reference_pages_has_a_description() -> None:
+    items = [
+        (page.name, item)
+        for page in SITE.glob("reference/*.html")
+        for item in re.findall(r'<li class="doc-section-item.*?</li>', page.read_text(), re.DOTALL)
+    ]
+    assert len(items) > 100
+    described = [(name, re.sub(r"<[^>]+>", "", item).partition(DASH)) for name, item in items]
+    assert [(name, told[0]) for name, told in described if not told[2].strip()] == []
 
 
 def test_search_finds(found: list[dict[str, Any]]) -> None:
