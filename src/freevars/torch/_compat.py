@@ -117,8 +117,10 @@ def is_custom_function_node(node: object) -> bool:
 
 
 def is_reentrant_checkpoint_node(node: Any) -> bool:
-    """Whether `node` is that of a reentrant checkpoint; a custom Function's knows its class."""
-    return is_custom_function_node(node) and node._forward_cls is CheckpointFunction
+    """Whether `node` is that of a reentrant checkpoint. The type of a custom Function's node knows
+    its class; the node itself may name another (`_hooks.py`)."""
+    kind: Any = type(node)
+    return is_custom_function_node(node) and kind._forward_cls is CheckpointFunction
 
 
 def not_inference(t: Tensor) -> Tensor:

@@ -8,6 +8,19 @@ hold no state but which custom Functions run now, so there is nothing to undo wh
 and threads do not see each other. `_selftest.py` tries each of them once, at first use. What a new
 release of PyTorch has broken is refused by name where a function needs it.
 
+A first derivative of a rule needs none of them: it comes from a graph that was recorded. A
+conversion needs them, also that with which a rule finds out what is captured:
+
+- `Function.apply` (torch/autograd/function.py) calls C++ at once. What a custom Function is given,
+  and what its backward reads (`_forward_cls.backward` in `BackwardCFunction.apply`, there too), is
+  replaced here or not at all;
+- `_checkpoint_without_reentrant_generator` (torch/utils/checkpoint.py) runs its function again in
+  the backward pass, when the modes of the forward pass are gone;
+- `_wrap_for_grad`, `_add_batch_dim` and their inverses (torch/_functorch/eager_transforms.py and
+  vmap.py) are functions in C++ that take a captured tensor to another level;
+- `_callback_from_stance` (torch/_dynamo/eval_frame.py) decides whether a function is compiled;
+- the passes of `FSDPParamGroup` (torch/distributed/fsdp/_fully_shard) write to parameters.
+
 Not here: the mode that the wrappers talk to (`_modes.py`).
 """
 

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from freevars.torch import CaptureError, NotASolutionError, argmin, fixed_point, root
+from freevars.torch import (
+    CaptureError,
+    NotASolutionError,
+    argmin,
+    closure_convert,
+    fixed_point,
+    root,
+)
 from tests.torch.explicit import fresh
 
 f = torch.func
@@ -322,6 +329,11 @@ def test_what_was_made_in_inference_mode_may_be_given() -> None:
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_a_reentrant_checkpoint_is_named() -> None:
     scale = fresh(2)
-    x = iterate(lambda z: checkpoint(halves(scale), z, use_reentrant=True), zeros(2))
-    with pytest.raises(CaptureError, match=r"iterate: .* Call checkpoint with use_reentrant=False"):
-        x.sum().backward()
+
+    def layer(x0: Tensor) -> Tensor:
+        return iterate(lambda z: checkpoint(halves(scale), z, use_reentrant=True), x0)
+
+    converted, _ = closure_convert(layer, zeros(2))
+    for x in (layer(zeros(2)), converted(zeros(2), fresh(2))):
+        with pytest.raises(CaptureError, match=r"iterate: .* Call checkpoint with use_reentrant="):
+            x.sum().backward()
