@@ -14,7 +14,7 @@ import numpy as np
 
 from tests.rule_problems import RuleHost
 
-__all__ = ["PROBLEMS", "REFUSED", "Refused", "active_set"]
+__all__ = ["PROBLEMS", "REFUSED", "Refused", "active_set", "beside_bounds"]
 
 
 class Problem(NamedTuple):
@@ -180,7 +180,23 @@ def _on(x: list[float], **constraints: Any) -> Any:
     return solve
 
 
+def beside_bounds(host: RuleHost, t: Any) -> Any:
+    """The sum of x in their units, as an interior-point method leaves it: t. What lies beside a
+    bound of zero has no size of its own, and all have different units."""
+    units = np.array([1e-2, 1.0, 1e2])
+    found = _returning(host, list(units * [0.8, 1e-9, 1e-9]), {})
+    size, goal = host.array(units), host.array([1.0, -1.0, -2.0])
+    x = found(lambda x: host.xp.sum((x / size - t * goal) ** 2), 0 * size, bounds=(0.0, None))
+    return host.xp.sum(x / size)
+
+
 REFUSED = [
+    Refused(
+        "degenerate, from inside",
+        _on([1 - 1e-5, 1.0], bounds=lambda host: (None, host.array([1.0, 3.0]))),
+        "NotASolutionError",
+        r"degenerate: the upper bound of x\[0\] is reached with a multiplier of zero",
+    ),
     Refused(
         "degenerate",
         _on([1.0, 1.0], bounds=lambda host: (None, host.array([1.0, 3.0]))),

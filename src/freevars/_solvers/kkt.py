@@ -21,8 +21,13 @@ its terms. A constraint is active where its pull exceeds its gap. A solver that 
 from the bound, as interior-point methods do, is read rightly as long as it is precise: what it
 leaves is the product of the two.
 
+*Size.* A component that lies on a bound of zero has no size of its own: its value there is an error
+of the solver. It is as large as what changes the equations by their terms: `natural_size`.
+
 *Degenerate.* Where both are zero the minimum has a derivative on each side, and they differ. Both
-count as zero below sqrt(eps), or below ten times what the solver leaves of the other equations.
+count as zero below eps^(2/3), or below ten times what the solver leaves of the other equations; and
+where both are small and neither is much smaller than the other: there an interior-point method
+leaves the root of what it leaves elsewhere.
 
 *Multipliers* are found from x: those that minimise
 
@@ -49,6 +54,7 @@ __all__ = [
     "Found",
     "Pair",
     "explain",
+    "natural_size",
     "on_the_spot",
     "pair",
     "take_constraints",
@@ -61,6 +67,7 @@ CONSTRAINTS = ("bounds", "equality", "inequality")
 # A multiplier below this, relative, is no rounding error.
 WRONG = -1e-2
 
+_SHARE = 0.03  # of the larger of a gap and a pull, above which the smaller is not zero
 _SHOWN = 3  # constraints that an error lists
 
 
@@ -100,22 +107,34 @@ class Pair(NamedTuple):
     """A gap and a pull, which are complementary: arrays of the host."""
 
     active: Any  # bool
-    certain: Any  # the larger of the two: zero where the point is degenerate
+    certain: Any  # the larger of the two: zero where nothing tells which of them is zero
     left: Any  # the absolute value of that which should be zero
 
 
-def pair(xp: Any, gap: Any, pull: Any) -> Pair:
+def pair(xp: Any, gap: Any, pull: Any, eps: float) -> Pair:
     """Which of the two counts."""
     active = gap < pull
+    zero = xp.zeros_like(pull)
+    toward, distance = xp.where(pull > 0, pull, zero), xp.abs(gap)
+    larger, smaller = xp.maximum(distance, toward), xp.minimum(distance, toward)
+    undecided = (smaller > _SHARE * larger) & (larger < eps**0.25)
     return Pair(
         active,
-        xp.maximum(xp.abs(gap), pull),
-        xp.abs(
-            xp.where(
-                active, gap, xp.where(pull > 0, pull, xp.where(gap < 0, gap, xp.zeros_like(pull)))
-            )
-        ),
+        xp.where(undecided, zero, larger),
+        xp.abs(xp.where(active, gap, xp.where(pull > 0, pull, xp.where(gap < 0, gap, zero)))),
     )
+
+
+def natural_size(xp: Any, size: Any, coupling: Any, largest: Any, eps: float) -> Any:
+    """How large components are, also where the bound that they lie on is zero.
+
+    `coupling` is what a change of the component changes of all equations, relative to their terms:
+    a change of 1 / coupling counts. Where it does not count next to the `largest` size either, the
+    equations are linear and do not tell; then the component is as large as it is.
+    """
+    tells = coupling * largest > eps**0.5
+    by_equations = 1 / xp.where(tells, coupling, xp.ones_like(coupling))
+    return xp.where(tells, xp.maximum(size, by_equations), size)
 
 
 def on_the_spot(xp: Any, value: Any, constant: Any, near: Any) -> Any:
@@ -129,7 +148,12 @@ def on_the_spot(xp: Any, value: Any, constant: Any, near: Any) -> Any:
 
 def threshold(xp: Any, left: Any, eps: float) -> Any:
     """Up to which value both sides of a pair count as zero, for what is left of the equations."""
-    return xp.clip(10 * left, eps**0.5, eps**0.25)
+    return xp.clip(10 * left, *_zero(eps))
+
+
+def _zero(eps: float) -> tuple[float, float]:
+    """The least and the largest threshold."""
+    return eps ** (2 / 3), eps**0.25
 
 
 class Found(NamedTuple):
@@ -138,6 +162,7 @@ class Found(NamedTuple):
     names: list[str]  # of each bound and inequality
     gaps: list[float]
     pulls: list[float]
+    certain: list[float]  # as in `Pair`
     violated: float  # the largest equality constraint, relative
     left: float  # of the equations, relative
     dependent: bool  # the gradients of the active constraints are
@@ -163,8 +188,9 @@ def explain(name: str, found: Found, limits: Limits, eps: float) -> FreevarsErro
             " from it. The solver did not converge, or inequality(x) >= 0 is written the other way"
             " round."
         )
-    least = min(max(10 * found.left, eps**0.5), eps**0.25)
-    zero = [n for n, gap, pull in sides if max(abs(gap), pull) <= least]
+    low, high = _zero(eps)
+    least = min(max(10 * found.left, low), high)
+    zero = [n for n, certain in zip(found.names, found.certain, strict=True) if certain <= least]
     if zero:
         return NotASolutionError(
             f"{name}: degenerate: {_listed(zero)} is reached with a multiplier of zero, so the"

@@ -9,7 +9,7 @@ from jax import lax
 
 import freevars.jax as fv
 from freevars.errors import StructureError
-from tests.constrained_problems import PROBLEMS, REFUSED, T, active_set
+from tests.constrained_problems import PROBLEMS, REFUSED, T, active_set, beside_bounds
 from tests.rule_problems import RuleHost
 
 
@@ -72,6 +72,10 @@ def test_in_programs() -> None:
     np.testing.assert_allclose(got, expected, rtol=1e-8, atol=1e-9)
 
 
+def test_a_result_beside_its_bounds_in_any_units() -> None:
+    np.testing.assert_allclose(jax.grad(lambda t: beside_bounds(HOST, t))(T), 1.0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("refused", REFUSED, ids=lambda r: r.name)
 def test_what_is_refused(refused) -> None:
@@ -82,7 +86,7 @@ def test_what_is_refused(refused) -> None:
 
 def test_one_sided() -> None:
     """At the degenerate point, the bound stays active."""
-    assert jax.grad(lambda t: REFUSED[0].solve(HOST, {"one_sided": True}, t))(1.0) == 1.0
+    assert jax.grad(lambda t: REFUSED[1].solve(HOST, {"one_sided": True}, t))(1.0) == 1.0
 
 
 @fv.argmin

@@ -6,7 +6,7 @@ import torch
 
 import freevars.torch as fv
 from freevars.errors import StructureError
-from tests.constrained_problems import PROBLEMS, REFUSED, T, active_set
+from tests.constrained_problems import PROBLEMS, REFUSED, T, active_set, beside_bounds
 from tests.rule_problems import RuleHost
 
 F64 = torch.float64
@@ -63,6 +63,12 @@ def test_equals_the_closed_form(problem, transformation) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-9)
 
 
+def test_a_result_beside_its_bounds_in_any_units() -> None:
+    t = torch.tensor(T, dtype=F64, requires_grad=True)
+    (slope,) = torch.autograd.grad(beside_bounds(HOST, t), t)
+    torch.testing.assert_close(slope, torch.ones((), dtype=F64))
+
+
 def test_a_batch_of_problems() -> None:
     """A box that each problem has for itself, and one equation in each."""
 
@@ -104,7 +110,7 @@ def test_what_is_refused(refused) -> None:
 def test_one_sided() -> None:
     """At the degenerate point, the bound stays active."""
     t = torch.tensor(1.0, dtype=F64, requires_grad=True)
-    x = REFUSED[0].solve(HOST, {"one_sided": True}, t)
+    x = REFUSED[1].solve(HOST, {"one_sided": True}, t)
     assert torch.autograd.grad(x, t)[0] == 1.0
 
 

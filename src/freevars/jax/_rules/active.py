@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from freevars._solvers import kkt
 from freevars._solvers.kkt import Pair
@@ -90,14 +91,17 @@ class Scaled(NamedTuple):
             gradient,
         )
         pull = jax.tree.map(jnp.divide, gradient, unit)
+        eps = float(jnp.finfo(flat(v).dtype).eps)
+        matrix = rows_of(at, v)[0]
+        size = _natural(at, v, multipliers, size, unit, matrix)
         below = jax.tree.map(lambda x, b, d: (x - b) / d, v, at.lower, size)
         above = jax.tree.map(lambda x, b, d: (b - x) / d, v, at.upper, size)
-        lower = jax.tree.map(lambda gap, p: kkt.pair(jnp, gap, p), below, pull)
-        upper = jax.tree.map(lambda gap, p: kkt.pair(jnp, gap, -p), above, pull)
+        lower = jax.tree.map(lambda gap, p: kkt.pair(jnp, gap, p, eps), below, pull)
+        upper = jax.tree.map(lambda gap, p: kkt.pair(jnp, gap, -p, eps), above, pull)
         left = [p.left for p in pairs(lower) + pairs(upper)]
         violated, inequality, gap, force = jnp.zeros(()), None, None, None
         if values:
-            matrix = jnp.abs(rows_of(at, v)[0])
+            matrix = jnp.abs(matrix)
             variation = positive(jnp.sum(matrix * flat(size), axis=1))
             weight = jnp.max(matrix / flat(unit), axis=1, initial=0)
         if "equality" in values:
@@ -108,7 +112,7 @@ class Scaled(NamedTuple):
             start = variation.size - values["inequality"].size
             gap = values["inequality"] / variation[start:]
             force = multipliers["inequality"] * weight[start:]
-            inequality = kkt.pair(jnp, gap, force)
+            inequality = kkt.pair(jnp, gap, force, eps)
             left.append(jnp.where(inequality.active, jnp.abs(gap), jnp.abs(force)))
         largest = jnp.zeros(())
         for part in left:
@@ -128,6 +132,25 @@ class Scaled(NamedTuple):
         if self.inequality is not None:
             least = jnp.minimum(least, jnp.min(self.inequality.certain, initial=jnp.inf))
         return least
+
+
+def _natural(
+    at: Functions, v: Tree, multipliers: dict[str, Any], size: Tree, unit: Tree, matrix: Any
+) -> Tree:
+    """The sizes with those that the equations tell, whose terms are `unit`."""
+    eps = float(jnp.finfo(flat(v).dtype).eps)
+    by_terms = jax.tree.map(jnp.divide, probe(v, 12), unit)
+    coupling = jax.jvp(lambda v: at.gradient(v, multipliers), (v,), (by_terms,))[1]
+    rows = positive(jnp.sum(jnp.abs(matrix) * flat(size), axis=1))
+    by_rows = matrix.T @ (probe(rows, 13) / rows)
+    largest = jnp.max(flat(size), initial=0)
+    parts = jnp.split(by_rows, np.cumsum([leaf.size for leaf in jax.tree.leaves(v)])[:-1])
+    leaves, tree = jax.tree.flatten(size)
+    found = [
+        kkt.natural_size(jnp, d, jnp.abs(c) + jnp.abs(jnp.reshape(r, d.shape)), largest, eps)
+        for d, c, r in zip(leaves, jax.tree.leaves(coupling), parts, strict=True)
+    ]
+    return tree.unflatten(found)
 
 
 def rows_of(at: Functions, v: Tree) -> tuple[Any, dict[str, Any]]:

@@ -183,6 +183,7 @@ def explain(
     names: list[str] = []
     gaps: list[float] = []
     pulls: list[float] = []
+    certain: list[float] = []
     paths = [tree_util.keystr(path) for path, _ in tree_util.tree_leaves_with_path(y["x"])]
     free: list[Any] = []
     for path, low, up, pull, fixed, is_low, is_up in zip(
@@ -193,24 +194,27 @@ def explain(
         strict=True,
     ):
         free.append(np.ravel(~np.asarray(is_low.active | is_up.active | fixed)))
-        for side, gap, sign in (("lower", low, 1), ("upper", up, -1)):
+        for side, gap, sign, pair in (("lower", low, 1, is_low), ("upper", up, -1, is_up)):
             for index in np.argwhere(np.isfinite(gap) & ~np.asarray(fixed)):
                 where = f"[{', '.join(map(str, index))}]" if index.size else ""
                 opposite = (up if sign > 0 else low)[tuple(index)]
                 force = sign * float(pull[tuple(index)])
                 names.append(f"the {side} bound of x{path}{where}")
                 gaps.append(float(gap[tuple(index)]))
+                certain.append(float(pair.certain[tuple(index)]))
                 # What pulls away from one side may lean on the other.
                 pulls.append(max(force, 0.0) if opposite < coordinates.eps**0.25 else force)
     if scaled.inequality is not None:
         for i, (gap, pull) in enumerate(zip(scaled.gaps[2], scaled.pulls[1], strict=True)):
             names.append(f"inequality[{i}]")
             gaps.append(float(gap))
+            certain.append(float(scaled.inequality.certain[i]))
             pulls.append(float(pull))
     found = Found(
         names,
         gaps,
         pulls,
+        certain,
         float(scaled.violated),
         float(scaled.left),
         _dependent(at, v, scaled, np.concatenate(free) if free else np.zeros(0, bool)),

@@ -68,12 +68,20 @@ class Scaled(NamedTuple):
         change = jvp(lambda x: at.gradient(x, multipliers), [x], [along], like=x)
         unit = _positive(change.abs() + plain.abs() + (plain - gradient).abs())
         pull = gradient / unit
+        matrix = rows_of(at, x)
+        coupling = jvp(lambda x: at.gradient(x, multipliers), [x], [torch.cos(k**2) / unit], like=x)
+        variation = _positive((matrix.abs() * size[:, None]).sum(2))
+        i = torch.arange(1, matrix.shape[1] + 1, dtype=x.dtype, device=x.device)
+        by_rows = (matrix * (torch.cos(i**2) / variation)[:, :, None]).sum(1)
+        coupling = coupling.abs() + by_rows.abs()
+        eps = float(torch.finfo(x.dtype).eps)
+        size = kkt.natural_size(torch, size, coupling, size.amax(1, keepdim=True), eps)
         below, above = (x - at.lower) / size, (at.upper - x) / size
-        lower, upper = kkt.pair(torch, below, pull), kkt.pair(torch, above, -pull)
+        lower, upper = kkt.pair(torch, below, pull, eps), kkt.pair(torch, above, -pull, eps)
         left = [lower.left, upper.left]
         nothing = x[:, :0]
         violated, gap, force, inequality = nothing, nothing, nothing, None
-        matrix = rows_of(at, x).abs()
+        matrix = matrix.abs()
         variation = _positive((matrix * size[:, None]).sum(2))
         weight = (matrix / unit[:, None]).amax(2)
         start = 0
@@ -86,7 +94,7 @@ class Scaled(NamedTuple):
                 left.append(violated)
             else:
                 gap, force = value / variation[:, part], multipliers[name] * weight[:, part]
-                inequality = kkt.pair(torch, gap, force)
+                inequality = kkt.pair(torch, gap, force, eps)
                 left.append(torch.where(inequality.active, gap, force).abs())
         return Scaled(
             lower,

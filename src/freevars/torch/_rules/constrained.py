@@ -167,15 +167,17 @@ class ConstrainedProblem(Problem):
         names: list[str] = []
         gaps: list[float] = []
         pulls: list[float] = []
+        certain: list[float] = []
         fixed = functions.fixed[k]
-        for side, gap, other, sign in (
-            ("lower", scaled.gaps[0], scaled.gaps[1], 1),
-            ("upper", scaled.gaps[1], scaled.gaps[0], -1),
+        for side, gap, other, sign, pair in (
+            ("lower", scaled.gaps[0], scaled.gaps[1], 1, scaled.lower),
+            ("upper", scaled.gaps[1], scaled.gaps[0], -1, scaled.upper),
         ):
             for i in (torch.isfinite(gap[k]) & ~fixed).nonzero()[:, 0].tolist():
                 force = sign * float(scaled.pulls[0][k, i])
                 names.append(f"the {side} bound of x[{i}]")
                 gaps.append(float(gap[k, i]))
+                certain.append(float(pair.certain[k, i]))
                 # What pulls away from one side may lean on the other.
                 pulls.append(max(force, 0.0) if float(other[k, i]) < eps**0.25 else force)
         if scaled.inequality is not None:
@@ -183,10 +185,12 @@ class ConstrainedProblem(Problem):
                 names.append(f"inequality[{i}]")
                 gaps.append(float(scaled.gaps[2][k, i]))
                 pulls.append(float(scaled.pulls[1][k, i]))
+                certain.append(float(scaled.inequality.certain[k, i]))
         found = Found(
             names,
             gaps,
             pulls,
+            certain,
             float(scaled.violated[k]),
             float(scaled.left[k]),
             self._is_dependent(functions, x, scaled, k),
