@@ -38,7 +38,8 @@ def failure(figures: Figures, limits: Limits, context: Context) -> FreevarsError
         return SingularError(
             f"{name}: the second derivative of the objective is not symmetric (by"
             f" {figures.asymmetry:.1e}, relative): a custom rule in it is not a gradient. Fix that"
-            " rule, or give a linear_solve that does not rest on symmetry."
+            " rule; or, if the solver stops where that rule's value is zero, state it so: a solver"
+            " under root, for jax.grad of the objective."
         )
     if context.least_squares and not figures.conserved <= limits.residual:
         return SingularError(

@@ -111,7 +111,7 @@ class Figures(NamedTuple):
     change: Any  # of the derivative along the step, relative; 0 where the step is negligible
     rcond: Any  # the reciprocal condition number of S
     residual: Any  # |A u - b| / |b| of an iterative solver
-    asymmetry: Any  # |u.Av - v.Au| over |u||Av| + |v||Au|, where a solver rests on symmetry
+    asymmetry: Any  # of a second derivative: |A - A^T| / 2|A| in units of x, or by two vectors
     conserved: Any  # |A^T p| over |A|^T |p| for a p with A p = 0: 0 for a gauge freedom, up to 1
 
 

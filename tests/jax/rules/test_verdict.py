@@ -424,3 +424,24 @@ def test_a_small_step_is_no_reason_to_believe_a_difference(dtype, gap) -> None:
     assert jnp.abs(moved / x - 1).max() < Limits.of(float(jnp.finfo(dtype).eps)).certain
     with pytest.raises(NotASolutionError):
         slope(dtype(1), moved)
+
+
+@pytest.mark.parametrize("n", [2, 40])
+def test_nan_of_an_eager_backward_pass_raises_as_one_of_a_forward_pass_does(n) -> None:
+    """Of the transpose alone: a forward pass sees nothing of it."""
+    d = jnp.linspace(1.0, 2.0, n)
+
+    def solve(operator, b):
+        # What JAX cannot transpose is called again, for the transpose.
+        x, _ = lax.while_loop(lambda s: s[1] < 1, lambda s: (s[0] / d, s[1] + 1), (b, 0))
+        return x * jnp.nan if operator.transposed else x
+
+    def total(**how):
+        solver = fv.root(lambda fun, x0: 1 / d, linear_solve=solve, **how)
+        return lambda t: jnp.sum(solver(lambda x: d * x - t, jnp.zeros(n)))
+
+    np.testing.assert_allclose(jax.jvp(total(), (1.0,), (1.0,))[1], jnp.sum(1 / d))
+    with pytest.raises(SingularError, match="the derivative is not finite"):
+        jax.grad(total())(1.0)
+    assert np.isnan(jax.jit(jax.grad(total()))(1.0))
+    assert np.isnan(jax.grad(total(on_failure="nan"))(1.0))

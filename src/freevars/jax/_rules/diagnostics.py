@@ -150,6 +150,7 @@ def _written_out(
         by_vector,
         along and by_vectors,
         least_squares=system.least_squares,
+        symmetric=operator.symmetric,
     )
     return figures, operator.unravel(step)
 
@@ -182,7 +183,7 @@ def _applied(
     rows = jax.tree.map(lambda a, b: jnp.maximum(jnp.abs(a), jnp.abs(b)), *images)
     rows = _at_least(rows, limits.rcond * space.max(rows))
     rows = jax.tree.map(lambda leaf: jnp.where(leaf > 0, leaf, 1), rows)
-    if system.rests_on_symmetry:
+    if operator.symmetric:
         figures = figures._replace(asymmetry=_asymmetry(space, probes, images))
     if system.least_squares:
         (step,) = system.apply_inverse([f])
@@ -240,8 +241,9 @@ def _asymmetry(space: Space, probes: list[Tree], images: list[Tree]) -> Any:
     u, w = (_over(p, jnp.maximum(*map(space.max, probes))) for p in probes)
     au, aw = (_over(a, jnp.maximum(*map(space.max, images))) for a in images)
     scale = space.norm(u) * space.norm(aw) + space.norm(w) * space.norm(au)
-    # Of a system that is 0, which is symmetric, the quotient is 0.
-    return divide(jnp.abs(space.dot(u, aw) - space.dot(w, au)), scale)
+    # Both products are of vectors without a pattern: about 1 / sqrt(n) of what they may be. Of a
+    # system that is 0, which is symmetric, the quotient is 0.
+    return divide(jnp.abs(space.dot(u, aw) - space.dot(w, au)), scale) * space.size(u) ** 0.5
 
 
 def _conserved(system: LinearSystem) -> Any:

@@ -223,15 +223,12 @@ class Method(NamedTuple):
             return linear_solve(operator.matvec, b, lambda _, b: raw(b), lambda _, b: raw(b))
 
         fixed = jax.lax.stop_gradient
-        solver = self.linear_solve
-        by_cg = solver is None or (_is_lineax(solver) and isinstance(solver, lineax_module().CG))
         return LinearSystem(
             operator,
             space,
             linear,
             lambda bs: [fixed(inverse(fixed(b))) for b in bs],
             least_squares=self.least_squares,
-            rests_on_symmetry=operator.symmetric and by_cg and not self.least_squares,
         )
 
     # Direct methods.

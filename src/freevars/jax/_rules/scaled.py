@@ -19,6 +19,7 @@ import numpy as np
 from freevars._solvers.verdict import Figures, Limits
 from freevars.jax._rules.closer import Step, look
 from freevars.jax._rules.coordinates import magnitude
+from freevars.jax._rules.krylov import divide
 
 __all__ = ["Scaled", "factorise", "measure", "power_of_two", "wrap"]
 
@@ -133,6 +134,7 @@ def measure(
     along: Callable[[Vector, Vector, Any], Vector] | None,
     *,
     least_squares: bool = False,
+    symmetric: bool = False,
 ) -> tuple[Figures, Vector]:
     """The figures of a system at x, where F is f, and the Newton step; F is `again`, and `along`
     its direction for one of x and one, of a number, of what it is differentiated by."""
@@ -172,7 +174,8 @@ def measure(
         sides = jnp.asarray(_signs(len(f)), f.dtype)
         left = jnp.linalg.norm(system.scaled @ system.solve(sides) - sides) / jnp.linalg.norm(sides)
         left = jnp.where(jnp.isnan(left), jnp.inf, left)
-    return Figures(finite, relative, change, rcond, left, zero, zero), step
+    asymmetry = _asymmetry(system) if symmetric and len(x) > 1 else zero
+    return Figures(finite, relative, change, rcond, left, asymmetry, zero), step
 
 
 def _by_probes(system: Scaled, size: Vector, f: Vector) -> tuple[Vector, Vector, Any, Any]:
@@ -194,6 +197,13 @@ def _by_probes(system: Scaled, size: Vector, f: Vector) -> tuple[Vector, Vector,
     norm = jnp.sqrt(jnp.max(sums[0]) * jnp.max(sums[1]))
     rcond = 1 / (inverse_norm * norm)
     return step, rounding, norm, jnp.where(jnp.isfinite(rcond), rcond, 0)
+
+
+def _asymmetry(system: Scaled) -> Any:
+    """|B - B^T| / 2|B| of B = D A D, up to a factor, with no number above 1 in it."""
+    sizes = [power / jnp.max(power) for power in (system.columns, 1 / system.rows)]
+    matrix = (sizes[0] * sizes[1])[:, None] * system.scaled
+    return divide(jnp.linalg.norm(matrix - matrix.T), 2 * jnp.linalg.norm(matrix))
 
 
 @functools.cache

@@ -341,6 +341,7 @@ class ImplicitSolver(DecoratedSolver[P, R]):
         others = [dot for dot in others if not _compat.is_symbolic_zero(dot)] * self._rule.check
         if moving or others:
             directions = [dots[i] for i in moving]
+            directions = refusal.tell_backwards(self._rule, directions, (x, leaves, x0))
             dx, found = self._rule.compiled_tangent(
                 tree, moving, leaves, x, x0, directions, others, captured
             )

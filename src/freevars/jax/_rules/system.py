@@ -33,7 +33,6 @@ class LinearSystem(NamedTuple):
     apply_inverse: Callable[[list[Tree]], list[Tree]]  # of several b at once, without derivatives
     matrix: Any = None  # Float[n, n] where it is written out, a constant
     least_squares: bool = False  # a solution is the shortest one, and may leave a residual
-    rests_on_symmetry: bool = False  # the method takes the matrix for symmetric
     exact: bool = True  # not a truncated series, whose residual means nothing
     scaled: scaled.Scaled | None = None  # the factors, where it is written out
     # (b, tol) -> x with |A x - b| <= tol |b|, a constant, where it is not written out
