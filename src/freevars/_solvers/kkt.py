@@ -179,6 +179,11 @@ def explain(name: str, found: Found, limits: Limits, eps: float) -> FreevarsErro
             f"{name}: the result violates {_listed(outside)}, relative to the size of x. Let the"
             " solver run longer or to a tighter tolerance."
         )
+    if found.dependent:
+        return SingularError(
+            f"{name}: the gradients of the active constraints are not independent, so that their"
+            " multipliers are not determined. Leave out constraints that follow from the others."
+        )
     near = limits.certain
     wrong = [f"{n} ({p:.1e})" for n, gap, p in sides if abs(gap) <= near and p < WRONG]
     if wrong:
@@ -196,11 +201,6 @@ def explain(name: str, found: Found, limits: Limits, eps: float) -> FreevarsErro
             f"{name}: degenerate: {_listed(zero)} is reached with a multiplier of zero, so the"
             " derivative of the minimum differs on each side of this point. one_sided=True takes"
             " the one that keeps the constraint active."
-        )
-    if found.dependent:
-        return SingularError(
-            f"{name}: the gradients of the active constraints are not independent, so that their"
-            " multipliers are not determined. Leave out constraints that follow from the others."
         )
     return None
 

@@ -5,17 +5,23 @@ Not here: scipy itself, which only `freevars.jax.scipy` and `freevars.torch.scip
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 __all__ = [
     "HESSIAN",
+    "IMPLICIT",
     "JACOBIAN",
     "NO_GRADIENT",
     "ORDERS",
     "PRODUCTS",
     "as_tuple",
+    "check_pair",
+    "check_span",
+    "ivp_options",
     "refuse_derivatives",
     "refuse_loss",
+    "refuse_of_quad",
 ]
 
 # What a method of `minimize` takes beside the value. To any other scipy says that it has no use.
@@ -26,6 +32,11 @@ PRODUCTS = {"newton-cg", "trust-ncg", "trust-krylov"}
 JACOBIAN = {"hybr", "lm"}  # methods of `root` that take one
 
 ORDERS = {"newton": 1, "halley": 2}  # how many derivatives a method of `root_scalar` takes
+
+IMPLICIT = {"Radau", "BDF", "LSODA"}  # methods of `solve_ivp` that take a Jacobian
+_OPTIONS = {"first_step", "max_step", "min_step", "rtol", "atol"}  # of `solve_ivp`
+_TOLERANCES = {"rtol": 1e-6, "atol": 1e-9}  # where none are given
+_SINGLE = {"rtol": 1e-4, "atol": 1e-7}  # in float32
 
 
 def as_tuple(args: Any) -> tuple[Any, ...]:
@@ -61,3 +72,67 @@ def refuse_loss(name: str, loss: Any) -> None:
             " write it out and give it to minimize."
         )
         raise TypeError(message)
+
+
+def refuse_of_quad(**given: Any) -> None:
+    """Refuse arguments of `quad` that have no place.
+
+    Raises:
+        TypeError: one of them is neither None nor zero.
+    """
+    for name, value in given.items():
+        if value is not None and value != 0:
+            advice = (
+                "leave it out" if name == "full_output" else "write the weight into the function"
+            )
+            message = f"quad: {name}= has no place here, got {value!r}: {advice}."
+            raise TypeError(message)
+
+
+def check_pair(name: str, end: str, matrix: Any, vector: Any) -> None:
+    """Refuse a matrix of `linprog` without its vector.
+
+    Raises:
+        TypeError: one of them is None.
+    """
+    if (matrix is None) != (vector is None):
+        message = f"{name}: expected both A_{end} and b_{end}, or neither of them."
+        raise TypeError(message)
+
+
+def ivp_options(
+    t_eval: Any, of_call: dict[str, Any], options: dict[str, Any], *, single: bool, times: str
+) -> dict[str, Any]:
+    """The options that the solver of `solve_ivp` is given; `times` says what t_eval may be.
+
+    Raises:
+        TypeError: one has no place, or `t_eval` is missing.
+    """
+    others = {name: value for name, value in options.items() if name not in _OPTIONS}
+    for name, value in (of_call | others).items():
+        if value is not None and value is not False:
+            message = f"solve_ivp: {name}= has no place here, got {value!r}. Leave it out."
+            raise TypeError(message)
+    if t_eval is None:
+        message = (
+            "solve_ivp: t_eval: expected the times at which y is returned, got None: how many steps"
+            f" the solver takes is not known beforehand. t_eval={times} gives the ends."
+        )
+        raise TypeError(message)
+    given = {name: value for name, value in options.items() if name in _OPTIONS}
+    return (_SINGLE if single else _TOLERANCES) | given
+
+
+def check_span(span: Sequence[float], times: Sequence[float]) -> None:
+    """Refuse times outside of `t_span`.
+
+    Raises:
+        ValueError: some are.
+    """
+    low, high = sorted(span)
+    if times and (min(times) < low or max(times) > high):
+        message = (
+            f"solve_ivp: t_eval: expected times in t_span, from {low} to {high}, got times from"
+            f" {min(times)} to {max(times)}."
+        )
+        raise ValueError(message)

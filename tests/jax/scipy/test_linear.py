@@ -46,6 +46,12 @@ def test_an_edge_of_minima_has_no_derivative() -> None:
         jax.jacobian(edge)(8.0)
 
 
+def test_more_constraints_than_unknowns_meet() -> None:
+    corner = lambda cap: _plan(jnp.array([1.0, 2.0]), jnp.ones(2), 3.0, cap)
+    with pytest.raises(FreevarsError, match=r"linprog: .*gradients.* not independent"):
+        jax.jacobian(corner)(3.0)
+
+
 def test_what_is_infeasible_says_so() -> None:
     result = linprog(GAIN, -jnp.ones((1, 2)), jnp.array([-3.0]), bounds=(0, 1))
     assert not result.success

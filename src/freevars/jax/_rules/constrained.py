@@ -180,6 +180,7 @@ def explain(
     multipliers = {name: y[name] for name in problem.constraints}
     values = at.constraints(v)
     scaled = Scaled.of(at, v, multipliers, at.gradient(v, multipliers), values)
+    limits = limits_of(coordinates, tol)
     names: list[str] = []
     gaps: list[float] = []
     pulls: list[float] = []
@@ -193,7 +194,8 @@ def explain(
         pairs(scaled.upper),
         strict=True,
     ):
-        free.append(np.ravel(~np.asarray(is_low.active | is_up.active | fixed)))
+        holds = (jnp.abs(low) <= limits.certain) | (jnp.abs(up) <= limits.certain)
+        free.append(np.ravel(~np.asarray(holds | fixed)))
         for side, gap, sign, pair in (("lower", low, 1, is_low), ("upper", up, -1, is_up)):
             for index in np.argwhere(np.isfinite(gap) & ~np.asarray(fixed)):
                 where = f"[{', '.join(map(str, index))}]" if index.size else ""
@@ -217,19 +219,20 @@ def explain(
         certain,
         float(scaled.violated),
         float(scaled.left),
-        _dependent(at, v, scaled, np.concatenate(free) if free else np.zeros(0, bool)),
+        _dependent(at, v, scaled, np.concatenate(free), limits.certain),
     )
-    return kkt.explain(name, found, limits_of(coordinates, tol), coordinates.eps)
+    return kkt.explain(name, found, limits, coordinates.eps)
 
 
-def _dependent(at: Functions, v: Tree, scaled: Scaled, free: Any) -> bool:
-    """Whether the gradients of the active constraints are, in the space that the bounds leave."""
+def _dependent(at: Functions, v: Tree, scaled: Scaled, free: Any, near: float) -> bool:
+    """Whether the gradients of the constraints that hold at x are, in the space that bounds leave;
+    those that hold, and not those with a multiplier, which then is not determined."""
     matrix, values = rows_of(at, v)
     if not values:
         return False
     keep = np.ones(matrix.shape[0], bool)
     if scaled.inequality is not None:
-        keep[-scaled.inequality.active.size :] = scaled.inequality.active
+        keep[-scaled.gaps[2].size :] = jnp.abs(scaled.gaps[2]) <= near
     rows = np.asarray(matrix * flat(scaled.size))[keep][:, free]
     largest = np.max(np.abs(rows), axis=1, initial=0, keepdims=True)
     rows = rows / np.where(largest > 0, largest, 1)

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from freevars._solvers.scipy_calls import check_pair
 from freevars._solvers.verdict import OnFailure
 from freevars.jax import _compat
 from freevars.jax._host.on_host import on_host
@@ -104,14 +105,11 @@ def linprog(
     name = "linprog"
     c = jnp.asarray(c, jnp.result_type(float, c))
     functions: dict[str, Any] = {}
-    for kind, ub, A, b in (("inequality", True, A_ub, b_ub), ("equality", False, A_eq, b_eq)):
-        if (A is None) != (b is None):
-            end = "ub" if ub else "eq"
-            message = f"{name}: expected both A_{end} and b_{end}, or neither of them."
-            raise TypeError(message)
+    for kind, end, A, b in (("inequality", "ub", A_ub, b_ub), ("equality", "eq", A_eq, b_eq)):
+        check_pair(name, end, A, b)
         if A is not None:
             matrix, vector = jnp.asarray(A, c.dtype), jnp.asarray(b, c.dtype)
-            sign = -1 if ub else 1
+            sign = -1 if end == "ub" else 1
             functions[kind] = functools.partial(_rows, sign * matrix, sign * vector)
     x0 = jnp.zeros_like(c)
     if bounds is None:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from freevars._solvers.scipy_calls import as_tuple
+from freevars._solvers.scipy_calls import as_tuple, refuse_of_quad
 from freevars.jax._host.on_host import on_host
 from freevars.jax._rules.integrals import integral
 from freevars.jax.scipy._scipy import integrate, tracing
@@ -95,18 +95,7 @@ def quad(
         ['-0.1839', '-0.7358']
     """
     del maxp1, limlst
-    for name, value in (("full_output", full_output), ("weight", weight), ("wvar", wvar)):
-        if value is not None and value != 0:
-            advice = (
-                "write the weight into the function" if name != "full_output" else "leave it out"
-            )
-            message = f"quad: {name}= has no place here, got {value!r}: {advice}."
-            raise TypeError(message)
-    if wopts is not None:
-        message = (
-            f"quad: wopts= has no place here, got {wopts!r}: write the weight into the function."
-        )
-        raise TypeError(message)
+    refuse_of_quad(full_output=full_output, weight=weight, wvar=wvar, wopts=wopts)
 
     def number(t: Any, *args: Any) -> Any:
         value = func(t, *args)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from freevars._solvers.integration import OdeOnFailure, Reverse
-from freevars._solvers.scipy_calls import as_tuple
+from freevars._solvers.scipy_calls import IMPLICIT, as_tuple, check_span, ivp_options
 from freevars.jax import _compat
 from freevars.jax._host.on_host import on_host
 from freevars.jax._rules.integrals import odeint
@@ -20,11 +20,6 @@ from freevars.jax.scipy._result import decode, encode
 from freevars.jax.scipy._scipy import integrate, refuse_derivatives, tracing
 
 __all__ = ["OdeResult", "solve_ivp"]
-
-_IMPLICIT = {"Radau", "BDF", "LSODA"}  # methods that take a Jacobian
-_OPTIONS = {"first_step", "max_step", "min_step", "rtol", "atol"}
-_TOLERANCES = {"rtol": 1e-6, "atol": 1e-9}  # where none are given
-_SINGLE = {"rtol": 1e-4, "atol": 1e-7}  # in float32
 
 
 @dataclass(frozen=True)
@@ -92,7 +87,7 @@ def _run(
     if times.size == 1:
         return np.tile(y0, (ts.size, 1)), _status()
     options = {**options, "atol": _of_size(options["atol"], y0.size)}
-    if str(method) in _IMPLICIT:
+    if str(method) in IMPLICIT:
         options["jac"] = fun.jacobian
     rows = np.full((times.size, y0.size), np.nan)
     try:
@@ -181,29 +176,14 @@ def solve_ivp(
         0.368 -0.736
     """
     refuse_derivatives("solve_ivp", jac=options.pop("jac", None))
-    for name, value in (
-        ("dense_output", dense_output),
-        ("events", events),
-        ("vectorized", vectorized),
-        *((name, value) for name, value in options.items() if name not in _OPTIONS),
-    ):
-        if value is not None and value is not False:
-            message = f"solve_ivp: {name}= has no place here, got {value!r}. Leave it out."
-            raise TypeError(message)
-    if t_eval is None:
-        message = (
-            "solve_ivp: t_eval: expected the times at which y is returned, got None: how many steps"
-            " the solver takes is not known when a program is compiled."
-            " t_eval=jnp.array(t_span) gives the ends."
-        )
-        raise TypeError(message)
+    leaves = jax.tree.leaves(y0)
+    single = all(jnp.finfo(jnp.result_type(float, y)).eps > 1e-9 for y in leaves)  # noqa: PLR2004
+    of_call = {"dense_output": dense_output, "events": events, "vectorized": vectorized}
+    given = ivp_options(t_eval, of_call, options, single=single, times="jnp.array(t_span)")
     times = jnp.asarray(t_eval)
     dtype = jnp.result_type(float, times, *t_span)
     ts = jnp.concatenate([jnp.asarray(t_span[0], dtype)[None], times.astype(dtype)])
     _check_span(t_span, t_eval)
-    leaves = jax.tree.leaves(y0)
-    single = all(jnp.finfo(jnp.result_type(float, y)).eps > 1e-9 for y in leaves)  # noqa: PLR2004
-    given = (_SINGLE if single else _TOLERANCES) | {k: options[k] for k in options}
     with tracing("solve_ivp", fun):
         ys, status = _solver(on_failure, reverse, tol)(
             fun, y0, ts, () if args is None else as_tuple(args), method=method, options=given
@@ -215,10 +195,4 @@ def _check_span(t_span: Any, times: Any) -> None:
     if not any(isinstance(t, _compat.Tracer) for t in (*t_span, times)) and np.size(times):
         # By NumPy: inside `jit` an operation of JAX gives what is not known.
         times = np.asarray(times)
-        low, high = np.sort([float(t) for t in t_span])
-        if np.min(times) < low or np.max(times) > high:
-            message = (
-                f"solve_ivp: t_eval: expected times in t_span, from {low} to {high}, got times from"
-                f" {np.min(times)} to {np.max(times)}."
-            )
-            raise ValueError(message)
+        check_span([float(t) for t in t_span], np.ravel(times).tolist())

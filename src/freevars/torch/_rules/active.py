@@ -175,6 +175,9 @@ def multipliers_at(at: Functions, x: Tensor) -> Multipliers:
         pad = slack.new_zeros(len(x), k, rows.shape[1] - k)
         system = torch.cat([system, torch.cat([pad, torch.diag_embed(slack)], 2)], 1)
         right = torch.cat([right, torch.zeros_like(slack)], 1)
+    finite = torch.isfinite(system).all(2).all(1)[:, None, None]  # else NaN, which is refused
+    system = torch.where(finite, system, 0)
+    right = torch.where(finite[:, 0], right, torch.nan)
     solution = (torch.linalg.pinv(system) @ right[..., None])[..., 0] / rows
     sizes = [value.shape[1] for value in values.values()]
     return dict(zip(values, torch.split(solution, sizes, 1), strict=True))

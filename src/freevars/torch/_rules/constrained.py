@@ -198,13 +198,16 @@ class ConstrainedProblem(Problem):
         return kkt.explain(self.rule.name, found, self._limits(), eps)
 
     def _is_dependent(self, functions: Functions, x: Tensor, scaled: Scaled, k: int) -> bool:
-        """Whether the gradients of the active constraints are, in the space that bounds leave."""
-        free = ~(scaled.lower.active | scaled.upper.active | functions.fixed)[k]
+        """Whether the gradients of the constraints that hold at x are, in the space that bounds
+        leave; those that hold, and not those with a multiplier, which then is not determined."""
+        near = self._limits().certain
+        free = ~((scaled.gaps[0].abs() <= near) | (scaled.gaps[1].abs() <= near))[k]
+        free &= ~functions.fixed[k]
         rows = (rows_of(functions, x) * scaled.size[:, None])[k]
         if scaled.inequality is not None:
-            active = scaled.inequality.active[k]
+            holds = scaled.gaps[2][k].abs() <= near
             keep = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
-            keep[len(rows) - len(active) :] = active
+            keep[len(rows) - len(holds) :] = holds
             rows = rows[keep]
         rows = rows[:, free]
         if not len(rows):

@@ -71,6 +71,7 @@ class Operation(Protocol):
     solver: Any  # the decorated one
     options: Options
     first_option: int  # its position among the tensors
+    aux: Any  # what the solver returned beside the result, after `run`
 
     def run(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """From tensors without history."""
@@ -87,12 +88,24 @@ class Operation(Protocol):
 
 
 def operate(operation: Operation, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """`operation.run(tensors)`, with its derivatives."""
+    """`operation.run(tensors)`, with its derivatives.
+
+    The tensors of `operation.aux` are results too, without derivatives: so they are batched where
+    the result is.
+    """
     reads = _OwnReads(operation.solver.of_a_transform() if _compat.functorch_active() else ())
     out = list(_Operate.apply(operation, reads, *tensors))  # type: ignore[no-untyped-call]
     if reads.found and torch.is_grad_enabled():
         _refuse(operation, describe(reads.found[0], operation.solver.__wrapped__))
-    return out
+    beside = _beside(operation)
+    n = len(out) - len(beside)
+    moved = iter(out[n:])
+    operation.aux = pytree.tree_map_only(Tensor, lambda _: next(moved), operation.aux)
+    return out[:n]
+
+
+def _beside(operation: Operation) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(operation.aux) if isinstance(leaf, Tensor)]
 
 
 class _OwnReads:
@@ -148,18 +161,23 @@ class _Operate(torch.autograd.Function):
     def forward(operation: Operation, reads: _OwnReads, *tensors: Tensor) -> tuple[Tensor, ...]:
         plain = [t.detach() for t in tensors]
         with _modes.solver_running(), torch.inference_mode(mode=False), torch.enable_grad():
-            return tuple(t.detach() for t in reads.run(operation, plain))
+            out = reads.run(operation, plain)
+            return tuple(t.detach() for t in (*out, *_beside(operation)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.operation, _, *tensors = inputs
-        ctx.n = len(tensors)
-        ctx.save_for_backward(*tensors, *output)
+        operation, _, *tensors = inputs
+        ctx.operation = operation
+        ctx.n, ctx.results = len(tensors), len(output) - len(_beside(operation))
+        results, beside = output[: ctx.results], output[ctx.results :]
+        ctx.mark_non_differentiable(*beside)
+        ctx.save_for_backward(*tensors, *results)
         if _compat.transforms_active():
-            ctx.save_for_forward(*tensors, *output)
+            ctx.save_for_forward(*tensors, *results)
 
     @staticmethod
     def backward(ctx: Any, *g: Tensor) -> Any:
+        g = g[: ctx.results]
         if any(map(_compat.is_grads_batch, g)):
             message = (
                 f"{ctx.operation.solver.__name__}: many cotangents at once by"
@@ -173,14 +191,15 @@ class _Operate(torch.autograd.Function):
         return None, None, *ctx.operation.pull(saved[: ctx.n], saved[ctx.n :], g, needed)
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         # As in `implicit`: forward mode is off here, and on again this one's tangents come off.
         primal = _compat.primal_and_tangent
         with _compat.forward_mode(True):
             saved = [primal(t).primal for t in ctx.saved_tensors]
             dots = [None if t is None else primal(t).primal for t in tangents[2:]]
             _refuse_options(ctx.operation, [dot is not None for dot in dots])
-            return tuple(ctx.operation.push(saved[: ctx.n], saved[ctx.n :], dots))
+            pushed = ctx.operation.push(saved[: ctx.n], saved[ctx.n :], dots)
+            return (*pushed, *(None for _ in _beside(ctx.operation)))
 
     @staticmethod
     def vmap(
@@ -193,7 +212,8 @@ class _Operate(torch.autograd.Function):
                 t if d is None else t.select(d, i)
                 for t, d in zip(tensors, in_dims[2:], strict=True)
             )
-            return operate(operation, list(some))
+            out = operate(operation, list(some))
+            return [*out, *_beside(operation)]
 
         every = [member(i) for i in range(info.batch_size)]
         out = tuple(torch.stack(each) for each in zip(*every, strict=True))

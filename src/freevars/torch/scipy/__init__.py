@@ -5,17 +5,26 @@ its functions capture. It is imported by itself, or at the first use of `fv.scip
 freevars needs scipy.
 """
 
+from freevars.torch.scipy._fixed_point import fixed_point
 from freevars.torch.scipy._least_squares import least_squares
+from freevars.torch.scipy._linprog import linprog
 from freevars.torch.scipy._minimize import minimize
-from freevars.torch.scipy._result import OptimizeResult, RootResults
+from freevars.torch.scipy._quad import quad
+from freevars.torch.scipy._result import OdeResult, OptimizeResult, RootResults
 from freevars.torch.scipy._root import root
 from freevars.torch.scipy._root_scalar import root_scalar
+from freevars.torch.scipy._solve_ivp import solve_ivp
 
 __all__ = [
+    "OdeResult",
     "OptimizeResult",
     "RootResults",
+    "fixed_point",
     "least_squares",
+    "linprog",
     "minimize",
+    "quad",
     "root",
     "root_scalar",
+    "solve_ivp",
 ]

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from freevars.torch import _compat
 
-__all__ = ["OptimizeResult", "RootResults", "root_status", "solver_status"]
+__all__ = [
+    "OdeResult",
+    "OptimizeResult",
+    "RootResults",
+    "ode_status",
+    "root_status",
+    "solver_status",
+]
 
 _BYTES = 256  # of a message; what is longer is cut
 _COUNTS = ("nit", "nfev", "njev", "nhev")
@@ -37,6 +44,27 @@ def root_status(result: Any) -> dict[str, Tensor]:
         "iterations": _count(result.iterations),
         "function_calls": _count(result.function_calls),
         "text": _encode(str(result.flag)),
+    }
+
+
+def ode_status(result: Any = None, **said: Any) -> dict[str, Tensor]:
+    """The same for a result of `solve_ivp`, or for what is said in its place."""
+    found: dict[str, Any] = {
+        "success": True,
+        "status": 0,
+        "nfev": 0,
+        "njev": 0,
+        "nlu": 0,
+        "text": "",
+    } | said
+    if result is not None:
+        found = {name: getattr(result, name, 0) for name in found}
+        found["text"] = str(result.message)
+    counts = ("status", "nfev", "njev", "nlu")
+    return {
+        "success": torch.tensor(bool(found["success"])),
+        **{name: torch.tensor(int(found[name]), dtype=torch.int32) for name in counts},
+        "text": _encode(found["text"]),
     }
 
 
@@ -138,5 +166,40 @@ class RootResults(NamedTuple):
 
     @property
     def flag(self) -> Any:
+        """Why the solver stopped: a str, a list of them for a batch; None inside a transform."""
+        return _decode(self.text)
+
+
+class OdeResult(NamedTuple):
+    """What `solve_ivp` returns, with scipy's names.
+
+    Derivatives flow into `y` alone; everything else is what the solver said of its own run.
+
+    Attributes:
+        t: the times, of shape (n_points,).
+        y: the states, a pytree like y0, each tensor with a last axis over the times. NaN from where
+            the solver stopped short.
+        success: bool, whether it reached the last time.
+        status: int32, as in scipy.
+        nfev: int32, evaluations of the function.
+        njev: int32, evaluations of the Jacobian.
+        nlu: int32, factorisations.
+        text: `message` as bytes.
+    """
+
+    t: Any
+    y: Any
+    success: Any
+    status: Any
+    nfev: Any
+    njev: Any
+    nlu: Any
+    text: Any
+
+    def __repr__(self) -> str:
+        return _shown(self, message=self.message)
+
+    @property
+    def message(self) -> Any:
         """Why the solver stopped: a str, a list of them for a batch; None inside a transform."""
         return _decode(self.text)

@@ -15,12 +15,19 @@ from freevars.torch import _compat
 from freevars.torch._compat import pytree
 
 try:
-    from scipy import optimize
+    from scipy import integrate, optimize
 except ImportError as error:  # pragma: no cover (tested in a process of its own)
     message = "freevars.torch.scipy needs scipy: pip install 'freevars[scipy]'"
     raise ImportError(message) from error
 
-__all__ = ["as_start", "not_in_pytorch", "optimize", "refuse_derivatives", "value_in_pytorch"]
+__all__ = [
+    "as_start",
+    "integrate",
+    "not_in_pytorch",
+    "optimize",
+    "refuse_derivatives",
+    "value_in_pytorch",
+]
 
 
 def refuse_derivatives(name: str, **given: Any) -> None:
@@ -55,8 +62,12 @@ def not_in_pytorch(name: str, fun: Any, said: str) -> TypeError:
     )
 
 
-def value_in_pytorch(name: str, fun: Callable[..., Any], x0: Any, args: tuple[Any, ...]) -> Any:
+def value_in_pytorch(
+    name: str, fun: Callable[..., Any], x0: Any, args: tuple[Any, ...], *, by_x: bool = True
+) -> Any:
     """The value of `fun` at x0; says what to do if it leaves PyTorch there.
+
+    With `by_x` it has to depend on x.
 
     Raises:
         TypeError: it was written for numbers, in NumPy say.
@@ -75,7 +86,7 @@ def value_in_pytorch(name: str, fun: Callable[..., Any], x0: Any, args: tuple[An
         if isinstance(leaf, (float, int, np.ndarray, np.generic)):
             raise not_in_pytorch(name, fun, f"which returns {type(leaf).__name__}")
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    known = not _compat.transforms_active()
+    known = by_x and not _compat.transforms_active()
     if known and tensors and not any(tensor.requires_grad for tensor in tensors):
         raise not_in_pytorch(name, fun, "whose value has no derivative by x")
     return value

@@ -1,0 +1,138 @@
+"""`scipy.optimize.linprog`, with derivatives."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from freevars._solvers.scipy_calls import check_pair
+from freevars.torch._rules.constrained import bounds_like
+from freevars.torch._rules.rule import OnFailure
+from freevars.torch._rules.rules import argmin
+from freevars.torch.scipy._constraints import as_sides
+from freevars.torch.scipy._host import HostFunction
+from freevars.torch.scipy._result import OptimizeResult, solver_status
+from freevars.torch.scipy._scipy import optimize
+
+__all__ = ["linprog"]
+
+
+def _run(
+    fun: Any,
+    x0: Any,
+    *,
+    method: Any,
+    options: Any,
+    bounds: Any,
+    equality: Any = None,
+    inequality: Any = None,
+) -> tuple[Any, dict[str, Tensor]]:
+    """Run scipy, with the matrices of the functions, which are linear."""
+    host = HostFunction(fun, x0, equations=False)
+    zero = np.zeros(x0.numel())
+    given: dict[str, Any] = {}
+    if inequality is not None:  # b - A x >= 0
+        rows = HostFunction(inequality, x0, equations=True)
+        given |= {"A_ub": -rows.jacobian(zero), "b_ub": rows(zero)}
+    if equality is not None:  # A x - b = 0
+        rows = HostFunction(equality, x0, equations=True)
+        given |= {"A_eq": rows.jacobian(zero), "b_eq": -rows(zero)}
+    limits = np.stack([host.vector(side) for side in bounds_like(bounds)(x0)], axis=1)
+    result = optimize.linprog(
+        host.grad(zero), **given, bounds=limits, method=method, options=options
+    )
+    x = np.full_like(zero, np.nan) if result.x is None else result.x
+    return host.x(x), solver_status(result)
+
+
+_run.__name__ = _run.__qualname__ = "linprog"  # what errors call it
+
+
+@functools.cache
+def _solver(on_failure: OnFailure, one_sided: bool) -> Any:  # noqa: FBT001
+    return argmin(has_aux=True, on_failure=on_failure, one_sided=one_sided)(_run)
+
+
+def linprog(
+    c: Any,
+    A_ub: Any = None,
+    b_ub: Any = None,
+    A_eq: Any = None,
+    b_eq: Any = None,
+    bounds: Any = (0, None),
+    method: Any = "highs",
+    options: Any = None,
+    *,
+    on_failure: OnFailure = "raise",
+    one_sided: bool = False,
+) -> OptimizeResult:
+    """`scipy.optimize.linprog`, differentiable by the matrices, the vectors and the bounds.
+
+    The minimum of c x with A_ub x <= b_ub, A_eq x = b_eq and bounds. At a vertex x changes with the
+    constraints that meet there, and not with c; where it is not the only minimum, or more
+    constraints meet than x has numbers, there is no derivative, and it is refused.
+
+    Args:
+        c: Float[Tensor, "n"], or what makes such a one: so are the others.
+        A_ub: Float[Tensor, "m n"] or None.
+        b_ub: Float[Tensor, "m"] or None.
+        A_eq: Float[Tensor, "k n"] or None.
+        b_eq: Float[Tensor, "k"] or None.
+        bounds: as in scipy: a pair (min, max) for all, or one for each of x, None for no bound.
+        method: as in scipy.
+        options: as in scipy.
+        on_failure: as for `freevars.torch.argmin`.
+        one_sided: as for `freevars.torch.argmin`.
+
+    Returns:
+        x, `fun` at x, and what scipy said (`OptimizeResult`). x is NaN where scipy found none.
+
+    Raises:
+        TypeError: a matrix is given without its vector.
+        freevars.errors.FreevarsError: as for `freevars.torch.argmin`.
+        Exception: whatever scipy raises, as it is.
+
+    >>> import torch, freevars.torch.scipy
+    >>> def plan(hours):  # the most of 2 x + 3 y
+    ...     limits = {"A_ub": torch.ones(1, 2), "b_ub": hours[None]}
+    ...     gain = torch.tensor([2.0, 3.0])
+    ...     return freevars.torch.scipy.linprog(-gain, **limits, bounds=[(0, None), (0, 3.0)]).x
+    >>> hours = torch.tensor(8.0)
+    >>> print(plan(hours), torch.autograd.functional.jacobian(plan, hours) + 0.0)
+    tensor([5., 3.]) tensor([1., 0.])
+    """
+    c = _real(c)
+    functions: dict[str, Any] = {}
+    for kind, end, A, b in (("inequality", "ub", A_ub, b_ub), ("equality", "eq", A_eq, b_eq)):
+        check_pair("linprog", end, A, b)
+        if A is not None:
+            sign = -1 if end == "ub" else 1
+            rows = (sign * _real(part).to(c) for part in (A, b))
+            functions[kind] = functools.partial(_rows, *rows)
+    x0 = torch.zeros_like(c)
+    if bounds is None:
+        bounds = (0, None)
+    if len(bounds) == 2 and all(_is_number(side) for side in bounds):  # noqa: PLR2004
+        bounds = [tuple(bounds)] * c.numel()
+    sides, _ = as_sides([tuple(pair) for pair in bounds], x0, "linprog")
+    x, status = _solver(on_failure, one_sided)(
+        lambda x: (c * x).sum(), x0, method=method, options=options, bounds=sides, **functions
+    )
+    return OptimizeResult(x, (c * x).sum(), **status)
+
+
+def _real(a: Any) -> Tensor:
+    t = a if isinstance(a, Tensor) else torch.as_tensor(np.array(a))
+    return t if t.is_floating_point() else t.to(torch.get_default_dtype())
+
+
+def _rows(matrix: Tensor, vector: Tensor, x: Tensor) -> Tensor:
+    return matrix @ x - vector
+
+
+def _is_number(side: Any) -> bool:
+    return side is None or np.ndim(side) == 0
