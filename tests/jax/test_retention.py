@@ -188,6 +188,9 @@ def holding(kind, big, held):
     else:
         f = jax.custom_vjp(lambda x: x * 2.0)
         f.defvjp(lambda x: (f(x), None), lambda _, ct: (scaled(ct, big),))
+        if kind == "vjp":
+            f = jax.custom_vjp(lambda x: scaled(x, big))
+            f.defvjp(lambda x: (f(x), None), lambda _, ct: (scaled(ct, big),))
     return f
 
 
@@ -225,7 +228,7 @@ SOLVERS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["jvp", "jvp, the rule alone", "vjp, the rule alone"])
+@pytest.mark.parametrize("kind", ["jvp", "jvp, the rule alone", "vjp", "vjp, the rule alone"])
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_nothing_that_a_rule_holds_outlives_a_call(solver, kind) -> None:
     solve, make = SOLVERS[solver]

@@ -49,10 +49,9 @@ class Closure(Generic[P, R]):
     Attributes:
         values: the captured arrays, in the order in which `fun` first reads them; every array met,
             traced, concrete or NumPy.
-        constants: concrete arrays captured by a function inside `fun` that has a `custom_vjp`,
-            along which there is no derivative, or a rule that cannot be traced alone, as that of a
-            `custom_vmap`. They cannot be replaced, so they are part of the structure and not
-            leaves.
+        constants: concrete arrays captured by a function inside `fun` with a rule that cannot be
+            traced alone, as that of a `custom_vmap`. They cannot be replaced, so they are part of
+            the structure and not leaves.
         captures: a report of what is captured, by name (`freevars.report.CaptureReport`).
         in_struct: the example arguments, a tuple, with a `jax.ShapeDtypeStruct` for each array.
         out_struct: the same for the result.
@@ -61,8 +60,8 @@ class Closure(Generic[P, R]):
         TypeError: `fun` is not callable.
         freevars.errors.StructureError: a call brings another structure, shape, dtype or static leaf
             than the example; the error names the first path that differs.
-        freevars.errors.CaptureError: `fun` captures a mutable reference, or a custom derivative
-            rule inside it that cannot be traced alone captures a traced value.
+        freevars.errors.CaptureError: `fun` captures a mutable reference, or a function inside it
+            that has a `custom_vjp`, or a rule that cannot be traced alone, captures a traced value.
 
     Example:
         >>> import jax, jax.numpy as jnp, freevars.jax as fv

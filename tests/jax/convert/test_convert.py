@@ -631,44 +631,92 @@ def test_an_argument_that_a_rule_holds() -> None:
     np.testing.assert_allclose(f(X), jnp.sin(W), rtol=1e-6)
 
 
-def fixed_by(c):
-    """A function that captures an array, and says nothing of the derivative along it."""
-
-    @jax.custom_vjp
-    def scaled(x):
-        return c * x
-
-    scaled.defvjp(lambda x: (c * x, None), lambda _, ct: (c * ct,))
+def ruled_by(c, body=lambda c, x: c * x**2):
+    """A function that captures an array, and whose rule says nothing of the derivative along it."""
+    scaled = jax.custom_vjp(lambda x: body(c, x))
+    scaled.defvjp(lambda x: (body(c, x), x), lambda x, ct: (2 * c * x * ct,))
     return scaled
 
 
-def test_a_concrete_array_without_a_derivative_is_a_constant() -> None:
-    f = fv.Closure(lambda x: fixed_by(W)(x) * W, X)
-    assert f.values == ()
-    assert f.constants[0] is W
-    np.testing.assert_array_equal(jax.jit(lambda f: f(X))(f), W * X * W)
-    np.testing.assert_array_equal(jax.grad(lambda x: jnp.sum(f(x)))(X), W * W)
-    assert "1 held constant" in repr(f)
+def test_an_array_that_a_custom_vjp_captures_is_a_value() -> None:
+    """Along it the derivative is the body's, to every order, and the rule reads it too."""
+    f = fv.Closure(lambda x: jnp.sum(ruled_by(W)(x) * W), X)
+    explicit = lambda w, x: jnp.sum(w * x**2 * w)
+    assert (len(f.values), f.constants) == (1, ())
+    assert f.values[0] is W
+    v = 2 * W
+    fresh = fv.Closure(lambda x: jnp.sum(ruled_by(v)(x) * v), X)
+    assert jax.tree.structure(f) == jax.tree.structure(fresh)
+    other = jax.tree.map(lambda w: 3 * w, f)
+    by_x, by_w = (lambda f, x: jax.grad(f)(x)), (lambda f, x: jax.grad(lambda f: f(x))(f).values[0])
+    for closure, w in ((f, W), (other, 3 * W)):
+        np.testing.assert_allclose(by_x(closure, X), jax.grad(explicit, 1)(w, X), rtol=1e-6)
+        np.testing.assert_allclose(by_w(closure, X), jax.grad(explicit)(w, X), rtol=1e-6)
+        for first, argnum in ((by_x, 1), (by_w, 0)):
+            squares = lambda f, x, first=first: jnp.sum(first(f, x) ** 2)
+            square = lambda w, x, i=argnum: jnp.sum(jax.grad(explicit, i)(w, x) ** 2)
+            for second, i in ((jax.grad(squares, 1), 1), (jax.grad(squares), 0)):
+                got = second(closure, X)
+                got = got if i else got.values[0]
+                np.testing.assert_allclose(got, jax.grad(square, i)(w, X), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda c, x: jax.lax.while_loop(lambda y: y[0] < 9.0, lambda y: 2 * y, c * x + 1.0),
+        lambda c, x: jax.pure_callback(np.asarray, X, c * x),
+        lambda c, x: _bisect(lambda y: y - c * x),
+    ],
+    ids=["a loop", "a callback", "a bisection"],
+)
+def test_a_body_without_a_derivative_is_refused_when_one_is_asked_for(body) -> None:
+    f = fv.Closure(lambda x: jnp.sum(ruled_by(W, body)(x)), X)
+    np.testing.assert_allclose(jax.grad(f)(X), 2 * W * X)
+    with pytest.raises(CaptureError, match=r"rule covers its arguments.*stop_gradient"):
+        jax.grad(lambda f: f(X))(f)
+    declared = fv.Closure(lambda x: jnp.sum(ruled_by(jax.lax.stop_gradient(W), body)(x)), X)
+    np.testing.assert_array_equal(jax.grad(lambda f: f(X))(declared).values[0], 0 * W)
+    inside = fv.Closure(lambda x: jnp.sum(ruled_by(x, body)(W)), X)
+    with pytest.raises(CaptureError, match="rule covers its arguments"):
+        jax.grad(inside)(X)
+
+
+def _bisect(fun):
+    def half(_, ends):
+        low, high = ends
+        middle = (low + high) / 2
+        return jnp.where(fun(middle) < 0, middle, low), jnp.where(fun(middle) < 0, high, middle)
+
+    return jax.lax.fori_loop(0, 20, half, (jnp.full(3, -9.0), jnp.full(3, 9.0)))[0]
 
 
 def test_programs_that_each_call_one_twice_are_looked_into_once() -> None:
     """Two to the 30 paths, 31 programs: the conversion ends."""
-    fun = jax.jit(lambda x: fixed_by(W)(x))
+    fun = jax.jit(lambda x: ruled_by(W)(x))
     for _ in range(30):
         fun = jax.jit(lambda x, inner=fun: inner(x) + inner(0.5 * x))
     f = fv.Closure(lambda x: fun(x), X)
-    assert f.constants[0] is W
-    assert f.values == ()
+    assert f.values[0] is W
+    assert f.constants == ()
 
 
 def test_a_traced_value_without_a_derivative_is_refused() -> None:
     def outer(w):
-        return fv.Closure(lambda x: fixed_by(w)(x) * w, X)(X).sum()
+        return fv.Closure(lambda x: ruled_by(w)(x) * w, X)(X).sum()
 
     with pytest.raises(CaptureError, match=r"captures the traced value w \(float32\[3\]"):
         jax.grad(outer)(W)
     with pytest.raises(CaptureError, match="Pass the value to the function that has the rule"):
         jax.jit(outer)(W)
+
+
+def test_a_traced_value_that_nobody_can_differentiate_is_a_value() -> None:
+    def outer(n):
+        return fv.Closure(lambda x: ruled_by(n, lambda n, x: n * x**2)(x), X)(X)
+
+    np.testing.assert_allclose(jax.jit(outer)(jnp.int32(3)), 3 * X**2)
+    np.testing.assert_allclose(jax.vmap(outer)(W), W[:, None] * X**2)
 
 
 def test_a_callback_that_holds_an_array() -> None:

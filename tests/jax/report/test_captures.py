@@ -384,14 +384,14 @@ def test_a_traced_value_in_a_rule_is_listed_and_hoisted() -> None:
 
 
 def test_a_constant_that_a_rule_holds_is_listed_as_such() -> None:
-    """Along what a function with a `custom_vjp` captures there is no derivative."""
+    """The rule of a `custom_vmap` stays a function, and reads what it reads."""
     data = jnp.ones(2)
 
-    @jax.custom_vjp
+    @jax.custom_batching.custom_vmap
     def act(x: Any) -> Any:
         return x * data
 
-    act.defvjp(lambda x: (act(x), None), lambda _, ct: (ct * data,))
+    act.def_vmap(lambda size, is_batched, x: (x * data, is_batched[0]))
     closure = fv.Closure(lambda x: act(x) * GLOBAL, jnp.ones(2))
     assert closure.constants == (data,) or closure.constants[0] is data
     found = by_name(closure.captures)

@@ -29,7 +29,7 @@ from freevars.jax._convert.rule_call import with_rules
 from freevars.jax._convert.static import Static, tree_key
 from freevars.jax._describe.describe import describe_capture
 from freevars.jax._describe.reads import captured_by_rules
-from freevars.jax._describe.tracers import identity
+from freevars.jax._describe.tracers import can_flow, identity
 from freevars.jax._selftest import check_release
 
 __all__ = ["Conversion", "convert", "name_of", "share", "trace"]
@@ -50,7 +50,7 @@ class Traced(NamedTuple):
     values: list[Any]
     inputs: ArgSpec
     outputs: ArgSpec
-    kept: list[Any]  # what a custom rule that stays a function is known to capture
+    kept: list[Any]  # what cannot be replaced (`_keep_what_rules_hold`)
     keys: dict[int, Hashable]  # of what JAX keeps of its own rules
 
 
@@ -74,8 +74,12 @@ def trace(fun: Callable[..., Any], example_args: Sequence[Any]) -> Traced:
     outputs = ArgSpec(result[0], tuple(closed.out_avals), _statics(result[1]))
     lifted = lambda_lift(closed)
     jaxpr, values = _in_order_of_use(lifted.jaxpr, lifted.values, len(arrays))
-    captured = captured_by_rules(jaxpr, len(values)) if lifted.captures else set()
-    kept = [values[i] for i in sorted(captured)]
+    captured = captured_by_rules(jaxpr, len(values)) if lifted.captures else {}
+    kept = [
+        values[i]
+        for i, stays in sorted(captured.items())
+        if stays or (isinstance(values[i], _compat.Tracer) and can_flow(values[i], hoisted=False))
+    ]
     return Traced(jaxpr, values, inputs, outputs, kept, lifted.keys)
 
 
@@ -164,9 +168,10 @@ def _keep_what_rules_hold(
     """Split the captured values into those that can be replaced and those that cannot.
 
     A custom rule that stays a function reads its own captured values when JAX runs it. Were one
-    replaced in the body and not in the rule, a derivative would be wrong without a word. And the
-    rule of a `custom_vjp` says nothing of what its function captures. So a concrete array that is
-    captured there stays what it is, and a traced one is refused.
+    replaced in the body and not in the rule, a derivative would be wrong without a word. So a
+    concrete array that is captured there stays what it is, and a traced one is refused. So is a
+    traced one that the function of a `custom_vjp` captures and that may be differentiated: whoever
+    wrote the rule said that the derivative is not that of the body, and did not say what it is.
     """
     jaxpr, values, kept = traced.jaxpr, traced.values, traced.kept
     lost = [x for x in values if isinstance(x, _compat.Tracer) and not _compat.is_open(x)]

@@ -156,8 +156,8 @@ def closure_convert(
         ValueError: `hoist` is none of these policies.
         freevars.errors.StructureError: a call brings another structure, shape, dtype, static leaf
             or number of values than the example; the error names the first path that differs.
-        freevars.errors.CaptureError: `fun` captures a mutable reference, or a custom derivative
-            rule inside it that cannot be traced alone captures a traced value.
+        freevars.errors.CaptureError: `fun` captures a mutable reference, or a function inside it
+            that has a `custom_vjp`, or a rule that cannot be traced alone, captures a traced value.
 
     Example:
         >>> import jax, jax.numpy as jnp, freevars.jax as fv

@@ -1,14 +1,13 @@
 """Run traced rules: make a function of JAX's, with a custom rule, of each equation that has one.
 
 The rule covers the arguments. What the body and the rule capture are operands as well, so that
-other values can stand for them. Along these the derivative of a function with a `custom_jvp` is
-that of its body, as JAX takes it of any function without a rule: with c captured,
+other values can stand for them. Along these the derivative is that of the body, as JAX takes it of
+any function without a rule: with c captured,
 
     d f(x; c) = rule(x; c) dx + df/dc dc.
 
-A second derivative differentiates both terms, and the rule's program reads c there too. Along what
-a function with a `custom_vjp` captures there is none, as in JAX itself. Not here: how a rule
-becomes a program (`traced_rules`).
+A second derivative differentiates both terms, and the rule's program reads c there too. Not here:
+the derivative of the body (`rule_captures`), and how a rule becomes a program (`traced_rules`).
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ from freevars._sequences import replaced
 from freevars.errors import CaptureError
 from freevars.jax import _compat
 from freevars.jax._compat import Eqn
-from freevars.jax._convert.arguments import describe
 from freevars.jax._convert.rule import TOWER, Rule, rule_p
+from freevars.jax._convert.rule_captures import along_captures, reached, total, with_captures
 
 __all__ = ["with_rules"]
 
@@ -91,13 +90,7 @@ def _function(rule: Rule, body: Any, captured: int) -> Callable[..., Any]:
     by_rule = _with_vjp(call, rule, captured, held)
     if not any(_compat.is_smooth(v.aval) for v in opened.invars[:captured]):
         return by_rule
-    fixed = _no_derivative(rule.name)
-
-    @jax.jit  # type: ignore[untyped-decorator]
-    def with_captures(*operands: Any) -> list[Any]:
-        return by_rule(*map(fixed, operands[:captured]), *operands[captured:])
-
-    return with_captures
+    return with_captures(by_rule, call, rule, captured)
 
 
 def _without_rule(call: Callable[..., Any], name: str) -> Any:
@@ -115,29 +108,6 @@ def _without_rule(call: Callable[..., Any], name: str) -> Any:
         raise CaptureError(message)
 
     return function
-
-
-def _no_derivative(name: str) -> Callable[[Any], Any]:
-    """The identity, for what a function with a `custom_vjp` captures: its rule says nothing of the
-    derivative along that, and JAX refuses it as well."""
-
-    @jax.custom_jvp  # type: ignore[untyped-decorator]
-    def captured(x: Any) -> Any:
-        return x
-
-    @partial(captured.defjvp, symbolic_zeros=True)
-    def _(primals: Any, tangents: Any) -> Any:
-        (x,), (dot,) = primals, tangents
-        if _compat.is_symbolic_zero(dot):
-            return x, dot
-        message = (
-            f"{name}: its custom_vjp rule covers its arguments, and the value of type"
-            f" {describe(jax.typeof(x))} that it captures is differentiated. Pass the value to it"
-            " as an argument, with a rule for that."
-        )
-        raise CaptureError(message)
-
-    return captured
 
 
 def _program(rule: Rule, which: int) -> Callable[[Sequence[Any], Sequence[Any]], list[Any]]:
@@ -162,7 +132,7 @@ def _with_jvp(call: Callable[..., Any], rule: Rule, captured: int, held: int) ->
         found = []
         if not all(map(_compat.is_symbolic_zero, tangents[held:])):
             found.append(push(primals[captured:held], primals[held:], tangents[held:]))
-        by_captures = _along_captures(call, captured, primals, tangents)
+        by_captures = along_captures(call, captured, primals, tangents)
         if by_captures is not None:
             found.append(by_captures)
         if not found:
@@ -170,15 +140,11 @@ def _with_jvp(call: Callable[..., Any], rule: Rule, captured: int, held: int) ->
         results = found[0][0]
         terms = zip(*[dots for _, dots in found], strict=True)
         return results, [
-            _total(result, [dot for dot in dots if smooth and dot is not None])
+            total(result, [dot for dot in dots if smooth and dot is not None])
             for result, smooth, dots in zip(results, rule.smooth_out, terms, strict=True)
         ]
 
     return function
-
-
-def _total(result: Any, dots: list[Any]) -> Any:
-    return sum(dots[1:], start=dots[0]) if dots else SymbolicZero.from_primal_value(result)
 
 
 def _pushforward(rule: Rule) -> Callable[..., tuple[list[Any], list[Any]]]:
@@ -205,21 +171,12 @@ def _pushforward(rule: Rule) -> Callable[..., tuple[list[Any], list[Any]]]:
         )
         program, places = rule.programs[0]
         before = len(places) + len(args)
-        reached = _reached(getattr(program, "jaxpr", program), [before + i for i in moving])
-        waiting = iter(zip(along[count:], reached[count:], strict=True))
+        depends = reached(getattr(program, "jaxpr", program), [before + i for i in moving])
+        waiting = iter(zip(along[count:], depends[count:], strict=True))
         pairs = [next(waiting) if m else (None, False) for m in rule.moved]
         return made[:count], [dot if reads else None for dot, reads in pairs]
 
     return push
-
-
-def _reached(jaxpr: Any, places: Sequence[int]) -> list[bool]:
-    """Which outputs of an open program may depend on some of its inputs."""
-    moving = {jaxpr.invars[i] for i in places}
-    for eqn in jaxpr.eqns:
-        if any(type(v) is not _compat.Literal and v in moving for v in eqn.invars):
-            moving.update(eqn.outvars)
-    return [type(v) is not _compat.Literal and v in moving for v in jaxpr.outvars]
 
 
 def _refuse(rule: Rule) -> Callable[..., Any]:
@@ -254,23 +211,6 @@ def _with_vjp(call: Callable[..., Any], rule: Rule, captured: int, held: int) ->
 
     function.defvjp(fwd, bwd)
     return function
-
-
-def _along_captures(
-    call: Callable[..., Any], captured: int, primals: Sequence[Any], tangents: Sequence[Any]
-) -> Any:
-    """The results of the body and their tangents along what it captures; None where none moves."""
-    moving = [i for i in range(captured) if not _compat.is_symbolic_zero(tangents[i])]
-    if not moving:
-        return None
-
-    def body(*moved: Any) -> Any:
-        whole = list(primals)
-        for i, value in zip(moving, moved, strict=True):
-            whole[i] = value
-        return call(*whole)
-
-    return jax.jvp(body, [primals[i] for i in moving], [tangents[i] for i in moving])
 
 
 def _dense(x: Any) -> Any:

@@ -29,28 +29,32 @@ def first_read(jaxpr: Any, position: int) -> str:
     return f" (first read at {sites[0]}{f': {sites[0].text!r}' if sites[0].text else ''})"
 
 
-def captured_by_rules(jaxpr: Any, count: int) -> set[int]:
-    """Which of the first inputs of an open program the body of a function with a custom rule
-    captures, where the rule stays a function of JAX's."""
-    known: dict[int, set[int]] = {}  # by program: each is looked into once
+def captured_by_rules(jaxpr: Any, count: int) -> dict[int, bool]:
+    """Which of the first inputs of an open program the body of a function captures whose rule says
+    nothing of the derivative along them; for each, whether that rule stays a function."""
+    known: dict[int, dict[int, bool]] = {}  # by program: each is looked into once
 
-    def of(jaxpr: Any) -> set[int]:
+    def of(jaxpr: Any) -> dict[int, bool]:
         if id(jaxpr) in known:
             return known[id(jaxpr)]
         place = {v: i for i, v in enumerate(jaxpr.invars)}
-        found: set[int] = set()
+        found: dict[int, bool] = {}
         for eqn in jaxpr.eqns:
             if not eqn.params:
                 continue
-            captured: set[int | None] = set(range(_compat.captured_by_rule(eqn)))
+            stays = "captured" not in eqn.params  # it was not traced
+            captured = [(i, stays) for i in range(_compat.captured_by_rule(eqn))]
             for program, positions in _nested(eqn):
-                captured.update([positions[i] for i in of(program)])
-            atoms = [eqn.invars[i] for i in captured if i is not None]
-            found.update([place[v] for v in atoms if type(v) is _compat.Var and v in place])
+                inside = [(positions[i], stays) for i, stays in of(program).items()]
+                captured += [(i, stays) for i, stays in inside if i is not None]
+            for i, stays in captured:
+                v = eqn.invars[i]
+                if type(v) is _compat.Var and v in place:
+                    found[place[v]] = found.get(place[v], False) or stays
         known[id(jaxpr)] = found
         return found
 
-    return {i for i in of(jaxpr) if i < count}
+    return {i: stays for i, stays in of(jaxpr).items() if i < count}
 
 
 def _walk(jaxpr: Any, readers: dict[Any, list[Reads]], caller: Any = None) -> None:
