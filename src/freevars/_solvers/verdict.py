@@ -35,7 +35,15 @@ unit only for what is zero: from x0 = 1 a solver may find x = 1e-9 to a few perc
 wrong by a few percent. So it is asked for, by values of F. F does not see x change by a part of the
 step, and x is what rounding leaves; or x - s is zero as far as F sees, and the second step is much
 smaller than the first: the solver was on its way to zero. Else the unit is u, from wherever the
-solver came. This costs values of F, and is asked for only where the step is not negligible. Where
+solver came.
+
+F may be computed in fewer digits than its dtype has: on a GPU, products of float32 matrices are
+by default in TF32. How few is measured: along half of s, A^-1 (F(x) - F(x - s/2)) differs from s/2
+by e r, where e is a relative error in the terms of F. If s is no longer than 4 e r, no solver comes
+nearer, and the step counts by min(r, max|x|). What e explains of a change of the derivative is not
+counted as one.
+
+This costs values of F, and is asked for only where the step is not negligible. Where
 the derivative cannot be had at x - s, a step that is not `certain` to be small is refused.
 
 Sources: r is the condition of Skeel 1979, "Scaling for numerical stability in Gaussian

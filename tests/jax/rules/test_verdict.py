@@ -445,3 +445,46 @@ def test_nan_of_an_eager_backward_pass_raises_as_one_of_a_forward_pass_does(n) -
         jax.grad(total())(1.0)
     assert np.isnan(jax.jit(jax.grad(total()))(1.0))
     assert np.isnan(jax.grad(total(on_failure="nan"))(1.0))
+
+
+@jax.custom_jvp
+def coarse(a, b):
+    """A product in the digits of TF32, as a GPU computes it in float32 by default."""
+    few = lambda a: lax.reduce_precision(a, exponent_bits=8, mantissa_bits=10)
+    return few(a) @ few(b)
+
+
+@coarse.defjvp
+def _(primals, tangents):
+    (a, b), (da, db) = primals, tangents
+    return coarse(a, b), coarse(da, b) + coarse(a, db)
+
+
+@pytest.mark.parametrize(
+    "shape", [(20,), pytest.param((40, 16), marks=pytest.mark.slow)], ids=["dense", "matrix-free"]
+)
+def test_what_coarse_arithmetic_leaves_is_accepted(shape):
+    """And what a solver left beyond that is not."""
+    rng = np.random.default_rng(0)
+    weights = rng.standard_normal((shape[-1], shape[-1]))
+    weights = jnp.asarray(weights * 0.9 / np.linalg.norm(weights, 2), jnp.float32)
+    inputs = jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    zero = jnp.zeros_like(inputs)
+
+    def iterate(fun, z):
+        return lax.fori_loop(0, 100, lambda _, z: fun(z), z)
+
+    def loss(solver, product):
+        def of(weights):
+            z = solver(lambda z: jnp.tanh(product(z, weights) + inputs), zero)
+            return jnp.sum(z**3)
+
+        return of
+
+    right = jax.jacfwd(loss(iterate, jnp.matmul))(weights)
+    got = jax.grad(loss(fv.fixed_point(iterate), coarse))(weights)
+    assert jnp.linalg.norm(got - right) < 2e-3 * jnp.linalg.norm(right)
+
+    off = fv.fixed_point(lambda fun, z: iterate(fun, z) * 1.05)
+    with pytest.raises(NotASolutionError, match="did not converge"):
+        jax.grad(loss(off, coarse))(weights)
