@@ -682,6 +682,30 @@ def test_a_body_without_a_derivative_is_refused_when_one_is_asked_for(body) -> N
         jax.grad(inside)(X)
 
 
+def test_what_the_body_of_a_custom_jvp_only_compares_is_refused() -> None:
+    """A traced value, too: by the argument there is a rule, by the value there is none."""
+
+    def root_of(c):
+        solve = jax.custom_jvp(lambda x: _bisect(lambda y: y**3 - c * x))
+        solve.defjvp(lambda p, t: ((y := solve(*p)), c * t[0] / (3 * y**2)))
+        return lambda x: jnp.sum(solve(x))
+
+    f = fv.Closure(root_of(W), X)
+    np.testing.assert_allclose(jax.grad(f)(X), W / (3 * jnp.cbrt(W * X) ** 2), rtol=1e-3)
+    for lost in (
+        lambda: jax.grad(lambda f: f(X))(f),
+        lambda: jax.grad(lambda w: fv.Closure(root_of(w), X)(X))(W),
+        lambda: jax.jvp(lambda w: fv.Closure(root_of(w), X)(X), (W,), (W,)),
+    ):
+        with pytest.raises(CaptureError, match=r"custom_jvp rule covers its arguments.*compared"):
+            lost()
+
+
+def test_a_constant_declared_in_the_body_is_one() -> None:
+    f = fv.Closure(lambda x: jnp.sum(ruled_by(W, lambda c, x: jax.lax.stop_gradient(c) * x)(x)), X)
+    np.testing.assert_array_equal(jax.grad(lambda f: f(X))(f).values[0], 0 * W)
+
+
 def _bisect(fun):
     def half(_, ends):
         low, high = ends

@@ -132,7 +132,7 @@ def _with_jvp(call: Callable[..., Any], rule: Rule, captured: int, held: int) ->
         found = []
         if not all(map(_compat.is_symbolic_zero, tangents[held:])):
             found.append(push(primals[captured:held], primals[held:], tangents[held:]))
-        by_captures = along_captures(call, captured, primals, tangents)
+        by_captures = along_captures(call, rule, captured, primals, tangents)
         if by_captures is not None:
             found.append(by_captures)
         if not found:

@@ -1,8 +1,8 @@
 """The derivative along what a function with a custom rule captures: that of its body.
 
-The body of a function with a `custom_jvp` is taken at its word. That of one with a `custom_vjp` is
-often one without a derivative (an open-ended loop, code on the host, a bisection), and a derivative
-that is asked for is refused then. Not here: the rule itself (`rule_call`).
+Such a body is often one without a derivative (an open-ended loop, code on the host, a bisection):
+that is what the rule is for. A derivative that is asked for is refused then. Not here: the rule
+itself (`rule_call`).
 """
 
 from __future__ import annotations
@@ -29,12 +29,17 @@ def total(result: Any, dots: list[Any]) -> Any:
 
 
 def along_captures(
-    call: Callable[..., Any], captured: int, primals: Sequence[Any], tangents: Sequence[Any]
+    call: Callable[..., Any],
+    rule: Rule,
+    captured: int,
+    primals: Sequence[Any],
+    tangents: Sequence[Any],
 ) -> Any:
     """The results of the body and their tangents along what it captures; None where none moves."""
     moving = [i for i in range(captured) if not _compat.is_symbolic_zero(tangents[i])]
     if not moving:
         return None
+    _check_body(call, rule, primals, moving)
 
     def body(*moved: Any) -> Any:
         whole = list(primals)
@@ -57,11 +62,10 @@ def with_captures(by_rule: Any, call: Callable[..., Any], rule: Rule, captured: 
     def _(primals: Any, tangents: Any) -> Any:
         results, dots = list(primals[:count]), tangents[:count]
         operands, moved = primals[count:], tangents[count : count + captured]
-        moving = [i for i, dot in enumerate(moved) if not _compat.is_symbolic_zero(dot)]
-        if not moving:
+        found = along_captures(call, rule, captured, operands, moved)
+        if found is None:
             return results, list(dots)
-        _check_body(call, rule, operands, moving)
-        _, by_captures = along_captures(call, captured, operands, tangents[count:])
+        by_captures = found[1]
         return results, [
             total(y, [by, *([] if _compat.is_symbolic_zero(dot) else [dot])] if smooth else [])
             for y, dot, by, smooth in zip(results, dots, by_captures, rule.smooth_out, strict=True)
@@ -79,7 +83,8 @@ def _check_body(
     call: Callable[..., Any], rule: Rule, primals: Sequence[Any], moving: Sequence[int]
 ) -> None:
     """Raise where the derivative of the body is none: what it captures moves a result only through
-    comparisons and rounding, as in a bisection, or the body has no reverse mode."""
+    comparisons and rounding, as in a bisection, or the body has no reverse mode, where that of the
+    rule is all that the function is known to have."""
     some = [primals[i] for i in moving]
 
     def body(*moved: Any) -> list[Any]:
@@ -91,13 +96,14 @@ def _check_body(
     first = len(opened.invars) - len(some)
     for i, value in enumerate(some):
         zeros = [True] * len(opened.outvars)
-        with _refusing(rule.name):
+        with _refusing(rule):
             jax.eval_shape(partial(_watch, body, some, i, zeros), value)
         for zero, depends in zip(zeros, reached(opened, [first + i]), strict=True):
             if zero and depends:
-                raise _no_derivative(rule.name, "it is only compared or rounded there")
-    with _refusing(rule.name):
-        jax.eval_shape(lambda some: _pull(body, some), some)
+                raise _no_derivative(rule, "it is only compared or rounded there")
+    if rule.kind == "vjp":
+        with _refusing(rule):
+            jax.eval_shape(lambda some: _pull(body, some), some)
 
 
 def _pull(body: Callable[..., Any], some: Sequence[Any]) -> Any:
@@ -123,27 +129,29 @@ def _watch(
 
 
 @contextmanager
-def _refusing(name: str) -> Iterator[None]:
+def _refusing(rule: Rule) -> Iterator[None]:
     """Say whose derivative it is that a body does not have."""
     try:
         yield
     except (NotImplementedError, TypeError, ValueError) as error:
-        raise _no_derivative(name, str(error).partition(". ")[0].rstrip(".")) from error
+        raise _no_derivative(rule, str(error).partition(". ")[0].rstrip(".")) from error
 
 
-def _no_derivative(name: str, why: str) -> CaptureError:
+def _no_derivative(rule: Rule, why: str) -> CaptureError:
     return CaptureError(
-        f"{name}: its custom_vjp rule covers its arguments, and a value that it captures is"
-        f" differentiated, along which its body has no derivative ({why}). Pass the value to it"
-        " as an argument, with a rule for that; or, if it is a constant, capture"
+        f"{rule.name}: its custom_{rule.kind} rule covers its arguments, and a value that it"
+        f" captures is differentiated, along which its body has no derivative ({why}). Pass the"
+        " value to it as an argument, with a rule for that; or, if it is a constant, capture"
         " jax.lax.stop_gradient of it."
     )
 
 
 def reached(jaxpr: Any, places: Sequence[int]) -> list[bool]:
-    """Which outputs of an open program may depend on some of its inputs."""
+    """Which outputs of an open program may depend on some of its inputs, but as constants."""
     moving = {jaxpr.invars[i] for i in places}
     for eqn in jaxpr.eqns:
-        if any(type(v) is not _compat.Literal and v in moving for v in eqn.invars):
+        if eqn.primitive.name != "stop_gradient" and any(
+            type(v) is not _compat.Literal and v in moving for v in eqn.invars
+        ):
             moving.update(eqn.outvars)
     return [type(v) is not _compat.Literal and v in moving for v in jaxpr.outvars]
