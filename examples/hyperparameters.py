@@ -5,8 +5,8 @@
 Two problems are nested. The inner one fits the weights to training data for given regularisers,
 with scipy's L-BFGS-B; the outer one moves the regularisers so that the fitted weights do well on
 validation data. The gradient of the outer problem passes through the inner solver by the implicit
-function theorem: ``fv.on_host`` lets scipy be the solver, and ``fv.argmin`` gives it derivatives by
-whatever the objective captured.
+function theorem: ``fv.scipy.minimize`` is scipy's, with derivatives by whatever the objective
+captured.
 """
 
 import argparse
@@ -16,7 +16,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import scipy.optimize
 from jax import Array
 from matplotlib.figure import Figure
 from sklearn.datasets import load_breast_cancer
@@ -29,17 +28,8 @@ import freevars.jax as fv
 jax.config.update("jax_enable_x64", True)
 
 
-@fv.argmin
-@fv.on_host
-def minimize(objective, x0):
-    """The minimiser of a smooth, strictly convex ``objective``."""
-    return scipy.optimize.minimize(
-        objective.value_and_grad,
-        x0,
-        jac=True,
-        method="L-BFGS-B",
-        options={"gtol": 1e-12, "ftol": 0.0, "maxcor": 30},  # as far as it goes
-    ).x
+METHOD = "L-BFGS-B"
+OPTIONS = {"gtol": 1e-12, "ftol": 0.0, "maxcor": 30}  # as far as it goes
 
 
 def load() -> tuple[tuple[Array, Array], tuple[Array, Array]]:
@@ -80,7 +70,8 @@ def main() -> None:
     def fit(log_reg: Array) -> Array:
         """The weights for these log-regularisers; zeros are scikit-learn's default (C = 1)."""
         ridge = jnp.exp(log_reg) / (2 * n_train)
-        return minimize(lambda w: logistic_loss(w, train) + ridge @ w[:-1] ** 2, start)
+        objective = lambda w: logistic_loss(w, train) + ridge @ w[:-1] ** 2
+        return fv.scipy.minimize(objective, start, method=METHOD, options=OPTIONS).x
 
     def validation_loss(log_reg: Array) -> Array:
         return logistic_loss(fit(log_reg), valid)
