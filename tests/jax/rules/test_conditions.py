@@ -134,7 +134,7 @@ def test_aux_and_complex_residuals() -> None:
         (
             lambda: jax.grad(lambda a: fv.least_squares(lambda f, x0: x0)(lambda x: 3, a))(1.0),
             StructureError,
-            "expected floating or complex residuals",
+            "returns floating or complex residuals",
         ),
     ],
 )

@@ -119,7 +119,7 @@ def look(
         every = jax.tree.map(lambda s: s * _HALF, safe)
         end = jax.tree.map(jnp.subtract, v, safe)
         there = values([end, *(jax.tree.map(jnp.subtract, v, some) for some in (h, every))])
-        first = inverse(jax.tree.map(lambda f, g: jnp.concatenate([g[:1], f - g[1:]]), f, there))
+        first = inverse(jax.tree.map(lambda f, g: jnp.stack([g[0], f - g[1], f - g[2]]), f, there))
         # What relative error in the terms of F explains that it is not straight along the half.
         bent = jax.tree.map(lambda found, h: found[2] - h, first, every)
         error = largest(_over(bent, rounding)) / (_HALF * _BLURRED)

@@ -61,10 +61,11 @@ def fixed_point(
         freevars.errors.FreevarsError: as for `freevars.torch.fixed_point`.
         Exception: whatever scipy raises, as it is, where it does not converge too.
 
-    >>> import torch, freevars.torch.scipy
-    >>> solve = lambda a: freevars.torch.scipy.fixed_point(lambda x: torch.cos(x) * a, 0.5)
-    >>> print(f"{torch.func.grad(solve)(torch.tensor(1.0)):.4f}")  # cos x / (1 + sin x)
-    0.4416
+    Example:
+        >>> import torch, freevars.torch.scipy
+        >>> solve = lambda a: freevars.torch.scipy.fixed_point(lambda x: torch.cos(x) * a, 0.5)
+        >>> print(f"{torch.func.grad(solve)(torch.tensor(1.0)):.4f}")  # cos x / (1 + sin x)
+        0.4416
     """
     x0, args = as_start(x0), as_tuple(args)
     value_in_pytorch("fixed_point", func, x0, args)

@@ -96,14 +96,15 @@ def linprog(
         freevars.errors.FreevarsError: as for `freevars.torch.argmin`.
         Exception: whatever scipy raises, as it is.
 
-    >>> import torch, freevars.torch.scipy
-    >>> def plan(hours):  # the most of 2 x + 3 y
-    ...     limits = {"A_ub": torch.ones(1, 2), "b_ub": hours[None]}
-    ...     gain = torch.tensor([2.0, 3.0])
-    ...     return freevars.torch.scipy.linprog(-gain, **limits, bounds=[(0, None), (0, 3.0)]).x
-    >>> hours = torch.tensor(8.0)
-    >>> print(plan(hours), torch.autograd.functional.jacobian(plan, hours) + 0.0)
-    tensor([5., 3.]) tensor([1., 0.])
+    Example:
+        >>> import torch, freevars.torch.scipy
+        >>> def plan(hours):  # the most of 2 x + 3 y
+        ...     limits = {"A_ub": torch.ones(1, 2), "b_ub": hours[None]}
+        ...     gain = torch.tensor([2.0, 3.0])
+        ...     return freevars.torch.scipy.linprog(-gain, **limits, bounds=[(0, None), (0, 3.0)]).x
+        >>> hours = torch.tensor(8.0)
+        >>> print(plan(hours), torch.autograd.functional.jacobian(plan, hours) + 0.0)
+        tensor([5., 3.]) tensor([1., 0.])
     """
     c = _real(c)
     functions: dict[str, Any] = {}

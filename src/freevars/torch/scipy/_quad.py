@@ -97,13 +97,14 @@ def quad(
     Raises:
         TypeError: `func` is no PyTorch or gives no number, or see above.
 
-    >>> import torch, freevars.torch.scipy
-    >>> def tail(rate, start):
-    ...     density = lambda t: rate * torch.exp(-rate * t)
-    ...     return freevars.torch.scipy.quad(density, start, torch.inf)[0]
-    >>> slopes = torch.func.grad(tail, (0, 1))(torch.tensor(2.0), torch.tensor(0.5))
-    >>> print([f"{s:.4f}" for s in slopes])  # of exp(-rate start)
-    ['-0.1839', '-0.7358']
+    Example:
+        >>> import torch, freevars.torch.scipy
+        >>> def tail(rate, start):
+        ...     density = lambda t: rate * torch.exp(-rate * t)
+        ...     return freevars.torch.scipy.quad(density, start, torch.inf)[0]
+        >>> slopes = torch.func.grad(tail, (0, 1))(torch.tensor(2.0), torch.tensor(0.5))
+        >>> print([f"{s:.4f}" for s in slopes])  # of exp(-rate start)
+        ['-0.1839', '-0.7358']
     """
     del maxp1, limlst
     refuse_of_quad(full_output=full_output, weight=weight, wvar=wvar, wopts=wopts)

@@ -185,6 +185,15 @@ class OdeResult(NamedTuple):
         njev: int32, evaluations of the Jacobian.
         nlu: int32, factorisations.
         text: `message` as bytes.
+
+    Example:
+        >>> import torch, freevars.torch.scipy
+        >>> ts = torch.tensor([0.0, 1.0])
+        >>> decay = lambda t, y: {"a": -y["a"]}
+        >>> start = {"a": torch.tensor(2.0)}
+        >>> result = freevars.torch.scipy.solve_ivp(decay, (0.0, 1.0), start, t_eval=ts)
+        >>> print(tuple(result.y["a"].shape), bool(result.success), f"{result.y['a'][-1]:.3f}")
+        (2,) True 0.736
     """
 
     t: Any

@@ -125,15 +125,16 @@ def solve_ivp(
         ValueError: times of `t_eval` lie outside of `t_span`.
         freevars.errors.FreevarsError: as for `freevars.torch.odeint`.
 
-    >>> import torch, freevars.torch.scipy
-    >>> def end(rate):
-    ...     decay = lambda t, y: -rate * y
-    ...     ts = torch.tensor([1.0, 2.0])
-    ...     result = freevars.torch.scipy.solve_ivp(decay, (0.0, 2.0), torch.ones(1), t_eval=ts)
-    ...     return result.y[0, -1]
-    >>> rate = torch.tensor(0.5)
-    >>> print(f"{end(rate):.3f} {torch.func.grad(end)(rate):.3f}")  # exp(-2 rate), -2 exp(-2 rate)
-    0.368 -0.736
+    Example:
+        >>> import torch, freevars.torch.scipy
+        >>> def end(rate):
+        ...     decay = lambda t, y: -rate * y
+        ...     ts = torch.tensor([1.0, 2.0])
+        ...     result = freevars.torch.scipy.solve_ivp(decay, (0.0, 2.0), torch.ones(1), t_eval=ts)
+        ...     return result.y[0, -1]
+        >>> rate = torch.tensor(0.5)
+        >>> print(f"{end(rate):.3f} {torch.func.grad(end)(rate):.3f}")  # exp(-2 rate), -2 times it
+        0.368 -0.736
     """
     refuse_derivatives("solve_ivp", jac=options.pop("jac", None))
     y0 = as_start(y0)
