@@ -6,6 +6,8 @@ Not here: scipy itself, which only `freevars.jax.scipy` and `freevars.torch.scip
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
+from numbers import Number
 from typing import Any
 
 __all__ = [
@@ -18,7 +20,9 @@ __all__ = [
     "as_tuple",
     "check_pair",
     "check_span",
+    "is_open",
     "ivp_options",
+    "pairs_of",
     "refuse_derivatives",
     "refuse_loss",
     "refuse_of_quad",
@@ -74,6 +78,13 @@ def refuse_loss(name: str, loss: Any) -> None:
         raise TypeError(message)
 
 
+def is_open(bounds: Any) -> bool:
+    """Whether bounds of `least_squares` are scipy's default, which are none."""
+    if not (isinstance(bounds, tuple) and all(isinstance(side, float) for side in bounds)):
+        return False
+    return bounds == (-inf, inf)
+
+
 def refuse_of_quad(**given: Any) -> None:
     """Refuse arguments of `quad` that have no place.
 
@@ -98,6 +109,19 @@ def check_pair(name: str, end: str, matrix: Any, vector: Any) -> None:
     if (matrix is None) != (vector is None):
         message = f"{name}: expected both A_{end} and b_{end}, or neither of them."
         raise TypeError(message)
+
+
+def pairs_of(bounds: Any, n: int) -> list[tuple[Any, Any]]:
+    """A pair (min, max) for each of n unknowns of `linprog`, which takes one pair for all too."""
+    if bounds is None:
+        bounds = (0, None)
+    if len(bounds) == 2 and all(map(_is_number, bounds)):  # noqa: PLR2004
+        return [tuple(bounds)] * n
+    return [tuple(pair) for pair in bounds]
+
+
+def _is_number(side: Any) -> bool:
+    return side is None or isinstance(side, Number) or getattr(side, "ndim", None) == 0
 
 
 def ivp_options(

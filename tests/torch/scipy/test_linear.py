@@ -43,6 +43,15 @@ def test_equations() -> None:
     np.testing.assert_allclose(torch.cat(found), [[1.0, 0.0], [-1.0, 1.0]], atol=1e-12)
 
 
+def test_numbers_in_lists_are_differentiated() -> None:
+    """At (cap - cap / 3, 1)."""
+    solve = lambda cap: linprog([-1, -2], [[1.0, cap / 3]], [cap], bounds=(0, 1)).x
+    cap = torch.tensor(1.2)
+    np.testing.assert_allclose(solve(cap), [0.8, 1.0])
+    for slope in (torch.func.jacrev(solve), torch.func.jacfwd(solve)):
+        np.testing.assert_allclose(slope(cap), [2 / 3, 0.0], atol=1e-12)
+
+
 def test_more_constraints_than_unknowns_meet() -> None:
     corner = lambda cap: _plan(torch.tensor([1.0, 2.0]), torch.ones(2), torch.tensor(3.0), cap)
     with pytest.raises(FreevarsError, match=r"linprog: .*gradients.* not independent"):

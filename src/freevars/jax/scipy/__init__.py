@@ -10,10 +10,10 @@ from freevars.jax.scipy._least_squares import least_squares
 from freevars.jax.scipy._linprog import linprog
 from freevars.jax.scipy._minimize import minimize
 from freevars.jax.scipy._quad import quad
-from freevars.jax.scipy._result import OptimizeResult, RootResults
+from freevars.jax.scipy._result import OdeResult, OptimizeResult, RootResults
 from freevars.jax.scipy._root import root
 from freevars.jax.scipy._root_scalar import root_scalar
-from freevars.jax.scipy._solve_ivp import OdeResult, solve_ivp
+from freevars.jax.scipy._solve_ivp import solve_ivp
 
 __all__ = [
     "OdeResult",

@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from freevars._solvers.scipy_calls import as_tuple, refuse_loss
+from freevars._solvers.scipy_calls import as_tuple, is_open, refuse_loss
+from freevars._solvers.scipy_results import solver_said
 from freevars._solvers.verdict import OnFailure
 from freevars.jax._host.on_host import on_host
 from freevars.jax._rules.rules import least_squares as least_squares_rule
 from freevars.jax.scipy._constraints import as_sides
-from freevars.jax.scipy._result import OptimizeResult, solver_status
+from freevars.jax.scipy._result import OptimizeResult, as_arrays
 from freevars.jax.scipy._scipy import optimize, refuse_derivatives, tracing
 
 __all__ = ["least_squares"]
@@ -32,7 +33,7 @@ def _run(
     """Run scipy on the host."""
     sides = (-np.inf, np.inf) if bounds is None else bounds
     result = optimize.least_squares(fun, x0, jac=fun.jacobian, bounds=sides, args=args, **how)
-    return result.x, solver_status(result)
+    return result.x, as_arrays(solver_said(result))
 
 
 _run.__name__ = "least_squares"  # what errors call it
@@ -43,7 +44,7 @@ def _solver(on_failure: OnFailure, one_sided: bool, polish: bool) -> Any:  # noq
     rule = least_squares_rule(
         has_aux=True, on_failure=on_failure, one_sided=one_sided, polish=polish
     )
-    return rule(on_host(_run, aux=solver_status()))
+    return rule(on_host(_run, aux=as_arrays(solver_said())))
 
 
 def least_squares(
@@ -123,7 +124,7 @@ def least_squares(
     del f_scale
     refuse_derivatives(name, jac=jac, diff_step=diff_step, jac_sparsity=jac_sparsity)
     refuse_loss(name, loss)
-    sides, _ = as_sides(None if _is_open(bounds) else bounds, x0, name, pairs=False)
+    sides, _ = as_sides(None if is_open(bounds) else bounds, x0, name, pairs=False)
     args, kwargs = as_tuple(args), kwargs or {}
     how = {
         "method": method,
@@ -149,10 +150,3 @@ def least_squares(
         (value,) = residuals(x, *args)
     cost = sum(jnp.vdot(r, r).real for r in map(jnp.asarray, jax.tree.leaves(value))) / 2
     return OptimizeResult(x, value, **status, cost=cost)
-
-
-def _is_open(bounds: Any) -> bool:
-    """Whether they are scipy's default."""
-    if not (isinstance(bounds, tuple) and all(isinstance(side, float) for side in bounds)):
-        return False
-    return bounds == (-np.inf, np.inf)

@@ -8,14 +8,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from freevars._solvers.scipy_calls import check_pair
+from freevars._solvers.scipy_calls import check_pair, pairs_of
+from freevars._solvers.scipy_results import solver_said
 from freevars._solvers.verdict import OnFailure
-from freevars.jax import _compat
 from freevars.jax._host.on_host import on_host
 from freevars.jax._rules.rules import argmin
 from freevars.jax.scipy._constraints import as_sides
-from freevars.jax.scipy._result import OptimizeResult, solver_status
-from freevars.jax.scipy._scipy import optimize
+from freevars.jax.scipy._result import OptimizeResult, as_arrays
+from freevars.jax.scipy._scipy import runs
 
 __all__ = ["linprog"]
 
@@ -30,19 +30,17 @@ def _run(
     equality: Any = None,
     inequality: Any = None,
 ) -> tuple[Any, dict[str, Any]]:
-    """Run scipy on the host, with the matrices of the functions, which are linear."""
-    zero = np.zeros_like(x0)
-    given: dict[str, Any] = {}
-    if inequality is not None:  # b - A x >= 0
-        given |= {"A_ub": -inequality.jacobian(zero), "b_ub": inequality(zero)}
-    if equality is not None:  # A x - b = 0
-        given |= {"A_eq": equality.jacobian(zero), "b_eq": -equality(zero)}
-    limits = np.stack(bounds, axis=1)
-    result = optimize.linprog(
-        fun.grad(zero), **given, bounds=limits, method=method, options=options
+    """Run scipy on the host."""
+    x, said = runs.linprog(
+        fun,
+        np.zeros_like(x0),
+        method=method,
+        options=options,
+        bounds=bounds,
+        equality=equality,
+        inequality=inequality,
     )
-    x = np.full_like(zero, np.nan) if result.x is None else result.x
-    return x, solver_status(result)
+    return x, as_arrays(said)
 
 
 _run.__name__ = "linprog"  # what errors call it
@@ -51,7 +49,7 @@ _run.__name__ = "linprog"  # what errors call it
 @functools.cache
 def _solver(on_failure: OnFailure, one_sided: bool) -> Any:  # noqa: FBT001
     rule = argmin(has_aux=True, on_failure=on_failure, one_sided=one_sided)
-    return rule(on_host(_run, aux=solver_status()))
+    return rule(on_host(_run, aux=as_arrays(solver_said())))
 
 
 def linprog(
@@ -112,11 +110,7 @@ def linprog(
             sign = -1 if end == "ub" else 1
             functions[kind] = functools.partial(_rows, sign * matrix, sign * vector)
     x0 = jnp.zeros_like(c)
-    if bounds is None:
-        bounds = (0, None)
-    if len(bounds) == 2 and all(_is_number(side) for side in bounds):  # noqa: PLR2004
-        bounds = [tuple(bounds)] * c.size
-    (lower, upper), _ = as_sides([tuple(pair) for pair in bounds], x0, name)
+    (lower, upper), _ = as_sides(pairs_of(bounds, c.size), x0, name)
     sides = (lower.astype(c.dtype), upper.astype(c.dtype))
     x, status = _solver(on_failure, one_sided)(
         lambda x: jnp.vdot(c, x), x0, method=method, options=options, bounds=sides, **functions
@@ -126,7 +120,3 @@ def linprog(
 
 def _rows(matrix: Any, vector: Any, x: Any) -> Any:
     return matrix @ x - vector
-
-
-def _is_number(side: Any) -> bool:
-    return side is None or (_compat.is_array(side) and np.shape(side) == ())

@@ -9,24 +9,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from freevars._solvers.scipy_calls import HESSIAN, NO_GRADIENT, PRODUCTS, as_tuple
+from freevars._solvers.scipy_calls import as_tuple
+from freevars._solvers.scipy_results import solver_said
 from freevars._solvers.verdict import OnFailure
 from freevars.jax._host.on_host import on_host
 from freevars.jax._rules.rules import argmin
 from freevars.jax.scipy._constraints import as_functions, as_sides
-from freevars.jax.scipy._result import OptimizeResult, solver_status
-from freevars.jax.scipy._scipy import optimize, refuse_derivatives, tracing
+from freevars.jax.scipy._result import OptimizeResult, as_arrays
+from freevars.jax.scipy._scipy import refuse_derivatives, runs, tracing
 
 __all__ = ["minimize"]
-
-
-class _Curvature(optimize.BFGS):
-    """What trust-constr learns of the second derivatives of the constraints: as scipy's default,
-    and silent about constraints that are linear."""
-
-    def update(self, delta_x: Any, delta_grad: Any) -> None:
-        if np.any(delta_grad):
-            super().update(delta_x, delta_grad)
 
 
 def _run(
@@ -44,32 +36,20 @@ def _run(
     inequality: Any = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Run scipy on the host."""
-    name = method.lower() if isinstance(method, str) else method
-    given: dict[str, Any] = {}
-    if name not in NO_GRADIENT:
-        given["jac"] = True
-    if name in HESSIAN or callable(method):
-        given["hess"] = fun.hessian
-    elif name in PRODUCTS:
-        given["hessp"] = fun.hvp
-    if bounds is not None:
-        given["bounds"] = optimize.Bounds(*bounds, keep_feasible=keep_feasible)
-    given["constraints"] = [
-        optimize.NonlinearConstraint(c, 0.0, upper, jac=c.jacobian, hess=_Curvature())
-        for c, upper in ((equality, 0.0), (inequality, np.inf))
-        if c is not None
-    ]
-    result = optimize.minimize(
-        fun.value_and_grad if given.get("jac") else fun,
+    del args
+    x, said = runs.minimize(
+        fun,
         x0,
-        args,
-        method,
+        method=method,
         tol=tol,
         callback=callback,
         options=options,
-        **given,
+        bounds=bounds,
+        keep_feasible=keep_feasible,
+        equality=equality,
+        inequality=inequality,
     )
-    return result.x, solver_status(result)
+    return x, as_arrays(said)
 
 
 _run.__name__ = "minimize"  # what errors call it
@@ -78,7 +58,7 @@ _run.__name__ = "minimize"  # what errors call it
 @functools.cache
 def _solver(on_failure: OnFailure, one_sided: bool, polish: bool) -> Any:  # noqa: FBT001
     rule = argmin(has_aux=True, on_failure=on_failure, one_sided=one_sided, polish=polish)
-    return rule(on_host(_run, aux=solver_status()))
+    return rule(on_host(_run, aux=as_arrays(solver_said())))
 
 
 def minimize(

@@ -1,8 +1,8 @@
 """What a solver of scipy says of its own run: arrays, so that it crosses `jit` and `vmap`.
 
-A host solver returns it as its aux, of the types of an example. The message crosses as bytes, and
-is text again where values are known. Not here: derivatives; of all this only x and what is computed
-from it has any.
+A host solver returns it as its aux, of the types of an example. The message is text again where
+values are known. Not here: derivatives; of all this only x, y and what is computed from them has
+any.
 """
 
 from __future__ import annotations
@@ -13,53 +13,21 @@ from typing import Any
 import jax
 import numpy as np
 
+from freevars._solvers.scipy_results import Said, as_bytes, as_text
 from freevars.jax import _compat
 
-__all__ = ["OptimizeResult", "RootResults", "decode", "encode", "root_status", "solver_status"]
-
-_BYTES = 256  # of a message; what is longer is cut
-_COUNTS = ("nit", "nfev", "njev", "nhev")
+__all__ = ["OdeResult", "OptimizeResult", "RootResults", "as_arrays"]
 
 
-def solver_status(result: Any = None) -> dict[str, Any]:
-    """What a result of scipy tells beside x; of None: the example for `on_host(aux=...)`."""
-    counts = {name: _count(getattr(result, name, None)) for name in _COUNTS}
-    return {
-        "success": np.bool_(getattr(result, "success", False)),
-        "status": np.int32(getattr(result, "status", 0)),
-        **counts,
-        "_message": encode(str(getattr(result, "message", ""))),
-    }
+def as_arrays(said: Said) -> dict[str, Any]:
+    """What scipy said, by the names of the fields below."""
+    numbers, text = said
+    arrays = {k: np.bool_(n) if isinstance(n, bool) else np.int32(n) for k, n in numbers.items()}
+    return {**arrays, "_message": np.frombuffer(as_bytes(text), np.uint8).copy()}
 
 
-def root_status(result: Any = None) -> dict[str, Any]:
-    """The same for a result of `root_scalar`."""
-    return {
-        "converged": np.bool_(getattr(result, "converged", False)),
-        "iterations": _count(getattr(result, "iterations", None)),
-        "function_calls": _count(getattr(result, "function_calls", None)),
-        "_message": encode(str(getattr(result, "flag", ""))),
-    }
-
-
-def _count(n: Any) -> Any:
-    return np.int32(-1 if n is None or not np.isfinite(n) else n)
-
-
-def encode(text: str) -> Any:
-    """A text as bytes of a fixed length."""
-    data = text.encode()[:_BYTES]
-    return np.frombuffer(data.ljust(_BYTES, b"\0"), np.uint8).copy()
-
-
-def decode(data: Any) -> Any:
-    """A text, or lists of texts over the axes of a batch; None where it is not known."""
-    if isinstance(data, _compat.Tracer):
-        return None
-    array = np.asarray(data)
-    if array.ndim > 1:
-        return [decode(row) for row in array]
-    return array.tobytes().rstrip(b"\0").decode(errors="ignore")
+def _text(data: Any) -> Any:
+    return None if isinstance(data, _compat.Tracer) else as_text(np.asarray(data).tolist())
 
 
 @dataclass(frozen=True)
@@ -101,7 +69,7 @@ class OptimizeResult:
     @property
     def message(self) -> Any:
         """Why the solver stopped: a str, a list of them for a batch; None where it is traced."""
-        return decode(self._message)
+        return _text(self._message)
 
 
 @dataclass(frozen=True)
@@ -130,9 +98,49 @@ class RootResults:
     @property
     def flag(self) -> Any:
         """Why the solver stopped: a str, a list of them for a batch; None where it is traced."""
-        return decode(self._message)
+        return _text(self._message)
 
 
-for _cls in (OptimizeResult, RootResults):
+@dataclass(frozen=True)
+class OdeResult:
+    """What `solve_ivp` returns: a pytree with scipy's names.
+
+    Derivatives flow into `y` alone; everything else is what the solver said of its own run.
+
+    Attributes:
+        t: the times, of shape (n_points,).
+        y: the states, a pytree like y0, each array with a last axis over the times. NaN from where
+            the solver stopped short.
+        success: bool, whether it reached the last time.
+        status: int32, as in scipy.
+        nfev: int32, evaluations of the function.
+        njev: int32, evaluations of the Jacobian.
+        nlu: int32, factorisations.
+
+    Example:
+        >>> import jax.numpy as jnp, freevars.jax.scipy
+        >>> ts = jnp.array([0.0, 1.0])
+        >>> decay = lambda t, y: {"a": -y["a"]}
+        >>> result = freevars.jax.scipy.solve_ivp(decay, (0.0, 1.0), {"a": 2.0}, t_eval=ts)
+        >>> print(result.y["a"].shape, bool(result.success), f"{result.y['a'][-1]:.3f}")
+        (2,) True 0.736
+    """
+
+    t: Any
+    y: Any
+    success: Any
+    status: Any
+    nfev: Any
+    njev: Any
+    nlu: Any
+    _message: Any = field(repr=False)
+
+    @property
+    def message(self) -> Any:
+        """Why the solver stopped: a str, a list of them for a batch; None where it is traced."""
+        return _text(self._message)
+
+
+for _cls in (OptimizeResult, RootResults, OdeResult):
     _names = [f.name for f in _cls.__dataclass_fields__.values()]
     jax.tree_util.register_dataclass(_cls, data_fields=_names, meta_fields=[])

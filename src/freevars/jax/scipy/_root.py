@@ -6,12 +6,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from freevars._solvers.scipy_calls import JACOBIAN, as_tuple
+from freevars._solvers.scipy_calls import as_tuple
+from freevars._solvers.scipy_results import solver_said
 from freevars._solvers.verdict import OnFailure
 from freevars.jax._host.on_host import on_host
 from freevars.jax._rules.rules import root as root_rule
-from freevars.jax.scipy._result import OptimizeResult, solver_status
-from freevars.jax.scipy._scipy import optimize, refuse_derivatives, tracing
+from freevars.jax.scipy._result import OptimizeResult, as_arrays
+from freevars.jax.scipy._scipy import refuse_derivatives, runs, tracing
 
 __all__ = ["root"]
 
@@ -27,18 +28,9 @@ def _run(
     options: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """Run scipy on the host."""
-    takes = callable(method) or str(method).lower() in JACOBIAN
-    result = optimize.root(
-        fun,
-        x0,
-        args,
-        method,
-        jac=fun.jacobian if takes else None,
-        tol=tol,
-        callback=callback,
-        options=options,
-    )
-    return result.x, solver_status(result)
+    del args
+    x, said = runs.root(fun, x0, method=method, tol=tol, callback=callback, options=options)
+    return x, as_arrays(said)
 
 
 _run.__name__ = "root"  # what errors call it
@@ -47,7 +39,7 @@ _run.__name__ = "root"  # what errors call it
 @functools.cache
 def _solver(on_failure: OnFailure, polish: bool) -> Any:  # noqa: FBT001
     rule = root_rule(has_aux=True, on_failure=on_failure, polish=polish)
-    return rule(on_host(_run, aux=solver_status()))
+    return rule(on_host(_run, aux=as_arrays(solver_said())))
 
 
 def root(

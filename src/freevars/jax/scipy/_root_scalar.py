@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from freevars._solvers.scipy_calls import ORDERS, as_tuple
+from freevars._solvers.scipy_results import root_said
 from freevars._solvers.verdict import OnFailure
 from freevars.jax._host.on_host import on_host
 from freevars.jax._rules.rules import implicit
-from freevars.jax.scipy._result import RootResults, root_status
-from freevars.jax.scipy._scipy import optimize, refuse_derivatives, tracing
+from freevars.jax.scipy._result import RootResults, as_arrays
+from freevars.jax.scipy._scipy import optimize, refuse_derivatives, runs, tracing
 
 __all__ = ["root_scalar"]
 
@@ -36,26 +37,20 @@ def _run(
     options: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """Run scipy on the host."""
-
-    def f(x: Any) -> Any:
-        values = [float(value) for value in fun(np.reshape(x, (1,)))]
-        return tuple(values) if order else values[0]
-
-    result = optimize.root_scalar(
-        f,
-        args,
-        method,
-        None if bracket is None else [float(end) for end in bracket],
-        fprime=order > 0 or None,
-        fprime2=order > 1 or None,
-        x0=float(x0[0]) if starts else None,
-        x1=None if x1 is None else float(x1),
+    del args
+    root, said = runs.root_scalar(
+        lambda x: fun(np.reshape(x, (1,))),
+        order=order,
+        method=method,
+        bracket=bracket,
+        x0=x0[0] if starts else None,
+        x1=x1,
         xtol=xtol,
         rtol=rtol,
         maxiter=maxiter,
         options=options,
     )
-    return np.reshape(result.root, (1,)), root_status(result)
+    return np.reshape(root, (1,)), as_arrays(said)
 
 
 _run.__name__ = "root_scalar"  # what errors call it
@@ -69,7 +64,7 @@ def _first(fun: Callable[..., Any], x: Any) -> Any:
 @functools.cache
 def _solver(on_failure: OnFailure, polish: bool) -> Any:  # noqa: FBT001
     rule = implicit(_first, has_aux=True, on_failure=on_failure, polish=polish)
-    return rule(on_host(_run, aux=root_status()))
+    return rule(on_host(_run, aux=as_arrays(root_said())))
 
 
 def _with_derivatives(f: Callable[..., Any], order: int) -> Callable[..., Any]:

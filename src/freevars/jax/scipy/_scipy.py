@@ -12,12 +12,14 @@ from freevars._solvers import scipy_calls
 from freevars._solvers.signature import solver_name
 
 try:
-    from scipy import integrate, optimize
+    from scipy import optimize
+
+    from freevars._solvers import scipy_runs as runs
 except ImportError as error:  # pragma: no cover (tested in a process of its own)
     message = "freevars.jax.scipy needs scipy: pip install 'freevars[scipy]'"
     raise ImportError(message) from error
 
-__all__ = ["integrate", "optimize", "refuse_derivatives", "tracing"]
+__all__ = ["optimize", "refuse_derivatives", "runs", "tracing"]
 
 # What JAX says where code asks for the numbers of a traced array.
 _ASKS_FOR_NUMBERS = (

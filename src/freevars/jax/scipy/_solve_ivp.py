@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -12,110 +11,35 @@ import jax.numpy as jnp
 import numpy as np
 
 from freevars._solvers.integration import OdeOnFailure, Reverse
-from freevars._solvers.scipy_calls import IMPLICIT, as_tuple, check_span, ivp_options
+from freevars._solvers.scipy_calls import as_tuple, check_span, ivp_options
+from freevars._solvers.scipy_results import ivp_said
 from freevars.jax import _compat
 from freevars.jax._host.on_host import on_host
 from freevars.jax._rules.integrals import odeint
-from freevars.jax.scipy._result import decode, encode
-from freevars.jax.scipy._scipy import integrate, refuse_derivatives, tracing
+from freevars.jax.scipy._result import OdeResult, as_arrays
+from freevars.jax.scipy._scipy import refuse_derivatives, runs, tracing
 
-__all__ = ["OdeResult", "solve_ivp"]
-
-
-@dataclass(frozen=True)
-class OdeResult:
-    """What `solve_ivp` returns: a pytree with scipy's names.
-
-    Derivatives flow into `y` alone; everything else is what the solver said of its own run.
-
-    Attributes:
-        t: the times, of shape (n_points,).
-        y: the states, a pytree like y0, each array with a last axis over the times. NaN from where
-            the solver stopped short.
-        success: bool, whether it reached the last time.
-        status: int32, as in scipy.
-        nfev: int32, evaluations of the function.
-        njev: int32, evaluations of the Jacobian.
-        nlu: int32, factorisations.
-
-    Example:
-        >>> import jax.numpy as jnp, freevars.jax.scipy
-        >>> ts = jnp.array([0.0, 1.0])
-        >>> decay = lambda t, y: {"a": -y["a"]}
-        >>> result = freevars.jax.scipy.solve_ivp(decay, (0.0, 1.0), {"a": 2.0}, t_eval=ts)
-        >>> print(result.y["a"].shape, bool(result.success), f"{result.y['a'][-1]:.3f}")
-        (2,) True 0.736
-    """
-
-    t: Any
-    y: Any
-    success: Any
-    status: Any
-    nfev: Any
-    njev: Any
-    nlu: Any
-    _message: Any = field(repr=False)
-
-    @property
-    def message(self) -> Any:
-        """Why the solver stopped: a str, a list of them for a batch; None where it is traced."""
-        return decode(self._message)
-
-
-_names = [f.name for f in OdeResult.__dataclass_fields__.values()]
-jax.tree_util.register_dataclass(OdeResult, data_fields=_names, meta_fields=[])
-
-
-def _status(result: Any = None) -> dict[str, Any]:
-    counts = {n: np.int32(getattr(result, n, 0)) for n in ("status", "nfev", "njev", "nlu")}
-    return {
-        "success": np.bool_(getattr(result, "success", True)),
-        **counts,
-        "_message": encode(str(getattr(result, "message", ""))),
-    }
+__all__ = ["solve_ivp"]
 
 
 def _run(
     fun: Any, y0: Any, ts: Any, args: tuple[Any, ...], *, method: Any, options: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
-    """Run scipy on the host; times may repeat each other."""
+    """Run scipy on the host."""
     del args
-    y0 = np.reshape(y0, -1)
-    forwards = ts[-1] >= ts[0]
-    times, place = np.unique(ts if forwards else -ts, return_inverse=True)
-    times = times if forwards else -times
-    if times.size == 1:
-        return np.tile(y0, (ts.size, 1)), _status()
-    options = {**options, "atol": _of_size(options["atol"], y0.size)}
-    if str(method) in IMPLICIT:
-        options["jac"] = fun.jacobian
-    rows = np.full((times.size, y0.size), np.nan)
-    try:
-        result = integrate.solve_ivp(fun, (times[0], times[-1]), y0, method, times, **options)
-    except ValueError as error:
-        # An implicit method meets a state that is not finite, as backwards a stiff equation does.
-        if "infs or NaNs" not in str(error):
-            raise
-        stopped = {**_status(), "success": np.bool_(False), "status": np.int32(-1)}
-        return rows[np.reshape(place, -1)], {**stopped, "_message": encode(str(error))}
-    rows[: result.y.shape[1]] = result.y.T
-    return rows[np.reshape(place, -1)], _status(result)
+    rows, said = runs.solve_ivp(
+        fun, fun.jacobian, np.reshape(y0, -1), ts, method=method, options=options
+    )
+    return rows, as_arrays(said)
 
 
 _run.__name__ = "solve_ivp"  # what errors call it
 
 
-def _of_size(atol: Any, n: int) -> Any:
-    """For each number of a state, which is larger where a derivative is solved for."""
-    if np.ndim(atol) == 0 or np.size(atol) >= n:
-        return atol
-    return np.concatenate([atol, np.full(n - np.size(atol), np.min(atol))])
-
-
 @functools.cache
 def _solver(on_failure: OdeOnFailure, reverse: Reverse, tol: float | None) -> Any:
     rule = odeint(has_aux=True, on_failure=on_failure, reverse=reverse, tol=tol)
-    return rule(on_host(_run, aux=_status()))
+    return rule(on_host(_run, aux=as_arrays(ivp_said())))
 
 
 def solve_ivp(

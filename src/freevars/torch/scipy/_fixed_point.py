@@ -47,17 +47,17 @@ def fixed_point(
         x0: a pytree of floating or complex tensors, NumPy arrays or numbers, and x is such a one of
             tensors, as `func` is given.
         args: extra arguments of `func`.
-        xtol: as in scipy; so are `maxiter` and `method`.
-        maxiter: see `xtol`.
-        method: see `xtol`.
-        on_failure: as for `freevars.torch.argmin`.
+        xtol: as in scipy.
+        maxiter: as in scipy.
+        method: as in scipy.
+        on_failure: as for `freevars.torch.root`.
         polish: as for `minimize`.
 
     Returns:
         x alone, as in scipy.
 
     Raises:
-        TypeError: `func` is no PyTorch.
+        TypeError: `func` is not written in PyTorch.
         freevars.errors.FreevarsError: as for `freevars.torch.fixed_point`.
         Exception: whatever scipy raises, as it is, where it does not converge too.
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from freevars.torch._compat import pytree
+from freevars.torch._rules.constrained import bounds_like
 from freevars.torch._rules.ravel import Unknown
 
 __all__ = ["HostFunction"]
@@ -26,6 +27,7 @@ class HostFunction:
     ) -> None:
         self._fun, self._args, self._equations = fun, args, equations
         self._unknown = Unknown(x0)
+        self._x0 = x0
         self._device = pytree.tree_leaves(x0)[0].device
 
     def vector(self, x: Any) -> Any:
@@ -35,6 +37,17 @@ class HostFunction:
     def x(self, v: Any) -> Any:
         """The x of a vector."""
         return self._unknown.unravel(self._tensor(v)[None])
+
+    def sides(self, bounds: Any) -> Any:
+        """Two vectors for bounds as `argmin` takes them, or None."""
+        if bounds is None:
+            return None
+        lower, upper = bounds_like(bounds)(self._x0)
+        return self.vector(lower), self.vector(upper)
+
+    def constraint(self, fun: Callable[..., Any] | None) -> HostFunction | None:
+        """A constraint on the same x, or None."""
+        return None if fun is None else HostFunction(fun, self._x0, equations=True)
 
     def __call__(self, v: Any) -> Any:
         return self._out(self._value(self._tensor(v)).detach())

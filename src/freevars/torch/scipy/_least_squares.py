@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from freevars._solvers.scipy_calls import as_tuple, refuse_loss
+from freevars._solvers.scipy_calls import as_tuple, is_open, refuse_loss
+from freevars._solvers.scipy_results import solver_said
 from freevars.torch._compat import pytree
-from freevars.torch._rules.constrained import bounds_like
 from freevars.torch._rules.rule import OnFailure
 from freevars.torch._rules.rules import least_squares as least_squares_rule
 from freevars.torch.scipy._constraints import as_sides
 from freevars.torch.scipy._host import HostFunction
-from freevars.torch.scipy._result import OptimizeResult, solver_status
+from freevars.torch.scipy._result import OptimizeResult, as_tensors
 from freevars.torch.scipy._scipy import as_start, optimize, refuse_derivatives, value_in_pytorch
 
 __all__ = ["least_squares"]
@@ -32,11 +32,9 @@ def _run(
 ) -> tuple[Any, dict[str, Tensor]]:
     """Run scipy."""
     host = HostFunction(fun, x0, args, equations=True)
-    sides = (
-        (-np.inf, np.inf) if bounds is None else tuple(map(host.vector, bounds_like(bounds)(x0)))
-    )
+    sides = (-np.inf, np.inf) if bounds is None else host.sides(bounds)
     result = optimize.least_squares(host, host.vector(x0), jac=host.jacobian, bounds=sides, **how)
-    return host.x(result.x), solver_status(result)
+    return host.x(result.x), as_tensors(solver_said(result))
 
 
 _run.__name__ = _run.__qualname__ = "least_squares"  # what errors call it
@@ -128,7 +126,7 @@ def least_squares(
     refuse_derivatives(name, jac=jac, diff_step=diff_step, jac_sparsity=jac_sparsity)
     refuse_loss(name, loss)
     x0 = as_start(x0)
-    sides, _ = as_sides(None if _is_open(bounds) else bounds, x0, name, pairs=False)
+    sides, _ = as_sides(None if is_open(bounds) else bounds, x0, name, pairs=False)
     args, kwargs = as_tuple(args), kwargs or {}
     how = {
         "method": method,
@@ -152,10 +150,3 @@ def least_squares(
     (value,) = residuals(x, *args)
     cost = sum((r.abs() ** 2).sum() for r in pytree.tree_leaves(value)) / 2
     return OptimizeResult(x, value, **status, cost=cost)
-
-
-def _is_open(bounds: Any) -> bool:
-    """Whether they are scipy's default."""
-    if not (isinstance(bounds, tuple) and all(isinstance(side, float) for side in bounds)):
-        return False
-    return bounds == (-np.inf, np.inf)

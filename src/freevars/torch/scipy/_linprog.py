@@ -9,14 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from freevars._solvers.scipy_calls import check_pair
-from freevars.torch._rules.constrained import bounds_like
+from freevars._solvers.scipy_calls import check_pair, pairs_of
 from freevars.torch._rules.rule import OnFailure
 from freevars.torch._rules.rules import argmin
 from freevars.torch.scipy._constraints import as_sides
 from freevars.torch.scipy._host import HostFunction
-from freevars.torch.scipy._result import OptimizeResult, solver_status
-from freevars.torch.scipy._scipy import optimize
+from freevars.torch.scipy._result import OptimizeResult, as_tensors
+from freevars.torch.scipy._scipy import as_tensor, runs
 
 __all__ = ["linprog"]
 
@@ -31,22 +30,18 @@ def _run(
     equality: Any = None,
     inequality: Any = None,
 ) -> tuple[Any, dict[str, Tensor]]:
-    """Run scipy, with the matrices of the functions, which are linear."""
+    """Run scipy."""
     host = HostFunction(fun, x0, equations=False)
-    zero = np.zeros(x0.numel())
-    given: dict[str, Any] = {}
-    if inequality is not None:  # b - A x >= 0
-        rows = HostFunction(inequality, x0, equations=True)
-        given |= {"A_ub": -rows.jacobian(zero), "b_ub": rows(zero)}
-    if equality is not None:  # A x - b = 0
-        rows = HostFunction(equality, x0, equations=True)
-        given |= {"A_eq": rows.jacobian(zero), "b_eq": -rows(zero)}
-    limits = np.stack([host.vector(side) for side in bounds_like(bounds)(x0)], axis=1)
-    result = optimize.linprog(
-        host.grad(zero), **given, bounds=limits, method=method, options=options
+    x, said = runs.linprog(
+        host,
+        np.zeros(x0.numel()),
+        method=method,
+        options=options,
+        bounds=host.sides(bounds),
+        equality=host.constraint(equality),
+        inequality=host.constraint(inequality),
     )
-    x = np.full_like(zero, np.nan) if result.x is None else result.x
-    return host.x(x), solver_status(result)
+    return host.x(x), as_tensors(said)
 
 
 _run.__name__ = _run.__qualname__ = "linprog"  # what errors call it
@@ -77,7 +72,7 @@ def linprog(
     constraints meet than x has numbers, there is no derivative, and it is refused.
 
     Args:
-        c: Float[Tensor, "n"], or what makes such a one: so are the others.
+        c: Float[Tensor, "n"]; each of these may be a NumPy array or a list too.
         A_ub: Float[Tensor, "m n"] or None.
         b_ub: Float[Tensor, "m"] or None.
         A_eq: Float[Tensor, "k n"] or None.
@@ -106,34 +101,21 @@ def linprog(
         >>> print(plan(hours), torch.autograd.functional.jacobian(plan, hours) + 0.0)
         tensor([5., 3.]) tensor([1., 0.])
     """
-    c = _real(c)
+    c = as_tensor(c)
     functions: dict[str, Any] = {}
     for kind, end, A, b in (("inequality", "ub", A_ub, b_ub), ("equality", "eq", A_eq, b_eq)):
         check_pair("linprog", end, A, b)
         if A is not None:
             sign = -1 if end == "ub" else 1
-            rows = (sign * _real(part).to(c) for part in (A, b))
+            rows = (sign * as_tensor(part).to(c) for part in (A, b))
             functions[kind] = functools.partial(_rows, *rows)
     x0 = torch.zeros_like(c)
-    if bounds is None:
-        bounds = (0, None)
-    if len(bounds) == 2 and all(_is_number(side) for side in bounds):  # noqa: PLR2004
-        bounds = [tuple(bounds)] * c.numel()
-    sides, _ = as_sides([tuple(pair) for pair in bounds], x0, "linprog")
+    sides, _ = as_sides(pairs_of(bounds, c.numel()), x0, "linprog")
     x, status = _solver(on_failure, one_sided)(
         lambda x: (c * x).sum(), x0, method=method, options=options, bounds=sides, **functions
     )
     return OptimizeResult(x, (c * x).sum(), **status)
 
 
-def _real(a: Any) -> Tensor:
-    t = a if isinstance(a, Tensor) else torch.as_tensor(np.array(a))
-    return t if t.is_floating_point() else t.to(torch.get_default_dtype())
-
-
 def _rows(matrix: Tensor, vector: Tensor, x: Tensor) -> Tensor:
     return matrix @ x - vector
-
-
-def _is_number(side: Any) -> bool:
-    return side is None or np.ndim(side) == 0

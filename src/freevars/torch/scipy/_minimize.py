@@ -6,28 +6,17 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
-from freevars._solvers.scipy_calls import HESSIAN, NO_GRADIENT, PRODUCTS, as_tuple
-from freevars.torch._rules.constrained import bounds_like
+from freevars._solvers.scipy_calls import as_tuple
 from freevars.torch._rules.rule import OnFailure
 from freevars.torch._rules.rules import argmin
 from freevars.torch.scipy._constraints import as_functions, as_sides
 from freevars.torch.scipy._host import HostFunction
-from freevars.torch.scipy._result import OptimizeResult, solver_status
-from freevars.torch.scipy._scipy import as_start, optimize, refuse_derivatives, value_in_pytorch
+from freevars.torch.scipy._result import OptimizeResult, as_tensors
+from freevars.torch.scipy._scipy import as_start, refuse_derivatives, runs, value_in_pytorch
 
 __all__ = ["minimize"]
-
-
-class _Curvature(optimize.BFGS):  # type: ignore[misc]
-    """What trust-constr learns of the second derivatives of the constraints: as scipy's default,
-    and silent about constraints that are linear."""
-
-    def update(self, delta_x: Any, delta_grad: Any) -> None:
-        if np.any(delta_grad):
-            super().update(delta_x, delta_grad)
 
 
 def _run(
@@ -46,36 +35,19 @@ def _run(
 ) -> tuple[Any, dict[str, Tensor]]:
     """Run scipy."""
     host = HostFunction(fun, x0, args, equations=False)
-    name = method.lower() if isinstance(method, str) else method
-    given: dict[str, Any] = {}
-    if name not in NO_GRADIENT:
-        given["jac"] = True
-    if name in HESSIAN or callable(method):
-        given["hess"] = host.hessian
-    elif name in PRODUCTS:
-        given["hessp"] = host.hvp
-    if bounds is not None:
-        sides = map(host.vector, bounds_like(bounds)(x0))
-        given["bounds"] = optimize.Bounds(*sides, keep_feasible=keep_feasible)
-    given["constraints"] = [
-        optimize.NonlinearConstraint(c, 0.0, upper, jac=c.jacobian, hess=_Curvature())
-        for c, upper in (
-            (HostFunction(g, x0, equations=True), upper)
-            for g, upper in ((equality, 0.0), (inequality, np.inf))
-            if g is not None
-        )
-    ]
-    result = optimize.minimize(
-        host.value_and_grad if given.get("jac") else host,
+    x, said = runs.minimize(
+        host,
         host.vector(x0),
-        (),
-        method,
+        method=method,
         tol=tol,
         callback=callback,
         options=options,
-        **given,
+        bounds=host.sides(bounds),
+        keep_feasible=keep_feasible,
+        equality=host.constraint(equality),
+        inequality=host.constraint(inequality),
     )
-    return host.x(result.x), solver_status(result)
+    return host.x(x), as_tensors(said)
 
 
 _run.__name__ = _run.__qualname__ = "minimize"  # what errors call it

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from freevars._solvers.scipy_calls import as_tuple, refuse_of_quad
 from freevars.torch._rules.integrals import integral
-from freevars.torch.scipy._scipy import integrate, not_in_pytorch
+from freevars.torch.scipy._scipy import not_in_pytorch, runs
 
 __all__ = ["quad"]
 
@@ -20,32 +19,27 @@ __all__ = ["quad"]
 def _run(
     func: Any, a: Any, b: Any, args: tuple[Any, ...], *, points: Any, limits: Any, options: Any
 ) -> tuple[Any, Tensor]:
-    """Run scipy, once for each real number of the integrand."""
+    """Run scipy."""
     del args
-    given = {"limit": limits, "points": points, **options}
     low, high = float(a), float(b)
-    example = func(_inside(low, high))
-    of_one = torch.view_as_real(example) if example.is_complex() else example
-
-    def part(t: float, k: int) -> float:
-        value = func(t)
-        real = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
-        return float(real.reshape(-1)[k])
-
-    each = [
-        integrate.quad(functools.partial(part, k=k), low, high, **given)
-        for k in range(of_one.numel())
-    ]
-    values = torch.tensor([value for value, _ in each], dtype=torch.float64)
-    found = values.to(of_one).reshape(of_one.shape)
-    error = torch.tensor(np.linalg.norm([error for _, error in each])).to(of_one)
-    return torch.view_as_complex(found) if example.is_complex() else found, error
+    example = func(runs.inside(low, high))
+    like = _real(example)
+    values, error = runs.quad(
+        lambda t: _real(func(t)).detach().cpu().double().numpy(),
+        low,
+        high,
+        like.numel(),
+        limit=limits,
+        points=points,
+        **options,
+    )
+    found = torch.as_tensor(values).to(like).reshape(like.shape)
+    out = torch.view_as_complex(found) if example.is_complex() else found
+    return out, torch.as_tensor(error).to(like)
 
 
-def _inside(a: float, b: float) -> float:
-    if np.isfinite(a + b):
-        return (a + b) / 2
-    return a + 1 if np.isfinite(a) else min(b - 1, 0.0)
+def _real(value: Tensor) -> Tensor:
+    return torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
 
 
 _run.__name__ = _run.__qualname__ = "quad"  # what errors call it
@@ -76,26 +70,26 @@ def quad(
 
     Args:
         func: `func(t, *args)`, in PyTorch, gives a number for one of shape ().
-        a: a real number; so is `b`. An infinite one has derivative zero.
-        b: see `a`.
+        a: a real number. An infinite one has derivative zero.
+        b: as `a`.
         args: extra arguments of `func`.
-        full_output: not here, and refused.
-        epsabs: as in scipy; so are `epsrel`, `limit` and `points`.
-        epsrel: see `epsabs`.
-        limit: see `epsabs`.
-        points: see `epsabs`.
-        weight: not here, and refused; so are `wvar` and `wopts`. Write the weight into `func`.
-        wvar: see `weight`.
-        wopts: see `weight`.
-        maxp1: of a weight.
-        limlst: of a weight.
+        full_output: not supported, and refused.
+        epsabs: as in scipy.
+        epsrel: as in scipy.
+        limit: as in scipy.
+        points: as in scipy.
+        weight: not supported, and refused. Write the weight into `func`.
+        wvar: not supported, and refused.
+        wopts: not supported, and refused.
+        maxp1: not used without a weight.
+        limlst: not used without a weight.
         complex_func: whether func gives complex numbers, as in scipy.
 
     Returns:
         The integral, and scipy's estimate of its error, which has derivative zero.
 
     Raises:
-        TypeError: `func` is no PyTorch or gives no number, or see above.
+        TypeError: `func` is not written in PyTorch or gives no number, or see above.
 
     Example:
         >>> import torch, freevars.torch.scipy

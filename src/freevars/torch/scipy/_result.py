@@ -1,90 +1,31 @@
 """What a solver of scipy says of its own run: tensors, so that it crosses `torch.func.vmap`.
 
-The message crosses as bytes. Not here: derivatives; of all this only x and what is computed from it
-has any.
+Not here: derivatives; of all this only x, y and what is computed from them has any.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from freevars._solvers.scipy_results import Said, as_bytes, as_text
 from freevars.torch import _compat
 
-__all__ = [
-    "OdeResult",
-    "OptimizeResult",
-    "RootResults",
-    "ode_status",
-    "root_status",
-    "solver_status",
-]
-
-_BYTES = 256  # of a message; what is longer is cut
-_COUNTS = ("nit", "nfev", "njev", "nhev")
+__all__ = ["OdeResult", "OptimizeResult", "RootResults", "as_tensors"]
 
 
-def solver_status(result: Any) -> dict[str, Tensor]:
-    """What a result of scipy tells beside x."""
-    return {
-        "success": torch.tensor(bool(result.success)),
-        "status": torch.tensor(int(getattr(result, "status", 0)), dtype=torch.int32),
-        **{name: _count(getattr(result, name, None)) for name in _COUNTS},
-        "text": _encode(str(result.message)),
-    }
+def as_tensors(said: Said) -> dict[str, Tensor]:
+    """What scipy said, by the names of the fields below."""
+    numbers, text = said
+    dtypes = {k: torch.bool if isinstance(n, bool) else torch.int32 for k, n in numbers.items()}
+    tensors = {k: torch.tensor(n, dtype=dtypes[k]) for k, n in numbers.items()}
+    return {**tensors, "text": torch.frombuffer(bytearray(as_bytes(text)), dtype=torch.uint8)}
 
 
-def root_status(result: Any) -> dict[str, Tensor]:
-    """The same for a result of `root_scalar`."""
-    return {
-        "converged": torch.tensor(bool(result.converged)),
-        "iterations": _count(result.iterations),
-        "function_calls": _count(result.function_calls),
-        "text": _encode(str(result.flag)),
-    }
-
-
-def ode_status(result: Any = None, **said: Any) -> dict[str, Tensor]:
-    """The same for a result of `solve_ivp`, or for what is said in its place."""
-    found: dict[str, Any] = {
-        "success": True,
-        "status": 0,
-        "nfev": 0,
-        "njev": 0,
-        "nlu": 0,
-        "text": "",
-    } | said
-    if result is not None:
-        found = {name: getattr(result, name, 0) for name in found}
-        found["text"] = str(result.message)
-    counts = ("status", "nfev", "njev", "nlu")
-    return {
-        "success": torch.tensor(bool(found["success"])),
-        **{name: torch.tensor(int(found[name]), dtype=torch.int32) for name in counts},
-        "text": _encode(found["text"]),
-    }
-
-
-def _count(n: Any) -> Tensor:
-    known = n is not None and np.isfinite(n)
-    return torch.tensor(int(n) if known else -1, dtype=torch.int32)
-
-
-def _encode(text: str) -> Tensor:
-    data = text.encode()[:_BYTES].ljust(_BYTES, b"\0")
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
-
-
-def _decode(data: Tensor) -> Any:
-    """A text, or lists of texts over the axes of a batch; None inside a transform."""
-    if _compat.transforms_active():
-        return None
-    if data.ndim > 1:
-        return [_decode(row) for row in data]
-    return bytes(data.tolist()).rstrip(b"\0").decode(errors="ignore")
+def _text(data: Tensor) -> Any:
+    return None if _compat.transforms_active() else as_text(data.tolist())
 
 
 def _shown(result: Any, **said: Any) -> str:
@@ -135,7 +76,7 @@ class OptimizeResult(NamedTuple):
     @property
     def message(self) -> Any:
         """Why the solver stopped: a str, a list of them for a batch; None inside a transform."""
-        return _decode(self.text)
+        return _text(self.text)
 
 
 class RootResults(NamedTuple):
@@ -167,7 +108,7 @@ class RootResults(NamedTuple):
     @property
     def flag(self) -> Any:
         """Why the solver stopped: a str, a list of them for a batch; None inside a transform."""
-        return _decode(self.text)
+        return _text(self.text)
 
 
 class OdeResult(NamedTuple):
@@ -211,4 +152,4 @@ class OdeResult(NamedTuple):
     @property
     def message(self) -> Any:
         """Why the solver stopped: a str, a list of them for a batch; None inside a transform."""
-        return _decode(self.text)
+        return _text(self.text)

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from freevars._solvers.scipy_calls import JACOBIAN, as_tuple
+from freevars._solvers.scipy_calls import as_tuple
 from freevars.torch._rules.rule import OnFailure
 from freevars.torch._rules.rules import implicit
 from freevars.torch.scipy._host import HostFunction
-from freevars.torch.scipy._result import OptimizeResult, solver_status
-from freevars.torch.scipy._scipy import as_start, optimize, refuse_derivatives, value_in_pytorch
+from freevars.torch.scipy._result import OptimizeResult, as_tensors
+from freevars.torch.scipy._scipy import as_start, refuse_derivatives, runs, value_in_pytorch
 
 __all__ = ["root"]
 
@@ -30,18 +30,10 @@ def _run(
 ) -> tuple[Any, dict[str, Tensor]]:
     """Run scipy."""
     host = HostFunction(fun, x0, args, equations=True)
-    takes = callable(method) or str(method).lower() in JACOBIAN
-    result = optimize.root(
-        host,
-        host.vector(x0),
-        (),
-        method,
-        jac=host.jacobian if takes else None,
-        tol=tol,
-        callback=callback,
-        options=options,
+    x, said = runs.root(
+        host, host.vector(x0), method=method, tol=tol, callback=callback, options=options
     )
-    return host.x(result.x), solver_status(result)
+    return host.x(x), as_tensors(said)
 
 
 _run.__name__ = _run.__qualname__ = "root"  # what errors call it

@@ -6,15 +6,20 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from freevars._solvers.scipy_calls import ORDERS, as_tuple
 from freevars.torch._rules.rule import OnFailure
 from freevars.torch._rules.rules import root as root_rule
 from freevars.torch.scipy._host import HostFunction
-from freevars.torch.scipy._result import RootResults, root_status
-from freevars.torch.scipy._scipy import as_start, optimize, refuse_derivatives, value_in_pytorch
+from freevars.torch.scipy._result import RootResults, as_tensors
+from freevars.torch.scipy._scipy import (
+    as_start,
+    optimize,
+    refuse_derivatives,
+    runs,
+    value_in_pytorch,
+)
 
 __all__ = ["root_scalar"]
 
@@ -36,26 +41,19 @@ def _run(
 ) -> tuple[Any, dict[str, Tensor]]:
     """Run scipy."""
     host = HostFunction(fun, x0, args, equations=True)
-
-    def f(x: Any) -> Any:
-        values = host.derivatives(x, order)
-        return values if order else values[0]
-
-    result = optimize.root_scalar(
-        f,
-        (),
-        method,
-        None if bracket is None else [float(end) for end in bracket],
-        fprime=order > 0 or None,
-        fprime2=order > 1 or None,
-        x0=float(x0) if starts else None,
-        x1=None if x1 is None else float(x1),
+    root, said = runs.root_scalar(
+        lambda x: host.derivatives(x, order),
+        order=order,
+        method=method,
+        bracket=bracket,
+        x0=x0 if starts else None,
+        x1=x1,
         xtol=xtol,
         rtol=rtol,
         maxiter=maxiter,
         options=options,
     )
-    return host.x(result.root), root_status(result)
+    return host.x(root), as_tensors(said)
 
 
 _run.__name__ = _run.__qualname__ = "root_scalar"  # what errors call it
@@ -159,4 +157,4 @@ def _number(a: Any, name: str) -> Tensor:
             " roots at once are torch.func.vmap of this; a complex one is found by root."
         )
         raise TypeError(message)
-    return found if found.is_floating_point() else found.to(torch.get_default_dtype())
+    return found

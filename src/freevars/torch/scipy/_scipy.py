@@ -1,4 +1,4 @@
-"""scipy itself, or what to install; where a search starts, and functions that are no PyTorch."""
+"""scipy itself, or what to install; numbers as tensors, and functions that leave PyTorch."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ from freevars.torch import _compat
 from freevars.torch._compat import pytree
 
 try:
-    from scipy import integrate, optimize
+    from scipy import optimize
+
+    from freevars._solvers import scipy_runs as runs
 except ImportError as error:  # pragma: no cover (tested in a process of its own)
     message = "freevars.torch.scipy needs scipy: pip install 'freevars[scipy]'"
     raise ImportError(message) from error
 
 __all__ = [
     "as_start",
-    "integrate",
+    "as_tensor",
     "not_in_pytorch",
     "optimize",
     "refuse_derivatives",
+    "runs",
     "value_in_pytorch",
 ]
 
@@ -35,24 +38,33 @@ def refuse_derivatives(name: str, **given: Any) -> None:
     scipy_calls.refuse_derivatives(name, "PyTorch", "torch.autograd.Function", **given)
 
 
+def as_tensor(a: Any) -> Tensor:
+    """A floating or complex tensor, from one, a NumPy array, a number, or lists of these.
+
+    Integers and Python's own numbers have the default dtype.
+    """
+    if isinstance(a, (list, tuple)) and any(isinstance(x, Tensor) for x in pytree.tree_leaves(a)):
+        return torch.stack([as_tensor(part) for part in a])
+    # A copy of an array, which may be read-only.
+    t = a if isinstance(a, Tensor) else torch.as_tensor(np.array(a))
+    typed = isinstance(a, (Tensor, np.ndarray, np.generic))
+    if typed and (t.is_floating_point() or t.is_complex()):
+        return t
+    default = torch.get_default_dtype()
+    return t.to(default.to_complex() if t.is_complex() else default)
+
+
 def as_start(x0: Any) -> Any:
-    """x0 with tensors for its numbers and NumPy arrays; a Python number has the default dtype."""
-
-    def tensor(leaf: Any) -> Any:
-        if isinstance(leaf, (np.ndarray, np.generic)):
-            return torch.as_tensor(np.array(leaf))
-        if isinstance(leaf, (int, float)):
-            return torch.tensor(float(leaf))
-        return leaf
-
+    """x0 with tensors for its numbers and arrays, as `as_tensor`; a list of numbers is an array."""
     if isinstance(x0, list) and all(isinstance(x, (int, float)) for x in x0):
-        return torch.tensor(x0, dtype=torch.get_default_dtype())  # a list for an array
-    return pytree.tree_map(tensor, x0)
+        return as_tensor(x0)
+    known = (Tensor, np.ndarray, np.generic, int, float, complex)
+    return pytree.tree_map_only(known, as_tensor, x0)
 
 
 def not_in_pytorch(name: str, fun: Any, said: str) -> TypeError:
     """The error about a function that leaves PyTorch."""
-    code = getattr(fun, "__code__", None)
+    code = getattr(getattr(fun, "func", fun), "__code__", None)  # of a partial, its function's
     where = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
     return TypeError(
         f"{name}: expected a function in PyTorch, got {solver_name(fun)}{where}, {said}. Write it,"

@@ -11,12 +11,18 @@ import torch
 from torch import Tensor
 
 from freevars._solvers.integration import OdeOnFailure, Reverse
-from freevars._solvers.scipy_calls import IMPLICIT, as_tuple, check_span, ivp_options
+from freevars._solvers.scipy_calls import as_tuple, check_span, ivp_options
 from freevars.torch._compat import pytree, transforms_active
 from freevars.torch._rules.integrals import odeint
 from freevars.torch.scipy._host import HostFunction
-from freevars.torch.scipy._result import OdeResult, ode_status
-from freevars.torch.scipy._scipy import as_start, integrate, refuse_derivatives, value_in_pytorch
+from freevars.torch.scipy._result import OdeResult, as_tensors
+from freevars.torch.scipy._scipy import (
+    as_start,
+    as_tensor,
+    refuse_derivatives,
+    runs,
+    value_in_pytorch,
+)
 
 __all__ = ["solve_ivp"]
 
@@ -24,52 +30,25 @@ __all__ = ["solve_ivp"]
 def _run(
     fun: Any, y0: Any, ts: Tensor, args: tuple[Any, ...], *, method: Any, options: dict[str, Any]
 ) -> tuple[Any, dict[str, Tensor]]:
-    """Run scipy; times may repeat each other."""
+    """Run scipy."""
     del args
 
     def at(t: float) -> HostFunction:
         return HostFunction(functools.partial(fun, t), y0, equations=True)
 
     host = at(float(ts[0]))
-    start = host.vector(y0)
-    seconds = ts.detach().cpu().numpy().astype(np.float64)
-    forwards = seconds[-1] >= seconds[0]
-    times, place = np.unique(seconds if forwards else -seconds, return_inverse=True)
-    times = times if forwards else -times
-    rows = np.full((times.size, start.size), np.nan)
-    if times.size == 1:
-        rows[:], status = start, ode_status()
-    else:
-        options = {**options, "atol": _of_size(options["atol"], start.size)}
-        if str(method) in IMPLICIT:
-            options["jac"] = lambda t, y: at(t).jacobian(y)
-        rows, status = _solve(lambda t, y: at(t)(y), times, rows, start, method, options)
-    states = [host.x(row) for row in rows[np.reshape(place, -1)]]
-    return pytree.tree_map(lambda *ys: torch.stack(ys), *states), status
-
-
-def _solve(
-    fun: Any, times: Any, rows: Any, start: Any, method: Any, options: dict[str, Any]
-) -> tuple[Any, dict[str, Tensor]]:
-    try:
-        result = integrate.solve_ivp(fun, (times[0], times[-1]), start, method, times, **options)
-    except ValueError as error:
-        # An implicit method meets a state that is not finite, as backwards a stiff equation does.
-        if "infs or NaNs" not in str(error):
-            raise
-        return rows, ode_status(success=False, status=-1, text=str(error))
-    rows[: result.y.shape[1]] = result.y.T
-    return rows, ode_status(result)
+    rows, said = runs.solve_ivp(
+        lambda t, y: at(t)(y),
+        lambda t, y: at(t).jacobian(y),
+        host.vector(y0),
+        ts.detach().cpu().numpy().astype(np.float64),
+        method=method,
+        options=options,
+    )
+    return pytree.tree_map(lambda *ys: torch.stack(ys), *map(host.x, rows)), as_tensors(said)
 
 
 _run.__name__ = _run.__qualname__ = "solve_ivp"  # what errors call it
-
-
-def _of_size(atol: Any, n: int) -> Any:
-    """For each number of a state, which is larger where a derivative is solved for."""
-    if np.ndim(atol) == 0 or np.size(atol) >= n:
-        return atol
-    return np.concatenate([atol, np.full(n - np.size(atol), np.min(atol))])
 
 
 @functools.cache
@@ -105,14 +84,13 @@ def solve_ivp(
         y0: a vector, or any pytree of floating or complex tensors, NumPy arrays or numbers.
         method: as in scipy.
         t_eval: the times at which y is returned. It is needed, as in `freevars.jax.scipy`.
-        dense_output: not here, and refused; so are `events` and `vectorized`.
-        events: see `dense_output`.
-        vectorized: see `dense_output`.
+        dense_output: not supported, and refused.
+        events: not supported, and refused.
+        vectorized: not supported, and refused.
         args: extra arguments of `fun`.
-        on_failure: as for `freevars.torch.odeint`; so are `reverse` and `tol`. For a stiff
-            equation, `reverse="sensitivities"` or forward mode.
-        reverse: see `on_failure`.
-        tol: see `on_failure`.
+        on_failure: as for `freevars.torch.odeint`.
+        reverse: as for `freevars.torch.odeint`; for a stiff equation "sensitivities".
+        tol: as for `freevars.torch.odeint`.
         **options: `rtol`, `atol` (default: 1e-6 and 1e-9, in float32 1e-4 and 1e-7: a derivative
             needs more than scipy's 1e-3), `first_step`, `max_step`, `min_step`, as in scipy. An
             `atol` for each component holds for y; the rest of a larger system has the least of it.
@@ -121,7 +99,8 @@ def solve_ivp(
         The times, the states, and what scipy said (`OdeResult`).
 
     Raises:
-        TypeError: `fun` is no PyTorch; `t_eval` is missing; an option has no place here.
+        TypeError: `fun` is not written in PyTorch, `t_eval` is missing, or an option has no
+            place here.
         ValueError: times of `t_eval` lie outside of `t_span`.
         freevars.errors.FreevarsError: as for `freevars.torch.odeint`.
 
@@ -138,23 +117,16 @@ def solve_ivp(
     """
     refuse_derivatives("solve_ivp", jac=options.pop("jac", None))
     y0 = as_start(y0)
-    leaves = pytree.tree_leaves(y0)
-    single = all(isinstance(y, Tensor) and torch.finfo(y.dtype).eps > 1e-9 for y in leaves)  # noqa: PLR2004
+    dtypes = {getattr(y, "dtype", None) for y in pytree.tree_leaves(y0)}
+    single = dtypes.isdisjoint({torch.float64, torch.complex128})
     of_call = {"dense_output": dense_output, "events": events, "vectorized": vectorized}
     given = ivp_options(t_eval, of_call, options, single=single, times="torch.tensor(t_span)")
-    times, first = _times(t_eval), _times(t_span[0])
+    times, first = as_tensor(t_eval), as_tensor(t_span[0])
     dtype = torch.promote_types(first.dtype, times.dtype)
     if not transforms_active():
-        check_span([float(_times(t).detach()) for t in t_span], times.detach().tolist())
+        check_span([float(as_tensor(t).detach()) for t in t_span], times.detach().tolist())
     ts = torch.cat([first.reshape(1).to(times.device, dtype), times.to(dtype)])
     args = () if args is None else as_tuple(args)
-    value_in_pytorch("solve_ivp", lambda y, *args: fun(ts[0], y, *args), y0, args, by_x=False)
+    value_in_pytorch("solve_ivp", functools.partial(fun, ts[0]), y0, args, by_x=False)
     ys, status = _solver(on_failure, reverse, tol)(fun, y0, ts, args, method=method, options=given)
     return OdeResult(ts[1:], pytree.tree_map(lambda y: y[1:].movedim(0, -1), ys), **status)
-
-
-def _times(t: Any) -> Tensor:
-    found = t if isinstance(t, Tensor) else torch.as_tensor(np.array(t))
-    if not isinstance(t, (Tensor, np.ndarray)) or not found.is_floating_point():
-        return found.to(torch.get_default_dtype())
-    return found
