@@ -154,7 +154,8 @@ def check_span(span: Sequence[float], times: Sequence[float]) -> None:
         ValueError: some are.
     """
     low, high = sorted(span)
-    if times and (min(times) < low or max(times) > high):
+    slack = 1e-6 * max(abs(low), abs(high))  # an end that was rounded to float32 is still the end
+    if times and (min(times) < low - slack or max(times) > high + slack):
         message = (
             f"solve_ivp: t_eval: expected times in t_span, from {low} to {high}, got times from"
             f" {min(times)} to {max(times)}."

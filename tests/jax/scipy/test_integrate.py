@@ -69,6 +69,12 @@ def test_mistakes_of_quad(given, text) -> None:
         fs.quad(**({"func": lambda t: t, "a": 0.0, "b": 1.0} | given))
 
 
+def test_times_that_were_rounded() -> None:
+    ts = jnp.linspace(0.0, 0.1, 2, dtype=jnp.float32)  # 0.1 is less in float64
+    y = fs.solve_ivp(lambda t, y: -y, (0.0, 0.1), jnp.ones(1), t_eval=ts).y[0, -1]
+    np.testing.assert_allclose(y, np.exp(-0.1), rtol=1e-6)
+
+
 def test_solve_ivp_is_scipys() -> None:
     ts = np.array([0.5, 1.0, 2.0])
     got = decay(0.7, ts, method="RK45", rtol=1e-5, atol=1e-8)

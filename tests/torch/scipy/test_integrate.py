@@ -137,6 +137,18 @@ def test_states_of_any_structure_by_the_start_and_the_first_time() -> None:
         np.testing.assert_allclose(ours, right, rtol=1e-5, atol=1e-8)
 
 
+def test_times_that_were_rounded_and_states_of_integers() -> None:
+    ts = torch.linspace(0.0, 0.1, 2, dtype=torch.float32)  # 0.1 is less in float64
+    y = solve_ivp(lambda t, y: -y, (0.0, 0.1), np.array([1, 2]), t_eval=ts).y[:, -1]
+    np.testing.assert_allclose(y, np.array([1, 2]) * math.exp(-0.1), rtol=1e-6)
+
+
+def test_times_in_a_list_have_derivatives() -> None:
+    last = lambda t: solve_ivp(lambda t, y: -y, (0.0, 2.0), [1.0], t_eval=[0.5, t]).y[0, -1]
+    for slope in (torch.func.grad(last), torch.func.jacfwd(last)):
+        np.testing.assert_allclose(slope(torch.tensor(1.0)), -math.exp(-1.0), rtol=1e-5)
+
+
 def test_a_batch_has_its_own_counts() -> None:
     found = torch.func.vmap(lambda rate: _decay(rate).nfev)(torch.tensor([0.1, 9.0]))
     assert found.tolist() == [int(_decay(torch.tensor(r)).nfev) for r in (0.1, 9.0)]
@@ -165,7 +177,11 @@ def test_stiff_equations_go_forwards() -> None:
         ({"events": lambda t, y: y[0]}, TypeError, "events= has no place"),
         ({"jac": lambda t, y: y}, TypeError, "jac= is not needed"),
         ({"lband": 1}, TypeError, "lband= has no place"),
-        ({"fun": lambda t, y: y.detach().numpy()}, TypeError, "expected a function in PyTorch"),
+        (
+            {"fun": lambda t, y: y.detach().numpy()},
+            TypeError,
+            r"expected a function in PyTorch, got <lambda> \(.*test_integrate\.py:\d+\), which",
+        ),
     ],
 )
 def test_mistakes_of_solve_ivp(given, error, text) -> None:
