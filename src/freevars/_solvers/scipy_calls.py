@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import inf
 from numbers import Number
-from typing import Any
+from typing import Any, NoReturn
 
 __all__ = [
     "HESSIAN",
@@ -17,13 +17,16 @@ __all__ = [
     "NO_GRADIENT",
     "ORDERS",
     "PRODUCTS",
+    "are_pairs",
     "as_tuple",
+    "check_objective",
     "check_pair",
     "check_span",
     "is_open",
     "ivp_options",
     "pairs_of",
     "refuse_derivatives",
+    "refuse_integrand",
     "refuse_loss",
     "refuse_of_quad",
 ]
@@ -78,6 +81,62 @@ def refuse_loss(name: str, loss: Any) -> None:
         raise TypeError(message)
 
 
+def check_objective(value: Any, total: str) -> None:
+    """Refuse what is no objective of `minimize`; `total` is how a host writes a sum.
+
+    Raises:
+        TypeError: it is not one number.
+    """
+    if isinstance(value, tuple):
+        message = (
+            "minimize: expected a function that returns a number, got a tuple from it. The gradient"
+            " beside the value (scipy's jac=True) is not needed: return the value alone."
+        )
+        raise TypeError(message)
+    shape = _shape(value)
+    if shape != () and not isinstance(value, Number):
+        got = type(value).__name__ if shape is None else f"shape {shape}"
+        message = (
+            f"minimize: expected a function that returns a number of shape (), got {got}. Let it"
+            f" end in {total}, say; a root or a sum of squares of several is found by root or"
+            " least_squares."
+        )
+        raise TypeError(message)
+
+
+def are_pairs(bounds: Any, n: int, name: str) -> bool:
+    """Whether bounds are scipy's sequence of a pair for each of n unknowns, or two sides.
+
+    Raises:
+        TypeError: they are neither, or may be both.
+    """
+    if _shape(bounds) == (n, 2):
+        return True
+    if isinstance(bounds, (tuple, list)):
+        if len(bounds) == n and all(isinstance(b, (tuple, list)) and len(b) == 2 for b in bounds):  # noqa: PLR2004
+            return True
+        rows = len(bounds) == n and all(_shape(b) == (2,) for b in bounds)
+        if rows and n == 2:  # noqa: PLR2004
+            message = (
+                f"{name}: bounds: {bounds!r} is two sides of two numbers, or two pairs (min, max):"
+                " expected scipy.optimize.Bounds(lower, upper), or a list of tuples (min, max)."
+            )
+            raise TypeError(message)
+        if rows or len(bounds) == 2:  # noqa: PLR2004
+            return rows
+    message = (
+        f"{name}: bounds: expected scipy.optimize.Bounds, a pair (lower, upper), or a pair"
+        f" (min, max) for each of {n} unknowns, got {bounds!r}."
+    )
+    raise TypeError(message)
+
+
+def _shape(a: Any) -> tuple[int, ...] | None:
+    """Of an array or tensor; None of anything else."""
+    shape = getattr(a, "shape", None)
+    return None if shape is None else tuple(shape)
+
+
 def is_open(bounds: Any) -> bool:
     """Whether bounds of `least_squares` are scipy's default, which are none."""
     if not (isinstance(bounds, tuple) and all(isinstance(side, float) for side in bounds)):
@@ -98,6 +157,20 @@ def refuse_of_quad(**given: Any) -> None:
             )
             message = f"quad: {name}= has no place here, got {value!r}: {advice}."
             raise TypeError(message)
+
+
+def refuse_integrand(value: Any, host: str, *, is_complex: bool) -> NoReturn:
+    """Refuse what the function of `quad` returned, which is no number.
+
+    Raises:
+        TypeError: always.
+    """
+    what = "a complex number takes complex_func=True; " if is_complex else ""
+    message = (
+        f"quad: expected a function that returns a number of shape (), got {value!r}."
+        f" {what}{host}.integral takes a solver that integrates more than one."
+    )
+    raise TypeError(message)
 
 
 def check_pair(name: str, end: str, matrix: Any, vector: Any) -> None:

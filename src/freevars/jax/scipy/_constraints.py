@@ -16,7 +16,7 @@ import numpy as np
 from jax import tree_util
 from jax.flatten_util import ravel_pytree
 
-from freevars._solvers.scipy_calls import as_tuple
+from freevars._solvers.scipy_calls import are_pairs, as_tuple
 from freevars.jax import _compat
 from freevars.jax.scipy._scipy import optimize, refuse_derivatives
 
@@ -36,7 +36,7 @@ def as_sides(bounds: Any, x0: Any, name: str, *, pairs: bool = True) -> tuple[An
     if isinstance(bounds, optimize.Bounds):
         sides = tuple(_like(jnp.broadcast_to(side, (n,)), x0) for side in (bounds.lb, bounds.ub))
         return sides, bool(np.any(bounds.keep_feasible)) and bounds.keep_feasible
-    if not (pairs and _are_pairs(bounds, n, name)):
+    if not (pairs and are_pairs(bounds, n, name)):
         if tree_util.all_leaves([x0]) and isinstance(bounds, (tuple, list)):
             # A list for an array, as everywhere in scipy.
             bounds = [jnp.array(b) if isinstance(b, (tuple, list)) else b for b in bounds]
@@ -46,29 +46,6 @@ def as_sides(bounds: Any, x0: Any, name: str, *, pairs: bool = True) -> tuple[An
         for i, default in enumerate((-np.inf, np.inf))
     )
     return (_like(lower, x0), _like(upper, x0)), False
-
-
-def _are_pairs(bounds: Any, n: int, name: str) -> bool:
-    """Whether it is scipy's sequence of a pair for each of n unknowns."""
-    if isinstance(bounds, (np.ndarray, _compat.Array)) and bounds.shape == (n, 2):
-        return True
-    if isinstance(bounds, (tuple, list)):
-        if len(bounds) == n and all(isinstance(b, (tuple, list)) and len(b) == 2 for b in bounds):  # noqa: PLR2004
-            return True
-        rows = len(bounds) == n and all(_compat.is_array(b) and np.shape(b) == (2,) for b in bounds)
-        if rows and n == 2:  # noqa: PLR2004
-            message = (
-                f"{name}: bounds: {bounds!r} is two sides of two numbers, or two pairs (min, max):"
-                " expected scipy.optimize.Bounds(lower, upper), or a list of tuples (min, max)."
-            )
-            raise TypeError(message)
-        if rows or len(bounds) == 2:  # noqa: PLR2004
-            return rows
-    message = (
-        f"{name}: bounds: expected scipy.optimize.Bounds, a pair (lower, upper), or a pair"
-        f" (min, max) for each of {n} unknowns, got {bounds!r}."
-    )
-    raise TypeError(message)
 
 
 def _like(values: Any, x0: Any) -> Any:

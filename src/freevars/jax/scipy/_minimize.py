@@ -7,9 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 
-from freevars._solvers.scipy_calls import as_tuple
+from freevars._solvers.scipy_calls import as_tuple, check_objective
 from freevars._solvers.scipy_results import solver_said
 from freevars._solvers.verdict import OnFailure
 from freevars.jax._host.on_host import on_host
@@ -155,26 +154,8 @@ def minimize(
                 inequality=inequality,
             )
         except TypeError:
-            _check_value(jax.eval_shape(fun, x0, *args))
+            check_objective(jax.eval_shape(fun, x0, *args), "jnp.sum")
             raise
         value = fun(x, *args)
-    _check_value(value)
+    check_objective(value, "jnp.sum")
     return OptimizeResult(x, value, **status)
-
-
-def _check_value(value: Any) -> None:
-    """Refuse what is no number."""
-    if isinstance(value, tuple):
-        message = (
-            "minimize: expected a function that returns a number, got a tuple from it. The gradient"
-            " beside the value (scipy's jac=True) is not needed: return the value alone."
-        )
-        raise TypeError(message)
-    if value is None or isinstance(value, (list, dict)) or np.shape(value) != ():
-        got = f"shape {value.shape}" if hasattr(value, "shape") else type(value).__name__
-        message = (
-            f"minimize: expected a function that returns a number of shape (), got {got}. Let it"
-            " end in jnp.sum, say; a root or a sum of squares of several is found by root or"
-            " least_squares."
-        )
-        raise TypeError(message)

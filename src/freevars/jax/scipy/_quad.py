@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from freevars._solvers.scipy_calls import as_tuple, refuse_of_quad
+from freevars._solvers.scipy_calls import as_tuple, refuse_integrand, refuse_of_quad
 from freevars.jax._host.on_host import on_host
 from freevars.jax._rules.integrals import integral
 from freevars.jax.scipy._scipy import runs, tracing
@@ -97,12 +97,7 @@ def quad(
         kind = jax.numpy.result_type(value) if jax.tree.structure(value).num_leaves == 1 else None
         is_complex = kind is not None and jax.numpy.issubdtype(kind, jax.numpy.complexfloating)
         if kind is None or np.shape(value) != () or (is_complex and not complex_func):
-            what = "a complex number takes complex_func=True; " if is_complex else ""
-            message = (
-                f"quad: expected a function that returns a number of shape (), got {value!r}."
-                f" {what}freevars.jax.integral takes a solver that integrates arrays."
-            )
-            raise TypeError(message)
+            refuse_integrand(value, "freevars.jax", is_complex=is_complex)
         return value
 
     options = {"epsabs": epsabs, "epsrel": epsrel}

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from freevars._solvers.scipy_calls import as_tuple
+from freevars._solvers.scipy_calls import are_pairs, as_tuple
 from freevars.torch._compat import pytree
 from freevars.torch.scipy._scipy import optimize, refuse_derivatives
 
@@ -38,7 +38,7 @@ def as_sides(bounds: Any, x0: Any, name: str, *, pairs: bool = True) -> tuple[An
             for side in (bounds.lb, bounds.ub)
         )
         return (lower, upper), bool(np.any(bounds.keep_feasible)) and bounds.keep_feasible
-    if pairs and _are_pairs(bounds, n, name):
+    if pairs and are_pairs(bounds, n, name):
         rows = [_row(pair, leaves[0]) for pair in bounds]
         both = torch.stack(rows).reshape(n, 2)
         return (_like(both[:, 0], x0), _like(both[:, 1], x0)), False
@@ -59,30 +59,6 @@ def _row(pair: Any, like: Tensor) -> Tensor:
     return torch.stack(
         [torch.as_tensor(default if end is None else end).to(like) for end, default in ends]
     )
-
-
-def _are_pairs(bounds: Any, n: int, name: str) -> bool:
-    """Whether it is scipy's sequence of a pair for each of n unknowns."""
-    if isinstance(bounds, (np.ndarray, Tensor)) and tuple(bounds.shape) == (n, 2):
-        return True
-    if isinstance(bounds, (tuple, list)):
-        if len(bounds) == n and all(isinstance(b, (tuple, list)) and len(b) == 2 for b in bounds):  # noqa: PLR2004
-            return True
-        arrays = all(isinstance(b, (np.ndarray, Tensor)) and tuple(b.shape) == (2,) for b in bounds)
-        rows = len(bounds) == n and arrays
-        if rows and n == 2:  # noqa: PLR2004
-            message = (
-                f"{name}: bounds: {bounds!r} is two sides of two numbers, or two pairs (min, max):"
-                " expected scipy.optimize.Bounds(lower, upper), or a list of tuples (min, max)."
-            )
-            raise TypeError(message)
-        if rows or len(bounds) == 2:  # noqa: PLR2004
-            return rows
-    message = (
-        f"{name}: bounds: expected scipy.optimize.Bounds, a pair (lower, upper), or a pair"
-        f" (min, max) for each of {n} unknowns, got {bounds!r}."
-    )
-    raise TypeError(message)
 
 
 def _like(values: Tensor, x0: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from freevars._solvers.scipy_calls import as_tuple
+from freevars._solvers.scipy_calls import as_tuple, check_objective
 from freevars.torch._rules.rule import OnFailure
 from freevars.torch._rules.rules import argmin
 from freevars.torch.scipy._constraints import as_functions, as_sides
@@ -131,7 +131,7 @@ def minimize(
     equality, inequality = as_functions(constraints, name)
     if method is None:  # scipy's own choice, which has to know of the constraints
         method = "SLSQP" if equality or inequality else "BFGS" if sides is None else "L-BFGS-B"
-    _check_value(value_in_pytorch(name, fun, x0, args))
+    check_objective(value_in_pytorch(name, fun, x0, args), ".sum()")
     x, status = _solver(on_failure, one_sided, polish)(
         fun,
         x0,
@@ -146,22 +146,3 @@ def minimize(
         inequality=inequality,
     )
     return OptimizeResult(x, fun(x, *args), **status)
-
-
-def _check_value(value: Any) -> None:
-    """Refuse what is no number."""
-    if isinstance(value, tuple):
-        message = (
-            "minimize: expected a function that returns a number, got a tuple from it. The gradient"
-            " beside the value (scipy's jac=True) is not needed: return the value alone."
-        )
-        raise TypeError(message)
-    if not isinstance(value, Tensor) or value.shape != ():
-        is_tensor = isinstance(value, Tensor)
-        got = f"shape {tuple(value.shape)}" if is_tensor else type(value).__name__
-        message = (
-            f"minimize: expected a function that returns a number of shape (), got {got}. Let it"
-            " end in .sum(), say; a root or a sum of squares of several is found by root or"
-            " least_squares."
-        )
-        raise TypeError(message)

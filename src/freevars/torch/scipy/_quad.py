@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from freevars._solvers.scipy_calls import as_tuple, refuse_of_quad
+from freevars._solvers.scipy_calls import as_tuple, refuse_integrand, refuse_of_quad
 from freevars.torch._rules.integrals import integral
 from freevars.torch.scipy._scipy import not_in_pytorch, runs
 
@@ -110,12 +110,7 @@ def quad(
         is_number = isinstance(value, Tensor) and value.shape == ()
         is_complex = is_number and value.is_complex()
         if not is_number or (is_complex and not complex_func):
-            what = "a complex number takes complex_func=True; " if is_complex else ""
-            message = (
-                f"quad: expected a function that returns a number of shape (), got {value!r}."
-                f" {what}freevars.torch.integral takes a solver that integrates tensors."
-            )
-            raise TypeError(message)
+            refuse_integrand(value, "freevars.torch", is_complex=is_complex)
         return value
 
     ends = (end if isinstance(end, Tensor) else float(end) for end in (a, b))
