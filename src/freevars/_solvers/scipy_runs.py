@@ -19,7 +19,7 @@ from freevars._solvers.scipy_results import Said, ivp_said, root_said, solver_sa
 __all__ = ["inside", "linprog", "minimize", "quad", "root", "root_scalar", "solve_ivp"]
 
 
-class _Curvature(optimize.BFGS):  # type: ignore[misc, unused-ignore]
+class _Curvature(optimize.BFGS):  # type: ignore[misc]
     """What trust-constr learns of the second derivatives of the constraints: as scipy's default,
     and silent about constraints that are linear."""
 

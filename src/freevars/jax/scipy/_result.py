@@ -32,7 +32,7 @@ def _text(data: Any) -> Any:
 
 @dataclass(frozen=True)
 class OptimizeResult:
-    """What `minimize`, `root` and `least_squares` return: a pytree with scipy's names.
+    """What `minimize`, `root`, `least_squares` and `linprog` return: a pytree with scipy's names.
 
     Derivatives flow into `x`, and into `fun` and `cost`, which are computed from it; everything
     else is what the solver said of its own run, before x was polished.

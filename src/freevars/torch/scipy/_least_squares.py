@@ -109,7 +109,7 @@ def least_squares(
 
     Raises:
         TypeError: `fun` is not written in PyTorch, a derivative is given, or another loss.
-        freevars.errors.FreevarsError: as for `freevars.torch.argmin`.
+        freevars.errors.FreevarsError: as for `freevars.torch.least_squares`.
         Exception: whatever scipy raises, as it is.
 
     Example:

@@ -80,7 +80,7 @@ def linprog(
         bounds: as in scipy: a pair (min, max) for all, or one for each of x, None for no bound.
         method: as in scipy.
         options: as in scipy.
-        on_failure: as for `freevars.torch.argmin`.
+        on_failure: as for `freevars.torch.root`.
         one_sided: as for `freevars.torch.argmin`.
 
     Returns:

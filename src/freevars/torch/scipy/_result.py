@@ -35,7 +35,7 @@ def _shown(result: Any, **said: Any) -> str:
 
 
 class OptimizeResult(NamedTuple):
-    """What `minimize`, `root` and `least_squares` return, with scipy's names.
+    """What `minimize`, `root`, `least_squares` and `linprog` return, with scipy's names.
 
     Derivatives flow into `x`, and into `fun` and `cost`, which are computed from it; everything
     else is what the solver said of its own run, before x was polished.

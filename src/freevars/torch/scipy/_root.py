@@ -86,7 +86,7 @@ def root(
 
     Raises:
         TypeError: `fun` is not written in PyTorch, or a derivative is given.
-        freevars.errors.FreevarsError: as for `freevars.torch.argmin`.
+        freevars.errors.FreevarsError: as for `freevars.torch.root`.
         Exception: whatever scipy raises, as it is.
 
     Example:

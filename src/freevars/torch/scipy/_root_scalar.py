@@ -108,7 +108,7 @@ def root_scalar(
     Raises:
         TypeError: `f` is not written in PyTorch, a derivative is given, or x0, x1 or a side of the
             bracket is not one number: many roots at once are `torch.func.vmap` of this.
-        freevars.errors.FreevarsError: as for `freevars.torch.argmin`.
+        freevars.errors.FreevarsError: as for `freevars.torch.root`.
         Exception: whatever scipy raises, as it is.
 
     Example:
