@@ -75,6 +75,11 @@ def test_times_that_were_rounded() -> None:
     np.testing.assert_allclose(y, np.exp(-0.1), rtol=1e-6)
 
 
+def test_times_in_a_list_have_derivatives() -> None:
+    last = lambda t: fs.solve_ivp(lambda t, y: -y, (0, 2), jnp.ones(1), t_eval=[0.5, t]).y[0, -1]
+    np.testing.assert_allclose(jax.grad(last)(1.0), -np.exp(-1.0), rtol=1e-5)
+
+
 def test_solve_ivp_is_scipys() -> None:
     ts = np.array([0.5, 1.0, 2.0])
     got = decay(0.7, ts, method="RK45", rtol=1e-5, atol=1e-8)

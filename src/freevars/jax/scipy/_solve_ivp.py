@@ -116,7 +116,6 @@ def solve_ivp(
 
 
 def _check_span(t_span: Any, times: Any) -> None:
-    if not any(isinstance(t, _compat.Tracer) for t in (*t_span, times)) and np.size(times):
-        # By NumPy: inside `jit` an operation of JAX gives what is not known.
-        times = np.asarray(times)
-        check_span([float(t) for t in t_span], np.ravel(times).tolist())
+    known = not any(isinstance(t, _compat.Tracer) for t in jax.tree.leaves((t_span, times)))
+    if known:  # by NumPy: inside `jit` an operation of JAX gives what is not known
+        check_span([float(t) for t in t_span], np.ravel(np.asarray(times)).tolist())
