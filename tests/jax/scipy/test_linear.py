@@ -26,6 +26,13 @@ def test_a_vertex_by_everything_that_is_given() -> None:
         np.testing.assert_allclose(by_ours, right, atol=1e-12)
 
 
+def test_numbers_in_lists_are_differentiated() -> None:
+    """At (cap - cap / 3, 1)."""
+    solve = lambda cap: linprog([-1, -2], [[1.0, cap / 3]], [cap], bounds=(0, 1)).x
+    np.testing.assert_allclose(solve(1.2), [0.8, 1.0])
+    np.testing.assert_allclose(jax.jacobian(solve)(1.2), [2 / 3, 0.0], atol=1e-12)
+
+
 @pytest.mark.slow
 def test_equations_in_programs() -> None:
     """x + y = total with the dearer one at its lower bound."""

@@ -72,7 +72,7 @@ def linprog(
     constraints meet than x has numbers, there is no derivative, and it is refused.
 
     Args:
-        c: Float[Array, "n"].
+        c: Float[Array, "n"]; each of these may be a list too.
         A_ub: Float[Array, "m n"] or None.
         b_ub: Float[Array, "m"] or None.
         A_eq: Float[Array, "k n"] or None.
@@ -101,7 +101,8 @@ def linprog(
         [5. 3.] [1. 0.]
     """
     name = "linprog"
-    c = jnp.asarray(c, jnp.result_type(float, c))
+    c = jnp.asarray(c)
+    c = c.astype(jnp.result_type(float, c))
     functions: dict[str, Any] = {}
     for kind, end, A, b in (("inequality", "ub", A_ub, b_ub), ("equality", "eq", A_eq, b_eq)):
         check_pair(name, end, A, b)
