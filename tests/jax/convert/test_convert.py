@@ -701,9 +701,69 @@ def test_what_the_body_of_a_custom_jvp_only_compares_is_refused() -> None:
             lost()
 
 
-def test_a_constant_declared_in_the_body_is_one() -> None:
-    f = fv.Closure(lambda x: jnp.sum(ruled_by(W, lambda c, x: jax.lax.stop_gradient(c) * x)(x)), X)
+def test_what_a_loop_only_compares_is_refused_beside_what_it_multiplies() -> None:
+    """Two values that go through the same open-ended loop."""
+    scale = 1 + W
+
+    def body(scale, x):
+        grown = lambda y: (y[0] + 1.0, jnp.where(y[1] < W, y[1] * scale, y[1]))
+        return jax.lax.while_loop(lambda y: y[0] < 9.0, grown, (0.0, x))[1]
+
+    f = fv.Closure(lambda x: _with_rule("jvp", lambda x: body(scale, x))(x), X)
+    with pytest.raises(CaptureError, match="only compared"):
+        jax.jvp(lambda f: f(X), (f,), (f,))
+    by_scale = lambda s: jax.tree.map(lambda v: s if v is scale else v, f)(X)
+    found, expected = (jax.jvp(g, (scale,), (W,))[1] for g in (by_scale, lambda s: body(s, X)))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert jnp.any(expected != 0)
+
+
+def _with_rule(kind, body):
+    """A function, and a rule that says of its argument alone what the derivative is."""
+    ruled = (jax.custom_jvp if kind == "jvp" else jax.custom_vjp)(body)
+    if kind == "jvp":
+        ruled.defjvp(lambda p, t: (body(*p), t[0]))
+    else:
+        ruled.defvjp(lambda x: (body(x), None), lambda _, ct: (ct,))
+    return ruled
+
+
+@pytest.mark.parametrize("kind", ["jvp", "vjp"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda c, x: jax.lax.stop_gradient(c) * x,
+        lambda c, x: jax.jit(lambda c: jax.lax.stop_gradient(c) * x)(c),
+        lambda c, x: jax.lax.scan(lambda y, _: (jax.lax.stop_gradient(c) * y, None), x, None, 2)[0],
+    ],
+    ids=["in it", "in a jitted function", "in a loop"],
+)
+def test_a_constant_declared_in_the_body_is_one(body, kind) -> None:
+    f = fv.Closure(lambda x: jnp.sum(_with_rule(kind, lambda x: body(W, x))(x)), X)
     np.testing.assert_array_equal(jax.grad(lambda f: f(X))(f).values[0], 0 * W)
+
+
+@pytest.mark.parametrize("kind", ["jvp", "vjp"])
+def test_what_a_rule_within_a_body_captures(kind) -> None:
+    """The inner rule holds the value too, and that is no second way to a result."""
+    scale = 2 * W
+
+    def inner(x):
+        ruled = jax.custom_jvp(lambda x: scale * x**2)
+        ruled.defjvp(lambda p, t: (scale * p[0] ** 2, 2 * scale * p[0] * t[0]))
+        return ruled(x)
+
+    f = fv.Closure(lambda x: jnp.sum(_with_rule(kind, lambda x: inner(W * x))(x)), X)
+    found = jax.grad(lambda f: f(X))(f).values
+    expected = {2.0: (W * X) ** 2, 1.0: 2 * scale * W * X**2}
+    for value, got in zip(f.values, found, strict=True):
+        np.testing.assert_allclose(got, expected[float(value[0])], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["jvp", "vjp"])
+def test_a_rule_that_never_runs_since_its_arguments_are_integers(kind) -> None:
+    f = fv.Closure(lambda n: jnp.sum(_with_rule(kind, lambda n: W**n)(n)), jnp.int32(3))
+    np.testing.assert_allclose(jax.grad(lambda f: f(jnp.int32(3)))(f).values[0], 3 * W**2)
 
 
 def _bisect(fun):

@@ -37,9 +37,8 @@ class Rule:
         self.smooth_out = tuple([_compat.is_smooth(v.aval) for v in eqn.outvars])
         self.moved = self.smooth_out  # which results have a tangent by the rule
         self.symbolic = bool(eqn.params["symbolic_zeros"])  # whether it asks which are zero
-        # Whether it has no program: none is ever asked for, or it would be one more of a tower of
-        # rules without end (`TOWER`).
-        self.ends = not any(self.smooth)
+        # Whether it has no program, being one more of a tower of rules without end (`TOWER`).
+        self.ends = False
         self.refusal: tuple[type, tuple[Any, ...]] | None = None  # the error that it always raises
         self.name = _compat.program_name(eqn.params["call_jaxpr"])
         self.raw: list[Any] = []  # the programs as traced, with their constants

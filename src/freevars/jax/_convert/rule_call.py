@@ -24,8 +24,9 @@ from freevars._sequences import replaced
 from freevars.errors import CaptureError
 from freevars.jax import _compat
 from freevars.jax._compat import Eqn
+from freevars.jax._convert.dependence import reached
 from freevars.jax._convert.rule import TOWER, Rule, rule_p
-from freevars.jax._convert.rule_captures import along_captures, reached, total, with_captures
+from freevars.jax._convert.rule_captures import along_captures, total, with_captures
 
 __all__ = ["with_rules"]
 
@@ -85,7 +86,7 @@ def _function(rule: Rule, body: Any, captured: int) -> Callable[..., Any]:
     call.__name__ = call.__qualname__ = rule.name
     if rule.ends:
         return _without_rule(call, rule.name)
-    if rule.kind == "jvp":
+    if rule.kind == "jvp" or not any(rule.smooth):  # then no rule ever runs
         return _with_jvp(call, rule, captured, held)
     by_rule = _with_vjp(call, rule, captured, held)
     if not any(_compat.is_smooth(v.aval) for v in opened.invars[:captured]):
@@ -113,9 +114,9 @@ def _without_rule(call: Callable[..., Any], name: str) -> Any:
 def _program(rule: Rule, which: int) -> Callable[[Sequence[Any], Sequence[Any]], list[Any]]:
     """One of the rule's programs, of what it holds and the rest. It is made when it first runs: it
     may call its own function again."""
-    closed, places = rule.programs[which]
 
     def run(held: Sequence[Any], rest: Sequence[Any]) -> list[Any]:
+        closed, places = rule.programs[which]
         if which not in rule.native:
             rule.native[which] = with_rules(getattr(closed, "jaxpr", closed))
         return _compat.evaluate(rule.native[which], [*[held[i] for i in places], *rest])

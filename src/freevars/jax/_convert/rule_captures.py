@@ -19,9 +19,10 @@ from jax.custom_derivatives import SymbolicZero
 from freevars._sequences import replaced
 from freevars.errors import CaptureError
 from freevars.jax import _compat
+from freevars.jax._convert.dependence import reached
 from freevars.jax._convert.rule import Rule
 
-__all__ = ["along_captures", "reached", "total", "with_captures"]
+__all__ = ["along_captures", "total", "with_captures"]
 
 
 def total(result: Any, dots: list[Any]) -> Any:
@@ -42,10 +43,7 @@ def along_captures(
     _check_body(call, rule, primals, moving)
 
     def body(*moved: Any) -> Any:
-        whole = list(primals)
-        for i, value in zip(moving, moved, strict=True):
-            whole[i] = value
-        return call(*whole)
+        return call(*replaced(primals, moving, moved))
 
     return jax.jvp(body, [primals[i] for i in moving], [tangents[i] for i in moving])
 
@@ -91,19 +89,27 @@ def _check_body(
         results = call(*replaced(primals, moving, moved))
         return [y for y, smooth in zip(results, rule.smooth_out, strict=True) if smooth]
 
-    program: Any = jax.make_jaxpr(body)(*some)
-    opened = getattr(program, "jaxpr", program)
-    first = len(opened.invars) - len(some)
-    for i, value in enumerate(some):
-        zeros = [True] * len(opened.outvars)
-        with _refusing(rule):
-            jax.eval_shape(partial(_watch, body, some, i, zeros), value)
-        for zero, depends in zip(zeros, reached(opened, [first + i]), strict=True):
-            if zero and depends:
-                raise _no_derivative(rule, "it is only compared or rounded there")
-    if rule.kind == "vjp":
-        with _refusing(rule):
+    def tangents(*moved_and_dots: Any) -> list[Any]:
+        moved, dots = moved_and_dots[: len(some)], moved_and_dots[len(some) :]
+        result: list[Any] = jax.jvp(body, moved, dots)[1]
+        return result
+
+    with _refusing(rule):
+        by_value = _dependence(body, some, len(some))
+        by_tangent = _dependence(tangents, [*some, *some], len(some))
+        if rule.kind == "vjp":
             jax.eval_shape(lambda some: _pull(body, some), some)
+    for depends, moves in zip(by_value, by_tangent, strict=True):
+        if any(d and not m for d, m in zip(depends, moves, strict=True)):
+            raise _no_derivative(rule, "it is only compared or rounded there")
+
+
+def _dependence(fun: Callable[..., Any], args: Sequence[Any], last: int) -> list[list[bool]]:
+    """For each of the last arguments, which results depend on it."""
+    program: Any = jax.make_jaxpr(fun)(*args)
+    opened = getattr(program, "jaxpr", program)
+    first = len(opened.invars) - last
+    return [reached(opened, [first + i]) for i in range(last)]
 
 
 def _pull(body: Callable[..., Any], some: Sequence[Any]) -> Any:
@@ -111,28 +117,13 @@ def _pull(body: Callable[..., Any], some: Sequence[Any]) -> Any:
     return pull(list(map(jnp.ones_like, results)))
 
 
-def _watch(
-    body: Callable[..., Any], some: Sequence[Any], i: int, zeros: list[bool], value: Any
-) -> Any:
-    """The tangents of the body along one value; says of each result if it is known to be zero."""
-
-    @jax.custom_jvp  # type: ignore[untyped-decorator]
-    def watched(*ys: Any) -> list[Any]:
-        return list(ys)
-
-    @partial(watched.defjvp, symbolic_zeros=True)
-    def _(ys: Any, dots: Any) -> Any:
-        zeros[:] = map(_compat.is_symbolic_zero, dots)
-        return list(ys), list(dots)
-
-    return jax.jvp(lambda v: watched(*body(*replaced(some, [i], [v]))), (value,), (value,))
-
-
 @contextmanager
 def _refusing(rule: Rule) -> Iterator[None]:
     """Say whose derivative it is that a body does not have."""
     try:
         yield
+    except CaptureError:  # of a function inside, which it names
+        raise
     except (NotImplementedError, TypeError, ValueError) as error:
         raise _no_derivative(rule, str(error).partition(". ")[0].rstrip(".")) from error
 
@@ -144,14 +135,3 @@ def _no_derivative(rule: Rule, why: str) -> CaptureError:
         " value to it as an argument, with a rule for that; or, if it is a constant, capture"
         " jax.lax.stop_gradient of it."
     )
-
-
-def reached(jaxpr: Any, places: Sequence[int]) -> list[bool]:
-    """Which outputs of an open program may depend on some of its inputs, but as constants."""
-    moving = {jaxpr.invars[i] for i in places}
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name != "stop_gradient" and any(
-            type(v) is not _compat.Literal and v in moving for v in eqn.invars
-        ):
-            moving.update(eqn.outvars)
-    return [type(v) is not _compat.Literal and v in moving for v in jaxpr.outvars]

@@ -152,7 +152,7 @@ class RuleTracer:
             if not parts.foreign:
                 return None  # JAX's own, which reads no state
             rule.ends = True
-        if rule.ends:
+        if rule.ends or not any(rule.smooth):  # no program of it is ever asked for
             return rule
         try:
             rule.raw = (trace_jvp if rule.kind == "jvp" else trace_vjp)(eqn, rule)
