@@ -15,7 +15,7 @@ import numpy as np
 
 from freevars._solvers import kkt
 from freevars._solvers.kkt import Pair
-from freevars.jax._rules.coordinates import Coordinates, magnitude, probe
+from freevars.jax._rules.coordinates import Coordinates, max_abs, probe
 from freevars.jax._solver.problem import Problem
 
 __all__ = ["Functions", "Scaled", "flat", "pairs", "positive", "rows_of", "size_of"]
@@ -93,7 +93,7 @@ class Scaled(NamedTuple):
         pull = jax.tree.map(jnp.divide, gradient, unit)
         eps = float(jnp.finfo(flat(v).dtype).eps)
         matrix = rows_of(at, v)[0]
-        size = _natural(at, v, multipliers, size, unit, matrix)
+        size = _natural(at, v, multipliers, size, unit, matrix, eps)
         below = jax.tree.map(lambda x, b, d: (x - b) / d, v, at.lower, size)
         above = jax.tree.map(lambda x, b, d: (b - x) / d, v, at.upper, size)
         lower = jax.tree.map(lambda gap, p: kkt.pair(jnp, gap, p, eps), below, pull)
@@ -106,7 +106,7 @@ class Scaled(NamedTuple):
             weight = jnp.max(matrix / flat(unit), axis=1, initial=0)
         if "equality" in values:
             m = values["equality"].size
-            violated = jnp.max(magnitude(values["equality"] / variation[:m]), initial=0)
+            violated = max_abs(values["equality"] / variation[:m])
             left.append(violated)
         if "inequality" in values:
             start = variation.size - values["inequality"].size
@@ -116,7 +116,7 @@ class Scaled(NamedTuple):
             left.append(jnp.where(inequality.active, jnp.abs(gap), jnp.abs(force)))
         largest = jnp.zeros(())
         for part in left:
-            largest = jnp.maximum(largest, jnp.max(magnitude(part), initial=0))
+            largest = jnp.maximum(largest, max_abs(part))
         return Scaled(
             lower, upper, inequality, (below, above, gap), (pull, force), violated, largest, size
         )
@@ -135,10 +135,15 @@ class Scaled(NamedTuple):
 
 
 def _natural(
-    at: Functions, v: Tree, multipliers: dict[str, Any], size: Tree, unit: Tree, matrix: Any
+    at: Functions,
+    v: Tree,
+    multipliers: dict[str, Any],
+    size: Tree,
+    unit: Tree,
+    matrix: Any,
+    eps: float,
 ) -> Tree:
     """The sizes with those that the equations tell, whose terms are `unit`."""
-    eps = float(jnp.finfo(flat(v).dtype).eps)
     by_terms = jax.tree.map(jnp.divide, probe(v, 12), unit)
     coupling = jax.jvp(lambda v: at.gradient(v, multipliers), (v,), (by_terms,))[1]
     rows = positive(jnp.sum(jnp.abs(matrix) * flat(size), axis=1))

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from freevars._sequences import replaced
 from freevars._solvers.integration import Reverse
 from freevars.jax import _compat
-from freevars.jax._rules.coordinates import magnitude
+from freevars.jax._rules.coordinates import max_abs
 from freevars.jax._rules.forms import Flat
 
 __all__ = ["BySolver", "OdeSolver"]
@@ -210,12 +210,12 @@ def _difference(of: Recorded, again: Arrays, recorded: Arrays) -> Any:
     slopes = jax.vmap(lambda t, y: of.f(t, p, y))(ts, ys)
     largest = jnp.zeros(())
     for y, f, a, b in zip(ys, slopes, again, recorded, strict=True):
-        size = jnp.max(magnitude(y), axis=0)
+        size = max_abs(y, axis=0)
         way = jnp.abs(jnp.diff(ts)).reshape(-1, *[1] * (y.ndim - 1)).astype(size.dtype)
         way = way * jnp.minimum(jnp.abs(f[1:]), jnp.abs(f[:-1]))
         size = jnp.maximum(size, jnp.max(way, axis=0, initial=0) / 10)
         least = jnp.finfo(y.dtype).eps ** 0.5 * jnp.max(size, initial=0)
         size = jnp.maximum(size, least)
         gap = jnp.abs(a - b) / jnp.where(size > 0, size, 1)
-        largest = jnp.maximum(largest, jnp.max(magnitude(gap), initial=0).astype(largest.dtype))
+        largest = jnp.maximum(largest, max_abs(gap).astype(largest.dtype))
     return largest

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from freevars.jax import _compat
 
-__all__ = ["Coordinates", "Space", "magnitude", "probe"]
+__all__ = ["Coordinates", "Space", "magnitude", "max_abs", "probe"]
 
 Tree: TypeAlias = Any  # a pytree of real arrays of one dtype
 
@@ -144,9 +144,7 @@ class Space:
         axes = self._axes or [frozenset[str]()] * len(leaves)
         found = [
             jax.lax.pmax(largest, tuple(sorted(names))) if names else largest
-            for largest, names in zip(
-                [jnp.max(magnitude(leaf), initial=0) for leaf in leaves], axes, strict=True
-            )
+            for largest, names in zip([max_abs(leaf) for leaf in leaves], axes, strict=True)
         ]
         result = found[0]
         for other in found[1:]:
@@ -172,6 +170,11 @@ def magnitude(a: Any) -> Any:
     """|a|, and infinity for NaN, which no maximum over it may lose: on CPUs, XLA's does so where
     it is of a large batch."""
     return jnp.where(jnp.isnan(a), jnp.inf, jnp.abs(a))
+
+
+def max_abs(a: Any, axis: int | None = None) -> Any:
+    """The largest absolute value of an entry, 0 of none; infinity where one is NaN."""
+    return jnp.max(magnitude(a), axis=axis, initial=0)
 
 
 def _devices(names: Any) -> int:

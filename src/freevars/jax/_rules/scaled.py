@@ -18,7 +18,7 @@ import numpy as np
 
 from freevars._solvers.verdict import Figures, Limits
 from freevars.jax._rules.closer import Step, look
-from freevars.jax._rules.coordinates import magnitude
+from freevars.jax._rules.coordinates import magnitude, max_abs
 from freevars.jax._rules.krylov import divide
 
 __all__ = ["Scaled", "factorise", "measure", "power_of_two", "wrap"]
@@ -139,7 +139,7 @@ def measure(
     """The figures of a system at x, where F is f, and the Newton step; F is `again`, and `along`
     its direction for one of x and one, of a number, of what it is differentiated by."""
     size = jnp.abs(x)
-    largest = jnp.max(magnitude(x), initial=0)
+    largest = max_abs(x)
     if len(x) == 1 and not least_squares:
         step = f / system.matrix[0]
         rounding = size
@@ -158,15 +158,15 @@ def measure(
         along,
         Step(x, f, step, near, far, rounding),
         limits,
-        lambda v: jnp.max(magnitude(v), initial=0),
+        max_abs,
         floor=limits.column,
         number=_DIRECTIONS,
     )
     if least_squares:
         # What no step removes is no rounding either: x is not a solution.
         left = system.rows * (f - system.matrix @ step)
-        relative = jnp.maximum(relative, jnp.max(magnitude(left), initial=0))
-    finite = jnp.isfinite(largest) & jnp.isfinite(jnp.max(magnitude(f), initial=0))
+        relative = jnp.maximum(relative, max_abs(left))
+    finite = jnp.isfinite(largest) & jnp.isfinite(max_abs(f))
     finite &= jnp.isfinite(norm)
     zero = jnp.zeros_like(relative)
     left = zero
@@ -185,14 +185,14 @@ def _by_probes(system: Scaled, size: Vector, f: Vector) -> tuple[Vector, Vector,
     sides = [(system.rows * f)[:, None], probes, weights[:, None] * probes]
     found = system.solve(jnp.concatenate(sides, axis=1))
     step = system.columns * found[:, 0]
-    rounding = system.columns * jnp.max(magnitude(found[:, 1 + _PROBES :]), axis=1)
+    rounding = system.columns * max_abs(found[:, 1 + _PROBES :], axis=1)
     # One more step of inverse iteration: then the smallest singular value is all but alone in it.
     inverse = found[:, 1 : 1 + _PROBES]
     inverse = inverse / jnp.max(jnp.abs(inverse), axis=0, keepdims=True)
     inverse = inverse / jnp.linalg.norm(inverse, axis=0, keepdims=True)
     inverse = system.transposed(inverse)
-    largest = jnp.max(magnitude(inverse))
-    inverse_norm = largest * jnp.max(magnitude(jnp.linalg.norm(inverse / largest, axis=0)))
+    largest = max_abs(inverse)
+    inverse_norm = largest * max_abs(jnp.linalg.norm(inverse / largest, axis=0))
     sums = [jnp.sum(magnitude(system.scaled), axis=axis) for axis in (0, 1)]
     norm = jnp.sqrt(jnp.max(sums[0]) * jnp.max(sums[1]))
     rcond = 1 / (inverse_norm * norm)
