@@ -21,6 +21,7 @@ __all__ = [
     "eagerly",
     "function_modes",
     "functorch_active",
+    "has_hooks",
     "in_backward",
     "is_custom_function_node",
     "is_higher_order",
@@ -121,6 +122,12 @@ def is_reentrant_checkpoint_node(node: Any) -> bool:
     its class; the node itself may name another (`_hooks.py`)."""
     kind: Any = type(node)
     return is_custom_function_node(node) and kind._forward_cls is CheckpointFunction
+
+
+def has_hooks(t: Tensor) -> bool:
+    """Whether a backward pass that reaches `t` runs hooks of the user's. They have no public
+    reader."""
+    return bool(t._backward_hooks)
 
 
 def not_inference(t: Tensor) -> Tensor:

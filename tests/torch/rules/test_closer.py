@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from freevars.torch import NotASolutionError, argmin, root
+from freevars.torch import NotASolutionError, argmin, fixed_point, root
 
 F32, F64 = torch.float32, torch.float64
 
@@ -121,3 +121,81 @@ def test_where_the_change_cannot_be_known_a_step_has_to_be_certain() -> None:
     assert abs(slope(5e-5) * 12 - 1) < 1e-3
     with pytest.raises(NotASolutionError, match=r"up to 1\.2e-04 is accepted\. Let it run"):
         slope(2e-3)
+
+
+def wave(t: Tensor, height: Tensor, off: float) -> Tensor:
+    """height cos(2000 t), found by way of a t that is off."""
+    nearly = t.detach() * (1 + off)
+    x = torch.stack([nearly, height.detach() * (2000 * nearly).cos()])
+    equations = lambda x: torch.stack([x[0] - t, x[1] - height * (2000 * x[0]).cos()])
+    return root(returning(x))(equations, torch.zeros_like(x))[1]
+
+
+def test_a_step_is_looked_at_though_it_is_small() -> None:
+    one = torch.tensor(1.0, dtype=F64)
+    t = one.clone().requires_grad_()
+    (g,) = torch.autograd.grad(wave(t, one, 1e-7), t)
+    assert abs(float(g) / (-2000 * (2000 * one).sin()).item() - 1) < 1e-3
+    with pytest.raises(NotASolutionError, match=r"the derivative changes by .* a step of 1\.5e-08"):
+        torch.autograd.grad(wave(t, one, 5e-5), t)
+
+
+def test_the_imaginary_part_of_what_it_is_by() -> None:
+    one = torch.tensor(1.0, dtype=F64)
+    c = torch.tensor(1 + 1j, requires_grad=True, dtype=torch.complex128)
+    with pytest.raises(NotASolutionError, match="the derivative changes by"):
+        torch.autograd.grad(wave(one, c.imag, 1e-3), c)
+
+
+def test_hooks_run_once_and_what_they_do_is_not_compared() -> None:
+    seen: list[float] = []
+
+    def hook(g: Tensor) -> Tensor:
+        seen.append(float(g))
+        return g.detach()
+
+    t, one = torch.tensor([1.0, 1.0], dtype=F64)
+    t.requires_grad_().register_hook(hook)
+    torch.autograd.grad(wave(t, one, 1e-7), t)
+    assert len(seen) == 1
+    with pytest.raises(NotASolutionError, match=r"up to 1\.2e-04 is accepted\. Let it run"):
+        torch.autograd.grad(wave(t, one, 1e-3), t)
+    assert len(seen) == 1
+
+
+def tf32(a: Tensor, b: Tensor) -> Tensor:
+    """A product in ten bits, as a GPU may compute it; its derivatives are, too."""
+    return a.half().float() @ b.half().float()
+
+
+def autocast(a: Tensor, b: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return a @ b
+
+
+@pytest.mark.parametrize("product", [tf32, autocast])
+@pytest.mark.parametrize("shape", [(20,), (32, 64)], ids=["dense", "matrix-free"])
+def test_what_coarse_arithmetic_leaves_is_accepted(product: Any, shape: tuple[int, ...]) -> None:
+    """And what a solver left beyond that is not."""
+    torch.manual_seed(0)
+    weights = torch.randn(shape[-1], shape[-1])
+    weights = (weights * 0.9 / torch.linalg.matrix_norm(weights, 2)).requires_grad_()
+    inputs = torch.randn(shape)
+
+    def iterate(fun: Any, z: Tensor) -> Tensor:
+        for _ in range(150):
+            z = fun(z)
+        return z
+
+    def slope(solver: Any, product: Any) -> Tensor:
+        layer = lambda z: torch.tanh(product(z, weights) + inputs)
+        z = fixed_point(solver)(layer, torch.zeros_like(inputs))
+        return torch.autograd.grad((z**3).sum(), weights)[0]
+
+    right = slope(iterate, torch.matmul)
+    exact = iterate(lambda z: torch.tanh(z @ weights + inputs), torch.zeros_like(inputs)).detach()
+    for solver in (iterate, returning(exact)):
+        error = torch.linalg.norm(slope(solver, product) - right)
+        assert float(error) < 1e-2 * float(torch.linalg.norm(right))
+        with pytest.raises(NotASolutionError, match="did not converge"):
+            slope(lambda fun, z, solver=solver: 1.05 * solver(fun, z), product)

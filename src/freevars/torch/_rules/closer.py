@@ -17,8 +17,9 @@ relative to the largest that it is in these.
 
 F'' comes from what was recorded, and so does F nearby, where x is tiny next to the way: what it
 gives back tells how much F rounds. The user's function is not run again. (The JAX host evaluates F
-at both ends of the step in place of F''.) A graph that cannot be differentiated three times, or
-that may do so wrongly without a word, as one with a custom Function, leaves the question open.
+at both ends of the step in place of F''.) A graph that cannot be differentiated three times leaves
+the question open, and so does one that may do so wrongly without a word: custom Functions are in
+it, or hooks of captured tensors, which are not to run for a question either.
 
 Not here: the measure of a step itself (`dense.py`, `linear.py`).
 """
@@ -28,14 +29,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from freevars._solvers.verdict import Limits
+from freevars.torch import _compat
 from freevars.torch._convert.autograd_graph import has_custom_functions
 from freevars.torch._rules.derivative import Derivative
 from freevars.torch._rules.diagnostics import units
 from freevars.torch._rules.sizes import PARTS, Sizes
 
-__all__ = ["Inputs", "all_error", "change_along", "second_step"]
-
-_SECOND = 0.02  # s2 next to s, as in `freevars._solvers.verdict`
+__all__ = ["Inputs", "look"]
 
 # F with a graph also to the tensors that it is differentiated by, and these.
 Inputs = Callable[[], tuple[Derivative, Sequence[Tensor]]]
@@ -43,38 +44,88 @@ Inputs = Callable[[], tuple[Derivative, Sequence[Tensor]]]
 Inverse = Callable[[Tensor], Tensor]
 
 
-def second_step(derivative: Derivative, step: Tensor, inverse: Inverse) -> Tensor:
-    """s2 of a step s, infinite where PyTorch cannot differentiate F three times."""
+def look(
+    derivative: Derivative,
+    inputs: Inputs,
+    sizes: Sizes,
+    step: Tensor,
+    rounding: Tensor,
+    inverse: Inverse,
+    measure: Callable[[Tensor, Tensor], Tensor],
+    limits: Limits,
+    *,
+    directions: int,
+    floor: float,
+) -> tuple[Tensor, Tensor]:
+    """The size of a step, and the change of the derivative along it, relative; infinite where that
+    cannot be known and the step is not certain to be small: two Float[Tensor, "problems"].
+
+    Args:
+        derivative: A.
+        inputs: what the solution is differentiated by.
+        sizes: those of the unknown.
+        step: s.
+        rounding: what a relative error of 1 in the terms of F moves x by.
+        inverse: applies A^-1.
+        measure: `measure(v, error)` is the size of a change v of x, where the components in which
+            `error` holds count by how far the solver came.
+        limits: of the verdict.
+        directions: in how many the derivative is compared.
+        floor: a component of y counts as this at least, relative to the largest one.
+    """
+    bend = _second_step(derivative, step, inverse)
+    error = _all_error(derivative, sizes, step, bend, rounding, inverse, limits)
+    size = measure(step, error)
+    zero = torch.zeros_like(size)
+    asked = (size > limits.negligible) & (size <= limits.step)
+    if not bool(asked.any()):
+        return size, zero
+    change = None
+    if bend is not None:
+        change = _change_along(inputs, sizes, step, inverse, directions=directions, floor=floor)
+    if bend is None or change is None:
+        asked &= size > limits.certain
+        return size, torch.where(asked, torch.inf, zero)
+    return size, torch.where(asked, torch.maximum(measure(bend, error) / size, change), zero)
+
+
+def _second_step(derivative: Derivative, step: Tensor, inverse: Inverse) -> Tensor | None:
+    """s2 of a step s; None where PyTorch cannot differentiate F three times."""
     try:
         return inverse(derivative.curvature(step) / 2)
     except RuntimeError:
-        return torch.full_like(step, torch.inf)
+        return None
 
 
-def all_error(
-    sizes: Sizes, derivative: Derivative, step: Tensor, rounding: Tensor, inverse: Inverse
+def _all_error(
+    derivative: Derivative,
+    sizes: Sizes,
+    step: Tensor,
+    bend: Tensor | None,
+    rounding: Tensor,
+    inverse: Inverse,
+    limits: Limits,
 ) -> Tensor:
-    """Which components of a solution are all error, as Bool[Tensor, "problems n"].
-
-    `rounding` is what a relative error of 1 in the terms of F moves x by; `inverse` applies A^-1.
-    """
+    """Which components of a solution are all error, as Bool[Tensor, "problems n"]; `bend` is s2."""
     x = sizes.x.to(step.dtype)
     f = derivative.f.detach().to(x.dtype)
     blurred = torch.zeros_like(x, dtype=torch.bool)
     noise = 4 * torch.finfo(x.dtype).eps * (rounding + x.abs())
-    bend = second_step(derivative, x, inverse)  # by x; with the square of the part
-    bend = torch.where(torch.isinf(bend), 0, bend)
-    after = second_step(derivative, step, inverse).abs()
-    for part, nearby in zip(PARTS, sizes.nearby(), strict=False):
+    nearby = sizes.nearby()
+    of_x = _second_step(derivative, x, inverse) if nearby else None
+    for part, there in zip(PARTS, nearby, strict=False):
         h = part * x
-        error = (inverse(f - nearby.to(x.dtype)) - h + part**2 * bend).abs()
+        error = inverse(f - there.to(x.dtype)) - h
+        error = (error if of_x is None else error + part**2 * of_x).abs()
         blurred |= (h != 0) & (error >= h.abs() / 2)
         noise = torch.maximum(noise, 4 * error)
-    straight = after <= _SECOND * step.abs()
-    return blurred | (straight & ((x - step).abs() <= noise + 2 * after))
+    if bend is None:
+        return blurred
+    straight = bend.abs() <= limits.change * step.abs()
+    return blurred | (straight & ((x - step).abs() <= noise + 2 * bend.abs()))
 
 
-def change_along(
+def _change_along(
     inputs: Inputs,
     sizes: Sizes,
     step: Tensor,
@@ -82,22 +133,14 @@ def change_along(
     *,
     directions: int,
     floor: float,
-) -> Tensor:
-    """By how much the derivative changes along a step, relative: Float[Tensor, "problems"],
-    infinite where that cannot be known.
-
-    Args:
-        inputs: what the solution is differentiated by.
-        sizes: those of the unknown.
-        step: s.
-        inverse: applies A^-1.
-        directions: in how many the derivative is compared.
-        floor: a component of y counts as this at least, relative to the largest one.
-    """
-    unknown = torch.full_like(step[:, 0], torch.inf)
+) -> Tensor | None:
+    """By how much the derivative changes along a step, relative: Float[Tensor, "problems"]; None
+    where that cannot be known."""
     derivative, by = inputs()
+    if any(map(_compat.has_hooks, by)):
+        return None
     if has_custom_functions(derivative.f, [derivative.at, *by]):
-        return unknown
+        return None
     eps = float(torch.finfo(step.dtype).eps)
     wide = units(torch.maximum(sizes.near, eps**0.5 * sizes.far)).to(step.dtype)
     largest, moved = torch.zeros_like(step), torch.zeros_like(step)
@@ -110,7 +153,7 @@ def change_along(
             largest = torch.maximum(largest, y.abs())
             moved = torch.maximum(moved, inverse(change.to(step.dtype)).abs())
     except RuntimeError:  # what PyTorch cannot differentiate three times
-        return unknown
+        return None
     least = floor * (largest / wide).amax(1, keepdim=True) * wide
     unit = torch.maximum(largest, least)
     return torch.where(moved == 0, 0, moved / unit).amax(1)
@@ -119,7 +162,9 @@ def change_along(
 def _relative(t: Tensor, seed: int) -> Tensor:
     """A direction that changes the entries of a tensor relative to what they are."""
     t = t.detach()
-    size = t.abs() if bool((t != 0).any()) else torch.ones_like(t)
+    size = t.abs() if bool((t != 0).any()) else torch.ones_like(t.abs())
     generator = torch.Generator().manual_seed(seed)
-    part = (2 * torch.rand(t.shape, generator=generator) - 1).to(size)
-    return torch.where(torch.isfinite(t), part * size, 0).to(t.dtype)
+    shape = (*t.shape, 2) if t.is_complex() else t.shape
+    part = (2 * torch.rand(shape, generator=generator) - 1).to(size)
+    part = torch.view_as_complex(part) if t.is_complex() else part
+    return torch.where(torch.isfinite(t), part * size, 0)

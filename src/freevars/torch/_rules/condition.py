@@ -205,9 +205,8 @@ class Condition:
         regular = least_squares or figures.rcond > limits.rcond
         if not figures.change < math.inf:  # not known
             limits = limits._replace(step=limits.certain)
-        accepted = limits.step
-        if figures.step <= accepted and not figures.change <= limits.change:
-            accepted = limits.certain
+        changes = figures.step <= limits.step and not figures.change <= limits.change
+        accepted = limits.negligible if changes else limits.step
         stopped = figures.finite and not figures.step <= accepted and not at_start
         if stopped and regular and self.by_options:
             return option_matters(name, kind, figures.step, accepted, self.by_options)

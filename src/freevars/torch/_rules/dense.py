@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from freevars._solvers.verdict import Limits
-from freevars.torch._rules.closer import Inputs, all_error, change_along, second_step
+from freevars.torch._rules.closer import Inputs, look
 from freevars.torch._rules.derivative import Derivative
 from freevars.torch._rules.diagnostics import Figures, limits_of, units
 from freevars.torch._rules.sizes import Sizes
@@ -75,29 +75,29 @@ class Dense:
     def figures(
         self, derivative: Derivative, sizes: Sizes, limits: Limits, inputs: Inputs
     ) -> Figures:
-        """A step is looked at closer where it is not certain to be small."""
+        """A step is looked at closer where it is not negligible."""
         finite = torch.isfinite(self._f).all(1) & torch.isfinite(self._scaled).all(2).all(1)
         step = self.solve(self._f, transposed=False)
         entries = self._scaled.abs()
         near, far = (t.to(step.dtype) for t in sizes[1:3])
         worst = self._worst(entries, step, near)
         change = zero = torch.zeros_like(worst)
-        open_ = worst > limits.certain
+        open_ = worst > limits.negligible
         if bool(open_.any()) and bool(
             (self._worst(entries, step, far)[open_] <= limits.step).any()
         ):
-            inverse = functools.partial(self.solve, transposed=False)
-            rounding = self._rounding(entries, near)
-            error = all_error(sizes, derivative, step, rounding, inverse)
-            unit = torch.where(error, far, near)
-            worst = self._worst(entries, step, unit)
-            open_ = (worst > limits.certain) & (worst <= limits.step)
-            if bool(open_.any()):
-                after = self._worst(entries, second_step(derivative, step, inverse), unit)
-                along = change_along(
-                    inputs, sizes, step, inverse, directions=_DIRECTIONS, floor=limits.column
-                )
-                change = torch.where(open_, torch.maximum(after / worst, along), zero)
+            worst, change = look(
+                derivative,
+                inputs,
+                sizes,
+                step,
+                self._rounding(entries, near),
+                functools.partial(self.solve, transposed=False),
+                lambda v, error: self._worst(entries, v, torch.where(error, far, near)),
+                limits,
+                directions=_DIRECTIONS,
+                floor=limits.column,
+            )
         return Figures(finite, worst, change, self._rcond, zero, self._conserved)
 
     def _worst(self, entries: Tensor, step: Tensor, size: Tensor) -> Tensor:

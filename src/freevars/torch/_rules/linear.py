@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from freevars._solvers.verdict import Limits
-from freevars.torch._rules.closer import Inputs, all_error, change_along, second_step
+from freevars.torch._rules.closer import Inputs, look
 from freevars.torch._rules.dense import Dense
 from freevars.torch._rules.derivative import Derivative, LinearOperator
 from freevars.torch._rules.diagnostics import Figures, units
@@ -143,35 +143,35 @@ class Iterative:
         along two random directions elsewhere, which products of A^T give."""
         f = self._a.f.detach()
         near, far = map(units, sizes.by_leaf(self._units))
-        size, change = self._size_of_step(f, near), 0.0
-        if size > limits.certain and self._size_of_step(f, far) <= limits.step:
-            size, change = self._closer(sizes, near, far, limits, inputs)
+        measured = Figures.unmeasured(f)
+
+        def measure(v: Tensor, error: Tensor) -> Tensor:
+            size = _size(v / torch.where(error, far, near))
+            return torch.full_like(measured.step, size)
+
+        size = self._size_of_step(f, near)
+        step, change = torch.full_like(measured.step, size), measured.change
+        if size > limits.negligible and self._size_of_step(f, far) <= limits.step:
+            step, change = look(
+                derivative,
+                inputs,
+                sizes,
+                self.newton_step(),
+                sizes.near,
+                functools.partial(self._solve, transposed=False, relative=1e-2),
+                measure,
+                limits,
+                directions=1,
+                floor=_SHARE,
+            )
         if self._dense is not None:
             return self._dense.figures(derivative, sizes, limits, inputs)
-        measured = Figures.unmeasured(f)
-        finite = measured.finite & torch.isfinite(self._a.at.detach()).all(1)
         return measured._replace(
-            finite=finite,
-            step=torch.full_like(measured.step, size),
-            change=torch.full_like(measured.step, change),
+            finite=measured.finite & torch.isfinite(self._a.at.detach()).all(1),
+            step=step,
+            change=change.amax().expand_as(step),
             residual=torch.full_like(measured.residual, self._residual),
         )
-
-    def _closer(
-        self, sizes: Sizes, near: Tensor, far: Tensor, limits: Limits, inputs: Inputs
-    ) -> tuple[float, float]:
-        """The size of the step, with what is all error in units of how far the solver came, and
-        the change of the derivative along it."""
-        step = self.newton_step()
-        inverse = functools.partial(self._solve, transposed=False, relative=1e-2)
-        error = all_error(sizes, self._a, step, sizes.near, inverse)
-        unit = torch.where(error, far, near)
-        size = _size(step / unit)
-        if not limits.certain < size <= limits.step:
-            return size, 0.0
-        after = _size(second_step(self._a, step, inverse) / unit) / size
-        along = change_along(inputs, sizes, step, inverse, directions=1, floor=_SHARE)
-        return size, max(after, float(along.max()))
 
     def _size_of_step(self, f: Tensor, unit: Tensor) -> float:
         if not bool(f.any()) or not bool(torch.isfinite(f).all()):

@@ -181,8 +181,9 @@ def root(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]
             equation by more than `tol` of the sum of the equation's terms, relative to how large
             the unknowns are; one that is zero but for errors, to how far the solver moved it.
             None: 1% (1.9% in float32) where neither the system nor the derivative changes by more
-            than 2% along the step, which is asked of what was recorded; else the fourth root of the
-            dtype's spacing, 1.2e-4 in float64, and 1e-3 in float32. Beyond 512 unknowns the step is
+            than 2% along the step, which is asked of what was recorded. Nothing is asked below the
+            root of the dtype's spacing (1.5e-8; 3.5e-4 in float32); where it cannot be known, the
+            fourth root is accepted, 1.2e-4, and 1e-3 in float32. Beyond 512 unknowns the step is
             estimated, and measured against each tensor of the unknown as a whole.
         polish: True adds a Newton step to what the solver returns.
         conserved: `conserved(x)` returns real tensors that the solver keeps as they are in `x0`
