@@ -81,9 +81,10 @@ def check_value(kind: Kind, out: Any, unknown: Unknown, name: str) -> None:
     if kind == "argmin":
         if not isinstance(out, Tensor) or out.shape != batch or not out.is_floating_point():
             wanted = f"real tensor of shape {list(batch)}" if batch else "real scalar tensor"
+            how = "return one number for each problem" if batch else "end in .sum(), say"
             message = (
                 f"argmin expected {name} to return a {wanted}, got {Structure.shown(out)}. Let it"
-                " end in .sum(), say; least_squares takes residuals, and root equations."
+                f" {how}; least_squares takes residuals, and root equations."
             )
             raise StructureError(message)
         return
