@@ -13,9 +13,11 @@ import torch._functorch.pyfunctorch
 import torch.utils.checkpoint as _checkpoint
 from torch import Tensor
 from torch._C import _functorch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "CheckpointFunction",
+    "DispatchMode",
     "checkpointing",
     "compiling",
     "eagerly",
@@ -70,6 +72,20 @@ def function_modes() -> list[Any]:
     public reader."""
     n = torch._C._len_torch_function_stack()
     return [torch._C._get_function_stack_at(i) for i in range(n - 1, -1, -1)]
+
+
+class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A dispatch mode that does not wrap its handler for the compiler, which would import it: under
+    a watch nothing is compiled."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
 
 
 # --- reading a tensor's insides -------------------------------------------------------------------

@@ -12,14 +12,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from freevars.errors import CaptureError
 from freevars.torch._compat import checkpointing, compiling, function_modes, transform_level
 
 __all__ = [
     "CaptureMode",
-    "DispatchMode",
     "active",
     "broken",
     "broken_message",
@@ -49,7 +47,7 @@ _USED: dict[str, Callable[["CaptureMode"], bool]] = {
 
 
 class CaptureMode(TorchFunctionMode):
-    """A function mode that the hooks of this file talk to."""
+    """A function mode that the hooks talk to."""
 
     refused: CaptureError | None = None
     paused: int = 0  # how many functions run now that are PyTorch's own business
@@ -117,20 +115,6 @@ class CaptureMode(TorchFunctionMode):
                 return fun(*args, **kwargs)
 
         return resumed
-
-
-class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A dispatch mode that does not wrap its handler for the compiler, which would import it: under
-    a watch nothing is compiled."""
-
-    supports_higher_order_operators = True
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False
 
 
 def active() -> list[CaptureMode]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from freevars.torch import _compat, _modes
-from freevars.torch._compat import storage_key
+from freevars.torch._compat import DispatchMode, storage_key
 from freevars.torch._convert import contents, operators, refusals
 from freevars.torch._convert.autograd_graph import hidden_path
 from freevars.torch._convert.provenance import Hoist, Provenance
@@ -24,7 +24,6 @@ from freevars.torch._describe import (
     Reachable,
     caller,
 )
-from freevars.torch._modes import DispatchMode
 
 __all__ = ["DiscoveryMode"]
 

@@ -14,11 +14,11 @@ from typing import Any
 from torch import Tensor
 
 from freevars.torch import _compat, _hooks, _modes
-from freevars.torch._compat import CheckpointFunction, storage_key
+from freevars.torch._compat import CheckpointFunction, DispatchMode, storage_key
 from freevars.torch._convert import contents, operators, refusals
 from freevars.torch._convert.autograd_graph import not_hoisted
 from freevars.torch._describe import describe, line_of_caller, reachable
-from freevars.torch._modes import CaptureMode, DispatchMode
+from freevars.torch._modes import CaptureMode
 
 __all__ = [
     "AllocationTracker",
