@@ -336,12 +336,12 @@ def _transformed(case: Case, transformation: Any, way: Any) -> Any:
 
 
 def _cells():
-    """Every fifth cell is quick, in diagonals: each way meets a fifth of the cases under each
+    """Every seventh cell is quick, in diagonals: each way meets a seventh of the cases under each
     transformation, and other ways others."""
     for i, (way, transformation) in enumerate(TABLE):
         for j, case in enumerate(CASES):
             name = f"{way.__name__}-{transformation.__name__}-{case.name}"
-            marks = pytest.mark.slow if (i + j) % 5 else ()
+            marks = pytest.mark.slow if (i + j) % 7 else ()
             yield pytest.param(case, way, transformation, id=name, marks=marks)
 
 

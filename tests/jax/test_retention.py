@@ -228,7 +228,12 @@ SOLVERS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["jvp", "jvp, the rule alone", "vjp", "vjp, the rule alone"])
+ALONE = ["jvp, the rule alone", "vjp, the rule alone"]
+
+
+@pytest.mark.parametrize(
+    "kind", ["jvp", "vjp", *(pytest.param(k, marks=pytest.mark.slow) for k in ALONE)]
+)
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_nothing_that_a_rule_holds_outlives_a_call(solver, kind) -> None:
     solve, make = SOLVERS[solver]

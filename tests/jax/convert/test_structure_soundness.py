@@ -356,7 +356,7 @@ def _told(option):
     return _type(option) + 10 * np.signbit(option)
 
 
-@pytest.mark.parametrize("wrap", [lambda o: o, Frozen])
+@pytest.mark.parametrize("wrap", [lambda o: o, pytest.param(Frozen, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "function", [with_option, lambda x, option: of_tree(Leaf(x, option))], ids=["option", "tree"]
 )

@@ -105,12 +105,13 @@ TABLE = [("lbfgs", way) for way in WAYS] + [
     for name in ("newton", "newton_cg", "whole")
     for way in ("grad", "jit(grad)", "jit(vmap(jvp))")
 ]
+QUICK = [("lbfgs", way) for way in ("value", "grad", "jit(grad)", "jit(vmap(jvp))", "hessian")]
 
 
 @pytest.mark.parametrize(
     ("name", "way"),
     [
-        pytest.param(*row, marks=() if row[0] == "lbfgs" else pytest.mark.slow)
+        pytest.param(*row, marks=() if row in QUICK else pytest.mark.slow)
         for row in (*TABLE, ("whole", "vmap(vmap)"))
     ],
 )

@@ -50,7 +50,8 @@ TRANSFORMATIONS = {
 @pytest.mark.parametrize(
     ("problem", "transformation"),
     [
-        *((p, "reverse") for p in PROBLEMS),
+        *((p, "reverse") for p in PROBLEMS[::3]),
+        *(pytest.param(p, "reverse", marks=pytest.mark.slow) for p in PROBLEMS[1:3]),
         pytest.param(PROBLEMS[1], "forward", marks=pytest.mark.slow),
         pytest.param(PROBLEMS[1], "second", marks=pytest.mark.slow),
     ],

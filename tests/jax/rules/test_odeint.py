@@ -170,6 +170,7 @@ def test_kepler_against_finite_differences() -> None:
     np.testing.assert_allclose(jax.jvp(end, (1.0,), (1.0,))[1], difference, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_on_each_device_of_a_mesh(check_vma) -> None:
     """Inside `shard_map`, whose types say what varies from device to device."""

@@ -169,8 +169,15 @@ def laplace(v):
     return 2 * v - jnp.concatenate([v[1:], zero]) - jnp.concatenate([zero, v[:-1]])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("kind", ["argmin", "root"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("argmin", "float32"),
+        ("root", "float64"),
+        pytest.param("argmin", "float64", marks=pytest.mark.slow),
+        pytest.param("root", "float32", marks=pytest.mark.slow),
+    ],
+)
 def test_a_fine_grid_is_solved(kind, dtype):
     """700 unknowns of a Poisson problem: restarted GMRES stands still there. Whether float32 tells
     such a system from a singular one is the check's affair, which is left out."""

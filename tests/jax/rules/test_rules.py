@@ -863,7 +863,7 @@ def test_what_a_numpy_solver_returns_is_an_array_of_jax():
     np.testing.assert_array_equal(x, 2.0)
 
 
-@pytest.mark.parametrize("n", [1, 600])
+@pytest.mark.parametrize("n", [1, pytest.param(600, marks=pytest.mark.slow)])
 def test_an_equation_that_reads_nothing_of_what_is_differentiated_by(n) -> None:
     """Of the unknown's leaves one has no direction of its own, and one no entries."""
 

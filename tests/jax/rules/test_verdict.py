@@ -377,6 +377,7 @@ def test_least_squares_takes_freedoms_and_refuses_totals():
     np.testing.assert_allclose(got, np.linalg.pinv(edges), atol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_component_that_one_direction_hardly_moves_is_no_reason_to_refuse() -> None:
     """Of many components some move little by chance, and change by a large part of that."""
     n = 150
@@ -426,7 +427,7 @@ def test_a_small_step_is_no_reason_to_believe_a_difference(dtype, gap) -> None:
         slope(dtype(1), moved)
 
 
-@pytest.mark.parametrize("n", [2, 40])
+@pytest.mark.parametrize("n", [2, pytest.param(40, marks=pytest.mark.slow)])
 def test_nan_of_an_eager_backward_pass_raises_as_one_of_a_forward_pass_does(n) -> None:
     """Of the transpose alone: a forward pass sees nothing of it."""
     d = jnp.linspace(1.0, 2.0, n)

@@ -53,6 +53,7 @@ def test_an_edge_of_minima_has_no_derivative() -> None:
         jax.jacobian(edge)(8.0)
 
 
+@pytest.mark.slow
 def test_more_constraints_than_unknowns_meet() -> None:
     corner = lambda cap: _plan(jnp.array([1.0, 2.0]), jnp.ones(2), 3.0, cap)
     with pytest.raises(FreevarsError, match=r"linprog: .*gradients.* not independent"):

@@ -79,11 +79,15 @@ def _loss(fun: Any) -> Any:
 # A solver in a solver takes its time: it meets what differs most.
 DEAR = {"triple backward", "third", "hessian_reversed", "vmap", "vmap_some"}
 TABLE = [(p, t) for t in TRANSFORMATIONS for p in PROBLEMS if t not in DEAR or p.name != "bilevel"]
+QUICK = {"value", "backward", "jvp"}  # of a solver in a solver
 
 
-@pytest.mark.parametrize(
-    ("problem", "transformation"), TABLE, ids=[f"{p.name}-{t}" for p, t in TABLE]
-)
+def _cell(problem: Problem, transformation: str) -> Any:
+    marks = pytest.mark.slow if problem.name == "bilevel" and transformation not in QUICK else ()
+    return pytest.param(problem, transformation, id=f"{problem.name}-{transformation}", marks=marks)
+
+
+@pytest.mark.parametrize(("problem", "transformation"), [_cell(*row) for row in TABLE])
 def test_equals_the_closed_form(problem: Problem, transformation: str) -> None:
     transform = TRANSFORMATIONS[transformation]
     a, b = torch.tensor(A), torch.tensor(B)

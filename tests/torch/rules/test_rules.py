@@ -196,7 +196,13 @@ TRANSFORMS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
+THIRD = ["third", "third, forward"]
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [pytest.param(t, marks=pytest.mark.slow if t in THIRD else ()) for t in TRANSFORMS],
+)
 @pytest.mark.parametrize("name", RULES)
 def test_under_torch_func(name: str, transform: str) -> None:
     solve, exact = RULES[name]
