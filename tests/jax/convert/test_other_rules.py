@@ -1,13 +1,16 @@
-"""Rules that stay functions: of `custom_vmap` and `linear_call`.
+"""Equations beside which something stays that is no program.
 
-They count by identity, and what they may read beside the program is a constant, so that no other
-value stands for it in one of the two alone.
+The rules of `custom_vmap` and `linear_call` stay functions. They count by identity, and what they
+may read beside the program is a constant, so that no other value stands for it in one of the two
+alone. A foreign function, and an operation that is an object of a class (`hijax`), count by what
+JAX itself compares: target and attributes, class and parameters.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import jax.scipy
 import numpy as np
 import pytest
 from jax.custom_batching import custom_vmap
@@ -15,6 +18,11 @@ from jax.custom_derivatives import linear_call
 
 import freevars.jax as fv
 from freevars.errors import CaptureError
+
+try:
+    from jax.experimental.hijax import VJPHiPrimitive
+except ImportError:  # of other releases
+    from jax._src.hijax import VJPHiPrimitive
 
 X = jnp.array([0.5, -0.25, 2.0])
 V = jnp.array([1.0, 2.0, -1.0])
@@ -78,3 +86,140 @@ def test_what_a_rule_may_read_is_a_constant(make) -> None:
         np.testing.assert_allclose(got, expected, rtol=1e-6)
     with pytest.raises(CaptureError, match=r"captures the traced value w \("):
         jax.jit(lambda w: fv.Closure(make(w), X)(X))(V)
+
+
+# Foreign functions.
+
+MATRIX = jnp.array([[2.0, 0.5, 0.25], [1.0, 4.0, -0.5], [-1.0, 0.5, 3.0]])
+
+
+@pytest.fixture
+def lapack():
+    """On the CPU, with what JAX itself gives to LAPACK's functions before it calls them."""
+    if jax.default_backend() != "cpu":
+        pytest.skip("LAPACK's functions run on the CPU")
+    jax.block_until_ready(jax.scipy.linalg.solve_triangular(MATRIX, X))
+
+
+def triangular(a, b, part="L"):
+    """The solution of a triangular system, by a function of LAPACK's that JAX has registered."""
+    return jax.ffi.ffi_call(
+        "lapack_strsm_ffi",
+        jax.ShapeDtypeStruct(b.shape, b.dtype),
+        vmap_method="sequential",
+        input_output_aliases={1: 0},
+        input_layouts=[(1, 0), (1, 0)],
+        output_layouts=(1, 0),
+    )(a, b, **{k: np.uint8(ord(v)) for k, v in _OPTIONS.items()}, uplo=np.uint8(ord(part)))
+
+
+_OPTIONS = {"side": "L", "trans_x": "N", "diag": "N"}
+
+
+def solves(a, part="L"):
+    return lambda x: triangular(a, x[:, None], part)[:, 0]
+
+
+def test_a_foreign_function_counts_by_target_operands_and_attributes(lapack) -> None:
+    assert structure(solves(MATRIX)) == structure(solves(MATRIX.T))
+    assert structure(solves(MATRIX)) != structure(solves(MATRIX, "U"))
+    other = lambda x: solves(MATRIX)(2.0 * x)
+    assert structure(solves(MATRIX)) != structure(other)
+
+
+def test_a_foreign_function_runs_on_other_values(lapack) -> None:
+    f = fv.Closure(solves(MATRIX), X)
+    other = jax.tree.unflatten(jax.tree.structure(f), [MATRIX + jnp.eye(3)])
+    for g, a in ((f, MATRIX), (other, MATRIX + jnp.eye(3))):
+        expected = np.linalg.solve(np.tril(a), X)
+        np.testing.assert_allclose(g(X), expected, rtol=1e-5)
+        np.testing.assert_allclose(jax.jit(g)(X), expected, rtol=1e-5)
+        np.testing.assert_allclose(jax.vmap(g)(X[None])[0], expected, rtol=1e-5)
+
+
+def test_a_foreign_function_without_a_rule_has_no_derivative(lapack) -> None:
+    for f in (solves(MATRIX), fv.Closure(solves(MATRIX), X)):
+        with pytest.raises(ValueError, match="cannot be differentiated"):
+            jax.grad(lambda x, f=f: jnp.sum(f(x)))(X)
+    with pytest.raises(ValueError, match="cannot be differentiated"):
+        jax.grad(lambda f: jnp.sum(f(X)))(fv.Closure(solves(MATRIX), X))
+
+
+def solves_with_rule(a):
+    """The same with a derivative: A dy = dx - dA y."""
+
+    @jax.custom_jvp
+    def solution(a, x):
+        return solves(a)(x)
+
+    @solution.defjvp
+    def _(primals, tangents):
+        (a, x), (da, dx) = primals, tangents
+        y = solution(a, x)
+        return y, jnp.linalg.solve(jnp.tril(a), dx - jnp.tril(da) @ y)
+
+    return lambda x: solution(a, x)
+
+
+def test_a_foreign_function_has_the_derivative_of_its_rule(lapack) -> None:
+    f, g = fv.Closure(solves_with_rule(MATRIX), X), fv.Closure(solves_with_rule(MATRIX.T), X)
+    assert jax.tree.structure(f) == jax.tree.structure(g)
+    explicit = lambda a, x: jnp.sum(jnp.linalg.solve(jnp.tril(a), x) ** 2)
+    by_a, by_x = jax.grad(explicit, (0, 1))(MATRIX, X)
+    got_f, got_x = jax.grad(lambda f, x: jnp.sum(f(x) ** 2), (0, 1))(f, X)
+    np.testing.assert_allclose(got_f.values[0], by_a, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(got_x, by_x, rtol=1e-4, atol=1e-6)
+
+
+# Operations that are objects of a class.
+
+
+class Power(VJPHiPrimitive):
+    """x^n, with twice its derivative."""
+
+    def __init__(self, x, n, function=None):
+        self.in_avals, self.out_aval = (jax.typeof(x),), jax.typeof(x)
+        self.params = {"n": n, "function": function}
+        super().__init__()
+
+    def expand(self, x):
+        return x**self.n if self.function is None else self.function(x)
+
+    def vjp_fwd(self, _, x):
+        return self(x), x
+
+    def vjp_bwd_retval(self, x, g):
+        return (2.0 * g * self.n * x ** (self.n - 1),)
+
+
+class Same(Power):
+    pass
+
+
+def power(w, n, kind=Power, function=None):
+    return lambda x: kind(x, n, function)(x) * w
+
+
+def test_an_object_of_a_class_counts_by_class_and_parameters() -> None:
+    assert structure(power(V, 3)) == structure(power(V + 1, 3))
+    assert structure(power(V, 3, function=jnp.sin)) == structure(power(V, 3, function=jnp.sin))
+    different = [
+        power(V, 2),
+        power(V, 3.0),
+        power(V, 3, kind=Same),
+        power(V, 3, function=jnp.sin),
+        power(V, 3, function=jnp.cos),
+        power(V, 3, function=lambda x: x),
+    ]
+    found = [structure(f) for f in (power(V, 3), *different)]
+    assert all(a != b for i, a in enumerate(found) for b in found[:i])
+    fresh = lambda: power(V, 3, function=lambda x: x)  # two functions that JAX tells apart
+    assert structure(fresh()) != structure(fresh())
+
+
+def test_an_object_of_a_class_has_its_own_derivative() -> None:
+    f = jax.tree.map(lambda v: 2.0 * v, fv.Closure(power(V, 3), X))
+    np.testing.assert_allclose(f(X), 2.0 * X**3 * V, rtol=1e-6)
+    by_f, by_x = jax.grad(lambda f, x: jnp.sum(f(x)), (0, 1))(f, X)
+    np.testing.assert_allclose(by_f.values[0], X**3, rtol=1e-6)
+    np.testing.assert_allclose(by_x, 2.0 * 3.0 * X**2 * 2.0 * V, rtol=1e-6)

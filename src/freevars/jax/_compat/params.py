@@ -110,7 +110,9 @@ def _parts_of_flatten(x: Any) -> Parts:
     the leaves of these that are no arrays.
 
     The primitive makes one afresh whenever it is bound, writes it while its results are inferred,
-    and refuses to write anything else later, so that what it holds is all that it means.
+    and refuses to write anything else later, so that what it holds is all that it means. The public
+    ways to make such a primitive (`equinox.internal.filter_primitive_def` and `_bind`) make this
+    object themselves and hand it to nobody, so that its class has to be known by name.
     """
 
     def make(parts: Sequence[Any]) -> Any:

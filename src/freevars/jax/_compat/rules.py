@@ -24,6 +24,7 @@ __all__ = [
     "RULED",
     "RULED_FUNCTIONS",
     "captured_by_rule",
+    "declared_parts",
     "function_parts",
     "has_custom_vjp",
     "is_beside",
@@ -44,7 +45,9 @@ _IGNORED = (
     core.TraceTag,
 )
 
-# Some of JAX's own rules are objects made for each use (`jax_custom_vjp3` and its like).
+# Operations whose meaning a class gives, and a few parameters: some of JAX's own rules are such
+# objects, made for each use (`jax_custom_vjp3` and its like), and `jax.experimental.hijax`, which
+# takes long to import, offers the class to users.
 _HIGH_PRIMITIVES = tuple(
     getattr(hijax, name) for name in ("HiPrim", "VJPHiPrimitive") if hasattr(hijax, name)
 )
@@ -69,9 +72,10 @@ def function_parts(x: Any) -> tuple[Any, ...] | None:
         return (x.f, x.closure)
     if isinstance(x, util.HashablePartial):
         return (x.f, x.args, tuple(x.kwargs.items()))
-    if isinstance(x, _HIGH_PRIMITIVES) and type(x).__module__.startswith("jax."):
-        types = tuple(x.in_avals_flat), tuple(x.out_avals_flat)
-        return (*types, x.in_tree, x.out_tree, x.effects, tuple(x.params.items()))
+    if type(x).__module__.startswith("jax."):
+        declared = declared_parts(x)
+        if declared is not None:
+            return declared
     if isinstance(x, jax.stages.Traced):
         params = tuple((k, v) for k, v in x._params.items() if k != "name")  # noqa: SLF001
         return (params, x._in_tree, x.out_tree, tuple(x._consts))  # noqa: SLF001
@@ -79,6 +83,19 @@ def function_parts(x: Any) -> tuple[Any, ...] | None:
     if "used_outs" in cells:
         return (tuple(cells["used_outs"]), *[cells[k] for k in _RULE_CELLS if k in cells])
     return None
+
+
+def declared_parts(x: Any) -> tuple[Any, ...] | None:
+    """What JAX compares of an operation that is an object of a class (`hijax`), beside that class,
+    and its types. None for any other object, and for one of a class with an equality of its own."""
+    if not isinstance(x, _HIGH_PRIMITIVES) or type(x).__eq__ not in _DECLARED:
+        return None
+    types = tuple(x.in_avals_flat), tuple(x.out_avals_flat)
+    effects: Any = getattr(x, "effects", frozenset())  # since JAX 0.10
+    return (*types, x.in_tree, x.out_tree, effects, tuple(x.params.items()))
+
+
+_DECLARED = [cls.__eq__ for cls in _HIGH_PRIMITIVES]
 
 
 def _transforms(fun: Any) -> list[Any]:

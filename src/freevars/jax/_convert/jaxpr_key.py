@@ -22,7 +22,7 @@ from freevars.jax import _compat
 from freevars.jax._compat import Array, Literal, Tracer
 from freevars.jax._convert.rule import Rule, rule_p
 from freevars.jax._convert.static import Same, scalar_key, static_key
-from freevars.jax._convert.wrapped import Wrapped
+from freevars.jax._convert.wrapped import Wrapped, is_own
 
 __all__ = ["JaxprKey", "Key", "array_key", "frozen"]
 
@@ -154,6 +154,10 @@ class JaxprKey:
         parts, _ = _compat.take_apart(x)
         if parts:
             return (kind, tuple([self._param(y, look) for y in parts]))
+        declared = _compat.declared_parts(x)
+        if declared is not None:
+            self.foreign |= not is_own(kind.__module__)
+            return (kind, tuple([self._param(y, look) for y in declared]))
         if not isinstance(x, type) and (callable(x) or _compat.function_parts(x) is not None):
             return look(x)
         return static_key(x)

@@ -21,7 +21,7 @@ from jax.custom_batching import custom_vmap
 from freevars.jax import _compat
 from freevars.jax._convert.static import Same, scalar_key, tree_key
 
-__all__ = ["Wrapped"]
+__all__ = ["Wrapped", "is_own"]
 
 _SCALARS = (type(None), bool, int, str, bytes, float, complex)
 
