@@ -235,6 +235,69 @@ def test_weak_values_differ() -> None:
     assert jax.tree.structure(weak) != jax.tree.structure(strong)
 
 
+WEAK = jnp.broadcast_to(jnp.asarray(2.0), (3,))
+STRONG = jnp.full((3,), 2.0, jnp.float32)
+
+WEAKNESS_DOES_NOT_MATTER = {
+    "product": lambda x, w: x * w,
+    "where": lambda x, w: jnp.where(x > 0, w, x),
+    "rule": lambda x, w: jax.nn.softplus(w) * jax.nn.relu(x),
+    "jit": lambda x, w: jax.jit(lambda w: x * w + 1)(w),
+    "scan": lambda x, w: lax.scan(lambda c, _: (c * w, None), x, length=2)[0],
+    "cond": lambda x, w: lax.cond(x[0] > 0, lambda x: x * w, lambda x: x, x),
+    "integers": lambda x, w: x * w.astype(jnp.int32),
+}
+WEAKNESS_MATTERS = {
+    "result": lambda x, w: 2 * w,
+    "dtype": lambda x, w: (x.astype(jnp.bfloat16) * w).astype(jnp.float32),
+    "dtype inside": lambda x, w: jax.jit(lambda w: jnp.bfloat16(2) * w)(w).astype(jnp.float32),
+    "a rule that stays": lambda x, w: x * batched_in_bfloat16(w),
+}
+
+
+@custom_vmap
+def batched_in_bfloat16(w):
+    return w
+
+
+@batched_in_bfloat16.def_vmap
+def _(size, is_batched, w):
+    return (jnp.bfloat16(1) * w).astype(jnp.float32), is_batched[0]
+
+
+@pytest.mark.parametrize("name", WEAKNESS_DOES_NOT_MATTER)
+def test_weak_and_strong_arrays_are_equal_where_it_cannot_matter(name) -> None:
+    fun = WEAKNESS_DOES_NOT_MATTER[name]
+    weak, strong = (fv.Closure(lambda x, w=w: fun(x, w), X) for w in (WEAK, STRONG))
+    assert jax.tree.structure(weak) == jax.tree.structure(strong)
+    assert weak.values[0].weak_type
+    by_values = [jax.grad(lambda f: jnp.sum(f(X) ** 2))(f).values for f in (weak, strong)]
+    np.testing.assert_allclose(*by_values)
+    for one, w in ((weak, WEAK), (weak, 3.0 * STRONG), (strong, 3.0 * WEAK)):
+        other = jax.tree.unflatten(jax.tree.structure(one), [w])
+        np.testing.assert_allclose(other(X), fun(X, w))
+
+
+@pytest.mark.parametrize("name", ["product", "where", "rule", "jit", "scan", "integers"])
+def test_weak_and_strong_example_arrays_are_equal_where_it_cannot_matter(name) -> None:
+    fun = WEAKNESS_DOES_NOT_MATTER[name]
+    made = [fv.Closure(lambda w: fun(X, w), w) for w in (WEAK, STRONG)]
+    assert jax.tree.structure(made[0]) == jax.tree.structure(made[1])
+    for f in made:
+        assert not f.in_struct[0].weak_type
+        for w in (WEAK, STRONG):
+            np.testing.assert_allclose(f(w), fun(X, w))
+
+
+@pytest.mark.parametrize("name", WEAKNESS_MATTERS)
+def test_weak_and_strong_arrays_differ_where_it_matters(name) -> None:
+    fun = WEAKNESS_MATTERS[name]
+    weak, strong = (fv.Closure(lambda x, w=w: fun(x, w), X) for w in (WEAK, STRONG))
+    assert jax.tree.structure(weak) != jax.tree.structure(strong)
+    examples = [fv.Closure(lambda w: fun(X, w), w) for w in (WEAK, STRONG)]
+    assert jax.tree.structure(examples[0]) != jax.tree.structure(examples[1])
+
+
 # What surrounds the conversion counts too.
 
 

@@ -127,7 +127,10 @@ from freevars.jax._compat.values import (
 from freevars.jax._compat.weak import (
     cast,
     converts_weak_values,
+    is_weak,
+    keeps_dtype,
     kind,
+    strong,
 )
 
 __all__ = [
@@ -181,8 +184,10 @@ __all__ = [
     "is_smooth",
     "is_symbolic_zero",
     "is_users",
+    "is_weak",
     "jaxpr_as_fun",
     "jvp_program",
+    "keeps_dtype",
     "kind",
     "layer",
     "like_sharding",
@@ -207,6 +212,7 @@ __all__ = [
     "scan_counts",
     "scan_with_constants",
     "separate_constants",
+    "strong",
     "symbolic_zero",
     "take_apart",
     "trace_context",

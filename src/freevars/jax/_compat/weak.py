@@ -11,7 +11,24 @@ from jax.lax import convert_element_type_p as _convert_p
 from freevars.jax._compat.params import nested_programs
 from freevars.jax._compat.private import convert_element_type
 
-__all__ = ["cast", "converts_weak_values", "kind"]
+__all__ = ["cast", "converts_weak_values", "is_weak", "keeps_dtype", "kind", "strong"]
+
+
+def is_weak(aval: Any) -> bool:
+    """Whether a type is weak."""
+    return bool(getattr(aval, "weak_type", False))
+
+
+def strong(aval: Any) -> Any:
+    """The same type, not weak."""
+    return aval.strip_weak_type() if is_weak(aval) else aval
+
+
+def keeps_dtype(eqn: Any) -> bool:
+    """Whether an equation is a conversion that changes the weakness of a type alone."""
+    if eqn.primitive is not _convert_p or eqn.params.get("sharding") is not None:
+        return False
+    return bool(eqn.invars[0].aval.dtype == eqn.params["new_dtype"])
 
 
 def cast(x: Any, expected: Any) -> Any:
@@ -24,17 +41,28 @@ def converts_weak_values(jaxpr: Any) -> bool:
     """Whether a program, or one nested in it, turns a weakly typed value into a dtype that a value
     of strong type would not have led to: `1.0 * bfloat16` is computed in bfloat16, and
     `float32(1) * bfloat16` in float32."""
-    for eqn in jaxpr.eqns:
-        if eqn.primitive is _convert_p:
-            source, to = eqn.invars[0].aval, eqn.params["new_dtype"]
-            # Promotion never turns a float into an integer: that is a cast, the same for both.
-            promoted = kind(source.dtype) <= kind(to)
-            if source.weak_type and promoted and _promoted(source.dtype, to) != to:
-                return True
-        for nested in nested_programs(eqn):
-            if converts_weak_values(getattr(nested, "jaxpr", nested)):
-                return True
-    return False
+    seen: dict[int, Any] = {}  # programs share what they nest
+
+    def converts(jaxpr: Any) -> bool:
+        if id(jaxpr) in seen:
+            return False
+        seen[id(jaxpr)] = jaxpr
+        return any(
+            _is_promotion(eqn)
+            or any(converts(getattr(nested, "jaxpr", nested)) for nested in nested_programs(eqn))
+            for eqn in jaxpr.eqns
+        )
+
+    return converts(jaxpr)
+
+
+def _is_promotion(eqn: Any) -> bool:
+    if eqn.primitive is not _convert_p:
+        return False
+    source, to = eqn.invars[0].aval, eqn.params["new_dtype"]
+    # Promotion never turns a float into an integer: that is a cast, the same for both.
+    promoted = kind(source.dtype) <= kind(to)
+    return bool(source.weak_type and promoted and _promoted(source.dtype, to) != to)
 
 
 def _promoted(a: Any, b: Any) -> Any:

@@ -119,20 +119,36 @@ def share(
 
     `places` says which values are constants, and where.
     """
+    values = jaxpr.invars[len(fixed) : len(jaxpr.invars) - len(inputs.types)]
+    value_types = tuple([v.aval for v in values])
+    inputs, value_types = _without_weak_types(jaxpr, inputs, value_types, outputs)
     key = (
         jaxpr_key.key,
         places,
+        value_types,
         _compat.trace_context(),
         _arg_spec_key(inputs),
         _arg_spec_key(outputs),
     )
-    values = jaxpr.invars[len(fixed) : len(jaxpr.invars) - len(inputs.types)]
-    value_types = tuple([v.aval for v in values])
     return Program.intern(
         key,
         lambda: Program(with_rules(jaxpr), fixed, value_types, inputs, outputs, name, jaxpr),
         keep=not jaxpr_key.foreign and not fixed and inputs.is_plain and outputs.is_plain,
     )
+
+
+def _without_weak_types(
+    jaxpr: Any, inputs: ArgSpec, value_types: tuple[Any, ...], outputs: ArgSpec
+) -> tuple[ArgSpec, tuple[Any, ...]]:
+    """The types of arguments and captured values, where these are weak and it cannot matter: no
+    dtype in the program and no weak result comes of it. A scalar argument stays a number."""
+    arrays = [t for t in inputs.types if getattr(t, "shape", ())]
+    if not any(map(_compat.is_weak, (*arrays, *value_types))):
+        return inputs, value_types
+    if any(map(_compat.is_weak, outputs.types)) or _compat.converts_weak_values(jaxpr):
+        return inputs, value_types
+    types = [_compat.strong(t) if getattr(t, "shape", ()) else t for t in inputs.types]
+    return inputs._replace(types=tuple(types)), tuple(map(_compat.strong, value_types))
 
 
 def _in_order_of_use(jaxpr: Any, values: list[Any], n_args: int) -> tuple[Any, list[Any]]:

@@ -2,16 +2,19 @@
 
 The key holds every equation: its primitive, what it reads, its parameters down to the bits of a
 literal, nested programs, and the programs of custom derivative rules. Names and source lines stay
-out. Types of intermediate results stay out too: primitive, operands and parameters decide them. No
-function of the user's is looked into: one that the program keeps for later, a callback or a rule
-that could not be traced, counts by identity. Not here: the types of arguments and results as the
+out. Types of intermediate results stay out too: primitive, operands and parameters decide them.
+That a type is weak stays out everywhere: it has done its work once a program is traced, and what
+is left of it are conversions that change no dtype. No function of the user's is looked into: one
+that the program keeps for later, a callback or a rule that could not be traced, counts by identity,
+and by the types that it will see, weak or not. Not here: the types of arguments and results as the
 user sees them.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
+from itertools import count
 from types import MappingProxyType
 from typing import Any
 
@@ -28,6 +31,9 @@ __all__ = ["JaxprKey", "Key", "array_key", "frozen"]
 
 # The primitives that call a nested program carry the name of the function it was traced from.
 _NAMED = {"jit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call"}
+
+# Beside the dtype, a conversion says whether the type of its result is weak.
+_WEAK = {"convert_element_type": "weak_type"}
 
 # Above this size the content of an array that is part of a program is not read. Libraries make
 # small ones afresh in each trace.
@@ -84,6 +90,7 @@ class JaxprKey:
         self.foreign = False  # whether the program holds an array or a function of the user's
         self._programs: dict[int, tuple[Any, Key]] = {}
         self._rules: dict[int, Key] = {}
+        self._functions = 0  # how many of the user's were met that run later
         self._has_rules = False
         self._open: list[Rule] = []  # rules whose keys are being made
         self._lowest = 0  # the first of these that one inside comes back to
@@ -93,27 +100,30 @@ class JaxprKey:
         known = self._programs.get(id(jaxpr))
         if known is not None:
             return known[1]
-        number: dict[Any, int] = {}
-        for v in jaxpr.invars:
-            number[v] = len(number)
-        for v in jaxpr.constvars:
-            number[v] = len(number)
-        rows = []
+        place: dict[Any, Hashable] = dict(zip((*jaxpr.invars, *jaxpr.constvars), count()))
+        places = count(len(place))
+        rows: list[Hashable] = []
+
+        def read(atoms: Sequence[Any]) -> tuple[Hashable, ...]:
+            return tuple([self._literal(v) if type(v) is Literal else place[v] for v in atoms])
+
         for eqn in jaxpr.eqns:
-            reads = tuple(
-                [self._literal(v) if type(v) is Literal else number[v] for v in eqn.invars]
-            )
-            rows.append((eqn.primitive, reads, self._params(eqn), eqn.ctx))
+            reads = read(eqn.invars)
+            if _compat.keeps_dtype(eqn):
+                place[eqn.outvars[0]] = reads[0]
+                continue
+            before = self._functions
+            row = (eqn.primitive, reads, self._params(eqn), eqn.ctx)
+            sees = tuple([v.aval for v in eqn.invars]) if self._functions > before else ()
+            rows.append((*row, *sees))
             for v in eqn.outvars:
-                number[v] = len(number)
+                place[v] = next(places)
         key = Key(
             (
-                tuple([v.aval for v in jaxpr.invars]),
+                tuple([_compat.strong(v.aval) for v in jaxpr.invars]),
                 tuple([self._array(c) for c in getattr(jaxpr, "consts", ())]),
                 tuple(rows),
-                tuple(
-                    [self._literal(v) if type(v) is Literal else number[v] for v in jaxpr.outvars]
-                ),
+                read(jaxpr.outvars),
                 frozenset(jaxpr.effects),
             )
         )
@@ -123,7 +133,7 @@ class JaxprKey:
     def _literal(self, v: Any) -> Hashable:
         if isinstance(v.val, (Array, Tracer)):
             return self._array(v.val)
-        return (v.aval, np.asarray(v.val, v.aval.dtype).tobytes())
+        return (_compat.strong(v.aval), np.asarray(v.val, v.aval.dtype).tobytes())
 
     def _params(self, eqn: Any) -> Hashable:
         params = eqn.params
@@ -133,7 +143,7 @@ class JaxprKey:
             return (self._rule(params["rule"]), self._closed(params["body"]), params["captured"])
         name = eqn.primitive.name
         look = self._kept_callback if name in _compat.CALLBACKS else self._kept
-        drop = "name" if name in _NAMED else None
+        drop = "name" if name in _NAMED else _WEAK.get(name)
         return tuple([(k, self._param(v, look)) for k, v in params.items() if k != drop])
 
     def _param(self, x: Any, look: Any) -> Hashable:
@@ -157,6 +167,7 @@ class JaxprKey:
         declared = _compat.declared_parts(x)
         if declared is not None:
             self.foreign |= not is_own(kind.__module__)
+            self._functions += 1
             return (kind, tuple([self._param(y, look) for y in declared]))
         if not isinstance(x, type) and (callable(x) or _compat.function_parts(x) is not None):
             return look(x)
@@ -185,6 +196,7 @@ class JaxprKey:
         if not wrapped.foreign:
             return key
         self.foreign = True
+        self._functions += 1
         return Same(x)
 
     def _kept_callback(self, x: Any) -> Hashable:
