@@ -17,7 +17,8 @@ from freevars._contract import Hoist, by_position
 from freevars.report import CaptureReport
 from freevars.torch._compat import pytree
 from freevars.torch._convert.convert import closure_convert
-from freevars.torch._convert.converted import Converted, Rng, as_leaf
+from freevars.torch._convert.converted import Converted, Rng
+from freevars.torch._convert.copies import as_leaf
 from freevars.torch._convert.places import Search
 from freevars.torch._describe import function_name
 from freevars.torch._hooks import install_hooks

@@ -56,7 +56,7 @@ def report_of_converted(
 ) -> CaptureReport:
     """What a converted function captured; `values` are those that stand for the captured ones now,
     if these are others."""
-    fun, captured = converted._fun, converted._captured  # noqa: SLF001
+    fun, captured = converted.__wrapped__, converted.captured
     rule = "parameters"  # of `Closure.from_module`
     again: list[_Found] = []
     if converted.origin is not None:

@@ -165,8 +165,8 @@ def _convert(
         makes_leaves=discovery.makes_leaves or bool(discovery.leaves),
         kept=search.kept(discovery.made_and_alive()),
         out_struct=out_struct,
+        first_reads=[discovery.where.get(id(t)) for t in captured],
     )
-    converted.first_reads = tuple(discovery.where.get(id(t)) for t in captured)
     return converted, converted.hoisted
 
 

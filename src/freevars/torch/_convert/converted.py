@@ -1,12 +1,8 @@
 """A converted function: `fun` run with given tensors in the places of those that it captured.
 
-What a captured tensor stands for is told by its position among the hoisted values, and by the place
-where `fun` keeps it (`places.py`). So a variable that was bound to another tensor since the
-conversion changes nothing, and a copy, in this process or in another, finds the tensors of its own
-`fun`.
-
 Where the given values are those that were captured, there is nothing to replace, and `fun` runs as
-it is. Not here: finding out what is captured (`convert.py`), and replacing it (`substitution.py`).
+it is. Not here: finding out what is captured (`convert.py`), which value stands for what
+(`captured.py`), replacing it (`substitution.py`), and copies (`copies.py`).
 """
 
 import functools
@@ -25,11 +21,12 @@ from freevars.torch import _compat, _hooks, _modes
 from freevars.torch._compat import pytree
 from freevars.torch._convert import operators
 from freevars.torch._convert.autograd_graph import check_autograd_graph
+from freevars.torch._convert.captured import Captured
+from freevars.torch._convert.copies import as_leaf, copied, places_to_copy
 from freevars.torch._convert.draws import Draws
 from freevars.torch._convert.kept import Kept
 from freevars.torch._convert.outputs import outputs_of, refuse_hidden, refuse_late
-from freevars.torch._convert.places import Places, Search
-from freevars.torch._convert.steps import GONE, Place, follow
+from freevars.torch._convert.places import Search
 from freevars.torch._convert.structure import Structure
 from freevars.torch._convert.substitution import (
     AllocationTracker,
@@ -37,10 +34,10 @@ from freevars.torch._convert.substitution import (
     ForeignTensors,
     SubstitutionMode,
 )
-from freevars.torch._describe import Line, describe, function_name, reachable
+from freevars.torch._describe import Line, function_name, reachable
 from freevars.torch._modes import resolve
 
-__all__ = ["Converted", "Rng", "as_leaf"]
+__all__ = ["Converted", "Rng"]
 
 Rng = Literal["allow", "error", "replay"]
 P = ParamSpec("P")
@@ -80,40 +77,34 @@ class Converted(Generic[P, R]):
         kept: Kept | None = None,
         out_struct: Any = None,
         token: str | None = None,
+        first_reads: Sequence[Line | None] | None = None,
+        origin: tuple[tuple[Any, ...], Hoist, Rng] | None = None,
     ) -> None:
         functools.update_wrapper(self, fun, updated=())
         self.__signature__ = _SIGNATURE  # not that of `fun`: the hoisted values follow
         self._fun: Callable[..., Any] = fun
         self._structure = structure
-        self._captured = tuple(captured)
-        self._keys = tuple(id(t) for t in captured)
-        self._types = tuple((t.shape, t.dtype) for t in captured)
+        self._own = Captured(fun, search, captured, constants, first_reads)
         self._declared = tuple(declared)
         # What modules of `fully_shard` read in place of their parameters, which therefore stand for
         # themselves alone; their gradients come by PyTorch's own hooks.
         self._gathered = tuple(gathered)
         pairs = _compat.sharded_parameters(node.obj for node in search.met.values())
         self._sharded = frozenset(id(pairs[id(t)][1]) for t in self._gathered)
-        # Only those that `fun` keeps somewhere are held: another's would live on with us.
-        self._constants = tuple(t for t in constants if id(t) in search.met)
         self._reads_constants = len(constants) > 0
-        self._places = Places(search, [*self._captured, *self._constants])
-        self._places.forget_removed()
         self._outside = ForeignTensors(fun, constants)
         self.replay = replay  # the draws that each call repeats
         self._makes_leaves = makes_leaves
         self._kept = kept or Kept(())
-        # For errors and reports: the line that read each tensor first, and, within a `Closure`, the
-        # example, `hoist` and `rng` that it was made with.
-        self.first_reads: tuple[Line | None, ...] = (None,) * len(self._captured)
-        self.origin: tuple[tuple[Any, ...], Hoist, Rng] | None = None
+        # Within a `Closure`, the example, `hoist` and `rng` that it was made with.
+        self.origin = origin
         self.in_struct = None if structure is None else structure.struct
         self.out_struct = out_struct
         # Each with a place of its own in the graph, as one may be computed from another.
         self._runs_as_it_is = self._reads_parameters_only()
         alias = operators.alias
         self.hoisted = tuple(
-            t if self._runs_as_it_is or id(t) in self._sharded else alias(t) for t in self._captured
+            t if self._runs_as_it_is or id(t) in self._sharded else alias(t) for t in captured
         )
         self._token = uuid.uuid4().hex if token is None else token
 
@@ -122,18 +113,23 @@ class Converted(Generic[P, R]):
         return function_name(self._fun)
 
     def __repr__(self) -> str:
-        name, n = self._name, len(self._keys)
+        name, n = self._name, len(self.captured)
         return f"<{name} with {n} captured values as trailing arguments>"
 
     @property
     def captured(self) -> tuple[Tensor, ...]:
         """The captured tensors themselves that `hoisted` stands for."""
-        return self._captured
+        return self._own.tensors
 
     @property
     def constants(self) -> tuple[Tensor, ...]:
         """The captured tensors that are not hoisted, as far as `fun` still reaches them."""
-        return self._constants
+        return self._own.constants
+
+    @property
+    def first_reads(self) -> tuple[Line | None, ...]:
+        """The line that read each captured tensor first; None where that is not known."""
+        return self._own.first_reads
 
     # --- one conversion, and every copy of it, is one structure
 
@@ -144,25 +140,7 @@ class Converted(Generic[P, R]):
         return hash(self._token)
 
     def __reduce__(self) -> Any:
-        n = len(self._captured)
-        found = (*self._captured, *self._constants)
-        where = {id(t): p for t, p in zip(found, self._places.first, strict=True)}
-        for i, t in enumerate((*self._captured, *self._declared)):
-            if where.get(id(t)) is None:
-                line = self.first_reads[i] if i < n else None
-                message = (
-                    "expected to copy a function that keeps each captured tensor in a variable, an "
-                    f"attribute or an entry, got {describe(t, self._fun, line)}, which cannot be "
-                    "found again in the copy. Keep it in one, or pass it as an argument."
-                )
-                raise CaptureError(message)
-        if self.replay is not None and any(g is not None for g, _ in self.replay.before):
-            message = (
-                f"expected to copy a function that draws from PyTorch's own generator, got "
-                f"{self._name!r}, converted with rng='replay', which draws from "
-                "another one, of which the copy has a copy. Draw outside and capture the result."
-            )
-            raise CaptureError(message)
+        places, declared = places_to_copy(self._fun, self._own, self._declared, self.replay)
         origin = self.origin
         if origin is not None:
             origin = (pytree.tree_map_only(Tensor, as_leaf, origin[0]), *origin[1:])
@@ -172,11 +150,11 @@ class Converted(Generic[P, R]):
             "kept": self._kept,
             "out_struct": self.out_struct,
             "token": self._token,
+            "first_reads": self.first_reads,
+            "origin": origin,
         }
-        places = tuple(where[id(t)] for t in self._captured)
-        declared = tuple(where[id(t)] for t in self._declared)
-        facts = (self._types, self.first_reads, origin)
-        return _copied, (self._fun, self._structure, places, declared, facts, rest)
+        types = self._own.types
+        return copied, (Converted, self._fun, self._structure, places, declared, types, rest)
 
     # --- calling
 
@@ -218,7 +196,7 @@ class Converted(Generic[P, R]):
 
     def _split(self, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """The arguments of `fun`, and the hoisted values; raises where the values do not fit."""
-        n = len(args) - len(self._keys)
+        n = len(args) - len(self._own.ids)
         count = max(n, 0) if self._structure is None else self._structure.count
         if n != count:
             if self._structure is not None and len(args) == count:
@@ -226,23 +204,18 @@ class Converted(Generic[P, R]):
                 return args, self.hoisted
             raise StructureError(self._count_message(f"{len(args)} values in all"))
         values = args[n:]
-        for i, (value, (shape, dtype)) in enumerate(zip(values, self._types, strict=True)):
+        for i, value in enumerate(values):
             if value is self.hoisted[i]:
                 continue
-            if self._keys[i] in self._sharded and not _is_detached(value, self.hoisted[i]):
+            is_sharded = self._own.ids[i] in self._sharded
+            if is_sharded and not _is_detached(value, self.hoisted[i]):
                 raise CaptureError(self._sharded_message(i))
-            is_plain = isinstance(value, Tensor) and not value.is_nested
-            if not is_plain or value.shape != shape or value.dtype is not dtype:
-                captured = describe(self._captured[i], self._fun, self.first_reads[i])
-                message = (
-                    f"hoisted value {i} expected like {captured}, got {Structure.shown(value)}."
-                )
-                raise StructureError(message)
+            self._own.check(i, value)
         return args[:n], values
 
     def _count_message(self, got: str) -> str:
         expected = f"{self._structure.count if self._structure else 'some'} arguments and"
-        return f"{self._name} expected {expected} {len(self._keys)} hoisted values, got {got}."
+        return f"{self._name} expected {expected} {len(self._own.ids)} hoisted values, got {got}."
 
     def _check_reached(self, args: tuple[Any, ...]) -> None:
         """Refuses a call without hoisted values where derivatives would not reach them."""
@@ -254,20 +227,18 @@ class Converted(Generic[P, R]):
             now = resolve(t)
             if operators.may_carry_derivative(now) and given.isdisjoint((id(t), id(now))):
                 name = running[-1][0].__name__
-                lost = describe(self._captured[i], self._fun, self.first_reads[i])
                 got = (
                     f"the arguments alone, in the forward of {name}, where no derivative reaches "
-                    f"{lost}. Give the hoisted values to {name}.apply"
+                    f"{self._own.described(i)}. Give the hoisted values to {name}.apply"
                 )
                 raise StructureError(self._count_message(got))
 
     def _sharded_message(self, i: int) -> str:
-        named = describe(self._captured[i], self._fun, self.first_reads[i])
         return (
             f"expected the parameters of a sharded module (fully_shard) as hoisted values, got "
-            f"another tensor for {named}: the module gathers its own. Give hoisted value {i} as it "
-            "came from the conversion (or detached), and take derivatives by .backward(), into "
-            ".grad."
+            f"another tensor for {self._own.described(i)}: the module gathers its own. Give "
+            f"hoisted value {i} as it came from the conversion (or detached), and take "
+            "derivatives by .backward(), into .grad."
         )
 
     def _reads_parameters_only(self) -> bool:
@@ -278,9 +249,9 @@ class Converted(Generic[P, R]):
         return (
             isinstance(module, torch.nn.Module)
             and not isinstance(module, torch.jit.ScriptModule)
-            and None not in self._places.first
-            and {id(t) for t in module.parameters()}.issuperset(self._keys)
-            and all(t.is_leaf and t.requires_grad for t in self._captured)
+            and None not in self._own.places.first
+            and {id(t) for t in module.parameters()}.issuperset(self._own.ids)
+            and all(t.is_leaf and t.requires_grad for t in self.captured)
             and next(module.buffers(), None) is None
             and not (self._reads_constants or self._makes_leaves or self._kept or self.replay)
             and not _compat.transforms_active()
@@ -294,8 +265,8 @@ class Converted(Generic[P, R]):
             and torch.is_grad_enabled()
             and not _compat.transforms_active()
             and not _modes.active()
-            and not any(id(x) in self._keys for x in leaves)
-            and self._places.unchanged()
+            and not any(id(x) in self._own.ids for x in leaves)
+            and self._own.places.unchanged()
         )
 
     def _is_unreachable(self, leaf: Tensor) -> bool:
@@ -305,7 +276,7 @@ class Converted(Generic[P, R]):
         self, arguments: tuple[Any, ...], leaves: list[Any], values: tuple[Any, ...]
     ) -> tuple[Any, SubstitutionMode]:
         _hooks.hook_compiler()
-        table = self._table(values)
+        table = self._own.table(values)
         if any(id(x) in table for x in leaves):
             arguments = pytree.tree_map_only(
                 Tensor, lambda t: operators.alias(t) if id(t) in table else t, arguments
@@ -343,46 +314,6 @@ class Converted(Generic[P, R]):
             return SubstitutionMode(self._fun, table, known, self._outside)
         return CarefulSubstitutionMode(self._fun, table, known, self._outside)
 
-    def _table(self, values: Sequence[Tensor]) -> dict[int, Tensor]:
-        """Which tensor to give for which that `fun` reads, by the id of the latter."""
-        table = dict(zip(self._keys, values, strict=True))
-        if not self._places.unchanged():
-            table |= self._moved(values)
-        for key, value in table.items():
-            # Another captured tensor, which reading would replace again.
-            if id(value) in table and id(value) != key:
-                table[key] = operators.alias(value)
-        return table
-
-    def _moved(self, values: Sequence[Tensor]) -> dict[int, Tensor]:
-        """The same for the tensors that are now where captured ones were at the conversion."""
-        given = (*values, *self._constants)
-        owner: dict[int, int] = {}
-        lost: dict[int, Any] = {}
-        for i, t in self._places.now(self._fun):
-            if isinstance(t, Tensor):
-                other = owner.setdefault(id(t), i)
-                if given[other] is not given[i] and min(i, other) < len(values):
-                    raise CaptureError(self._rebound_message(min(i, other), t))
-            elif i < len(values):
-                lost[i] = t
-        for i in set(lost).difference(owner.values()):
-            raise CaptureError(self._rebound_message(i, lost[i]))
-        return {key: given[i] for key, i in owner.items()}
-
-    def _rebound_message(self, i: int, t: Any) -> str:
-        was = describe(self._captured[i], self._fun, self.first_reads[i])
-        if isinstance(t, Tensor):
-            now = describe(t, self._fun)
-        else:
-            now = "nothing" if t is GONE else f"a {type(t).__name__}"
-        also = ", which another captured tensor is bound to as well" * isinstance(t, Tensor)
-        return (
-            f"expected each captured tensor where it was when {self._name!r} was "
-            f"converted, got another value in the place of {was}: {now}{also}. Convert again, or "
-            "leave the variable as it is."
-        )
-
 
 def _is_detached(t: Any, of: Tensor) -> bool:
     """Whether `t` is what `of.detach()` gives."""
@@ -390,39 +321,3 @@ def _is_detached(t: Any, of: Tensor) -> bool:
         return False
     mine, its = ({_compat.storage_key(p) for p in _compat.parts(u)} for u in (t, of))
     return mine == its
-
-
-def as_leaf(t: Any) -> Any:
-    """`t` without its history, which no other process can have."""
-    return t.detach().requires_grad_(t.requires_grad) if t.grad_fn is not None else t
-
-
-def _copied(
-    fun: Callable[..., Any],
-    structure: Structure | None,
-    places: Sequence[Place],
-    declared: Sequence[Place],
-    facts: tuple[Any, ...],
-    rest: dict[str, Any],
-) -> Converted[..., Any]:
-    """A copy: the captured tensors are those that the copy of `fun` keeps in the same places."""
-    types, first_reads, origin = facts
-    captured = [follow(fun, place) for place in places]
-    for t, place, (shape, dtype) in zip(captured, places, types, strict=True):
-        if not isinstance(t, Tensor) or t.shape != shape or t.dtype is not dtype:
-            where = "".join(f".{key}" if type(key) is str else f"[{key!r}]" for _, key in place)
-            expected = f"{str(dtype).removeprefix('torch.')}{list(shape)}"
-            got = "nothing" if t is GONE else Structure.shown(t)
-            message = (
-                f"expected a copy of {function_name(fun)!r} that keeps a tensor {expected} where "
-                f"the original did, got {got} (at {where}). Make it the same there, or convert it "
-                "there."
-            )
-            raise CaptureError(message)
-    search = Search(fun)
-    found = [follow(fun, place) for place in declared]
-    copy: Converted[..., Any] = Converted(
-        fun, structure, search, captured, declared=found, constants=found, **rest
-    )
-    copy.first_reads, copy.origin = first_reads, origin
-    return copy
