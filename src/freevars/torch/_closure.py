@@ -87,7 +87,13 @@ class Closure(Generic[P, R]):
         """
         install_hooks()
         check_release()
-        converted = Converted(module, None, Search(module), tuple(module.parameters()))
+        converted = Converted(
+            module,
+            None,
+            Search(module),
+            tuple(module.parameters()),
+            normalises=next(module.buffers(), None) is not None,  # it may
+        )
         new = cls._of(converted, converted.hoisted)
         new._is_mapped = False  # noqa: SLF001 (of this class)
         return new

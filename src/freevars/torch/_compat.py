@@ -5,7 +5,7 @@ Not here: what has to be wrapped to be seen at all (`_hooks.py`).
 """
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ __all__ = [
     "transform_level",
     "transforms_active",
     "unwrap",
+    "versions",
 ]
 
 # The pytree module that torch.func itself uses. Its name is private; its functions are the
@@ -149,6 +150,15 @@ def has_hooks(t: Tensor) -> bool:
 def not_inference(t: Tensor) -> Tensor:
     """`t`, or a copy that a graph can save: tensors of inference mode cannot be saved."""
     return t.clone() if t.is_inference() else t
+
+
+def versions(tensors: Sequence[Tensor]) -> list[int]:
+    """How often each tensor, or a view of its memory, was written to; a tensor of inference mode
+    does not count. The counter has no public reader."""
+    try:
+        return [t._version for t in tensors]
+    except RuntimeError:
+        return [0 if t.is_inference() else t._version for t in tensors]
 
 
 def unwrap(t: Tensor) -> Iterator[Tensor]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from freevars.torch import CaptureError, StructureError, closure_convert
+from freevars.torch import CaptureError, Closure, StructureError, closure_convert
 from tests.torch import other_module
 from tests.torch.explicit import fresh, same
 
@@ -243,6 +243,51 @@ def test_running_statistics(kind: str) -> None:
         converted(x, *hoisted)
     assert torch.equal(mean, torch.zeros_like(mean))
     assert torch.equal(module.running_mean, torch.zeros_like(mean))
+
+
+class Masked(nn.Module):
+    """Reads a constant buffer, and in `late` calls writes to what is not its own."""
+
+    mask: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3, dtype=torch.float64)
+        self.register_buffer("mask", torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64))
+        self.late: Callable[[Tensor], Any] = lambda _: None
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.late(x)
+        return self.linear(x * self.mask)
+
+
+@pytest.mark.parametrize("what", ["mask", "argument", "parameter"])
+def test_a_module_at_its_own_parameters_that_writes_in_a_later_call(what: str) -> None:
+    module, x = Masked(), fresh(2, 3, grad=False)
+    converted, hoisted = closure_convert(module, x)
+    assert [*map(id, hoisted)] == [*map(id, module.parameters())]
+    expected = torch.autograd.grad(module(x).sum(), hoisted)
+    same(torch.autograd.grad(converted(x, *hoisted).sum(), hoisted), expected)
+    module.late = {
+        "mask": lambda _: module.mask.mul_(2),
+        "argument": lambda x: x.mul_(2),
+        "parameter": lambda _: module.linear.weight.mul_(2),
+    }[what]
+    with pytest.raises(CaptureError, match=r"has written in place to .*Write to a clone"):
+        converted(x, *hoisted)
+
+
+def test_a_module_with_a_batch_norm_is_watched_at_its_own_parameters() -> None:
+    module = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).eval()
+    x = torch.randn(4, 3)
+    converted, hoisted = closure_convert(module, x)
+    torch.testing.assert_close(converted(x, *hoisted), module(x))
+    module.train()
+    for call in (lambda: converted(x, *hoisted), lambda: Closure.from_module(module)(x)):
+        with pytest.raises(CaptureError, match=r"running statistics"):
+            call()
+    assert torch.equal(module[1].running_mean, torch.zeros(3))
 
 
 def test_statistics_of_its_own_are_no_capture() -> None:

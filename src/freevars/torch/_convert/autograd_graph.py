@@ -47,13 +47,14 @@ def check_autograd_graph(
                 stops.add((node, u.output_nr))
     edges: list[tuple[Any, int]] = [(u.grad_fn, u.output_nr) for t in outputs for u in levels(t)]
     seen: set[Any] = {None}
+    cannot_see = "custom Functions" in _modes.broken
     for edge in edges:  # grows while it is walked
         node = edge[0]
-        if node in seen or edge in stops:
+        if node in seen or (stops and edge in stops):
             continue
         seen.add(node)
         following = node.next_functions
-        if "custom Functions" in _modes.broken and _compat.is_custom_function_node(node):
+        if cannot_see and _compat.is_custom_function_node(node):
             raise CaptureError(_modes.broken_message("custom Functions"))
         if following:
             edges += following

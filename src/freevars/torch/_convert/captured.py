@@ -71,10 +71,11 @@ class Captured:
         table = dict(zip(self.ids, values, strict=True))
         if not self.places.unchanged():
             table |= self._moved(values)
-        for key, value in table.items():
-            # Another captured tensor, which reading would replace again.
-            if id(value) in table and id(value) != key:
-                table[key] = operators.alias(value)
+        if not table.keys().isdisjoint(map(id, values)):
+            for key, value in table.items():
+                # Another captured tensor, which reading would replace again.
+                if id(value) in table and id(value) != key:
+                    table[key] = operators.alias(value)
         return table
 
     def _moved(self, values: Sequence[Tensor]) -> dict[int, Tensor]:

@@ -162,6 +162,7 @@ def _convert(
         gathered=gathered,
         constants=[t for t in discovery.captured.values() if id(t) not in hoisted_ids],
         replay=draws if rng == "replay" and discovery.drew is not None else None,
+        normalises=discovery.normalises,
         makes_leaves=discovery.makes_leaves or bool(discovery.leaves),
         kept=search.kept(discovery.made_and_alive()),
         out_struct=out_struct,

@@ -9,7 +9,7 @@ import functools
 import inspect
 import uuid
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
 import torch
@@ -20,6 +20,7 @@ from freevars.errors import CaptureError, StructureError
 from freevars.torch import _compat, _hooks, _modes
 from freevars.torch._compat import pytree
 from freevars.torch._convert import operators
+from freevars.torch._convert.at_rest import can_rest, is_at_rest, refuse_written
 from freevars.torch._convert.autograd_graph import check_autograd_graph
 from freevars.torch._convert.captured import Captured
 from freevars.torch._convert.copies import as_leaf, copied, places_to_copy
@@ -43,6 +44,7 @@ Rng = Literal["allow", "error", "replay"]
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_NOTHING = nullcontext()
 _SIGNATURE = inspect.Signature([inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)])
 
 
@@ -74,6 +76,7 @@ class Converted(Generic[P, R]):
         constants: Sequence[Tensor] = (),
         replay: Draws | None = None,
         makes_leaves: bool = False,
+        normalises: bool = False,
         kept: Kept | None = None,
         out_struct: Any = None,
         token: str | None = None,
@@ -91,20 +94,21 @@ class Converted(Generic[P, R]):
         self._gathered = tuple(gathered)
         pairs = _compat.sharded_parameters(node.obj for node in search.met.values())
         self._sharded = frozenset(id(pairs[id(t)][1]) for t in self._gathered)
-        self._reads_constants = len(constants) > 0
         self._outside = ForeignTensors(fun, constants)
         self.replay = replay  # the draws that each call repeats
         self._makes_leaves = makes_leaves
+        self._normalises = normalises
         self._kept = kept or Kept(())
         # Within a `Closure`, the example, `hoist` and `rng` that it was made with.
         self.origin = origin
         self.in_struct = None if structure is None else structure.struct
         self.out_struct = out_struct
         # Each with a place of its own in the graph, as one may be computed from another.
-        self._runs_as_it_is = self._reads_parameters_only()
+        needs_watch = makes_leaves or normalises or bool(self._kept) or replay is not None
+        self._can_rest = not needs_watch and can_rest(fun, self._own)
         alias = operators.alias
         self.hoisted = tuple(
-            t if self._runs_as_it_is or id(t) in self._sharded else alias(t) for t in captured
+            t if self._can_rest or id(t) in self._sharded else alias(t) for t in captured
         )
         self._token = uuid.uuid4().hex if token is None else token
 
@@ -147,6 +151,7 @@ class Converted(Generic[P, R]):
         rest = {
             "replay": self.replay,
             "makes_leaves": self._makes_leaves,
+            "normalises": self._normalises,
             "kept": self._kept,
             "out_struct": self.out_struct,
             "token": self._token,
@@ -176,17 +181,8 @@ class Converted(Generic[P, R]):
             leaves = pytree.tree_leaves(arguments)
         else:
             leaves = self._structure.check(arguments, self._name)
-        if self._runs_as_it_is and self._is_at_rest(values, leaves):
-            out = self._fun(*arguments)
-            refuse_late(out)
-            known = [
-                *(x for x in leaves if isinstance(x, Tensor)),
-                *self._declared,
-                *self._gathered,
-                *values,
-            ]
-            check_autograd_graph(outputs_of(out), known, self._is_unreachable, self._fun)
-            return out
+        if self._can_rest and is_at_rest(self._own, values, leaves):
+            return self._at_rest(arguments, leaves)
         if not self._kept:
             return self._substituted(arguments, leaves, values)[0]
         with self._kept.as_before(self._fun) as made:
@@ -219,7 +215,7 @@ class Converted(Generic[P, R]):
 
     def _check_reached(self, args: tuple[Any, ...]) -> None:
         """Refuses a call without hoisted values where derivatives would not reach them."""
-        if any(x is t for x in args for t in self.hoisted) and not self._runs_as_it_is:
+        if any(x is t for x in args for t in self.hoisted) and not self._can_rest:
             raise StructureError(self._count_message("a hoisted value in place of an argument"))
         running = _hooks.forwards_running()
         given = {id(x) for _, values in running for x in values}
@@ -241,33 +237,18 @@ class Converted(Generic[P, R]):
             "derivatives by .backward(), into .grad."
         )
 
-    def _reads_parameters_only(self) -> bool:
-        """Whether `fun` is a module that reads its own parameters, and nothing else that it could
-        change. These stand for themselves, and on them `fun` needs no watch: autograd sees every
-        read that matters."""
-        module = getattr(self._fun, "__self__", self._fun)
-        return (
-            isinstance(module, torch.nn.Module)
-            and not isinstance(module, torch.jit.ScriptModule)
-            and None not in self._own.places.first
-            and {id(t) for t in module.parameters()}.issuperset(self._own.ids)
-            and all(t.is_leaf and t.requires_grad for t in self.captured)
-            and next(module.buffers(), None) is None
-            and not (self._reads_constants or self._makes_leaves or self._kept or self.replay)
-            and not _compat.transforms_active()
-        )
-
-    def _is_at_rest(self, values: Sequence[Any], leaves: Sequence[Any]) -> bool:
-        """Whether replacing the captured tensors by `values` would change nothing, so that autograd
-        alone sees every read that matters."""
-        return (
-            all(value is own for value, own in zip(values, self.hoisted, strict=True))
-            and torch.is_grad_enabled()
-            and not _compat.transforms_active()
-            and not _modes.active()
-            and not any(id(x) in self._own.ids for x in leaves)
-            and self._own.places.unchanged()
-        )
+    def _at_rest(self, arguments: tuple[Any, ...], leaves: list[Any]) -> Any:
+        given = [x for x in leaves if isinstance(x, Tensor)]
+        own = () if self._gathered else self.captured  # a sharded module writes to its parameters
+        watched = [*given, *own, *self.constants]
+        versions = _compat.versions(watched)
+        out = self._fun(*arguments)
+        refuse_written(watched, versions, self._fun)
+        refuse_late(out)
+        outputs = outputs_of(out)
+        known = [*given, *self._declared, *self._gathered, *self.captured]
+        check_autograd_graph(outputs, known, self._is_unreachable, self._fun)
+        return out
 
     def _is_unreachable(self, leaf: Tensor) -> bool:
         return id(leaf) not in reachable(self._fun)
@@ -291,8 +272,7 @@ class Converted(Generic[P, R]):
         # Within another converted call, what that gives.
         known = [resolve(t) for t in read] if _modes.active() else read
         mode = self._mode(table, known)
-        replaying = nullcontext() if self.replay is None else self.replay.replayed()
-        with self._memory(mode), mode.reraising_refusals(), replaying:
+        with self._beside(mode), mode.reraising_refusals():
             out = self._fun(*arguments)
         if type(out) is Tensor:  # no pytree walk for a plain tensor
             out = table.get(id(out), out)
@@ -303,11 +283,16 @@ class Converted(Generic[P, R]):
         check_autograd_graph(outputs_of(out), known, mode.has_made, self._fun, table)
         return out, mode
 
-    def _memory(self, mode: SubstitutionMode) -> AbstractContextManager[Any]:
-        if not self._makes_leaves:
-            return nullcontext()
-        mode.memory = AllocationTracker()
-        return mode.memory
+    def _beside(self, mode: SubstitutionMode) -> AbstractContextManager[Any]:
+        """What a call needs besides its mode; mostly nothing."""
+        if not self._makes_leaves and self.replay is None:
+            return _NOTHING
+        stack = ExitStack()
+        if self._makes_leaves:
+            mode.memory = stack.enter_context(AllocationTracker())
+        if self.replay is not None:
+            stack.enter_context(self.replay.replayed())
+        return stack
 
     def _mode(self, table: dict[int, Tensor], known: Sequence[Tensor]) -> SubstitutionMode:
         if torch.is_grad_enabled() and not _compat.transforms_active():

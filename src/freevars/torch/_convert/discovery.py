@@ -38,6 +38,7 @@ class DiscoveryMode(Provenance):
         self.constants = constants  # whether tensors without derivatives may be hoisted too
         self.rng = rng
         self.drew: str | None = None  # the first random operation
+        self.normalises = False  # by a batch norm
         self.generators: dict[int, tuple[torch.Generator, Tensor]] = {}
         self._reachable: Reachable | None = None
         self._later: dict[int, Any] = {}  # by id: what may be called after the run
@@ -167,6 +168,7 @@ class DiscoveryMode(Provenance):
         what = operators.traits(func)
         if func is torch.ops.aten.lift_fresh.default:
             self.made_keys.update(keys)  # memory of a literal, `torch.tensor([1.0])`
+        self.normalises |= what.normalises
         if what.writes or what.normalises:
             for t in operators.written(func, args, kwargs):
                 own = storage_key(t) in self.made_keys

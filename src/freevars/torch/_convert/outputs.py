@@ -18,8 +18,14 @@ __all__ = ["outputs_of", "refuse_hidden", "refuse_late"]
 _LATER = (Iterator, AsyncIterator, Awaitable)
 
 
-def refuse_late(leaf: Any) -> None:
+def refuse_late(out: Any) -> None:
     """Refuses what has yet to run."""
+    for leaf in () if isinstance(out, Tensor) else pytree.tree_leaves(out):
+        if not isinstance(leaf, Tensor):
+            _refuse_late(leaf)
+
+
+def _refuse_late(leaf: Any) -> None:
     if isinstance(leaf, _LATER):
         message = (
             f"expected a function that has run when it returns, got a {type(leaf).__name__}, "
@@ -34,7 +40,7 @@ def refuse_hidden(out: Any, captured: Callable[[Tensor], bool], fun: Any) -> Non
     for leaf in pytree.tree_leaves(out):
         if isinstance(leaf, Tensor | int | float | complex | str | bytes | type(None)):
             continue
-        refuse_late(leaf)
+        _refuse_late(leaf)
         for t, name in reachable(leaf).values():
             if captured(t):
                 message = (

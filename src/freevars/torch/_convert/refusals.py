@@ -22,6 +22,7 @@ __all__ = [
     "refuse_reads_of_operator",
     "refuse_running_statistics",
     "write_message",
+    "written_message",
 ]
 
 Func = Callable[..., Any]
@@ -58,6 +59,14 @@ def write_message(func: Any, whose: str, named: str) -> str:
     return (
         f"expected a function that writes to its own intermediates only, got {func} writing in "
         f"place to {whose}: {named}. Nothing was written. Write to a clone. {_STATISTICS}"
+    )
+
+
+def written_message(named: str) -> str:
+    """For a write in place to the tensor `named` that nothing has seen before it was done."""
+    return (
+        "expected a function that writes to its own intermediates only, got one that has written "
+        f"in place to {named}, in a call whose example did not. Write to a clone. {_STATISTICS}"
     )
 
 

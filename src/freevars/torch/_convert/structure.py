@@ -30,16 +30,15 @@ class Structure:
 
     def check(self, args: tuple[Any, ...], name: str) -> list[Any]:
         """The leaves of `args`; raises `StructureError` naming the first path that differs."""
-        if self._flat and all(
-            isinstance(x, Tensor) for x in args
-        ):  # no pytree walk for plain tensors
-            leaves = list(args)
-        else:
+        leaves = list(args)
+        # No pytree walk for plain tensors.
+        if not (self._flat and all(isinstance(x, Tensor) for x in args)):
             leaves, spec = pytree.tree_flatten(args)
             if spec != self.spec:
                 raise StructureError(self._differs(args, name))
-        if not all(leaf.fits(x) for leaf, x in zip(self._leaves, leaves, strict=True)):
-            raise StructureError(self._differs(args, name))
+        for leaf, x in zip(self._leaves, leaves, strict=True):
+            if not leaf.fits(x):
+                raise StructureError(self._differs(args, name))
         return leaves
 
     def _differs(self, args: tuple[Any, ...], name: str) -> str:

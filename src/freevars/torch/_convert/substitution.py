@@ -17,6 +17,7 @@ from freevars.torch import _compat, _hooks, _modes
 from freevars.torch._compat import CheckpointFunction, DispatchMode, storage_key
 from freevars.torch._convert import contents, operators, refusals
 from freevars.torch._convert.autograd_graph import not_hoisted
+from freevars.torch._convert.contents import PLAIN
 from freevars.torch._describe import describe, line_of_caller, reachable
 from freevars.torch._modes import CaptureMode
 
@@ -62,8 +63,7 @@ class SubstitutionMode(CaptureMode):
         if kwargs or func not in _plain_calls or _modes.broken:
             return self._special(func, args, kwargs or {})
         get = self.table.get
-        given = [get(id(a), a) if type(a) in contents.PLAIN else self.replace(a) for a in args]
-        return func(*given)
+        return func(*[get(id(a), a) if type(a) in PLAIN else self.replace(a) for a in args])
 
     def _special(self, func: Any, args: Any, kwargs: Any) -> Any:
         if _modes.broken:
@@ -200,7 +200,7 @@ class CarefulSubstitutionMode(SubstitutionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not kwargs and func in _plain_calls and not _modes.broken:
             get = self.table.get
-            given = [get(id(a), a) if type(a) in contents.PLAIN else self.replace(a) for a in args]
+            given = [get(id(a), a) if type(a) in PLAIN else self.replace(a) for a in args]
             self.check(given)
             out = func(*given)
         else:
