@@ -6,7 +6,7 @@ where neither converges (`linear.py`).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from torch import Tensor
 __all__ = ["conjugate_gradients", "gmres"]
 
 MatVec = Callable[[Tensor], Tensor]
+Column = list[float]
+
+_REGULAR = 1e-3  # the least share of the largest diagonal entry with which a triangle is inverted
 
 
 def conjugate_gradients(
@@ -44,13 +47,15 @@ def gmres(
     u, r = torch.zeros_like(b), b
     beta = float(torch.linalg.vector_norm(r))
     target = relative * beta
+    first = True
     while beta > target and steps > 0:
-        basis, h = _arnoldi(matvec, r / beta, min(restart, steps), target / beta)
-        steps -= h.shape[1]
-        e = torch.zeros(len(h), 1, dtype=b.dtype)
-        e[0] = beta
-        y = torch.linalg.lstsq(h, e, driver="gelsd").solution[:, 0]
-        u = u + y.to(b.device) @ basis[: len(y)]
+        basis, columns, triangle, right = _arnoldi(matvec, r, beta, min(restart, steps), target)
+        steps -= len(columns)
+        y = _least_squares(columns, triangle, right, beta, b.dtype)
+        u = u + torch.tensor(y, dtype=b.dtype).to(b.device) @ basis[: len(y)]
+        if first and _left(columns, y, beta, b.dtype) <= target:
+            return u, True
+        first = False
         r = b - matvec(u)
         before, beta = beta, float(torch.linalg.vector_norm(r))
         if not beta <= before / 2:
@@ -58,15 +63,32 @@ def gmres(
     return u, beta <= target
 
 
-def _arnoldi(matvec: MatVec, first: Tensor, steps: int, small: float) -> tuple[Tensor, Tensor]:
-    """An orthonormal basis of the Krylov space, one row each, and the Hessenberg matrix (on the
-    CPU), one row longer than wide. Stops early once the residual is `small`."""
-    steps = min(steps, len(first))
-    basis = first.new_empty(steps + 1, len(first))
-    basis[0] = first
-    columns: list[list[float]] = []
+def _left(columns: Sequence[Column], y: Sequence[float], beta: float, dtype: torch.dtype) -> float:
+    """The norm of the residual of the first cycle at most, by the recurrence A V = V H: it holds up
+    to the rounding of each product, whether V is orthogonal or not. Ten times that leaves room for
+    products that round more."""
+    residual = [beta] + [0.0] * len(columns)
+    rounding = 0.0
+    for c, column in zip(y, columns, strict=True):
+        for i, h in enumerate(column):
+            residual[i] -= c * h
+        rounding += abs(c) * math.hypot(*column)
+    return math.hypot(*residual) + 10 * float(torch.finfo(dtype).eps) * rounding
+
+
+def _arnoldi(
+    matvec: MatVec, r: Tensor, beta: float, steps: int, target: float
+) -> tuple[Tensor, list[Column], list[Column], list[float]]:
+    """An orthonormal basis of the Krylov space, one row each, the columns of the Hessenberg matrix,
+    each one number longer than the one before, and those of its triangular factor, with the right
+    side that belongs to it. Stops early once the residual is below `target`."""
+    steps = min(steps, len(r))
+    basis = r.new_empty(steps + 1, len(r))
+    basis[0] = r / beta
+    columns: list[Column] = []
     rotations: list[tuple[float, float]] = []
-    residual = 1.0
+    triangle: list[Column] = []
+    right = [beta]
     for j in range(steps):
         w = matvec(basis[j])
         known = basis[: j + 1]
@@ -75,21 +97,18 @@ def _arnoldi(matvec: MatVec, first: Tensor, steps: int, small: float) -> tuple[T
         again = known @ w  # a second pass keeps the basis orthogonal
         w = w - again @ known
         norm = torch.linalg.vector_norm(w)
-        column: list[float] = torch.cat([c + again, norm[None]]).tolist()
+        column: Column = torch.cat([c + again, norm[None]]).tolist()
         columns.append(column)
-        residual *= _rotate(list(column), rotations)
-        if residual <= small or not column[-1] > 0:
+        triangle.append(_rotated(column, rotations, right))
+        if abs(right[-1]) <= target or not column[-1] > 0:
             break
         basis[j + 1] = w / norm
-    k = len(columns)
-    h = torch.zeros(k + 1, k, dtype=first.dtype)
-    for j, column in enumerate(columns):
-        h[: j + 2, j] = torch.tensor(column, dtype=first.dtype)
-    return basis, h
+    return basis, columns, triangle, right
 
 
-def _rotate(column: list[float], rotations: list[tuple[float, float]]) -> float:
-    """One more Givens rotation; returns by how much it reduces the residual."""
+def _rotated(column: Column, rotations: list[tuple[float, float]], right: list[float]) -> Column:
+    """A column of the triangular factor, by one more Givens rotation, which `right` takes too."""
+    column = list(column)
     for i, (c, s) in enumerate(rotations):
         column[i], column[i + 1] = (
             c * column[i] + s * column[i + 1],
@@ -98,4 +117,33 @@ def _rotate(column: list[float], rotations: list[tuple[float, float]]) -> float:
     length = math.hypot(column[-2], column[-1])
     c, s = (column[-2] / length, column[-1] / length) if length > 0 else (1.0, 0.0)
     rotations.append((c, s))
-    return abs(s)
+    right[-1:] = [c * right[-1], -s * right[-1]]
+    return [*column[:-2], length]
+
+
+def _least_squares(
+    columns: Sequence[Column],
+    triangle: Sequence[Column],
+    right: Sequence[float],
+    beta: float,
+    dtype: torch.dtype,
+) -> list[float]:
+    """The y with the least |beta e1 - H y|; the shortest one where H is nearly singular."""
+    diagonal = [abs(column[-1]) for column in triangle]
+    if not math.isfinite(sum(diagonal)):
+        return [math.nan] * len(columns)
+    if not min(diagonal) > _REGULAR * max(diagonal):
+        k = len(columns)
+        h = torch.zeros(k + 1, k, dtype=dtype)
+        for j, column in enumerate(columns):
+            h[: j + 2, j] = torch.tensor(column, dtype=dtype)
+        e = torch.zeros(k + 1, 1, dtype=dtype)
+        e[0] = beta
+        solution: list[float] = torch.linalg.lstsq(h, e, driver="gelsd").solution[:, 0].tolist()
+        return solution
+    y = list(right[: len(triangle)])
+    for j in reversed(range(len(y))):
+        y[j] /= triangle[j][-1]
+        for i in range(j):
+            y[i] -= y[j] * triangle[j][i]
+    return y

@@ -193,8 +193,8 @@ class Iterative:
             return self._dense.solve(b, transposed=transposed)
         if not bool(b.any()):
             return torch.zeros_like(b)
-        d = 1 if self._units is None else self._units
-        right = d * b
+        d = self._units
+        right = b if d is None else d * b
         scale = right.abs().max()  # squares of small numbers are no numbers
         right = (right / scale).reshape(-1)
         operator = LinearOperator(self._a, self._structure, transposed=transposed)
@@ -205,10 +205,12 @@ class Iterative:
             return u.reshape(b.shape) * scale
         dtype = torch.promote_types(right.dtype, torch.float32)
 
-        flat = d if isinstance(d, int) else d.reshape(-1)
+        flat = None if d is None else d.reshape(-1)
 
         def matvec(v: Tensor) -> Tensor:
-            return (flat * operator(flat * v.to(right.dtype))).to(dtype)
+            v = v.to(right.dtype)
+            image = operator(v) if flat is None else flat * operator(flat * v)
+            return image.to(dtype)
 
         found = False
         if self._a.symmetric:
@@ -220,7 +222,8 @@ class Iterative:
             return self._dense.solve(b, transposed=transposed)
         if not found:
             self._measure(matvec, u, right)
-        return d * u.to(b.dtype).reshape(b.shape) * scale
+        u = u.to(b.dtype).reshape(b.shape) * scale
+        return u if d is None else d * u
 
     def _measure(self, operator: Callable[[Tensor], Tensor], u: Tensor, b: Tensor) -> None:
         left = float(torch.linalg.vector_norm(operator(u) - b) / torch.linalg.vector_norm(b))
