@@ -24,6 +24,7 @@ __all__ = [
     "changes_requires_grad",
     "is_builtin",
     "is_factory",
+    "is_pytorch_python",
     "may_carry_derivative",
     "traits",
     "writes_first",
@@ -215,6 +216,12 @@ def alias(t: Tensor) -> Tensor:
         if t.is_inference() or t.layout is not torch.strided or t.is_nested:
             return torch.ops.aten.alias(t) if t.layout is torch.strided else t.clone()
         return t.view_as(t)
+
+
+def is_pytorch_python(func: Func) -> bool:
+    """Whether `func` is one of PyTorch's own, written in Python."""
+    module = getattr(func, "__module__", None) or ""
+    return is_python(func) and module.partition(".")[0] == "torch"
 
 
 def is_python(func: Func) -> bool:

@@ -35,8 +35,12 @@ _SPECIAL: dict[Any, str] = (
     | dict.fromkeys(operators.BATCH_STATISTICS, "statistics")
 )
 
-# PyTorch's own functions that were found to be nothing special; it only grows, and only by them.
-_plain_calls: set[Any] = set()
+# PyTorch's own functions that were found to be nothing special; these only grow, and only by them.
+_plain_calls: set[Any] = set()  # written in C++
+_plain_python: set[Any] = set()  # which may call functions that they are given
+
+# With one of these a call may write to an argument, or make a leaf.
+_TELLING = frozenset({"inplace", "max_norm", "out", "requires_grad"})
 
 
 class SubstitutionMode(CaptureMode):
@@ -71,15 +75,18 @@ class SubstitutionMode(CaptureMode):
         kind = _SPECIAL.get(func)
         if kind == "metadata" or self.paused:
             return func(*args, **kwargs)
-        self._refuse(kind, func, args, kwargs)
-        if kind is None and operators.is_builtin(func) and not operators.writes_first(func):
-            _plain_calls.add(func)
+        known = func in _plain_python or func in _plain_calls
+        if not known or not _TELLING.isdisjoint(kwargs):
+            self._refuse(kind, func, args, kwargs)
+        if not known and kind is None and not operators.writes_first(func):
+            if operators.is_builtin(func):
+                _plain_calls.add(func)
+            elif operators.is_pytorch_python(func):
+                _plain_python.add(func)
         new_args, new_kwargs = self.replace(args), self.replace(kwargs)
         if operators.is_python(func):
-            new_args, new_kwargs = (
-                contents.resumed(self, new_args),
-                contents.resumed(self, new_kwargs),
-            )
+            new_args = contents.resumed(self, new_args)
+            new_kwargs = contents.resumed(self, new_kwargs)
         out = func(*new_args, **new_kwargs)
         if kind == "leaf" or kwargs.get("requires_grad"):
             self.leaves.append(new_args[0] if kind == "leaf" else out)
@@ -212,8 +219,9 @@ class CarefulSubstitutionMode(SubstitutionMode):
         return out
 
     def check(self, value: Any) -> None:
+        made = self._made.get
         for t in contents.given_tensors(value, None):
-            ref = self._made.get(id(t))
+            ref = made(id(t))
             if (ref is None or ref() is not t) and operators.may_carry_derivative(t):
                 if self._reachable is None:
                     self._reachable = reachable(self.fun)
