@@ -1,5 +1,7 @@
 """The linear systems of the rules and what is said about them: batches, totals, units, options."""
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -299,6 +301,44 @@ def test_a_linear_solve_of_ones_own_in_a_batch() -> None:
     torch.testing.assert_close(one[0], expected[0])
     zero = torch.func.grad(lambda step: solved(a[0], step).sum())(steps[0])
     assert zero.tolist() == [0, 0]
+
+
+def _direct(operator: Any, b: Tensor) -> Tensor:
+    return torch.linalg.solve(operator.as_matrix(), b)
+
+
+@pytest.mark.parametrize("vmapped", [False, True])
+@pytest.mark.parametrize(("n", "own"), [(3, None), (600, None), (3, _direct)])
+def test_nothing_waits_for_a_collection_of_garbage(n: int, own: Any, vmapped: bool) -> None:  # noqa: FBT001
+    """What a derivative was computed with is freed with its graph, without a circle."""
+    made = []
+
+    @fixed_point(linear_solve=own)
+    def iterate(fun: Any, x0: Tensor) -> Tensor:
+        for _ in range(60):
+            x0 = fun(x0)
+        return x0
+
+    def solution(a: Tensor) -> Tensor:
+        def fun(x: Tensor) -> Tensor:
+            sin = x.sin()
+            made.append(weakref.ref(sin))  # the graph holds it, for the derivative of its square
+            return 0.3 * sin**2 + a
+
+        return iterate(fun, torch.zeros(n, dtype=F64))
+
+    def derivative() -> None:
+        a = torch.linspace(0.1, 1, 2 * n, dtype=F64).reshape(2, n).requires_grad_()
+        x = f.vmap(solution)(a) if vmapped else solution(a[0])
+        torch.autograd.grad(x.sum(), a)
+
+    gc.disable()
+    try:
+        derivative()
+        assert made
+        assert [ref() for ref in made if ref() is not None] == []
+    finally:
+        gc.enable()
 
 
 def test_the_old_vmap_of_forward_mode_is_refused() -> None:

@@ -8,7 +8,6 @@ that vmap can run it too; else once for each.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -146,9 +145,6 @@ class BatchedCondition(DifferentiableCondition):
         each: Tensor = torch.func.vmap(self.of.start)(_in_front(x0, self.dims[0], self.size))
         return each.flatten(0, 1)
 
-    def structure(self) -> Any:
-        return self.of.structure()
-
     def compare(self, now: Tensor, recorded: Tensor) -> None:
         self.of.compare(now, recorded)
 
@@ -157,13 +153,14 @@ class BatchedCondition(DifferentiableCondition):
         own = self.of.own_linear_solve(values)
         if own is None or isinstance(own, Truncated):
             return own
+        of, size, dims = self.of, self.size, self.dims  # not this object: see `Problem`
 
         def each(operator: LinearOperator, b: Tensor) -> Tensor:
             found = []
-            for k, right in enumerate(b.reshape(self.size, -1)):
-                solve = self.of.own_linear_solve(self._one(values, k))
+            for k, right in enumerate(b.reshape(size, -1)):
+                solve = of.own_linear_solve(_one(values, dims, k))
                 assert solve is not None  # noqa: S101 (for the type checker)
-                found.append(solve(operator.part(k, self.size), right))
+                found.append(solve(operator.part(k, size), right))
             return torch.cat(found)
 
         return each
@@ -171,13 +168,10 @@ class BatchedCondition(DifferentiableCondition):
     def run(self, *values: Tensor) -> tuple[Tensor, ...]:
         found = self._together(values)
         if found is None:
-            each = [self.of.run(*self._one(values, k)) for k in range(self.size)]
+            each = [self.of.run(*_one(values, self.dims, k)) for k in range(self.size)]
             found = tuple(torch.stack(same) for same in zip(*each, strict=True))
         x, *others = found
         return x.flatten(0, 1), *others
-
-    def _one(self, values: Sequence[Tensor], k: int) -> list[Tensor]:
-        return [t if d is None else t.select(d, k) for t, d in zip(values, self.dims, strict=True)]
 
     def _together(self, values: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
         """All at once, or None: a solver may branch on its data, or leave PyTorch."""
@@ -195,6 +189,11 @@ class BatchedCondition(DifferentiableCondition):
 
 def _split(x: Tensor, size: int) -> Tensor:
     return x.reshape(size, len(x) // size, *x.shape[1:])
+
+
+def _one(values: Sequence[Tensor], dims: Sequence[int | None], k: int) -> list[Tensor]:
+    """The values of problem `k`."""
+    return [t if d is None else t.select(d, k) for t, d in zip(values, dims, strict=True)]
 
 
 def _in_front(t: Tensor, dim: int | None, size: int) -> Tensor:

@@ -11,7 +11,7 @@ Not here: the user's function and solver (`problem.py`), derivatives (`record.py
 import functools
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,10 +85,6 @@ class Condition:
         """`run` for `size` conditions at once, by a solver that takes a batch itself."""
         del size, dims, values
         return None
-
-    def structure(self) -> Any:
-        """The unknown as the user's function takes it, for the user's own `linear_solve`."""
-        raise NotImplementedError
 
     def numbers(self) -> Iterable[float]:
         """What the solver was given: its bounds may be there."""
@@ -328,7 +324,7 @@ class Condition:
         return system_of(
             derivative,
             self._size(derivative.at.detach(), self.start(values[0])),
-            self.structure,
+            self.unknown.structure,  # a method of this object would hold the system in a circle
             own=self.own_linear_solve(values),
             least_squares=self.rule.on_failure == "least_squares",
         )

@@ -177,7 +177,8 @@ class LinearOperator:
 
     Attributes:
         symmetric: it is the second derivative of an objective.
-        structure: the unknown that a vector stands for, a pytree of tensors on the device "meta".
+        structure: a function without arguments, which gives the unknown that a vector stands for,
+            a pytree of tensors on the device "meta".
 
     Example:
         >>> import torch, freevars.torch as fv

@@ -149,16 +149,14 @@ class Problem(DifferentiableCondition):
     def numbers(self) -> Iterable[float]:
         return self.inputs.numbers()
 
-    def structure(self) -> Any:
-        return self.unknown.structure()
-
     def own_linear_solve(self, values: Sequence[Tensor]) -> LinearSolve | None:
         own = self.rule.linear_solve
         if own is None or isinstance(own, Truncated):
             return own
+        inputs = self.inputs  # not this object, which would hold the system in a circle
 
         def with_values(operator: Any, b: Tensor) -> Tensor:
-            with self.inputs.held_by_solver(values):
+            with inputs.held_by_solver(values):
                 return own(operator, b)
 
         return with_values
