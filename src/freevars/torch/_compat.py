@@ -28,6 +28,7 @@ __all__ = [
     "is_custom_function_node",
     "is_higher_order",
     "is_legacy_batched",
+    "is_plain",
     "is_reentrant_checkpoint_node",
     "is_wrapped",
     "layers",
@@ -95,6 +96,20 @@ class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def is_wrapped(t: Tensor) -> bool:
     """Whether a torch.func transform wraps `t`."""
     return bool(_functorch.is_functorch_wrapped_tensor(t))
+
+
+def is_plain(t: Tensor) -> bool:
+    """Whether `t` is a tensor of PyTorch's own that no transform can have wrapped: most are."""
+    return (
+        type(t) in _PLAIN_TENSORS
+        and not transforms_active()
+        and t.layout is torch.strided
+        and not is_wrapped(t)
+        and not is_legacy_batched(t)
+    )
+
+
+_PLAIN_TENSORS = {Tensor, torch.nn.Parameter}
 
 
 def is_grad_tracking(t: Tensor) -> bool:

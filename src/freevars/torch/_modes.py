@@ -139,6 +139,7 @@ def solver_running() -> Iterator[None]:
 
 def resolve(t: Tensor) -> Tensor:
     """What `t` stands for in the converted calls that run on this thread."""
-    for watch in active():
-        t = watch.given(t)
+    if function_modes():
+        for watch in active():
+            t = watch.given(t)
     return t

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freevars.torch._compat import parts, unwrap
+from freevars.torch._compat import is_plain, parts, unwrap
 from freevars.torch._compat import tangents as tangents_of
 from freevars.torch._modes import CaptureMode
 
@@ -52,6 +52,8 @@ def given_tensors(args: Any, kwargs: Any) -> list[Tensor]:
 def inner(t: Tensor) -> list[Tensor]:
     """Every plain tensor that reading `t` may read: under transforms, tangents, parts of
     subclasses."""
+    if is_plain(t):
+        return [t]
     found: list[Tensor] = []
     for u in unwrap(t):
         found.append(u)

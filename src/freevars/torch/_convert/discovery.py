@@ -182,8 +182,8 @@ class DiscoveryMode(Provenance):
             for t, key in zip(given, keys, strict=True):
                 self._check_seen(func, t, key)
         out = func(*args, **kwargs)
-        made = {storage_key(t) for t in contents.tensors(out)} - set(keys)
-        self.made_keys |= made
+        made = map(storage_key, (out,) if type(out) is Tensor else contents.tensors(out))
+        self.made_keys.update(key for key in made if key not in keys)
         self.note(out)
         return out
 

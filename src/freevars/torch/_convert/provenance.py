@@ -152,6 +152,6 @@ class Provenance(CaptureMode):
         return value
 
     def note(self, value: Any) -> None:
-        for t in contents.tensors(value):
+        for t in (value,) if type(value) is Tensor else contents.tensors(value):
             if id(t) not in self.captured and id(t) not in self.arguments:
                 self._made[id(t)] = weakref.ref(t)
