@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 PIP = -m pip -qq --disable-pip-version-check
 
-.PHONY: coverage test-torch-newest test-torch-oldest demo demo-torch demo-distributed examples test test-all bench bench-quick lint types docs matrix site dist-check test-newest test-oldest clean
+.PHONY: coverage nightly test-torch-newest test-torch-oldest demo demo-torch demo-distributed examples test test-all bench bench-quick lint types docs matrix site dist-check test-newest test-oldest clean
 
 $(READY): pyproject.toml
 	@echo 'Setting up $(VENV), once.' >&2
@@ -36,6 +36,10 @@ test: $(READY)
 # With what takes long: large programs, meshes, processes, more random programs.
 test-all: $(READY)
 	@FREEVARS_EXAMPLES=100 $(BIN)/python -m pytest -n auto
+
+# Random functions with random rules: 10,000 examples, each of which compares six pairs, and others each time.
+nightly: $(READY)
+	@FREEVARS_EXAMPLES=10000 $(BIN)/python -m pytest -n auto tests/jax/convert/test_rule_programs.py
 
 # The tests once more, with a look at which branches of the source they run; at least the share that
 # pyproject.toml states. Not in the gate: the look makes them a third slower.

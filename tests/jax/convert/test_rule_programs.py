@@ -1,10 +1,13 @@
 """Random functions with random rules: equal programs exactly where their derivatives agree.
 
-`FREEVARS_EXAMPLES=10000 pytest tests/jax/convert/test_rule_programs.py` is the nightly run.
+What the derivatives are is known in closed form, so that a pair costs no more than its conversions;
+that it is what JAX computes is looked at for some of the functions. Each example compares six
+pairs. `make nightly` draws 10,000 examples.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 from typing import NamedTuple
 
@@ -19,21 +22,38 @@ from jax import lax
 import freevars.jax as fv
 from freevars.errors import CaptureError
 
-EXAMPLES = int(os.environ.get("FREEVARS_EXAMPLES", "20"))
+EXAMPLES = int(os.environ.get("FREEVARS_EXAMPLES", "50"))
 X, W = jnp.float32(0.7), jnp.float32(1.3)
 
 # No two give the same number in any of the derivatives below.
 FACTORS = (1.0, 1.17, 0.71, 1.43)
 
+# Each with its derivatives of first and second order, for NumPy and for JAX.
+FUNCTIONS = {
+    "sin": (lambda n, x: n.sin(x), lambda n, x: n.cos(x), lambda n, x: -n.sin(x)),
+    "cos": (lambda n, x: n.cos(x), lambda n, x: -n.sin(x), lambda n, x: -n.cos(x)),
+    "tanh": (
+        lambda n, x: n.tanh(x),
+        lambda n, x: 1 - n.tanh(x) ** 2,
+        lambda n, x: -2 * n.tanh(x) * (1 - n.tanh(x) ** 2),
+    ),
+    "rational": (
+        lambda _, x: x / (1 + x * x),
+        lambda _, x: (1 - x * x) / (1 + x * x) ** 2,
+        lambda _, x: 2 * x * (x * x - 3) / (1 + x * x) ** 3,
+    ),
+}
+
 
 class Rule(NamedTuple):
-    """x -> body sin(x) w, with a derivative that need not be the true one."""
+    """x -> body function(x) w, with a derivative that need not be the true one."""
 
     kind: str  # "jvp" or "vjp"
     body: float
     first: float  # a factor of the derivative
     again: bool  # whether the rule calls its own function
     held: bool  # whether body and rule capture w
+    function: str = "sin"
 
 
 class Spec(NamedTuple):
@@ -56,23 +76,21 @@ PLACES = {
 def ruled(rule, w):
     """The function of a rule, made afresh."""
     scale = (lambda y: y * w) if rule.held else (lambda y: y)
-    body = lambda x: scale(rule.body * jnp.sin(x))
+    function, derivative, _ = FUNCTIONS[rule.function]
+    body = lambda x: scale(rule.body * function(jnp, x))
+    along = lambda x, dot: scale(rule.first * rule.body * derivative(jnp, x) * dot)
     if rule.kind == "jvp":
         f = jax.custom_jvp(body)
         again = f if rule.again else body
 
         @f.defjvp
         def _(primals, tangents):
-            (x,), (dot,) = primals, tangents
-            return again(x), scale(rule.first * rule.body * jnp.cos(x) * dot)
+            return again(*primals), along(*primals, *tangents)
 
         return f
     f = jax.custom_vjp(body)
     again = f if rule.again else body
-    f.defvjp(
-        lambda x: (again(x), x),
-        lambda x, ct: (scale(rule.first * rule.body * jnp.cos(x) * ct),),
-    )
+    f.defvjp(lambda x: (again(x), x), lambda x, ct: (along(x, ct),))
     return f
 
 
@@ -85,9 +103,56 @@ def build(spec, w):
     return fun
 
 
-factors = st.sampled_from(FACTORS)
+class Jet(NamedTuple):
+    """A function at a point, to second order, as far as rules decide it.
+
+    What a rule returns beside a tangent is the function once more, and a second derivative
+    differentiates it: by the rule if that calls its own function again, otherwise as the body.
+    """
+
+    value: float
+    first: float
+    first_of_value: float  # the derivative of the value that the rule returns
+    second: float
+
+    def then(self, f):
+        """The composition g(f), of f's jet with the function from a point to the jet of g."""
+        g = f(self.value)
+        return Jet(
+            g.value,
+            g.first * self.first,
+            g.first_of_value * self.first_of_value,
+            g.second * self.first_of_value * self.first + g.first * self.second,
+        )
+
+
+def jet_of(rule, place, w):
+    """The function from a point to the jet of one step."""
+    scale = rule.body * (w if rule.held else 1.0)
+
+    def step(x):
+        value, first, second = (scale * d(np, x) for d in FUNCTIONS[rule.function])
+        by_rule = rule.first * first
+        return Jet(value, by_rule, by_rule if rule.again else first, rule.first * second)
+
+    if place == "scan":
+        return lambda x: step(x).then(step)
+    if place == "vmap":
+        return lambda x: Jet(*np.add(step(x), Jet(0.9 * x, 0.9, 0.9, 0.0).then(step)))
+    return step
+
+
+def derivatives_of(spec, w=float(W), x=float(X)):
+    """The value and two derivatives in closed form."""
+    jet = Jet(x, 1.0, 1.0, 0.0)
+    for rule, place in zip(spec.rules, spec.places, strict=True):
+        jet = jet.then(jet_of(rule, place, w))
+    return np.array([jet.value, jet.first, jet.second])
+
+
+factors, functions = st.sampled_from(FACTORS), st.sampled_from(sorted(FUNCTIONS))
 rules = st.builds(
-    Rule, st.sampled_from(["jvp", "vjp"]), factors, factors, st.booleans(), st.booleans()
+    Rule, st.sampled_from(["jvp", "vjp"]), factors, factors, st.booleans(), st.booleans(), functions
 )
 
 
@@ -99,25 +164,30 @@ def specs(draw):
 
 
 @st.composite
-def pairs(draw):
-    """Two functions: alike, or with one factor changed."""
+def families(draw):
+    """Four functions that differ in one thing at most. In two, they might be one and the same by
+    the rules of algebra, as where a factor moves from one derivative to the next."""
     one = draw(specs())
-    if draw(st.booleans()):
-        return one, one
     i = draw(st.integers(0, len(one.rules) - 1))
-    name = draw(st.sampled_from(["body", "first"]))
-    changed = list(one.rules)
-    changed[i] = changed[i]._replace(**{name: draw(factors)})
-    return one, one._replace(rules=tuple(changed))
+    name, values = draw(
+        st.sampled_from([("body", factors), ("first", factors), ("function", functions)])
+    )
+
+    def with_value(value):
+        changed = one.rules[i]._replace(**{name: value})
+        return one._replace(rules=(*one.rules[:i], changed, *one.rules[i + 1 :]))
+
+    return [one, *map(with_value, draw(st.lists(values, min_size=3, max_size=3)))]
 
 
+@jax.disable_jit()
 def derivatives(fun):
     first = jax.grad(fun)
     return np.array([fun(X), first(X), jax.grad(first)(X)])
 
 
-def agree(one, other):
-    return np.allclose(one, other, rtol=1e-5, atol=1e-7)
+def agree(one, other, tolerance=1e-5):
+    return np.allclose(one, other, rtol=tolerance, atol=tolerance / 100)
 
 
 check = settings(
@@ -130,21 +200,25 @@ check = settings(
 
 
 @check
-@given(pairs())
-def test_programs_are_equal_exactly_where_the_derivatives_agree(pair) -> None:
-    one, other = (build(spec, W) for spec in pair)
-    same = jax.tree.structure(fv.Closure(one, X)) == jax.tree.structure(fv.Closure(other, X))
-    assert same == agree(derivatives(one), derivatives(other))
+@given(families())
+def test_programs_are_equal_exactly_where_the_derivatives_agree(family) -> None:
+    made = [fv.Closure(build(spec, W + i), X) for i, spec in enumerate(family)]
+    pairs = zip(made, map(derivatives_of, family), strict=True)
+    for (one, by_one), (other, by_other) in itertools.combinations(pairs, 2):
+        same = jax.tree.structure(one) == jax.tree.structure(other)
+        assert same == agree(by_one, by_other, 1e-9)
 
 
-@settings(check, max_examples=max(EXAMPLES // 20, 10))
+@settings(check, max_examples=min(max(EXAMPLES // 20, 6), 200))
 @given(specs())
 def test_derivatives_are_those_of_the_function(spec) -> None:
     closure = fv.Closure(build(spec, W), X)
-    assert agree(derivatives(closure), derivatives(build(spec, W)))
+    expected = derivatives(build(spec, W))
+    assert agree(expected, derivatives_of(spec), 1e-4)
+    assert agree(derivatives(closure), expected)
     if closure.values:  # other values for the captured ones
         other = jax.tree.map(lambda w: 0.8 * w, closure)
-        assert agree(derivatives(other), derivatives(build(spec, 0.8 * W)))
+        assert agree(derivatives(other), derivatives_of(spec, w=0.8 * float(W)), 1e-4)
 
 
 @pytest.mark.parametrize("again", [True, False])
