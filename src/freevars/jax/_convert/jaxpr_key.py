@@ -23,11 +23,12 @@ from jax import tree_util
 
 from freevars.jax import _compat
 from freevars.jax._compat import Array, Literal, Tracer
+from freevars.jax._convert.key import Key
 from freevars.jax._convert.rule import Rule, rule_p
 from freevars.jax._convert.static import Same, scalar_key, static_key
 from freevars.jax._convert.wrapped import Wrapped, is_own
 
-__all__ = ["JaxprKey", "Key", "array_key", "frozen"]
+__all__ = ["JaxprKey", "array_key", "frozen"]
 
 # The primitives that call a nested program carry the name of the function it was traced from.
 _NAMED = {"jit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call"}
@@ -45,36 +46,6 @@ _NESTED: weakref.WeakKeyDictionary[Any, Key | None] = weakref.WeakKeyDictionary(
 
 _NOTHING: Mapping[int, Hashable] = MappingProxyType({})
 _SCALARS = {type(None), bool, int, str, bytes, float, complex}
-
-
-class Key:
-    """A key of many parts, hashed once.
-
-    Programs share what they nest, so that the paths through a key may be exponentially many. Two
-    keys that were found equal remember it, and each pair is compared once.
-    """
-
-    __slots__ = ("__weakref__", "_hash", "_parts", "_token")
-
-    def __init__(self, parts: Hashable) -> None:
-        self._parts = parts
-        self._hash = hash(parts)
-        self._token = object()
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        if self is other:
-            return True
-        if type(other) is not Key or self._hash != other._hash:
-            return False
-        if self._token is other._token:
-            return True
-        if self._parts != other._parts:
-            return False
-        other._token = self._token
-        return True
 
 
 class JaxprKey:
