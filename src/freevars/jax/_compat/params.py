@@ -29,7 +29,8 @@ def nested_programs(eqn: Any) -> list[Any]:
     """The programs, open or closed, among the parameters of an equation."""
     found: list[Any] = []
     for value in eqn.params.values():
-        _collect(value, found)
+        if type(value) not in _PLAIN:
+            _collect(value, found)
     return found
 
 
@@ -44,6 +45,8 @@ def _collect(x: Any, found: list[Any]) -> None:
 def map_programs(x: Any, change: Callable[[Any], Any]) -> Any:
     """A parameter with `change` applied to each program in it; the same object where it gives the
     same programs."""
+    if type(x) in _PLAIN:
+        return x
     if isinstance(x, JAXPR_TYPES):
         return change(x)
     parts, make = take_apart(x)
@@ -77,7 +80,7 @@ def take_apart(x: Any) -> Parts:
     return (), tuple
 
 
-_PLAIN = {type(None), bool, int, float, str, np.dtype}
+_PLAIN = {type(None), bool, int, float, str, *[type(np.dtype(c)) for c in np.typecodes["All"]]}
 
 
 def is_node(x: Any) -> bool:

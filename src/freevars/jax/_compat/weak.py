@@ -47,11 +47,13 @@ def converts_weak_values(jaxpr: Any) -> bool:
         if id(jaxpr) in seen:
             return False
         seen[id(jaxpr)] = jaxpr
-        return any(
-            _is_promotion(eqn)
-            or any(converts(getattr(nested, "jaxpr", nested)) for nested in nested_programs(eqn))
-            for eqn in jaxpr.eqns
-        )
+        for eqn in jaxpr.eqns:
+            if _is_promotion(eqn):
+                return True
+            for nested in nested_programs(eqn) if eqn.params else ():
+                if converts(getattr(nested, "jaxpr", nested)):
+                    return True
+        return False
 
     return converts(jaxpr)
 
@@ -60,9 +62,10 @@ def _is_promotion(eqn: Any) -> bool:
     if eqn.primitive is not _convert_p:
         return False
     source, to = eqn.invars[0].aval, eqn.params["new_dtype"]
+    if not source.weak_type or source.dtype == to:
+        return False
     # Promotion never turns a float into an integer: that is a cast, the same for both.
-    promoted = kind(source.dtype) <= kind(to)
-    return bool(source.weak_type and promoted and _promoted(source.dtype, to) != to)
+    return bool(kind(source.dtype) <= kind(to) and _promoted(source.dtype, to) != to)
 
 
 def _promoted(a: Any, b: Any) -> Any:

@@ -58,9 +58,12 @@ class JaxprKey:
 
     def __init__(self, jaxpr: Any, known: Mapping[int, Hashable] = _NOTHING) -> None:
         self._known = known
+        self._wrapped, self._on_host = Wrapped(self._closed), Wrapped(self._closed, on_host=True)
         self.foreign = False  # whether the program holds an array or a function of the user's
         self._programs: dict[int, tuple[Any, Key]] = {}
         self._rules: dict[int, Key] = {}
+        # By the identity of parameters: these, and their key. JAX shares those of equal calls.
+        self._plain: dict[Any, tuple[Any, Hashable]] = {}
         self._functions = 0  # how many of the user's were met that run later
         self._has_rules = False
         self._open: list[Rule] = []  # rules whose keys are being made
@@ -112,10 +115,18 @@ class JaxprKey:
             return ()
         if eqn.primitive is rule_p:
             return (self._rule(params["rule"]), self._closed(params["body"]), params["captured"])
+        same = (eqn.primitive, *map(id, params.values()))
+        if same in self._plain:
+            return self._plain[same][1]
         name = eqn.primitive.name
         look = self._kept_callback if name in _compat.CALLBACKS else self._kept
         drop = "name" if name in _NAMED else _WEAK.get(name)
-        return tuple([(k, self._param(v, look)) for k, v in params.items() if k != drop])
+        before, functions = self._mark(), self._functions
+        key = Key(tuple([(k, self._param(v, look)) for k, v in params.items() if k != drop]))
+        if not (self.foreign or self._has_rules or self._functions > functions):
+            self._plain[same] = (params, key)
+        self._restore(before)
+        return key
 
     def _param(self, x: Any, look: Any) -> Hashable:
         kind = type(x)
@@ -162,9 +173,8 @@ class JaxprKey:
         if found is not None:
             return found
         x = _compat.vmap_rule(x)
-        wrapped = Wrapped(self._closed)
-        key = wrapped.of(x)
-        if not wrapped.foreign:
+        (key,), foreign, _ = self._wrapped.look(x)
+        if not foreign:
             return key
         self.foreign = True
         self._functions += 1
@@ -172,9 +182,8 @@ class JaxprKey:
 
     def _kept_callback(self, x: Any) -> Hashable:
         """The same for one that runs on the host each time: nothing of it is compiled."""
-        wrapped = Wrapped(self._closed, on_host=True)
-        key = wrapped.of(x)
-        self.foreign |= bool(wrapped.foreign)
+        (key,), foreign, _ = self._on_host.look(x)
+        self.foreign |= bool(foreign)
         return key
 
     def _closed(self, jaxpr: Any) -> Hashable:

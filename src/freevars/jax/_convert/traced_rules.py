@@ -84,7 +84,7 @@ class RuleTracer:
         self._stack: list[_Frame] = []
         # What rules hold, with the types; not in the rules, which live on in compiled programs.
         self._held: dict[int, list[tuple[Any, Any]]] = {}
-        self._keep: list[Any] = []  # objects whose ids are in keys
+        self._wrapped = Wrapped()  # it keeps the objects whose ids are in keys
 
     def rule_of(self, eqn: Eqn) -> tuple[Rule | None, int]:
         """The traced rule of an equation that was visited, or None where it stays a function; and
@@ -131,25 +131,24 @@ class RuleTracer:
         return self._rules[id(eqn)][1]
 
     def _resolve(self, eqn: Eqn, captured: int, still: tuple[int, ...]) -> Rule | None:
-        parts = Wrapped()
-        objects = tuple([parts.of(x) for x in _compat.rule_objects(eqn)])
+        kept = _compat.rule_objects(eqn)
+        objects, foreign, programs = self._wrapped.look(*kept)
         key = (eqn.primitive, objects, tuple([v.aval for v in eqn.invars]), still)
-        own = not parts.foreign and not any(map(_reads_state, parts.programs))
+        own = not foreign and not any(map(_reads_state, programs))
         if own and (not captured or eqn.params["symbolic_zeros"]):
-            if not parts.programs:
-                self.keys.update(zip(map(id, _compat.rule_objects(eqn)), objects, strict=True))
+            if not programs:
+                self.keys.update(zip(map(id, kept), objects, strict=True))
             return None
-        self._keep.append(parts)
         known = self._known(key)
         if known is not None:
             return known
-        base = tuple([Same(x) for x in parts.foreign if isinstance(x, FunctionType)])
+        base = tuple([Same(x) for x in foreign if isinstance(x, FunctionType)])
         above = sum(frame.base == base for frame in self._stack)
         if len(self._stack) >= _DEEP or not _is_plain(eqn):
             return None
         rule = Rule(eqn, captured, still)
         if above >= TOWER:
-            if not parts.foreign:
+            if not foreign:
                 return None  # JAX's own, which reads no state
             rule.ends = True
         if rule.ends or not any(rule.smooth):  # no program of it is ever asked for

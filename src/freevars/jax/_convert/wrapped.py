@@ -19,6 +19,7 @@ from jax import tree_util
 from jax.custom_batching import custom_vmap
 
 from freevars.jax import _compat
+from freevars.jax._convert.key import Key
 from freevars.jax._convert.static import Same, scalar_key, tree_key
 
 __all__ = ["Wrapped", "is_own"]
@@ -39,7 +40,8 @@ _FUNCTIONS_WITH_RULES: Any = (*_compat.RULED_FUNCTIONS, custom_vmap)
 
 
 class Wrapped:
-    """The key of a few objects, and what was met in them.
+    """Keys of objects, and what was met in them. An object is looked through once, however many
+    hold it.
 
     Args:
         program: the key of a nested program.
@@ -50,43 +52,57 @@ class Wrapped:
     def __init__(self, program: Callable[[Any], Hashable] = Same, *, on_host: bool = False) -> None:
         self._program = program
         self._looked_through = (*_OWN, "equinox") if on_host else _OWN
-        self._known: dict[int, tuple[Any, Hashable]] = {}
-        self.foreign: list[Any] = []  # the user's objects
-        self.programs: list[Any] = []
+        # By identity: the object, its key, and what was met in it, by identity again.
+        self._known: dict[int, tuple[Any, Hashable, dict[int, Any]]] = {}
+        self._met: dict[int, Any] = {}
+        self._cyclic = False
 
-    def of(self, x: Any) -> Hashable:
-        """The key of one object."""
+    def look(self, *xs: Any) -> tuple[tuple[Hashable, ...], list[Any], list[Any]]:
+        """The keys of a few objects, and what was met in them: the user's objects, and programs."""
+        self._met, self._cyclic = {}, False
+        keys = self._all(xs)
+        if self._cyclic:  # what was met inside a cycle is known for the whole of it alone
+            self._known = {}
+        programs = [x for x in self._met.values() if isinstance(x, _compat.JAXPR_TYPES)]
+        foreign = [x for x in self._met.values() if not isinstance(x, _compat.JAXPR_TYPES)]
+        return keys, foreign, programs
+
+    def _of(self, x: Any) -> Hashable:
         if type(x) in _SCALARS:
             return scalar_key(x)
         known = self._known.get(id(x))
-        if known is not None:
-            return known[1]
-        self._known[id(x)] = (x, "again")  # ends a cycle
-        key = self._of(x)
-        self._known[id(x)] = (x, key)
-        return key
+        if known is None:
+            self._known[id(x)] = (x, _AGAIN, {})  # ends a cycle
+            around, self._met = self._met, {}
+            known = self._known[id(x)] = (x, self._new(x), self._met)
+            self._met = around
+        elif known[1] is _AGAIN:
+            self._cyclic = True
+        if known[2]:
+            self._met.update(known[2])
+        return known[1]
 
     def _all(self, xs: Any) -> tuple[Hashable, ...]:
-        return tuple([self.of(x) for x in xs])
+        return tuple([self._of(x) for x in xs])
 
-    def _of(self, x: Any) -> Hashable:
+    def _new(self, x: Any) -> Hashable:
         read = _PARTS.get(tuple if isinstance(x, tuple) else type(x))
         if read is not None:
             return (type(x), self._all(read(x)))
         if isinstance(x, tree_util.PyTreeDef):
             return tree_key(x)
         if isinstance(x, _compat.JAXPR_TYPES):
-            self.programs.append(x)
+            self._met[id(x)] = x
             return self._program(x)
         inner = _compat.unwrapped(x)
         if inner is not None:
-            return self.of(inner)
+            return self._of(inner)
         if isinstance(x, _FUNCTIONS_WITH_RULES):
-            self.of(x.fun)  # whose it is
+            self._of(x.fun)  # whose it is
             return Same(x)
         parts = _compat.function_parts(x)
         if parts is not None:
-            return (type(x), self._all(parts))
+            return Key((type(x), self._all(parts)))
         if isinstance(x, types.FunctionType):
             return self._of_function(x)
         if isinstance(x, (set, frozenset)):
@@ -104,7 +120,7 @@ class Wrapped:
             cells = _compat.cells_that_count(x)
         except ValueError:  # one is still empty
             return self._foreign(x)
-        return (x.__code__, self._all(cells), self._all(x.__defaults__ or ()))
+        return Key((x.__code__, self._all(cells), self._all(x.__defaults__ or ())))
 
     def _of_object(self, x: Any) -> Hashable:
         if isinstance(x, np.generic):
@@ -122,10 +138,11 @@ class Wrapped:
         return x
 
     def _foreign(self, x: Any) -> Hashable:
-        self.foreign.append(x)
+        self._met[id(x)] = x
         return Same(x)
 
 
+_AGAIN = "again"
 _OWN = ("jax", "jaxlib", "freevars")
 
 
