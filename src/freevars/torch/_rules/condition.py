@@ -20,12 +20,13 @@ from freevars._sequences import replaced
 from freevars._solvers.bounds import on_a_bound
 from freevars._solvers.failures import Context, failure, option_matters
 from freevars._solvers.verdict import Limits, is_minimum
-from freevars.errors import FreevarsError, NotASolutionError, StructureError
-from freevars.torch._rules import diagnostics
+from freevars.errors import FreevarsError
+from freevars.torch._rules import comparison, diagnostics
 from freevars.torch._rules.conserved import completion
 from freevars.torch._rules.dense import Dense
 from freevars.torch._rules.derivative import Derivative, naming_reentrant_checkpoints
 from freevars.torch._rules.forms import is_smooth
+from freevars.torch._rules.independence import check_independent
 from freevars.torch._rules.linear import LinearSolve, System, system_of
 from freevars.torch._rules.ravel import Unknown
 from freevars.torch._rules.rule import Rule
@@ -229,8 +230,8 @@ class Condition:
         derivative = self._derivative(leaf, f)
         if system is None:
             system = self._system(derivative, values)
-        if self.rule.check and len(f) > 1:
-            self._check_independent(leaf, f)
+        if self.rule.check:
+            check_independent(leaf, f, self.rule.name)
         figures = diagnostics.Figures.unmeasured(at.x)
         if self.rule.check:
             inputs = functools.partial(self._with_inputs, at, values)
@@ -242,25 +243,6 @@ class Condition:
         judged = _Judged(system, figures, good, bool(good.all()))
         self._known = (key, judged)
         return judged
-
-    def _check_independent(self, leaf: Tensor, f: Tensor) -> None:
-        """Refuses problems of a batch that depend on each other: the equations of every second one
-        may not move with the unknowns of the others."""
-        if not f.requires_grad:
-            return
-        others = torch.ones_like(f)
-        others[::2] = 0
-        for u, own in ((others, slice(1, None, 2)), (1 - others, slice(0, None, 2))):
-            (product,) = torch.autograd.grad(f, leaf, u, retain_graph=True, materialize_grads=True)
-            product = product.clone()
-            product[own] = 0
-            if bool((product != 0).any()):
-                message = (
-                    f"{self.rule.name}: expected independent problems along the batch_dims axes, "
-                    "got equations of one that depend on the unknown of another (a mean over the "
-                    "batch, train-mode batch statistics). Leave batch_dims out: it is one problem."
-                )
-                raise StructureError(message)
 
     def _evaluated(self, at: Solution, values: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """F at a leaf: what was recorded, or evaluated again and compared with it."""
@@ -293,28 +275,7 @@ class Condition:
 
     def compare(self, now: Tensor, recorded: Tensor) -> None:
         """Refuses an F that is not bit for bit what was recorded, 0.0 and -0.0 apart."""
-        if same_bits(now, recorded):
-            return
-        k = int((~_equal_bits(now, recorded)).reshape(-1).nonzero()[0])
-        was, is_now = (repr(float(t.reshape(-1)[k])) for t in (recorded, now))
-        raise self._changed(f"component {k} of what should be zero was {was} then and is {is_now}")
-
-    def compare_derivatives(self, now: Tensor, recorded: Tensor) -> None:
-        """Refuses a derivative that is not what was recorded, but for rounding."""
-        change = float(torch.linalg.vector_norm(now - recorded))
-        size = float(torch.linalg.vector_norm(recorded))
-        eps = float(torch.finfo(self.unknown.dtype).eps)
-        if not change <= eps**0.5 * max(size, float(torch.linalg.vector_norm(now))):
-            raise self._changed(f"a derivative of norm {size:.3e} then has changed by {change:.3e}")
-
-    def _changed(self, what: str) -> NotASolutionError:
-        return NotASolutionError(
-            f"{self.rule.name}: expected the function as it was when the solver returned: this "
-            "derivative (a higher order, forward mode, torch.func) evaluates it again. At the "
-            f"solution, {what} now. What the function reads was changed in between: a tensor in "
-            "place, a variable, an attribute, a module's mode, a random generator. Take the "
-            "derivative before that, or capture a copy."
-        )
+        comparison.compare(now, recorded, self.rule.name)
 
     def _derivative(self, leaf: Tensor, f: Tensor) -> Derivative:
         symmetric = is_minimum(self.rule.kind) and self.rule.conserved is None
@@ -344,12 +305,3 @@ class Condition:
 
     def _size(self, x: Tensor, x0: Tensor) -> Tensor:
         return torch.maximum(self.magnitude(x), self.magnitude(x - x0))
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return bool(_equal_bits(a, b).all())
-
-
-def _equal_bits(a: Tensor, b: Tensor) -> Tensor:
-    equal = (a == b) & (a.signbit() == b.signbit())
-    return equal | (a.isnan() & b.isnan())

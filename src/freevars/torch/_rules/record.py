@@ -21,6 +21,7 @@ from torch import Tensor
 from freevars._solvers.signature import SolverCall
 from freevars.torch import _compat, _modes
 from freevars.torch._convert.convert import Converted
+from freevars.torch._rules.comparison import compare_derivatives
 from freevars.torch._rules.condition import Condition, Solution
 from freevars.torch._rules.implicit import pull_back
 from freevars.torch._rules.problem import Problem
@@ -148,8 +149,11 @@ def _compare(
     ]
     for i, now, before in zip(wanted, *totals, strict=True):
         zero = torch.zeros_like(read[i])
-        problem.compare_derivatives(
-            zero if now is None else now, zero if before is None else before
+        compare_derivatives(
+            zero if now is None else now,
+            zero if before is None else before,
+            problem.unknown.dtype,
+            problem.rule.name,
         )
 
 
