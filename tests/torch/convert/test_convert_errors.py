@@ -239,10 +239,47 @@ def test_running_statistics(kind: str) -> None:
     converted(x, *hoisted)
     now = True
     module.train()
-    with pytest.raises(CaptureError, match=r"running statistics"):
+    name = "num_batches_tracked" if kind == "module" else r"in place: mean \(float64"
+    with pytest.raises(CaptureError, match=rf"{name}.*running|{name}.*running_mean=None"):
         converted(x, *hoisted)
     assert torch.equal(mean, torch.zeros_like(mean))
     assert torch.equal(module.running_mean, torch.zeros_like(mean))
+
+
+def _ways_out() -> dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any]]]:
+    """A module that updates its buffers in train mode, and what the refusal says to do."""
+    return {
+        "batch norm": (lambda: nn.BatchNorm1d(4), lambda m: m.eval()),
+        "batch norm, of the batch": (
+            lambda: nn.BatchNorm1d(4),
+            lambda m: setattr(m, "track_running_stats", False),
+        ),
+        "instance norm": (
+            lambda: nn.InstanceNorm1d(4, track_running_stats=True),
+            lambda m: m.eval(),
+        ),
+        "spectral norm": (
+            lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)),
+            lambda m: m.eval(),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", sorted(_ways_out()))
+def test_a_module_that_updates_its_buffers_works_as_the_refusal_says(name: str) -> None:
+    make, follow = _ways_out()[name]
+    module = make()
+    buffers = {k: t.clone() for k, t in module.named_buffers()}
+    x, w = torch.randn(4, 4), torch.ones(4, requires_grad=True)
+    with pytest.raises(
+        CaptureError, match=r"got .* in place.*module\.[\w.\[\]']+ \(.*module\.eval\(\)"
+    ):
+        closure_convert(lambda x: module(x * w), x)
+    follow(module)
+    converted, hoisted = closure_convert(lambda x: module(x * w), x)
+    torch.testing.assert_close(converted(x, *hoisted), module(x * w))
+    for k, t in module.named_buffers():
+        assert torch.equal(t, buffers[k])
 
 
 class Masked(nn.Module):

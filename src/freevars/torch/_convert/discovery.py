@@ -96,7 +96,7 @@ class DiscoveryMode(Provenance):
         if body is not None:
             refusals.refuse_reads_of_operator(self, func, body, self.hoist, self.fun)
         if func in operators.BATCH_STATISTICS:
-            refusals.refuse_running_statistics(self, func, args, kwargs)
+            refusals.refuse_running_statistics(self, func, args, kwargs, self._named)
 
     def _note_memory(self, func: Any, args: Any, kwargs: Any, out: Any, *, factory: bool) -> None:
         """Leaves that `fun` makes, and memory that the dispatch mode does not see being made."""

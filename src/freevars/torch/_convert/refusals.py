@@ -29,14 +29,31 @@ Func = Callable[..., Any]
 
 # What to do with a module that writes to its buffers.
 _STATISTICS = (
-    "Put a module that keeps running statistics into eval mode (module.eval()); a batch norm may "
-    "also take those of the batch and keep none (module.track_running_stats = False)."
+    "Put a module that updates its buffers in train mode (running statistics, a spectral norm) "
+    "into eval mode (module.eval()); a batch norm may also take the statistics of the batch and "
+    "keep none (module.track_running_stats = False)."
 )
 
+# The same where a function is given the statistics: a module of torch.nn, or the user's own.
+_GIVEN = {
+    "batch_norm": (
+        "Put the module into eval mode (module.eval()), or let it take the statistics of the batch "
+        "and keep none (module.track_running_stats = False). A call of batch_norm takes "
+        "training=False, or running_mean=None, running_var=None."
+    ),
+    "instance_norm": (
+        "Put the module into eval mode (module.eval()), or make it with "
+        "track_running_stats=False. A call of instance_norm takes use_input_stats=False, "
+        "or running_mean=None, running_var=None."
+    ),
+}
 
-def refuse_running_statistics(watch: CaptureMode, func: Func, args: Any, kwargs: Any) -> None:
-    """Refuses a train-mode normalisation over foreign running statistics: it writes to them, and
-    PyTorch declares no mutation."""
+
+def refuse_running_statistics(
+    watch: CaptureMode, func: Func, args: Any, kwargs: Any, named: Callable[[Tensor], str]
+) -> None:
+    """Refuses a train-mode normalisation over foreign running statistics, which `named` tells by
+    their names: it writes to them, and PyTorch declares no mutation."""
     names = ("input", "weight", "bias", "running_mean", "running_var", "training")
     if getattr(func, "__module__", "") == "torch.nn.functional":
         names = ("input", "running_mean", "running_var", "weight", "bias", "training")
@@ -46,10 +63,11 @@ def refuse_running_statistics(watch: CaptureMode, func: Func, args: Any, kwargs:
     training = given.get("training", given.get("use_input_stats", default))
     if not (training and isinstance(mean, Tensor) and watch.is_foreign(mean)):
         return
+    name = getattr(func, "__name__", str(func))
+    advice = _GIVEN["instance_norm" if name == "instance_norm" else "batch_norm"]
     message = (
         "expected a function that leaves its captured values as they are, got a train-mode "
-        f"{getattr(func, '__name__', func)} that updates captured running statistics in place. "
-        f"{_STATISTICS}"
+        f"{name} that updates captured running statistics in place: {named(mean)}. {advice}"
     )
     watch.refuse(message)
 

@@ -106,7 +106,7 @@ class SubstitutionMode(CaptureMode):
         if kind == "leaf":
             self._refuse_new_leaf(func, args, kwargs)
         if kind == "statistics":
-            refusals.refuse_running_statistics(self, func, args, kwargs)
+            refusals.refuse_running_statistics(self, func, args, kwargs, self._named)
         for t in operators.written_by_call(func, args, kwargs):
             self._refuse_write(func, t)
 
@@ -153,8 +153,10 @@ class SubstitutionMode(CaptureMode):
         if direct or (not operators.writes_metadata(func) and self._holds_memory_of(t)):
             whose = "a captured tensor, its argument, or a view of one"
             name = getattr(func, "__name__", func)
-            named = describe(t, self.fun, line_of_caller())
-            self.refuse(refusals.write_message(name, whose, named))
+            self.refuse(refusals.write_message(name, whose, self._named(t)))
+
+    def _named(self, t: Tensor) -> str:
+        return describe(t, self.fun, line_of_caller())
 
     def _holds_memory_of(self, t: Tensor) -> bool:
         if self._keys is None:
