@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import Any, Generic, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Self, TypeVar
 
 from jax import export, tree_util
 
@@ -20,8 +20,9 @@ from freevars.jax._convert.convert import convert
 from freevars.jax._convert.program import Program
 from freevars.jax._convert.serialize import from_bytes, to_bytes
 from freevars.jax._convert.stored import restore, store
-from freevars.jax._report.build import report_of_program
-from freevars.report import CaptureReport
+
+if TYPE_CHECKING:
+    from freevars.report import CaptureReport
 
 __all__ = ["Closure"]
 
@@ -105,6 +106,8 @@ class Closure(Generic[P, R]):
         A closure that came out of a transformation no longer knows its Python function. It has
         types but no names, and the lines are those of the first function that had its structure.
         """
+        from freevars.jax._report.build import report_of_program  # noqa: PLC0415 (see `described`)
+
         return report_of_program(self._program, self._values, self._origin)
 
     @property

@@ -27,12 +27,11 @@ from freevars.jax._convert.lambda_lift import lambda_lift
 from freevars.jax._convert.program import Program
 from freevars.jax._convert.rule_call import with_rules
 from freevars.jax._convert.static import Static, tree_key
-from freevars.jax._describe.describe import describe_capture
-from freevars.jax._describe.reads import captured_by_rules
+from freevars.jax._describe.operands import captured_by_rules
 from freevars.jax._describe.tracers import can_flow, identity
 from freevars.jax._selftest import check_release
 
-__all__ = ["Conversion", "convert", "name_of", "share", "trace"]
+__all__ = ["Conversion", "convert", "described", "name_of", "share", "trace"]
 
 
 class Conversion(NamedTuple):
@@ -195,7 +194,7 @@ def _keep_what_rules_hold(
         message = (
             f"{name_of(fun)}: a function in it that has a rule of its own (a custom derivative,"
             " custom_vmap, linear_call), or the rule, captures the traced value"
-            f" {describe_capture(fun, x, jaxpr, values)}, and does not give its derivative. Pass"
+            f" {described(fun, x, jaxpr, values)}, and does not give its derivative. Pass"
             " the value to the function that has the rule as an argument."
         )
         raise CaptureError(message)
@@ -218,11 +217,19 @@ def _refuse_refs(fun: Callable[..., Any], jaxpr: Any, values: Sequence[Any]) -> 
         if isinstance(var.aval, _compat.REF_TYPE):
             message = (
                 f"{name_of(fun)} captures the mutable reference"
-                f" {describe_capture(fun, value, jaxpr, values)}."
+                f" {described(fun, value, jaxpr, values)}."
                 " Reading or writing it is an effect that an argument list cannot carry: pass the"
                 " reference as an argument, or read it before and capture the array."
             )
             raise CaptureError(message)
+
+
+def described(*told: Any) -> str:
+    """See `describe_capture`."""
+    # Names and reports take as long to import as the rest of a conversion, and only errors need it.
+    from freevars.jax._describe.describe import describe_capture  # noqa: PLC0415
+
+    return describe_capture(*told)
 
 
 def _arg_spec_key(spec: ArgSpec) -> Any:

@@ -14,11 +14,10 @@ from freevars._contract import Hoist
 from freevars._sequences import replaced
 from freevars.errors import StructureError
 from freevars.jax._convert.arguments import describe
-from freevars.jax._convert.convert import convert, name_of, trace
+from freevars.jax._convert.convert import convert, described, name_of, trace
 from freevars.jax._convert.hoist import policy_of
 from freevars.jax._convert.program import Program
 from freevars.jax._convert.stored import restore, store
-from freevars.jax._describe.describe import describe_capture
 
 __all__ = ["Converted", "closure_convert"]
 
@@ -180,7 +179,7 @@ def add_name(error: StructureError, fun: Callable[..., Any], args: Sequence[Any]
     try:
         traced = trace(fun, args)
         value = traced.values[error.captured]
-        text = describe_capture(fun, value, traced.jaxpr, traced.values)
+        text = described(fun, value, traced.jaxpr, traced.values)
     except Exception:  # noqa: BLE001 (what is being raised matters more than its name)
         return
     _, colon, rest = str(error).partition(": expected ")

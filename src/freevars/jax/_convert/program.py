@@ -33,7 +33,6 @@ from freevars.jax._convert.arguments import (
     too_large,
 )
 from freevars.jax._convert.static import Static
-from freevars.jax._describe.reads import first_read
 
 __all__ = ["Program"]
 
@@ -210,6 +209,8 @@ class Program:
 
     def _check(self, values: Sequence[Any], args: tuple[Any, ...]) -> None:
         """Raise the error for the first argument or captured value that does not fit."""
+        from freevars.jax._describe.reads import first_read  # noqa: PLC0415 (see `described`)
+
         weak = self._weak_matters
         error = mismatch(self.inputs, tuple(args), name="args", weak_matters=weak)
         if error is not None:

@@ -19,6 +19,7 @@ from freevars.jax._describe.reads import reads_of
 from freevars.jax._describe.tracers import identity
 from freevars.report import CapturedValue, captured_by, describe
 from freevars.report._reads import Reads
+from freevars.report._source import ReadSite, read_site
 
 __all__ = ["captured_value", "captured_values", "describe_capture", "names_of"]
 
@@ -68,7 +69,7 @@ def captured_value(
     return CapturedValue(
         names=tuple(name.name for name in names),
         paths=tuple(name.path for name in names),
-        made_at=None if names else tracers.made_at(value),
+        made_at=None if names else _made_at(value),
         shape=shape,
         dtype=f"ref {dtype}" if _compat.is_ref(value) else str(dtype),
         nbytes=nbytes,
@@ -96,6 +97,13 @@ def describe_capture(
     return describe(
         captured_value(fun, value, names_of(fun, [value])[0], reads, hoisted=False, policy="")
     )
+
+
+def _made_at(x: Any) -> ReadSite | None:
+    """The line that computed a traced value, where JAX knows it."""
+    info = _compat.made_by(x) if isinstance(x, _compat.Tracer) else None
+    line = _compat.user_line(info) if info is not None else None
+    return read_site(*line) if line is not None else None
 
 
 def _is_array(x: Any) -> bool:

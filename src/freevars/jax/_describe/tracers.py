@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from freevars.jax import _compat
-from freevars.report._source import ReadSite, read_site
 
-__all__ = ["can_flow", "device_of", "identity", "is_derived", "made_at", "traced_by", "type_of"]
+__all__ = ["can_flow", "device_of", "identity", "is_derived", "traced_by", "type_of"]
 
 
 def traced_by(x: Any) -> tuple[str, ...]:
@@ -46,13 +45,6 @@ def is_derived(x: Any) -> bool | None:
     """Whether a traced value was computed from others, rather than being an input of what traces
     it; None where nothing tells."""
     return _compat.was_computed(x) if isinstance(x, _compat.Tracer) else None
-
-
-def made_at(x: Any) -> ReadSite | None:
-    """The line that computed a traced value, where JAX knows it."""
-    info = _compat.made_by(x) if isinstance(x, _compat.Tracer) else None
-    line = _compat.user_line(info) if info is not None else None
-    return read_site(*line) if line is not None else None
 
 
 def type_of(x: Any) -> tuple[tuple[int, ...], Any, int]:
