@@ -164,9 +164,10 @@ def _applied(
 ) -> tuple[Figures, Tree]:
     operator, space, limits = system.operator, system.space, unknown.limits
     v, d = unknown.v, unknown.d
-    unit = _at_least(jax.tree.map(jnp.abs, v), limits.column * space.max(v))
-    largest = space.max(v) + space.max(f)
-    figures = _unmeasured(jnp.zeros_like(largest))._replace(finite=jnp.isfinite(largest))
+    most = space.max(v)
+    unit = _at_least(jax.tree.map(jnp.abs, v), limits.column * most)
+    both = most + space.max(f)
+    figures = _unmeasured(jnp.zeros_like(both))._replace(finite=jnp.isfinite(both))
     if not system.exact:
         (step,) = system.apply_inverse([f])
         return figures._replace(step=_largest(space, step, unit)), step
@@ -178,7 +179,7 @@ def _applied(
         probes = [_times(d, probe(v, seed)) for seed in (0, 1)]
         images = [*map(apply, probes)]
     else:
-        probes, images = (some[-2:] for some in system.tried[1:])
+        _, probes, images = system.tried
     # The size of each equation, per unit of the unknowns.
     rows = jax.tree.map(lambda a, b: jnp.maximum(jnp.abs(a), jnp.abs(b)), *images)
     rows = _at_least(rows, limits.rcond * space.max(rows))
@@ -201,13 +202,13 @@ def _applied(
             x = system.roughly(b, min(tol, limits.residual / 2))
         left = combine(-1, b, apply(x))
         if system.tried is not None:  # in the units that it was solved in
-            left, b = (_times(system.tried[0], v) for v in (left, b))
+            left, b = (system.tried[0].times(v) for v in (left, b))
         residual = divide(space.norm(left), space.norm(b))
         return jax.tree.map(lambda leaf: leaf * size, x), residual
 
     relative = jax.tree.map(jnp.divide, f, rows)
     norm = space.norm(_over(relative, space.max(relative))) * space.max(relative)
-    every = probe(v, 2)
+    every = probe(v, 4)
     share = _SHARE / space.norm(every)
     mixed = jax.tree.map(lambda a, w: divide(a, norm) + share * w, relative, every)
     found, residual = solve(_times(rows, mixed))
@@ -215,13 +216,16 @@ def _applied(
     inverse = jax.tree.map(jnp.divide, found, d)
     growth = space.norm(_over(inverse, space.max(inverse))) * space.max(inverse)
     rcond = space.norm(mixed) / growth
-    everywhere = space.max(unknown.far)
+    # How far the solver came, and rounding, count by the largest component.
+    least, everywhere, largest = (
+        jax.tree.map(lambda leaf, a=a: a.astype(leaf.dtype), v)
+        for a in (limits.column * most, space.max(unknown.far), most)
+    )
     size, change = look(
-        apply,
-        lambda sides: jax.lax.map(lambda b: solve(b)[0], sides),
+        lambda b: solve(b)[0],
         lambda v: jax.lax.stop_gradient(again(v)),
         along,
-        Step(v, f, step, unit, _at_least(unknown.far, everywhere), _at_least(unit, space.max(v))),
+        Step(v, step, least, everywhere, largest),
         limits,
         space.max,
         floor=_SHARE,

@@ -25,6 +25,7 @@ from freevars.jax._solver.unknown import like
 __all__ = [
     "DENSE_FALLBACK",
     "Choice",
+    "Units",
     "is_sharded",
     "nan_unless_solved",
     "solve_by_default",
@@ -40,7 +41,7 @@ Solve: TypeAlias = Callable[[Tree], Tree]  # b -> x
 DENSE_FALLBACK = 2048
 
 _SWEEPS = 2  # each leaves the root of how far the rows differ
-_ALIKE = 1024  # up to this factor, they do not: an estimate may be small by chance
+_ALIKE = 10  # up to 2 to this they do not: an estimate may be small by chance
 
 
 class Choice(NamedTuple):
@@ -60,7 +61,7 @@ def solve_by_default(
     b: Tree,
     *,
     tol: float | None = None,
-    units: Tree | None = None,
+    units: Units | None = None,
 ) -> Tree:
     """The solution of A x = b; `tol` in place of eps^(3/4). `units` of a symmetric system: then
     D A D y = D b is solved, for x = D y."""
@@ -69,10 +70,10 @@ def solve_by_default(
     fits = fits and not is_sharded(operator)
 
     def by(v: Tree) -> Tree:
-        return v if units is None else jax.tree.map(jnp.multiply, units, v)
+        return v if units is None else units.times(v)
 
     def over(v: Tree) -> Tree:
-        return v if units is None else jax.tree.map(jnp.divide, v, units)
+        return v if units is None else units.times(v, -1)
 
     # In units in which b and A b are about 1, no square of anything overflows.
     b = by(b)
@@ -116,7 +117,31 @@ def solve_by_default(
     return where(acceptable, x) if choice.check else x
 
 
-def symmetric_units(operator: LinearOperator, space: Space) -> tuple[Tree, list[Tree], list[Tree]]:
+class Units(NamedTuple):
+    """A diagonal D of powers of two, which is kept beside a solve: in a quarter of the memory."""
+
+    exponents: Tree  # int16
+
+    @staticmethod
+    def of(v: Tree) -> Units:
+        """D = 1."""
+        return Units(jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.int16), v))
+
+    def times(self, v: Tree, sign: int = 1) -> Tree:
+        """D v, or v / D for the sign -1."""
+
+        def product(e: Any, v: Any) -> Any:
+            # It depends on v, or XLA would write D out before a loop and keep it.
+            return scaled.two_to(jnp.where(v == v, sign * e, 0), v.dtype) * v  # noqa: PLR0124
+
+        return jax.tree.map(product, self.exponents, v)
+
+    def up(self, exponents: Tree) -> Units:
+        """D times powers of two."""
+        return Units(jax.tree.map(jnp.add, self.exponents, exponents))
+
+
+def symmetric_units(operator: LinearOperator, space: Space) -> tuple[Units, list[Tree], list[Tree]]:
     """D for which the rows of D A D are about of one size, and vectors v with their images A v.
 
     The size of a row is estimated by images of vectors without a pattern. A row of D A D is scaled
@@ -127,26 +152,21 @@ def symmetric_units(operator: LinearOperator, space: Space) -> tuple[Tree, list[
         Bradley 2010, "Algorithms for the equilibration of matrices and their application to
         limited-memory quasi-Newton methods", chapter 3.
     """
-    units = jax.tree.map(jnp.ones_like, operator.example)
-    points, images = [], []
+    units = Units.of(operator.example)
     for sweep in range(_SWEEPS):
-        pair = [
-            jax.tree.map(jnp.multiply, units, probe(operator.example, 2 * sweep + k))
-            for k in (0, 1)
-        ]
-        found = [jax.lax.stop_gradient(operator.matvec(v)) for v in pair]
-        rows = jax.tree.map(lambda d, a, b: d * jnp.maximum(jnp.abs(a), jnp.abs(b)), units, *found)
+        pair = [units.times(probe(operator.example, 2 * sweep + k)) for k in (0, 1)]
+        images = [jax.lax.stop_gradient(operator.matvec(v)) for v in pair]
+        sizes = jax.tree.map(lambda a, b: jnp.maximum(jnp.abs(a), jnp.abs(b)), *images)
+        rows = units.times(sizes)
         largest = space.max(rows)
 
         def missing(row: Any, largest: Any = largest) -> Any:
-            ratio = largest.astype(row.dtype) / jnp.where(row > 0, row, 1)
-            wide = (row > 0) & (ratio > _ALIKE) & jnp.isfinite(ratio)
-            return scaled.power_of_two(jnp.where(wide, jnp.sqrt(ratio), 1))
+            above = scaled.exponent(largest) - scaled.exponent(row)
+            wide = (row > 0) & jnp.isfinite(largest) & (above > _ALIKE)
+            return jnp.where(wide, above // 2, 0)
 
-        units = jax.tree.map(lambda d, row: d * missing(row), units, rows)
-        points += pair
-        images += found
-    return units, points, images
+        units = units.up(jax.tree.map(missing, rows))
+    return units, pair, images
 
 
 def _unless_solved(first: Solution, then: Callable[[Tree, Any], Solution]) -> Solution:

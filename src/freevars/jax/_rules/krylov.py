@@ -77,6 +77,12 @@ def is_solved(system: System, rr: Any, xx: Any, bb: Any, size: Any) -> Any:
     return small | ((rr <= rounding) & (rr <= system.eps**0.5 * bb))
 
 
+def zeros(b: Tree) -> Tree:
+    """Zeros where b lies. Made of b: else XLA keeps one array of zeros, and copies it for each
+    solve."""
+    return jax.tree.map(lambda leaf: 0 * leaf, b)
+
+
 class _Restart(NamedTuple):
     """The state between restarts, each of which begins with a residual computed anew."""
 
@@ -119,7 +125,7 @@ def _restarted(
         more = (state.restarts < restarts) & (state.steps < system.max_steps)
         return ~state.solved & state.improving & more
 
-    zero = jax.tree.map(jnp.zeros_like, b)
+    zero = zeros(b)
     start = _Restart(zero, b, bb, system.size + 0 * bb, 0, 0, bb == 0, jnp.isfinite(bb))
     if not system.verify:
         x, rr, _, steps = cycle(start)
@@ -208,7 +214,7 @@ def bicgstab(system: System) -> Solution:
             # Far above where it began, rounding has taken over.
             return (rr > system.tol**2 * bb) & (rr < 1e6 * bb) & (steps < system.max_steps)
 
-        zero = jax.tree.map(jnp.zeros_like, b)
+        zero = zeros(b)
         one = 1 + 0 * state.rr
         start = (zero, state.r, zero, one, 0 * one, one, state.rr, state.size, state.steps)
         y, *_, rr, size, steps = jax.lax.while_loop(goes_on, step, start)
@@ -230,7 +236,7 @@ def least_squares(system: System, rmatvec: Apply, x: Tree | None = None) -> Solu
     begin = dot(s, s)
     r = b
     if x is None:
-        x = jax.tree.map(jnp.zeros_like, b)
+        x = zeros(b)
     else:
         r = combine(-1, matvec(x), b)
         s = rmatvec(r)

@@ -64,6 +64,17 @@ class Rule:
         return jax.jit(self.tangent, static_argnums=(0, 1))
 
     @functools.cached_property
+    def _inlined_tangent(self) -> Any:
+        return jax.jit(self.tangent, static_argnums=(0, 1), inline=True)
+
+    def tangent_of(self, *, traced: bool) -> Any:
+        """`tangent`; inside a program that is traced a part of that, where XLA does more with its
+        constants than in a function that is called. A caller's method stays in a function of its
+        own: the infinities that lineax works with are nothing that `jax_debug_infs` should see."""
+        inlined = traced and self.method.linear_solve is None
+        return self._inlined_tangent if inlined else self.compiled_tangent
+
+    @functools.cached_property
     def compiled_verdict(self) -> Any:
         """`verdict`."""
         return jax.jit(self.verdict, static_argnums=0)

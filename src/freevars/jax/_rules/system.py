@@ -37,8 +37,8 @@ class LinearSystem(NamedTuple):
     scaled: scaled.Scaled | None = None  # the factors, where it is written out
     # (b, tol) -> x with |A x - b| <= tol |b|, a constant, where it is not written out
     roughly: Callable[[Tree, float], Tree] | None = None
-    # of a symmetric system that is not written out: its units, vectors v, and A v
-    tried: tuple[Tree, list[Tree], list[Tree]] | None = None
+    # of a symmetric system that is not written out: its `Units`, two vectors v, and A v
+    tried: tuple[Any, list[Tree], list[Tree]] | None = None
 
 
 def linear_solve(matvec: Solve, b: Tree, solve: Any, transposed: Any) -> Tree:
