@@ -24,10 +24,11 @@ from freevars.jax import _compat
 from freevars.jax._rules import constrained, diagnostics
 from freevars.jax._rules.coordinates import Coordinates
 from freevars.jax._rules.diagnostics import Diagnostics
-from freevars.jax._rules.explain import explain, known_figures
+from freevars.jax._rules.explain import Diagnosis, explain, known_figures
 from freevars.jax._rules.rule import Rule
+from freevars.jax._solver.problem import Problem
 
-__all__ = ["error", "tell_backwards", "tell_failure"]
+__all__ = ["diagnosis", "error", "tell_backwards", "tell_failure"]
 
 
 def tell_failure(
@@ -132,3 +133,21 @@ def _warn(rule: Rule, limits: Limits, good: Any, figures: Figures) -> None:
     if not good:
         context = Context(rule.name, rule.kind, polish=rule.polish)
         warnings.warn(str(failure(known_figures(figures), limits, context)), stacklevel=2)
+
+
+def diagnosis(
+    rule: Rule, problem: Problem, x: Any, x0: Any, options: dict[str, Any], captured: Any
+) -> Diagnosis:
+    """What is measured of a solution, with the error that a derivative would raise."""
+    leaves, tree = jax.tree.flatten(rule.read(problem, x0))
+    found, step = rule.compiled_verdict(tree, leaves, x, x0, captured)
+    if isinstance(found.good, _compat.Tracer):
+        message = (
+            f"{rule.name}.diagnose: it returns Python numbers, which are not known inside"
+            ' jit, vmap or grad. on_failure="warn" reports failures there.'
+        )
+        raise TypeError(message)
+    limits = diagnostics.limits_of(Coordinates(x), rule.tol)
+    given = (rule, found, limits, x, x0, options, (tree, leaves))
+    refused = None if found.good else error(*given)
+    return Diagnosis(bool(found.good), refused, known_figures(found.figures), limits, x, step)

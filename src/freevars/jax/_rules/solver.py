@@ -3,7 +3,8 @@
 A direction of what `fun` reads goes to the direction of x. That map is linear, JAX transposes it
 for reverse mode, and since the rule calls the decorated solver again for x, it differentiates
 itself to any order. Not here: the map (`rule`), reverse mode alone (`reverse_rule`), what is done
-about a failure (`refusal`), and how a call is taken apart (`signature`).
+about a failure (`refusal`), how a call is taken apart (`signature`), and what problem it is
+(`calls`).
 """
 
 from __future__ import annotations
@@ -16,25 +17,29 @@ from typing import Any, Concatenate, ParamSpec, Self, TypedDict, TypeVar, Unpack
 import jax
 from jax import tree_util
 
-from freevars._contract import check_callable
 from freevars._solvers import kkt
 from freevars._solvers.decorated import DecoratedSolver
 from freevars._solvers.options import check_options
 from freevars._solvers.signature import SolverCall
 from freevars._solvers.stated import States, kind_of
 from freevars._solvers.verdict import OnFailure
-from freevars.errors import StructureError
 from freevars.jax import _compat
 from freevars.jax._closure import Closure
 from freevars.jax._convert.static import as_static, from_static
 from freevars.jax._host.host_solver import HostSolver
-from freevars.jax._rules import constrained, diagnostics, linear, refusal, reverse, reverse_rule
-from freevars.jax._rules.coordinates import Coordinates
-from freevars.jax._rules.explain import Diagnosis, known_figures
+from freevars.jax._rules import (
+    calls,
+    constrained,
+    linear,
+    refusal,
+    reverse,
+    reverse_rule,
+)
+from freevars.jax._rules.explain import Diagnosis
 from freevars.jax._rules.rule import Rule
 from freevars.jax._rules.totals import Totals
-from freevars.jax._solver.problem import Problem, count
-from freevars.jax._solver.unknown import as_unknown, is_array, like
+from freevars.jax._solver.problem import Problem
+from freevars.jax._solver.unknown import as_unknown, is_array
 
 __all__ = ["ImplicitSolver", "Options"]
 
@@ -80,7 +85,7 @@ class ImplicitSolver(DecoratedSolver[P, R]):
         kind = kind_of(states)
         check_options(kind, options, Options)
         self._states = states
-        if isinstance(solver, HostSolver) and self._argument is not None:
+        if isinstance(solver, HostSolver) and calls.argument_of(states) is not None:
             message = (
                 "argument: a solver on the host asks its function at an x; got a condition whose"
                 " function takes another argument."
@@ -175,42 +180,9 @@ class ImplicitSolver(DecoratedSolver[P, R]):
         # A Python number among the options stays one: solvers count with it.
         options: dict[str, Any] = as_static(given, is_array)
         if constraints:
-            problem = self._constrained(call, x0, constraints)
+            problem = calls.constrained_problem(call, x0, constraints, self.__name__)
             return problem, constrained.unknown(problem, x0), options
-        return self._problem(call, x0), x0, options
-
-    def _constrained(self, call: SolverCall, x0: Any, constraints: dict[str, Any]) -> Problem:
-        fun, args, kwargs = call.fun, call.args, call.kwargs
-        check_callable(fun)
-        functions: dict[str, Callable[..., Any]] = {
-            "fun": lambda x, args, kwargs: fun(x, *args, **kwargs)
-        }
-        for name in ("equality", "inequality"):
-            if name in constraints:
-                functions[name] = lambda x, _args, _kwargs, name=name: constraints[name](x)
-        bounds = constraints.get("bounds")
-        if bounds is not None:
-            bounds = constrained.bounds_like(bounds, x0, self.__name__)
-        return Problem.of_parts(functions, dict.fromkeys(functions, x0), args, kwargs, bounds)
-
-    @property
-    def _argument(self) -> Callable[[Any], Any] | None:
-        return None if isinstance(self._states, str) else self._states[1]
-
-    def _problem(self, call: SolverCall, x0: Any) -> Problem:
-        fun, args, kwargs = call.fun, call.args, call.kwargs
-        if isinstance(self._states, str):
-            return Problem.of(fun, x0, args, kwargs)
-        condition = self._states[0]
-        functions = {
-            "fun": lambda x, args, kwargs: fun(x, *args, **kwargs),
-            "condition": lambda x, args, kwargs: condition(
-                lambda *point: fun(*point, *args, **kwargs), x
-            ),
-        }
-        check_callable(fun)
-        point = x0 if self._argument is None else self._argument(x0)
-        return Problem.of_parts(functions, {"fun": point, "condition": x0}, args, kwargs)
+        return calls.problem_of(call, x0, self._states), x0, options
 
     # Running the solver.
 
@@ -224,34 +196,13 @@ class ImplicitSolver(DecoratedSolver[P, R]):
         return self._run_plain(problem, x0, options)
 
     def _run_plain(self, problem: Problem, x0: Any, options: dict[str, Any]) -> Any:
+        given = from_static(options)
         if isinstance(self._solver, HostSolver):
-            out = self._solver.solve(
-                problem,
-                x0,
-                from_static(options),
-                equations=self._gives_equations(problem),
-                has_aux=self._rule.fun_has_aux(problem, count(x0)),
-            )
+            out = calls.run_on_host(self._solver, self._rule, problem, x0, given)
         else:
-            given = from_static(options)
-            if problem.bounds is not None:
-                given["bounds"] = problem.bounds
-            given |= {name: problem.constraint(name) for name in problem.constraints}
-            call = SolverCall(problem.as_given(), x0, *problem.extra(), given)
+            call = calls.call_of(problem, x0, given)
             out = self._signature.call(self._solver, call)
-        if not self._rule.has_aux:
-            return like(out, x0, f"{self.__name__}: the returned x")
-        if not (isinstance(out, tuple) and len(out) == 2):  # noqa: PLR2004
-            message = f"{self.__name__}: with has_aux=True a solver returns (x, aux), got {out!r}."
-            raise StructureError(message)
-        return like(out[0], x0, f"{self.__name__}: the returned x"), out[1]
-
-    def _gives_equations(self, problem: Problem) -> bool:
-        """Whether a solver on the host is given equations, and not an objective."""
-        if self._rule.kind != "implicit":
-            return self._rule.kind != "argmin"
-        leaves = jax.tree.leaves(problem.struct())
-        return not (len(leaves) == 1 and leaves[0].shape == ())
+        return calls.checked(out, x0, self.__name__, has_aux=self._rule.has_aux)
 
     def _own(self, problem: Problem, x0: Any, options: dict[str, Any]) -> Any:
         """What runs the solver of this call, a pytree, or None for `self._run`.
@@ -309,21 +260,7 @@ class ImplicitSolver(DecoratedSolver[P, R]):
         captured = self._captured(problem, x0, options)
         out = self._implicit(problem, x0, options, captured)
         x = out[0] if self._rule.has_aux else out
-        leaves, tree = jax.tree.flatten(self._rule.read(problem, x0))
-        found, step = self._rule.compiled_verdict(tree, leaves, x, x0, captured[1])
-        if isinstance(found.good, _compat.Tracer):
-            message = (
-                f"{self.__name__}.diagnose: it returns Python numbers, which are not known inside"
-                ' jit, vmap or grad. on_failure="warn" reports failures there.'
-            )
-            raise TypeError(message)
-        limits = diagnostics.limits_of(Coordinates(x), self._rule.tol)
-        error = (
-            None
-            if found.good
-            else refusal.error(self._rule, found, limits, x, x0, options, (tree, leaves))
-        )
-        return Diagnosis(bool(found.good), error, known_figures(found.figures), limits, x, step)
+        return refusal.diagnosis(self._rule, problem, x, x0, options, captured[1])
 
     # The rule.
 

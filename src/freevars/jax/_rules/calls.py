@@ -1,0 +1,110 @@
+"""One call of a decorated solver: a problem is made of it, and the solver is given that.
+
+Not here: what the derivative of a call is (`solver`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from freevars._contract import check_callable
+from freevars._solvers.signature import SolverCall
+from freevars._solvers.stated import States
+from freevars.errors import StructureError
+from freevars.jax._host.host_solver import HostSolver
+from freevars.jax._rules import constrained
+from freevars.jax._rules.rule import Rule
+from freevars.jax._solver.problem import Problem, count
+from freevars.jax._solver.unknown import like
+
+__all__ = [
+    "argument_of",
+    "call_of",
+    "checked",
+    "constrained_problem",
+    "problem_of",
+    "run_on_host",
+]
+
+
+def argument_of(states: States) -> Callable[[Any], Any] | None:
+    """What a condition gives to the function that the solver is given, if that is not x."""
+    return None if isinstance(states, str) else states[1]
+
+
+def problem_of(call: SolverCall, x0: Any, states: States) -> Problem:
+    """The problem of a call without constraints."""
+    fun, args, kwargs = call.fun, call.args, call.kwargs
+    if isinstance(states, str):
+        return Problem.of(fun, x0, args, kwargs)
+    condition, argument = states
+    functions = {
+        "fun": lambda x, args, kwargs: fun(x, *args, **kwargs),
+        "condition": lambda x, args, kwargs: condition(
+            lambda *point: fun(*point, *args, **kwargs), x
+        ),
+    }
+    check_callable(fun)
+    point = x0 if argument is None else argument(x0)
+    return Problem.of_parts(functions, {"fun": point, "condition": x0}, args, kwargs)
+
+
+def constrained_problem(
+    call: SolverCall, x0: Any, constraints: dict[str, Any], name: str
+) -> Problem:
+    """The problem of a call with constraints."""
+    fun, args, kwargs = call.fun, call.args, call.kwargs
+    check_callable(fun)
+    functions: dict[str, Callable[..., Any]] = {
+        "fun": lambda x, args, kwargs: fun(x, *args, **kwargs)
+    }
+    for kind in ("equality", "inequality"):
+        if kind in constraints:
+            functions[kind] = lambda x, _args, _kwargs, kind=kind: constraints[kind](x)
+    bounds = constraints.get("bounds")
+    if bounds is not None:
+        bounds = constrained.bounds_like(bounds, x0, name)
+    return Problem.of_parts(functions, dict.fromkeys(functions, x0), args, kwargs, bounds)
+
+
+def call_of(problem: Problem, x0: Any, options: dict[str, Any]) -> SolverCall:
+    """The call by which a solver in JAX is given a problem."""
+    given = dict(options)
+    if problem.bounds is not None:
+        given["bounds"] = problem.bounds
+    given |= {name: problem.constraint(name) for name in problem.constraints}
+    return SolverCall(problem.as_given(), x0, *problem.extra(), given)
+
+
+def run_on_host(
+    solver: HostSolver[Any, Any], rule: Rule, problem: Problem, x0: Any, options: dict[str, Any]
+) -> Any:
+    """What a solver on the host makes of a problem."""
+    return solver.solve(
+        problem,
+        x0,
+        options,
+        equations=_gives_equations(rule, problem),
+        has_aux=rule.fun_has_aux(problem, count(x0)),
+    )
+
+
+def _gives_equations(rule: Rule, problem: Problem) -> bool:
+    """Whether a solver on the host is given equations, and not an objective."""
+    if rule.kind != "implicit":
+        return rule.kind != "argmin"
+    leaves = jax.tree.leaves(problem.struct())
+    return not (len(leaves) == 1 and leaves[0].shape == ())
+
+
+def checked(out: Any, x0: Any, name: str, *, has_aux: bool) -> Any:
+    """What a solver returned, with x like x0."""
+    if not has_aux:
+        return like(out, x0, f"{name}: the returned x")
+    if not (isinstance(out, tuple) and len(out) == 2):  # noqa: PLR2004
+        message = f"{name}: with has_aux=True a solver returns (x, aux), got {out!r}."
+        raise StructureError(message)
+    return like(out[0], x0, f"{name}: the returned x"), out[1]
