@@ -7,7 +7,6 @@ which order the links are followed, how far, and what is looked for (see ``searc
 """
 
 import functools
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
@@ -21,6 +20,7 @@ from types import (
 )
 from typing import Any
 
+from freevars._names.bounds import Bounds
 from freevars._names.callables import (
     codes,
     compiled_module,
@@ -64,8 +64,6 @@ __all__ = ["ObjectGraph"]
 
 _WIDEST = 20_000  # entries looked at in one container, so that a huge one does not use up the walk
 _MOST_INSTANCES = 2  # of one class, that are looked at for what the class itself holds
-_STDLIB = frozenset(sys.stdlib_module_names)
-_STDLIB_CONTAINERS = frozenset({"argparse", "collections", "types"})
 _NOT_IMPLICIT = frozenset({"__init__", "__new__", "__del__", "__init_subclass__", "__repr__"})
 # Instances of these hold nothing but their entries; by id, for hashing a class can run code.
 _PLAIN_CONTAINERS = frozenset(map(id, (dict, list, tuple, set, frozenset, deque)))
@@ -87,15 +85,13 @@ class ObjectGraph:
         *,
         sets: bool = False,
     ) -> None:
-        self.opaque = opaque
-        self.enters = enters
+        self.bounds = Bounds(opaque, enters)
         self.implicit = implicit
         self.sets = sets
         self.once: set[object] = set()  # cells and globals: a variable has one name
         self.mentions = Mentions()
         self.instances: dict[int, int] = {}  # how many of each class have been met
         self.members: dict[int, dict[str, Any]] = {}  # by id: hashing a class can run code
-        self.opacity: dict[int, bool] = {}
 
     def start(self, fun: object) -> Node:
         """Where a walk begins that asks about ``fun``."""
@@ -121,7 +117,7 @@ class ObjectGraph:
             yield from self.cell(node, obj, Through("cell_contents"))
         elif is_a(obj, ModuleType):
             attrs = instance_dict(obj)
-            if not self.is_outside(attrs.get("__name__")):
+            if not self.bounds.is_outside(attrs.get("__name__")):
                 yield from self.mentions.holder(node, attrs)
         elif is_a(obj, type):
             yield from self.class_attributes(node, obj)
@@ -145,7 +141,7 @@ class ObjectGraph:
             yield from self.wrapped(node, attrs["__wrapped__"], "__wrapped__")
         module = dict.get(fun.__globals__, "__name__")
         asked_about = node.home and "__wrapped__" not in attrs
-        if self.is_outside(module) and not asked_about:
+        if self.bounds.is_outside(module) and not asked_about:
             return
         bare = node.home or (self.scope != "" and scope(fun) == self.scope)
         for variable, cell in zip(fun.__code__.co_freevars, fun.__closure__ or (), strict=True):
@@ -229,7 +225,7 @@ class ObjectGraph:
         if compiled is not None:  # it gives the attributes of what it wraps as its own
             yield from self.wrapped(node, compiled, "_orig_mod")
             return
-        if self.is_opaque(type(obj)) and layers is None:
+        if self.bounds.is_opaque(type(obj)) and layers is None:
             yield from self.framework_wrapper(node, attrs)
             return
         items = _wrapped_items(type(obj), attrs)
@@ -238,7 +234,9 @@ class ObjectGraph:
         elif layers is not None:
             yield from self.layers(node, layers)
             skip: tuple[str, ...] = MODULE_PARTS
-            if self.is_outside(class_module(type(obj))):  # a second list of the parameters, say
+            if self.bounds.is_outside(
+                class_module(type(obj))
+            ):  # a second list of the parameters, say
                 private = (key for key in attrs if key.startswith("_") and "hooks" not in key)
                 skip = (*skip, *private)
             yield from self.attributes(node, attrs, skip=skip)
@@ -295,7 +293,7 @@ class ObjectGraph:
                 return
         members = self.members.get(id(cls))
         if members is None:
-            bases = [base for base in mro(cls) if not self.is_outside(class_module(base))]
+            bases = [base for base in mro(cls) if not self.bounds.is_outside(class_module(base))]
             self.members[id(cls)] = members = stored_members(bases)
         yield from self.mentions.holder(node, members, hidden or {})
         for key in (key for key in members if key.startswith("__") or key in self.implicit):
@@ -304,22 +302,6 @@ class ObjectGraph:
             if implicit and type(members[key]) is FunctionType:
                 home = node.home and (key == "__call__" or key in self.implicit)
                 yield Node(members[key], node, Attribute(key), home=home)
-
-    def is_outside(self, module: object) -> bool:
-        """Whether code or a class of this module is never entered."""
-        root = module.partition(".")[0] if type(module) is str else ""
-        return root in self.opaque or root in _STDLIB
-
-    def is_opaque(self, cls: type) -> bool:
-        """Whether instances of this class are never entered."""
-        known = self.opacity.get(id(cls))
-        if known is None:
-            roots = {class_module(base).partition(".")[0] for base in mro(cls)}
-            own = class_module(cls).partition(".")[0]
-            known = bool(roots & self.opaque) and not (self.enters and self.enters(cls))
-            known = known or (own in _STDLIB and own not in _STDLIB_CONTAINERS)
-            self.opacity[id(cls)] = known
-        return known
 
 
 def _wrapped_items(cls: type, attrs: dict[str, Any]) -> dict[object, object] | None:

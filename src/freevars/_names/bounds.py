@@ -1,0 +1,44 @@
+"""Where a walk over objects does not go: into libraries, which hold much and name nothing of the
+user's. Not here: what an object that is entered leads to (`object_graph`)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from freevars._names.introspection import class_module, mro
+
+__all__ = ["Bounds"]
+
+_STDLIB = frozenset(sys.stdlib_module_names)
+_STDLIB_CONTAINERS = frozenset({"argparse", "collections", "types"})
+
+
+class Bounds:
+    """What is never entered.
+
+    Args:
+        opaque: the packages whose code and instances stay closed.
+        enters: says of a class from such a package whether its instances are entered all the same.
+    """
+
+    def __init__(self, opaque: frozenset[str], enters: Callable[[type], bool] | None) -> None:
+        self._opaque = opaque
+        self._enters = enters
+        self._known: dict[int, bool] = {}  # by id: hashing a class can run code
+
+    def is_outside(self, module: object) -> bool:
+        """Whether code or a class of this module is never entered."""
+        root = module.partition(".")[0] if type(module) is str else ""
+        return root in self._opaque or root in _STDLIB
+
+    def is_opaque(self, cls: type) -> bool:
+        """Whether instances of this class are never entered."""
+        known = self._known.get(id(cls))
+        if known is None:
+            roots = {class_module(base).partition(".")[0] for base in mro(cls)}
+            own = class_module(cls).partition(".")[0]
+            known = bool(roots & self._opaque) and not (self._enters and self._enters(cls))
+            known = known or (own in _STDLIB and own not in _STDLIB_CONTAINERS)
+            self._known[id(cls)] = known
+        return known
