@@ -221,6 +221,17 @@ def test_derivatives_are_those_of_the_function(spec) -> None:
         assert agree(derivatives(other), derivatives_of(spec, w=0.8 * float(W)), 1e-4)
 
 
+@pytest.mark.parametrize("kind", ["jvp", "vjp"])
+def test_derivatives_without_jit(kind) -> None:
+    """What stands for a rule is one equation, also where `jit` makes none."""
+    spec = Spec((Rule(kind, 1.0, 1.17, again=True, held=True),), ("plain",))
+    with jax.disable_jit():
+        closure = fv.Closure(build(spec, W), X)
+        assert agree(derivatives(closure), derivatives_of(spec), 1e-4)
+        by_value = jax.grad(lambda f: f(X))(closure).values[0]
+        np.testing.assert_allclose(by_value, jnp.sin(X), rtol=1e-6)
+
+
 @pytest.mark.parametrize("again", [True, False])
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.slow
