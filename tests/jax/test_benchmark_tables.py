@@ -77,13 +77,6 @@ def _double_precision():
         yield
 
 
-@pytest.mark.parametrize("kind", ["ROWS", "ON_HOST"])
-def test_ours_crosses_everything(kind):
-    columns = behaviour.COMPOSITIONS | behaviour.KINDS
-    lines = list(behaviour.table(columns, {OURS: getattr(behaviour, kind)[OURS]}))
-    assert lines[2:] == [f"| {name} | ok |" for name in columns]
-
-
 def test_a_cell_tells_a_wrong_number_and_an_error():
     wrong = lambda _: [3.0]
     value = behaviour.COMPOSITIONS["value"]

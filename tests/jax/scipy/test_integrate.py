@@ -131,15 +131,15 @@ def test_stiff_equations_go_forwards() -> None:
 
     def end(rate, **how):
         fun = lambda t, y: jnp.stack([-rate * (y[0] - jnp.cos(t)), y[0]])
-        ts, atol = jnp.array([5.0]), np.array([1e-10, 1e-9])
-        out = fs.solve_ivp(fun, (0.0, 5.0), jnp.zeros(2), "BDF", ts, rtol=1e-8, atol=atol, **how)
+        ts, atol = jnp.array([1.0]), np.array([1e-10, 1e-9])
+        out = fs.solve_ivp(fun, (0.0, 1.0), jnp.zeros(2), "BDF", ts, rtol=1e-6, atol=atol, **how)
         return out.y[0, -1]
 
     with pytest.raises(NotASolutionError, match='reverse="sensitivities"'):
-        jax.grad(end)(300.0)
+        jax.grad(end)(100.0)
     # y = (r^2 cos t + r sin t) / (1 + r^2) once the start is forgotten
-    exact = jax.grad(lambda r: (r**2 * jnp.cos(5.0) + r * jnp.sin(5.0)) / (1 + r**2))(300.0)
-    got = jax.grad(lambda r: end(r, reverse="sensitivities"))(300.0)
+    exact = jax.grad(lambda r: (r**2 * jnp.cos(1.0) + r * jnp.sin(1.0)) / (1 + r**2))(100.0)
+    got = jax.grad(lambda r: end(r, reverse="sensitivities"))(100.0)
     np.testing.assert_allclose(got, exact, rtol=1e-4)
 
 

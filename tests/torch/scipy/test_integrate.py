@@ -158,13 +158,13 @@ def test_a_batch_has_its_own_counts() -> None:
 def test_stiff_equations_go_forwards() -> None:
     def end(rate, **how):
         fun = lambda t, y: torch.stack([-rate * (y[0] - torch.cos(t)), y[0]])
-        how = {"rtol": 1e-8, "atol": np.array([1e-10, 1e-9]), **how}
-        return solve_ivp(fun, (0.0, 5.0), torch.zeros(2), "BDF", [5.0], **how).y[0, -1]
+        how = {"rtol": 1e-6, "atol": np.array([1e-10, 1e-9]), **how}
+        return solve_ivp(fun, (0.0, 1.0), torch.zeros(2), "BDF", [1.0], **how).y[0, -1]
 
-    rate = number(300.0)
+    rate = number(100.0)
     with pytest.raises(NotASolutionError, match='reverse="sensitivities"'):
         grad(end(rate), rate)
-    exact = (rate**2 * math.cos(5.0) + rate * math.sin(5.0)) / (1 + rate**2)
+    exact = (rate**2 * math.cos(1.0) + rate * math.sin(1.0)) / (1 + rate**2)
     ours = grad(end(rate, reverse="sensitivities"), rate)[0]
     np.testing.assert_allclose(ours, grad(exact, rate)[0], rtol=1e-4)
 
