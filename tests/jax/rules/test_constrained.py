@@ -73,6 +73,34 @@ def test_in_programs() -> None:
     np.testing.assert_allclose(got, expected, rtol=1e-8, atol=1e-9)
 
 
+SCALES = [(1e-8, 1, 1), (1e-6, 1e6, 1e6)]
+
+
+@pytest.mark.parametrize(
+    ("objective", "equality", "inequality"),
+    [(1e6, 1e-6, 1e-6), *(pytest.param(*a, marks=pytest.mark.slow) for a in SCALES)],
+)
+def test_objective_and_constraints_in_any_units(objective, equality, inequality) -> None:
+    """The point nearest to a with x >= 0 and a given sum, in single precision: the multipliers are
+    of another size than x, by twelve orders."""
+    a, total = jnp.array([1.2, 2.0, -3.0, 0.5], jnp.float32), jnp.float32(2.5)
+    free = jnp.array([1, 1, 0, 1], jnp.float32)
+    shift = (jnp.sum(a * free) - total) / 3
+    at_solution = fv.argmin(lambda fun, x0, *, equality, inequality: x0)
+
+    def nearest(a, total):
+        return at_solution(
+            lambda x: objective * jnp.sum((x - a) ** 2) / 2,
+            lax.stop_gradient((a - shift) * free),
+            equality=lambda x: equality * (jnp.sum(x) - total),
+            inequality=lambda x: inequality * x,
+        )
+
+    by_a, by_total = jax.jacrev(nearest, (0, 1))(a, total)
+    np.testing.assert_allclose(by_a, jnp.diag(free) - jnp.outer(free, free) / 3, atol=1e-6)
+    np.testing.assert_allclose(by_total, free / 3, atol=1e-6)
+
+
 def test_a_result_beside_its_bounds_in_any_units() -> None:
     np.testing.assert_allclose(jax.grad(lambda t: beside_bounds(HOST, t))(T), 1.0)
 

@@ -56,14 +56,20 @@ class Unknown(NamedTuple):
     limits: Limits
 
     @staticmethod
-    def of(v: Tree, v0: Tree, space: Space, limits: Limits) -> Unknown:
-        """At x, found from x0."""
+    def of(v: Tree, v0: Tree, space: Space, limits: Limits, *, apart: bool = False) -> Unknown:
+        """At x, found from x0. What happens to be zero is as large as a share of the largest
+        component, of its own part where x is a dict of parts that are `apart`, in other units."""
         v, v0 = jax.lax.stop_gradient((v, v0))
         far = jax.tree.map(lambda x, x0: jnp.maximum(jnp.abs(x), jnp.abs(x - x0)), v, v0)
         if not jax.tree.leaves(v):
             return Unknown(v, far, far, limits)
-        least = limits.column * space.max(v)
-        d = jax.tree.map(lambda leaf: jnp.maximum(leaf, least.astype(leaf.dtype)), far)
+
+        if apart:
+            d = {
+                name: _at_least(far[name], limits.column * space.max(_only(name, v))) for name in v
+            }
+        else:
+            d = _at_least(far, limits.column * space.max(v))
         d = jax.tree.map(lambda leaf: jnp.where(leaf > 0, leaf, 1), d)
         return Unknown(v, far, d, limits)
 
@@ -281,6 +287,11 @@ def kept(operator: LinearOperator, space: Space) -> Any:
 
 def _largest(space: Space, v: Tree, unit: Tree) -> Any:
     return space.max(jax.tree.map(lambda a, u: jnp.where(a == 0, 0, a / u), v, unit))
+
+
+def _only(name: str, v: dict[str, Tree]) -> dict[str, Tree]:
+    """The parts, and zeros for the others."""
+    return {k: v[k] if k == name else jax.tree.map(jnp.zeros_like, v[k]) for k in v}
 
 
 def _at_least(v: Tree, least: Any) -> Tree:

@@ -129,7 +129,8 @@ class Rule:
         point = self.linearise(tree, leaves, x, moving)
         limits = diagnostics.limits_of(point.coordinates, self.tol)
         v0 = point.coordinates.to_real(x0)
-        unknown = diagnostics.Unknown.of(point.v, v0, point.space, limits)
+        apart = jax.tree.unflatten(tree, leaves)[0].constrained
+        unknown = diagnostics.Unknown.of(point.v, v0, point.space, limits, apart=apart)
         bound = None
         if captured is not None:
             # An exact solve has its derivatives from the system, a truncated series its own.
