@@ -210,8 +210,10 @@ def test_programs_are_equal_exactly_where_the_derivatives_agree(family) -> None:
 
 
 @settings(check, max_examples=min(max(EXAMPLES // 20, 6), 200))
-@given(specs())
+@given(specs().filter(lambda spec: "scan" not in spec.places))
 def test_derivatives_are_those_of_the_function(spec) -> None:
+    """Without `scan`: JAX's own second derivative through it depends on `jit`, where a rule is not
+    that of its body."""
     closure = fv.Closure(build(spec, W), X)
     expected = derivatives(build(spec, W))
     assert agree(expected, derivatives_of(spec), 1e-4)
