@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 PIP = -m pip -qq --disable-pip-version-check
 
-.PHONY: coverage nightly test-torch-newest test-torch-oldest demo demo-torch demo-distributed examples test test-all bench bench-quick lint types docs matrix site dist-check test-newest test-oldest clean
+.PHONY: coverage test-slow nightly test-torch-newest test-torch-oldest demo demo-torch demo-distributed examples test test-all bench bench-quick lint types docs matrix site dist-check test-newest test-oldest clean
 
 $(READY): pyproject.toml
 	@echo 'Setting up $(VENV), once.' >&2
@@ -41,10 +41,13 @@ test-all: $(READY)
 nightly: $(READY)
 	@FREEVARS_EXAMPLES=10000 $(BIN)/python -m pytest -n auto tests/jax/convert/test_rule_programs.py
 
-# The tests once more, with a look at which branches of the source they run; at least the share that
-# pyproject.toml states. Not in the gate: the look makes them a third slower.
+# Both halves of test-all, as the gate runs them: the quick ones with a look at which branches of the source
+# they run, at least the share that pyproject.toml states, and the others without, which it would slow down.
 coverage: $(READY)
-	@FREEVARS_EXAMPLES=100 $(BIN)/python -m pytest -n auto --cov --cov-report=term:skip-covered
+	@$(BIN)/python -m pytest -n auto -m 'not slow' --cov --cov-report=
+
+test-slow: $(READY)
+	@FREEVARS_EXAMPLES=100 $(BIN)/python -m pytest -n auto -m slow
 
 # Takes its time; the page that it writes is part of the site.
 bench: $(READY)
