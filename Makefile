@@ -31,23 +31,23 @@ examples: $(READY)
 	@$(BIN)/python tools/gallery.py
 
 test: $(READY)
-	@$(BIN)/python -m pytest -n auto -m 'not slow'
+	@$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow'
 
 # With what takes long: large programs, meshes, processes, more random programs.
 test-all: $(READY)
-	@FREEVARS_EXAMPLES=100 $(BIN)/python -m pytest -n auto
+	@FREEVARS_EXAMPLES=100 $(BIN)/python -m pytest -n auto --dist worksteal
 
 # Random functions with random rules: 10,000 examples, each of which compares six pairs, and others each time.
 nightly: $(READY)
-	@FREEVARS_EXAMPLES=10000 $(BIN)/python -m pytest -n auto tests/jax/convert/test_rule_programs.py
+	@FREEVARS_EXAMPLES=10000 $(BIN)/python -m pytest -n auto --dist worksteal tests/jax/convert/test_rule_programs.py
 
 # Both halves of test-all, as the gate runs them: the quick ones with a look at which branches of the source
 # they run, at least the share that pyproject.toml states, and the others without, which it would slow down.
 coverage: $(READY)
-	@$(BIN)/python -m pytest -n auto -m 'not slow' --cov --cov-report=
+	@$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow' --cov --cov-report=
 
 test-slow: $(READY)
-	@FREEVARS_EXAMPLES=100 $(BIN)/python -m pytest -n auto -m slow
+	@FREEVARS_EXAMPLES=100 $(BIN)/python -m pytest -n auto --dist worksteal -m slow
 
 # Takes its time; the page that it writes is part of the site.
 bench: $(READY)
@@ -106,7 +106,7 @@ test-oldest: .venv-oldest/.ready
 test-newest test-oldest: test-%:
 	@.venv-$*/bin/python $(PIP) install --no-deps --force-reinstall .
 	@.venv-$*/bin/python -c 'import jax, sys; print("$*:", sys.version.split()[0], "jax", jax.__version__)'
-	@.venv-$*/bin/python -m pytest -n auto -m 'not slow' $(JAX_TESTS)
+	@.venv-$*/bin/python -m pytest -n auto --dist worksteal -m 'not slow' $(JAX_TESTS)
 
 # The quick tests of the PyTorch host with the newest PyTorch that installs, and with the oldest
 # supported one: what a release can break, and one of each kind of the rest.
@@ -118,7 +118,7 @@ test-torch-oldest: .venv-torch-oldest/.ready
 test-torch-newest test-torch-oldest: test-torch-%:
 	@.venv-torch-$*/bin/python $(PIP) install --no-deps --force-reinstall .
 	@.venv-torch-$*/bin/python -c 'import sys, torch; print("$*:", sys.version.split()[0], "torch", torch.__version__)'
-	@.venv-torch-$*/bin/python -m pytest -n auto $(TORCH_TESTS)
+	@.venv-torch-$*/bin/python -m pytest -n auto --dist worksteal $(TORCH_TESTS)
 
 .venv-torch-newest/.ready: pyproject.toml
 	@$(PYTHON) -m venv .venv-torch-newest
