@@ -28,7 +28,7 @@ CAPTURED = (100, 1000)
 @contextlib.contextmanager
 def without_names() -> Iterator[None]:
     """Conversions that leave out the check whose error would name a value, and cannot name one."""
-    hooks = {"_refuse_refs": _nothing, "describe_capture": None}
+    hooks = {"_refuse_refs": _nothing, "described": None}
     kept = {name: getattr(_convert, name) for name in hooks}
     try:
         for name, hook in hooks.items():

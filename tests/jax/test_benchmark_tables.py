@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 
+import freevars.jax as fv
 from benchmarks import _timing
 
 with warnings.catch_warnings():
@@ -69,6 +70,16 @@ def test_the_table_of_host_solvers(monkeypatch, one_turn):
     figures = _figures(host.rows())
     assert len(figures) == 8
     assert _all_finite(figures)
+
+
+def test_a_conversion_without_names():
+    from benchmarks import captures, convert
+
+    plain = convert.chain(6, [convert.X, 2 * convert.X])
+    with captures.without_names():
+        bare = fv.Closure(plain, convert.X)
+    assert len(bare.values) == 2
+    assert jax.tree.structure(bare) == jax.tree.structure(fv.Closure(plain, convert.X))
 
 
 @pytest.fixture(autouse=True)
