@@ -73,20 +73,28 @@ def test_in_programs() -> None:
     np.testing.assert_allclose(got, expected, rtol=1e-8, atol=1e-9)
 
 
-SCALES = [(1e-8, 1, 1), (1e-6, 1e6, 1e6)]
+UNITS = [
+    (512, 1e6, 1e-6, 1e-6),
+    (512, 1e-8, 1, 1),
+    (512, 1e-6, 1e6, 1e6),
+    (0, 1e12, 1, 1),
+    (0, 1e-6, 1e6, 1e-6),
+]
 
 
 @pytest.mark.parametrize(
-    ("objective", "equality", "inequality"),
-    [(1e6, 1e-6, 1e-6), *(pytest.param(*a, marks=pytest.mark.slow) for a in SCALES)],
+    ("dense_limit", "objective", "equality", "inequality"),
+    [UNITS[0], *(pytest.param(*units, marks=pytest.mark.slow) for units in UNITS[1:])],
 )
-def test_objective_and_constraints_in_any_units(objective, equality, inequality) -> None:
+def test_objective_and_constraints_in_any_units(
+    dense_limit, objective, equality, inequality
+) -> None:
     """The point nearest to a with x >= 0 and a given sum, in single precision: the multipliers are
     of another size than x, by twelve orders."""
     a, total = jnp.array([1.2, 2.0, -3.0, 0.5], jnp.float32), jnp.float32(2.5)
     free = jnp.array([1, 1, 0, 1], jnp.float32)
     shift = (jnp.sum(a * free) - total) / 3
-    at_solution = fv.argmin(lambda fun, x0, *, equality, inequality: x0)
+    at_solution = fv.argmin(lambda fun, x0, *, equality, inequality: x0, dense_limit=dense_limit)
 
     def nearest(a, total):
         return at_solution(

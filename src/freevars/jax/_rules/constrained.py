@@ -7,8 +7,8 @@ here: the derivative of the system's root (`implicit`), and who is told about a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,9 @@ from freevars.jax._rules.active import (
     rows_of,
     size_of,
 )
-from freevars.jax._rules.coordinates import Coordinates
+from freevars.jax._rules.coordinates import Coordinates, max_abs, probe
 from freevars.jax._rules.diagnostics import limits_of
+from freevars.jax._rules.scaled import power_of_two
 from freevars.jax._solver.problem import Problem, count
 
 __all__ = ["Constrained", "bounds_like", "explain", "unknown", "with_multipliers"]
@@ -67,6 +68,60 @@ def unknown(problem: Problem, x0: Any) -> Any:
     return {"x": x0, **{name: jnp.zeros(size, dtype) for name, size in sizes.items()}}
 
 
+class Units(NamedTuple):
+    """In which the system is solved; constant. The slope of the objective and the values of the
+    constraints count in units of x, and so do the multipliers: what either is multiplied by is seen
+    by no norm. Each is a power of two."""
+
+    slope: Any
+    values: dict[str, Any]  # of each constraint
+    multipliers: dict[str, Any]
+
+    @staticmethod
+    def at(problem: Problem, x: Any, *, has_aux: bool, squares: bool) -> Units:
+        """At an unknown: by what changes over the size of x."""
+        at = Functions.of(problem, x["x"], has_aux=has_aux, squares=squares)
+        v = Coordinates(x["x"]).to_real(x["x"])
+        multipliers = {name: x[name] for name in problem.constraints}
+        size = jax.tree.map(size_of, v, at.lower, at.upper)
+        largest = jnp.max(flat(size), initial=0)
+        along = [jax.tree.map(jnp.multiply, size, probe(v, seed)) for seed in (14, 15)]
+
+        def energy(slope: Tree) -> Any:
+            return max_abs(flat(slope) * flat(size))
+
+        bend, slope = (
+            energy(jax.jvp(lambda v: at.gradient(v, multipliers), (v,), (along[0],))[1]),
+            energy(jax.grad(at.objective)(v)),
+        )
+        bend = positive(jnp.where(bend > 0, bend, slope))
+        changes = [jax.jvp(at.constraints, (v,), (d,))[1] for d in along]
+        change = jax.tree.map(lambda a, b: positive(jnp.maximum(jnp.abs(a), jnp.abs(b))), *changes)
+        return jax.lax.stop_gradient(
+            Units(
+                power_of_two(bend / largest**2),
+                {name: power_of_two(c / largest) for name, c in change.items()},
+                {name: power_of_two(bend / largest / c) for name, c in change.items()},
+            )
+        )
+
+
+class InUnits(Coordinates):
+    """The coordinates of x and its multipliers, which are in units."""
+
+    def __init__(self, x: Any, units: Units) -> None:
+        super().__init__(x)
+        self._units = units.multipliers
+
+    def to_real(self, x: Any) -> Tree:
+        v = super().to_real(x)
+        return v | {name: v[name] / unit for name, unit in self._units.items()}
+
+    def from_real(self, v: Tree) -> Any:
+        scaled = {name: v[name] * unit for name, unit in self._units.items()}
+        return super().from_real(v | scaled)
+
+
 @dataclass(frozen=True)
 class Constrained:
     """F of a minimum with constraints."""
@@ -74,6 +129,14 @@ class Constrained:
     squares: bool  # the objective is half the sum of squares
     one_sided: bool
     check: bool
+    units: Units | None = None  # those of the problem
+
+    def in_units(
+        self, problem: Problem, x: Any, *, has_aux: bool
+    ) -> tuple[Constrained, Coordinates]:
+        """The same in units in which x and its multipliers are about of one size, and these."""
+        units = Units.at(problem, x, has_aux=has_aux, squares=self.squares)
+        return replace(self, units=units), InUnits(x, units)
 
     def __call__(
         self, problem: Problem, coordinates: Coordinates, y: Tree, *, has_aux: bool
@@ -85,8 +148,12 @@ class Constrained:
 def _conditions(
     of: Constrained, problem: Problem, coordinates: Coordinates, y: Tree, *, has_aux: bool
 ) -> Tree:
-    at = Functions.of(problem, coordinates.from_real(y)["x"], has_aux=has_aux, squares=of.squares)
-    v, multipliers = y["x"], {name: y[name] for name in problem.constraints}
+    x = coordinates.from_real(y)
+    at = Functions.of(problem, x["x"], has_aux=has_aux, squares=of.squares)
+    v, multipliers = y["x"], {name: x[name] for name in problem.constraints}
+    one = jnp.ones((), coordinates.dtype)
+    ones = dict.fromkeys(problem.constraints, one)
+    units = of.units or Units(one, ones, ones)
     gradient, values = at.gradient(v, multipliers), at.constraints(v)
     fixed = jax.lax.stop_gradient((v, multipliers, gradient, values))
     scaled: Scaled = jax.lax.stop_gradient(Scaled.of(at, *fixed))
@@ -116,10 +183,11 @@ def _conditions(
             leaves,
             zip(*map(jax.tree.leaves, (at.lower, at.upper)), strict=True),
             zip(*map(jax.tree.leaves, scaled.gaps[:2]), strict=True),
-            jax.tree.leaves(gradient),
+            [slope / units.slope for slope in jax.tree.leaves(gradient)],
             strict=True,
         )
     ]
+    values = {name: value / units.values[name] for name, value in values.items()}
     f: dict[str, Any] = {"x": tree.unflatten(rows)}
     if "equality" in values:
         f["equality"] = values["equality"]
@@ -127,8 +195,8 @@ def _conditions(
         active = keeps(scaled.inequality)
         zero = kkt.on_the_spot(
             jnp,
-            multipliers["inequality"],
-            jax.lax.stop_gradient(multipliers["inequality"]),
+            y["inequality"],
+            jax.lax.stop_gradient(y["inequality"]),
             scaled.pulls[1] > kkt.WRONG,
         )
         f["inequality"] = jnp.where(active, values["inequality"], zero)

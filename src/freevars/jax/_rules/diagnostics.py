@@ -54,24 +54,26 @@ class Unknown(NamedTuple):
     far: Tree  # what the solver worked with: max(|x|, |x - x0|)
     d: Tree  # the size of each component
     limits: Limits
+    largest: Callable[[Tree], Tree]  # of the part that each leaf belongs to
 
     @staticmethod
     def of(v: Tree, v0: Tree, space: Space, limits: Limits, *, apart: bool = False) -> Unknown:
         """At x, found from x0. What happens to be zero is as large as a share of the largest
-        component, of its own part where x is a dict of parts that are `apart`, in other units."""
+        component, of its own part where x is a dict of parts that are `apart`."""
+
+        def largest(v: Tree) -> Tree:
+            if apart:
+                return {name: alike(v[name], space.max(_only(name, v))) for name in v}
+            return alike(v, space.max(v)) if jax.tree.leaves(v) else v
+
+        def alike(v: Tree, most: Any) -> Tree:
+            return jax.tree.map(lambda leaf: most.astype(leaf.dtype), v)
+
         v, v0 = jax.lax.stop_gradient((v, v0))
         far = jax.tree.map(lambda x, x0: jnp.maximum(jnp.abs(x), jnp.abs(x - x0)), v, v0)
-        if not jax.tree.leaves(v):
-            return Unknown(v, far, far, limits)
-
-        if apart:
-            d = {
-                name: _at_least(far[name], limits.column * space.max(_only(name, v))) for name in v
-            }
-        else:
-            d = _at_least(far, limits.column * space.max(v))
+        d = jax.tree.map(lambda a, most: jnp.maximum(a, limits.column * most), far, largest(v))
         d = jax.tree.map(lambda leaf: jnp.where(leaf > 0, leaf, 1), d)
-        return Unknown(v, far, d, limits)
+        return Unknown(v, far, d, limits, largest)
 
 
 def limits_of(coordinates: Coordinates, tol: float | None) -> Limits:
@@ -170,9 +172,10 @@ def _applied(
 ) -> tuple[Figures, Tree]:
     operator, space, limits = system.operator, system.space, unknown.limits
     v, d = unknown.v, unknown.d
-    most = space.max(v)
-    unit = _at_least(jax.tree.map(jnp.abs, v), limits.column * most)
-    both = most + space.max(f)
+    most = unknown.largest(v)
+    least = jax.tree.map(lambda a: (limits.column * a).astype(a.dtype), most)
+    unit = jax.tree.map(lambda v, a: jnp.maximum(jnp.abs(v), a), v, least)
+    both = space.max(v) + space.max(f)
     figures = _unmeasured(jnp.zeros_like(both))._replace(finite=jnp.isfinite(both))
     if not system.exact:
         (step,) = system.apply_inverse([f])
@@ -222,16 +225,12 @@ def _applied(
     inverse = jax.tree.map(jnp.divide, found, d)
     growth = space.norm(_over(inverse, space.max(inverse))) * space.max(inverse)
     rcond = space.norm(mixed) / growth
-    # How far the solver came, and rounding, count by the largest component.
-    least, everywhere, largest = (
-        jax.tree.map(lambda leaf, a=a: a.astype(leaf.dtype), v)
-        for a in (limits.column * most, space.max(unknown.far), most)
-    )
     size, change = look(
         lambda b: solve(b)[0],
         lambda v: jax.lax.stop_gradient(again(v)),
         along,
-        Step(v, step, least, everywhere, largest),
+        # How far the solver came, and rounding, count by the largest component.
+        Step(v, step, least, unknown.largest(unknown.far), most),
         limits,
         space.max,
         floor=_SHARE,

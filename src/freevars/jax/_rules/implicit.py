@@ -185,6 +185,9 @@ def linearise(
     """The condition at x, to first order in x and in the moving ones of the leaves, which are of
     the problem and, where the solver keeps `totals` of it, of x0."""
     coordinates = Coordinates(x)
+    symmetric = condition in MINIMA and not totals
+    if isinstance(condition, Constrained):
+        condition, coordinates = condition.in_units(rebuild(leaves)[0], x, has_aux=has_aux)
     v = coordinates.to_real(x)
 
     def plain(v: Tree, leaves: list[Any]) -> Tree:
@@ -222,7 +225,7 @@ def linearise(
     operator = LinearOperator(
         lambda d: lift(by_x(lower(d))),
         lift(v),
-        symmetric=condition in MINIMA and not totals,
+        symmetric=symmetric,
     )
     return Linearised(
         coordinates,

@@ -31,8 +31,6 @@ Solve: TypeAlias = Callable[[Any], Any]  # of Float[Array, "n k"]
 _INVERSE = 16
 _PROBES = 4
 
-_SWEEPS = 2  # of rows and columns, which depend on each other
-
 # In which the derivative is compared: a component that is small in one of them by chance is not in
 # all, one that the solution hardly moves is.
 _DIRECTIONS = 4
@@ -62,12 +60,17 @@ def factorise(matrix: Any, x: Vector, d: Vector, limits: Limits) -> Scaled:
     """The factors of a matrix for an unknown x of the sizes d."""
     columns = power_of_two(d)
     scaled = matrix * columns[None]
+    rows = 1 / power_of_two(jnp.max(jnp.abs(scaled), axis=1))
+    scaled = scaled * rows[:, None]
     if len(x) == 1:
-        rows = 1 / power_of_two(jnp.max(jnp.abs(scaled), axis=1))
-        scaled = scaled * rows[:, None]
         return Scaled(matrix, rows, columns, scaled, lambda b: b / scaled, lambda b: b / scaled)
-    rows, by = _equilibrated(scaled, x, d, limits)
-    scaled, columns = scaled * rows[:, None] * by[None], columns * by
+    # A component that happens to be zero is no sign of a singular system.
+    up = limits.column**0.5 * jnp.max(jnp.abs(x)) / d
+    up = jnp.minimum(1 / jnp.maximum(jnp.max(jnp.abs(scaled), axis=0), limits.rcond), up)
+    up = power_of_two(jnp.maximum(up, 1).astype(x.dtype))
+    scaled, columns = scaled * up[None], columns * up
+    again = 1 / power_of_two(jnp.max(jnp.abs(scaled), axis=1))
+    scaled, rows = scaled * again[:, None], rows * again
     lu, _, order = jax.lax.linalg.lu(scaled)
     # The permutation once for all solves: XLA makes it of the pivots in a loop.
     lower = functools.partial(
@@ -87,29 +90,6 @@ def factorise(matrix: Any, x: Vector, d: Vector, limits: Limits) -> Scaled:
         return jnp.zeros_like(back).at[order].set(back, unique_indices=True)
 
     return Scaled(matrix, rows, columns, scaled, solve, transposed)
-
-
-def _equilibrated(scaled: Any, x: Vector, d: Vector, limits: Limits) -> tuple[Vector, Vector]:
-    """What the rows are multiplied by, and the columns of components that are small.
-
-    The size of a component next to nothing is not known, and a multiplier has another unit than the
-    rest: the equations say how much of it counts. So they are measured by the other components
-    where they have any, and a small one by them; but by no more than what a component that happens
-    to be zero may be, since a column of noise is the sign of a singular system.
-    """
-    entries = jnp.abs(scaled)
-    largest = jnp.max(jnp.abs(x))
-    most = limits.column**0.5 * largest / d
-    small = most > 1
-    by = jnp.ones_like(d)
-    for _ in range(_SWEEPS):
-        measured = entries * by[None]
-        others = jnp.max(jnp.where(small[None], 0, measured), axis=1)
-        rows = power_of_two(jnp.where(others > 0, others, jnp.max(measured, axis=1)))
-        column = jnp.max(entries / rows[:, None], axis=0)
-        wanted = jnp.minimum(1 / jnp.maximum(column, limits.rcond), most)
-        by = jnp.where(small, power_of_two(wanted.astype(x.dtype)), 1)
-    return 1 / power_of_two(jnp.max(entries * by[None], axis=1)), by
 
 
 def wrap(
