@@ -16,8 +16,6 @@ __all__ = ["conjugate_gradients", "gmres"]
 MatVec = Callable[[Tensor], Tensor]
 Column = list[float]
 
-_REGULAR = 1e-3  # the least share of the largest diagonal entry with which a triangle is inverted
-
 
 def conjugate_gradients(
     matvec: MatVec, b: Tensor, relative: float, steps: int
@@ -47,45 +45,27 @@ def gmres(
     u, r = torch.zeros_like(b), b
     beta = float(torch.linalg.vector_norm(r))
     target = relative * beta
-    first = True
     while beta > target and steps > 0:
-        basis, columns, triangle, right = _arnoldi(matvec, r, beta, min(restart, steps), target)
-        steps -= len(columns)
-        y = _least_squares(columns, triangle, right, beta, b.dtype)
+        basis, triangle, right = _arnoldi(matvec, r, beta, min(restart, steps), target)
+        steps -= len(triangle)
+        y = _back_substituted(triangle, right)
         u = u + torch.tensor(y, dtype=b.dtype).to(b.device) @ basis[: len(y)]
-        if first and _left(columns, y, beta, b.dtype) <= target:
-            return u, True
-        first = False
-        r = b - matvec(u)
+        r = b - matvec(u)  # `right` tells less: not how much the products round
         before, beta = beta, float(torch.linalg.vector_norm(r))
         if not beta <= before / 2:
             break
     return u, beta <= target
 
 
-def _left(columns: Sequence[Column], y: Sequence[float], beta: float, dtype: torch.dtype) -> float:
-    """The norm of the residual of the first cycle at most, by the recurrence A V = V H: it holds up
-    to the rounding of each product, whether V is orthogonal or not. Ten times that leaves room for
-    products that round more."""
-    residual = [beta] + [0.0] * len(columns)
-    rounding = 0.0
-    for c, column in zip(y, columns, strict=True):
-        for i, h in enumerate(column):
-            residual[i] -= c * h
-        rounding += abs(c) * math.hypot(*column)
-    return math.hypot(*residual) + 10 * float(torch.finfo(dtype).eps) * rounding
-
-
 def _arnoldi(
     matvec: MatVec, r: Tensor, beta: float, steps: int, target: float
-) -> tuple[Tensor, list[Column], list[Column], list[float]]:
-    """An orthonormal basis of the Krylov space, one row each, the columns of the Hessenberg matrix,
-    each one number longer than the one before, and those of its triangular factor, with the right
-    side that belongs to it. Stops early once the residual is below `target`."""
+) -> tuple[Tensor, list[Column], list[float]]:
+    """An orthonormal basis of the Krylov space, one row each, the triangular factor of the
+    Hessenberg matrix by its columns, and the right side that belongs to it, whose last number is
+    the residual. Stops early once that is below `target`."""
     steps = min(steps, len(r))
     basis = r.new_empty(steps + 1, len(r))
     basis[0] = r / beta
-    columns: list[Column] = []
     rotations: list[tuple[float, float]] = []
     triangle: list[Column] = []
     right = [beta]
@@ -98,12 +78,11 @@ def _arnoldi(
         w = w - again @ known
         norm = torch.linalg.vector_norm(w)
         column: Column = torch.cat([c + again, norm[None]]).tolist()
-        columns.append(column)
         triangle.append(_rotated(column, rotations, right))
         if abs(right[-1]) <= target or not column[-1] > 0:
             break
         basis[j + 1] = w / norm
-    return basis, columns, triangle, right
+    return basis, triangle, right
 
 
 def _rotated(column: Column, rotations: list[tuple[float, float]], right: list[float]) -> Column:
@@ -121,29 +100,13 @@ def _rotated(column: Column, rotations: list[tuple[float, float]], right: list[f
     return [*column[:-2], length]
 
 
-def _least_squares(
-    columns: Sequence[Column],
-    triangle: Sequence[Column],
-    right: Sequence[float],
-    beta: float,
-    dtype: torch.dtype,
-) -> list[float]:
-    """The y with the least |beta e1 - H y|; the shortest one where H is nearly singular."""
-    diagonal = [abs(column[-1]) for column in triangle]
-    if not math.isfinite(sum(diagonal)):
-        return [math.nan] * len(columns)
-    if not min(diagonal) > _REGULAR * max(diagonal):
-        k = len(columns)
-        h = torch.zeros(k + 1, k, dtype=dtype)
-        for j, column in enumerate(columns):
-            h[: j + 2, j] = torch.tensor(column, dtype=dtype)
-        e = torch.zeros(k + 1, 1, dtype=dtype)
-        e[0] = beta
-        solution: list[float] = torch.linalg.lstsq(h, e, driver="gelsd").solution[:, 0].tolist()
-        return solution
+def _back_substituted(triangle: Sequence[Column], right: Sequence[float]) -> list[float]:
+    """The y with the least residual. A diagonal entry is zero in the last column alone, where the
+    image of a basis vector is zero or lies in the span of the other images."""
     y = list(right[: len(triangle)])
     for j in reversed(range(len(y))):
-        y[j] /= triangle[j][-1]
+        column = triangle[j]
+        y[j] = 0.0 if column[j] == 0 else y[j] / column[j]
         for i in range(j):
-            y[i] -= y[j] * triangle[j][i]
+            y[i] -= y[j] * column[i]
     return y
