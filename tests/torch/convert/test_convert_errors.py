@@ -1,5 +1,6 @@
 """Never silent: every way to lose a derivative is refused with an error that names the value."""
 
+import copy
 import dataclasses
 import subprocess
 import sys
@@ -286,11 +287,13 @@ class Masked(nn.Module):
     """Reads a constant buffer, and in `late` calls writes to what is not its own."""
 
     mask: Tensor
+    calls: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(3, 3, dtype=torch.float64)
         self.register_buffer("mask", torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64))
+        self.register_buffer("calls", torch.tensor(0))  # which the example does not read
         self.late: Callable[[Tensor], Any] = lambda _: None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -299,7 +302,7 @@ class Masked(nn.Module):
         return self.linear(x * self.mask)
 
 
-@pytest.mark.parametrize("what", ["mask", "argument", "parameter"])
+@pytest.mark.parametrize("what", ["mask", "calls", "argument", "parameter"])
 def test_a_module_at_its_own_parameters_that_writes_in_a_later_call(what: str) -> None:
     module, x = Masked(), fresh(2, 3, grad=False)
     converted, hoisted = closure_convert(module, x)
@@ -308,11 +311,48 @@ def test_a_module_at_its_own_parameters_that_writes_in_a_later_call(what: str) -
     same(torch.autograd.grad(converted(x, *hoisted).sum(), hoisted), expected)
     module.late = {
         "mask": lambda _: module.mask.mul_(2),
+        "calls": lambda _: module.calls.add_(1),
         "argument": lambda x: x.mul_(2),
         "parameter": lambda _: module.linear.weight.mul_(2),
     }[what]
     with pytest.raises(CaptureError, match=r"has written in place to .*Write to a clone"):
         converted(x, *hoisted)
+
+
+class Centred(nn.Module):
+    """Subtracts a mean that it updates in train mode, by a way that counts no version."""
+
+    mean: Tensor
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3, dtype=torch.float64)
+        self.register_buffer("mean", torch.zeros(3, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(3, dtype=torch.float64))
+        self.way, self.updates = way, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.way == "batch norm":
+            x = nn.functional.batch_norm(x, self.mean, self.var, training=self.updates)
+        elif self.training:
+            self.mean.data.lerp_(x.mean(0), 0.1)
+        return self.linear(x - self.mean)
+
+
+@pytest.mark.parametrize("way", ["batch norm", "data"])
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_write_without_a_version_is_refused_before_it_is_done(way: str, copied: bool) -> None:  # noqa: FBT001
+    module, x = Centred(way).eval(), fresh(4, 3, grad=False)
+    converted, hoisted = closure_convert(module, x)
+    same(converted(x, *hoisted), module(x))
+    module.train(way == "data")
+    module.updates = True
+    if copied:
+        converted = copy.deepcopy(converted)
+        module = converted.__wrapped__
+    with pytest.raises(CaptureError, match=r"in place to.*module\.eval\(\)|in place: .*mean"):
+        converted(x, *converted.hoisted)
+    assert torch.equal(module.mean, torch.zeros_like(module.mean))
 
 
 def test_a_module_with_a_batch_norm_is_watched_at_its_own_parameters() -> None:

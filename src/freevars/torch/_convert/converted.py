@@ -20,7 +20,7 @@ from freevars.errors import CaptureError, StructureError
 from freevars.torch import _compat, _hooks, _modes
 from freevars.torch._compat import pytree
 from freevars.torch._convert import operators
-from freevars.torch._convert.at_rest import can_rest, is_at_rest, refuse_written
+from freevars.torch._convert.at_rest import Rest, rest_of
 from freevars.torch._convert.autograd_graph import check_autograd_graph
 from freevars.torch._convert.captured import Captured
 from freevars.torch._convert.copies import as_leaf, copied, places_to_copy
@@ -77,6 +77,7 @@ class Converted(Generic[P, R]):
         replay: Draws | None = None,
         makes_leaves: bool = False,
         normalises: bool = False,
+        training: tuple[bool, ...] | None = None,
         kept: Kept | None = None,
         out_struct: Any = None,
         token: str | None = None,
@@ -105,10 +106,12 @@ class Converted(Generic[P, R]):
         self.out_struct = out_struct
         # Each with a place of its own in the graph, as one may be computed from another.
         needs_watch = makes_leaves or normalises or bool(self._kept) or replay is not None
-        self._can_rest = not needs_watch and can_rest(fun, self._own)
+        self._rest = None
+        if not needs_watch:
+            self._rest = rest_of(fun, self._own, training, sharded=bool(self._gathered))
         alias = operators.alias
         self.hoisted = tuple(
-            t if self._can_rest or id(t) in self._sharded else alias(t) for t in captured
+            t if self._rest is not None or id(t) in self._sharded else alias(t) for t in captured
         )
         self._token = uuid.uuid4().hex if token is None else token
 
@@ -152,6 +155,7 @@ class Converted(Generic[P, R]):
             "replay": self.replay,
             "makes_leaves": self._makes_leaves,
             "normalises": self._normalises,
+            "training": None if self._rest is None else self._rest.training,
             "kept": self._kept,
             "out_struct": self.out_struct,
             "token": self._token,
@@ -181,8 +185,8 @@ class Converted(Generic[P, R]):
             leaves = pytree.tree_leaves(arguments)
         else:
             leaves = self._structure.check(arguments, self._name)
-        if self._can_rest and is_at_rest(self._own, values, leaves):
-            return self._at_rest(arguments, leaves)
+        if self._rest is not None and self._rest.holds(values, leaves):
+            return self._at_rest(self._rest, arguments, leaves)
         if not self._kept:
             return self._substituted(arguments, leaves, values)[0]
         with self._kept.as_before(self._fun) as made:
@@ -215,7 +219,7 @@ class Converted(Generic[P, R]):
 
     def _check_reached(self, args: tuple[Any, ...]) -> None:
         """Refuses a call without hoisted values where derivatives would not reach them."""
-        if any(x is t for x in args for t in self.hoisted) and not self._can_rest:
+        if any(x is t for x in args for t in self.hoisted) and self._rest is None:
             raise StructureError(self._count_message("a hoisted value in place of an argument"))
         running = _hooks.forwards_running()
         given = {id(x) for _, values in running for x in values}
@@ -237,13 +241,9 @@ class Converted(Generic[P, R]):
             "derivatives by .backward(), into .grad."
         )
 
-    def _at_rest(self, arguments: tuple[Any, ...], leaves: list[Any]) -> Any:
+    def _at_rest(self, rest: Rest, arguments: tuple[Any, ...], leaves: list[Any]) -> Any:
         given = [x for x in leaves if isinstance(x, Tensor)]
-        own = () if self._gathered else self.captured  # a sharded module writes to its parameters
-        watched = [*given, *own, *self.constants]
-        versions = _compat.versions(watched)
-        out = self._fun(*arguments)
-        refuse_written(watched, versions, self._fun)
+        out = rest.run(self._fun, arguments, given)
         refuse_late(out)
         outputs = outputs_of(out)
         known = [*given, *self._declared, *self._gathered, *self.captured]

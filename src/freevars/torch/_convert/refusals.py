@@ -84,7 +84,8 @@ def written_message(named: str) -> str:
     """For a write in place to the tensor `named` that nothing has seen before it was done."""
     return (
         "expected a function that writes to its own intermediates only, got one that has written "
-        f"in place to {named}, in a call whose example did not. Write to a clone. {_STATISTICS}"
+        f"in place to {named}. A module that is run at its own parameters is looked at afterwards. "
+        f"Write to a clone. {_STATISTICS}"
     )
 
 
