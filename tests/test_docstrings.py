@@ -177,6 +177,17 @@ def test_every_attribute_exists(name):
         assert has or f"self.{attribute} = " in source, attribute
 
 
+@every_name
+def test_annotations_can_be_read(name):
+    """By what runs, not by a type checker alone."""
+    value = documented(PUBLIC[name])
+    members = vars(value).values() if inspect.isclass(value) else [value]
+    for member in members:
+        function = getattr(member, "fget", None) or getattr(member, "__func__", member)
+        if inspect.isfunction(function) and function.__module__.startswith("freevars."):
+            assert isinstance(typing.get_type_hints(function), dict)
+
+
 @every_class
 def test_every_field_is_documented(name):
     cls = CLASSES[name]

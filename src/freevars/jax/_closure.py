@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Self, TypeVar
+from typing import Any, Generic, ParamSpec, Self, TypeVar
 
 from jax import export, tree_util
 
@@ -20,9 +20,7 @@ from freevars.jax._convert.convert import convert
 from freevars.jax._convert.program import Program
 from freevars.jax._convert.serialize import from_bytes, to_bytes
 from freevars.jax._convert.stored import restore, store
-
-if TYPE_CHECKING:
-    from freevars.report import CaptureReport
+from freevars.report import CaptureReport
 
 __all__ = ["Closure"]
 
