@@ -120,7 +120,8 @@ def share(
     """
     values = jaxpr.invars[len(fixed) : len(jaxpr.invars) - len(inputs.types)]
     value_types = tuple([v.aval for v in values])
-    inputs, value_types = _without_weak_types(jaxpr, inputs, value_types, outputs)
+    if not jaxpr_key.functions:  # which are given values as they are, weak or not
+        inputs, value_types = _without_weak_types(jaxpr, inputs, value_types, outputs)
     key = (
         jaxpr_key.key,
         places,

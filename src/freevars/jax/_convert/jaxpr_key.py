@@ -64,7 +64,7 @@ class JaxprKey:
         self._rules: dict[int, Key] = {}
         # By the identity of parameters: these, and their key. JAX shares those of equal calls.
         self._plain: dict[Any, tuple[Any, Hashable]] = {}
-        self._functions = 0  # how many of the user's were met that run later
+        self.functions = 0  # how many of the user's were met that run later
         self._has_rules = False
         self._open: list[Rule] = []  # rules whose keys are being made
         self._lowest = 0  # the first of these that one inside comes back to
@@ -86,9 +86,9 @@ class JaxprKey:
             if _compat.keeps_dtype(eqn):
                 place[eqn.outvars[0]] = reads[0]
                 continue
-            before = self._functions
+            before = self.functions
             row = (eqn.primitive, reads, self._params(eqn), eqn.ctx)
-            sees = tuple([v.aval for v in eqn.invars]) if self._functions > before else ()
+            sees = tuple([v.aval for v in eqn.invars]) if self.functions > before else ()
             rows.append((*row, *sees))
             for v in eqn.outvars:
                 place[v] = next(places)
@@ -121,9 +121,9 @@ class JaxprKey:
         name = eqn.primitive.name
         look = self._kept_callback if name in _compat.CALLBACKS else self._kept
         drop = "name" if name in _NAMED else _WEAK.get(name)
-        before, functions = self._mark(), self._functions
+        before, functions = self._mark(), self.functions
         key = Key(tuple([(k, self._param(v, look)) for k, v in params.items() if k != drop]))
-        if not (self.foreign or self._has_rules or self._functions > functions):
+        if not (self.foreign or self._has_rules or self.functions > functions):
             self._plain[same] = (params, key)
         self._restore(before)
         return key
@@ -149,7 +149,7 @@ class JaxprKey:
         declared = _compat.declared_parts(x)
         if declared is not None:
             self.foreign |= not is_own(kind.__module__)
-            self._functions += 1
+            self.functions += 1
             return (kind, tuple([self._param(y, look) for y in declared]))
         if not isinstance(x, type) and (callable(x) or _compat.function_parts(x) is not None):
             return look(x)
@@ -177,7 +177,7 @@ class JaxprKey:
         if not foreign:
             return key
         self.foreign = True
-        self._functions += 1
+        self.functions += 1
         return Same(x)
 
     def _kept_callback(self, x: Any) -> Hashable:
