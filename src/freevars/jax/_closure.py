@@ -49,8 +49,8 @@ class Closure(Generic[P, R]):
         values: the captured arrays, in the order in which `fun` first reads them; every array met,
             traced, concrete or NumPy.
         constants: concrete arrays captured by a function inside `fun` with a rule that cannot be
-            traced alone, as that of a `custom_vmap`. They cannot be replaced, so they are part of
-            the structure and not leaves.
+            traced alone, as that of a `custom_vmap`, or by such a rule. They cannot be replaced, so
+            they are part of the structure and not leaves.
         captures: a report of what is captured, by name (`freevars.report.CaptureReport`).
         in_struct: the example arguments, a tuple, with a `jax.ShapeDtypeStruct` for each array.
         out_struct: the same for the result.

@@ -2,8 +2,8 @@
 
 The rules of `custom_vmap` and `linear_call` stay functions. They count by identity, and what they
 may read beside the program is a constant, so that no other value stands for it in one of the two
-alone. A foreign function, and an operation that is an object of a class (`hijax`), count by what
-JAX itself compares: target and attributes, class and parameters.
+alone. A foreign function counts by what JAX itself compares, target and attributes; an operation
+that is an object of a class (`hijax`) by its class and all that the object holds.
 """
 
 from __future__ import annotations
@@ -86,6 +86,85 @@ def test_what_a_rule_may_read_is_a_constant(make) -> None:
         np.testing.assert_allclose(got, expected, rtol=1e-6)
     with pytest.raises(CaptureError, match=r"captures the traced value w \("):
         jax.jit(lambda w: fv.Closure(make(w), X)(X))(V)
+
+
+def reads_its_argument_elsewhere(w):
+    """A function of x and w, whose rule takes x from its arguments and w from outside."""
+
+    @custom_vmap
+    def scaled(x, v):
+        return x * v
+
+    @scaled.def_vmap
+    def _(size, is_batched, x, v):
+        return jax.jit(lambda x: x * w)(x), is_batched[0]
+
+    return lambda x: scaled(x, w) + w[0] - w[0]
+
+
+def transposes_with_what_is_outside(w):
+    forward, transposed = (lambda r, y: r * y), (lambda r, g: w * g)
+    return lambda x: linear_call(forward, transposed, w, x)
+
+
+@pytest.mark.parametrize("make", [reads_its_argument_elsewhere, transposes_with_what_is_outside])
+@pytest.mark.parametrize("w", [V, np.array([1.0, 2.0, -1.0])], ids=["JAX", "NumPy"])
+def test_what_a_rule_reads_on_its_own_is_a_constant_for_its_function_too(make, w) -> None:
+    f = fv.Closure(make(w), X)
+    assert f.values == ()
+    np.testing.assert_array_equal(f.constants[0], w)
+    by_rule = lambda f: jax.vmap(f)(X[None])[0] if make is reads_its_argument_elsewhere else f(X)
+    np.testing.assert_allclose(by_rule(f), X * w, rtol=1e-6)
+    with pytest.raises(CaptureError, match=r"captures the traced value w \(.*in the rule too"):
+        jax.grad(lambda w: jnp.sum(by_rule(fv.Closure(make(w), X))))(V)
+
+
+def test_a_traced_value_that_only_a_rule_reads_is_refused() -> None:
+    def make(w):
+        @custom_vmap
+        def same(x):
+            return x
+
+        same.def_vmap(lambda size, is_batched, x: (x * w, is_batched[0]))
+        return same
+
+    assert fv.Closure(make(V), X).constants == ()
+    with pytest.raises(CaptureError, match=r"captures the traced value w \("):
+        jax.grad(lambda w: jnp.sum(jax.vmap(fv.Closure(make(w), X))(X[None])))(V)
+
+
+def test_a_rule_that_calls_its_function_is_looked_at_once() -> None:
+    runs = []
+
+    @custom_vmap
+    def one_by_one(x, v):
+        return x * v
+
+    @one_by_one.def_vmap
+    def _(size, is_batched, x, v):
+        runs.append(size)
+        return jax.lax.map(lambda xv: one_by_one(*xv), (x, v)), is_batched[0]
+
+    f = fv.Closure(lambda x: one_by_one(x, V), X)
+    assert len(runs) == 1
+    np.testing.assert_array_equal(f.values[0], V)  # the rule takes it from its arguments
+
+
+def test_a_rule_is_given_weak_values_as_they_are() -> None:
+    @custom_vmap
+    def rounded(w):
+        return w
+
+    @rounded.def_vmap
+    def _(size, is_batched, w):
+        return (jnp.bfloat16(1) * w).astype(jnp.float32), is_batched[0]
+
+    weak = jnp.broadcast_to(jnp.asarray(2.0 + 2.0**-10), (3,))
+    fun = lambda w: X * rounded(w)
+    expected = jax.vmap(fun)(weak[None])  # bfloat16 holds no 2 + 2^-10
+    np.testing.assert_array_equal(jax.vmap(fv.Closure(fun, weak))(weak[None]), expected)
+    batch = jax.tree.map(lambda w: w[None], fv.Closure(lambda x: fun(weak) + 0 * x, X))
+    np.testing.assert_array_equal(jax.vmap(lambda f: f(X))(batch), expected)
 
 
 # Foreign functions.
@@ -215,6 +294,29 @@ def test_an_object_of_a_class_counts_by_class_and_parameters() -> None:
     assert all(a != b for i, a in enumerate(found) for b in found[:i])
     fresh = lambda: power(V, 3, function=lambda x: x)  # two functions that JAX tells apart
     assert structure(fresh()) != structure(fresh())
+
+
+class Scaled(HiPrim):
+    """x times a factor that is no parameter."""
+
+    def __init__(self, x, factor):
+        self.in_avals, self.out_aval, self.params = (jax.typeof(x),), jax.typeof(x), {}
+        self.factor = factor
+        super().__init__()
+
+    def expand(self, x):
+        return x * self.factor
+
+
+def test_an_object_of_a_class_counts_with_all_that_it_holds() -> None:
+    make = lambda w: lambda x: Scaled(x, w)(x) + 0.0
+    f, g = fv.Closure(make(V), X), fv.Closure(make(V + 1), X)
+    assert jax.tree.structure(f) != jax.tree.structure(g)
+    assert jax.tree.structure(f) == structure(make(V))
+    np.testing.assert_allclose(g(X), X * (V + 1), rtol=1e-6)
+    assert any(c is V for c in fv.Closure(lambda x: make(V)(x) * V, X).constants)
+    with pytest.raises(CaptureError, match=r"captures the traced value w \("):
+        jax.grad(lambda w: jnp.sum(fv.Closure(make(w), X)(X)))(V)
 
 
 def test_an_object_of_a_class_has_its_own_derivative() -> None:

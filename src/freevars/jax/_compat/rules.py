@@ -18,18 +18,21 @@ from freevars.jax._compat.private import (
     util,
 )
 from freevars.jax._compat.programs import Eqn, Var, close, replace
-from freevars.jax._compat.values import is_smooth
+from freevars.jax._compat.values import ARRAY_TYPES, is_smooth
 
 __all__ = [
     "RULED",
     "RULED_FUNCTIONS",
     "captured_by_rule",
     "declared_parts",
+    "function_beside",
     "function_parts",
     "has_custom_vjp",
+    "held_by_operation",
     "is_beside",
     "jvp_program",
     "rule_objects",
+    "trace_beside",
     "unwrapped",
     "vmap_rule",
 ]
@@ -72,7 +75,7 @@ def function_parts(x: Any) -> tuple[Any, ...] | None:
         return (x.f, x.closure)
     if isinstance(x, util.HashablePartial):
         return (x.f, x.args, tuple(x.kwargs.items()))
-    if type(x).__module__.startswith("jax."):
+    if _is_jax_operation(x):
         declared = declared_parts(x)
         if declared is not None:
             return declared
@@ -86,13 +89,29 @@ def function_parts(x: Any) -> tuple[Any, ...] | None:
 
 
 def declared_parts(x: Any) -> tuple[Any, ...] | None:
-    """What JAX compares of an operation that is an object of a class (`hijax`), beside that class,
-    and its types. None for any other object, and for one of a class with an equality of its own."""
+    """What an operation that is an object of a class (`hijax`) holds, beside that class, and its
+    types. None for any other object, and for one of a class with an equality of its own.
+
+    JAX compares class and parameters alone, and the operations that it makes have nothing else.
+    """
     if not isinstance(x, _HIGH_PRIMITIVES) or type(x).__eq__ not in _DECLARED:
         return None
     types = tuple(x.in_avals_flat), tuple(x.out_avals_flat)
     effects: Any = getattr(x, "effects", frozenset())  # since JAX 0.10
-    return (*types, x.in_tree, x.out_tree, effects, tuple(x.params.items()))
+    own = () if _is_jax_operation(x) else tuple(vars(x).items())
+    return (*types, x.in_tree, x.out_tree, effects, tuple(x.params.items()), own)
+
+
+def _is_jax_operation(x: Any) -> bool:
+    return type(x).__module__.startswith("jax.")
+
+
+def held_by_operation(eqn: Eqn) -> list[Any]:
+    """The arrays and traced values that an operation of a class of the user's holds."""
+    operation = eqn.params.get("_prim")
+    if operation is None or _is_jax_operation(operation):
+        return []
+    return [x for x in jax.tree.leaves(vars(operation)) if isinstance(x, ARRAY_TYPES)]
 
 
 _DECLARED = [cls.__eq__ for cls in _HIGH_PRIMITIVES]
@@ -155,6 +174,27 @@ _BESIDE = {
 def is_beside(eqn: Eqn) -> bool:
     """Whether an equation has a function beside its program that is never traced here."""
     return eqn.primitive.name in _BESIDE
+
+
+def function_beside(eqn: Eqn) -> Any:
+    """That function, or None."""
+    if not is_beside(eqn):
+        return None
+    return vmap_rule(eqn.params.get("rule", eqn.params.get("transpose_thunk")))
+
+
+def trace_beside(eqn: Eqn) -> tuple[Any, Sequence[Any]]:
+    """A program of that function, as a transformation would run it: the transpose, or the rule for
+    a batch of every argument; and what stands before its arguments as constants."""
+    if "rule" not in eqn.params:
+        program, constants = eqn.params["transpose_thunk"]()
+        return program, constants
+    rule, tree = function_beside(eqn), eqn.params["in_tree"].children()[1]
+    args = [v.aval for v in eqn.invars[captured_by_rule(eqn) :]]
+    batched = [jax.ShapeDtypeStruct((2, *aval.shape), aval.dtype) for aval in args]
+    all_batched = list(tree.unflatten([True] * len(args)))
+    made = jax.make_jaxpr(lambda *args: rule(2, all_batched, *args)[0])(*tree.unflatten(batched))
+    return made, ()
 
 
 def vmap_rule(x: Any) -> Any:

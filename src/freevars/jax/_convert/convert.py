@@ -79,7 +79,13 @@ def trace(fun: Callable[..., Any], example_args: Sequence[Any]) -> Traced:
         for i, stays in sorted(captured.items())
         if stays or (isinstance(values[i], _compat.Tracer) and can_flow(values[i], hoisted=False))
     ]
-    return Traced(jaxpr, values, inputs, outputs, kept, lifted.keys)
+    known = {identity(x) for x in values}
+    beside = [x for x in lifted.beside if identity(x) in known or _is_open_tracer(x)]
+    return Traced(jaxpr, values, inputs, outputs, [*kept, *beside], lifted.keys)
+
+
+def _is_open_tracer(x: Any) -> bool:
+    return isinstance(x, _compat.Tracer) and _compat.is_open(x)
 
 
 def _statics(leaves: Sequence[tuple[int, Any]]) -> tuple[tuple[int, Static], ...]:
@@ -185,7 +191,7 @@ def _keep_what_rules_hold(
 
     A custom rule that stays a function reads its own captured values when JAX runs it. Were one
     replaced in the body and not in the rule, a derivative would be wrong without a word. So a
-    concrete array that is captured there stays what it is, and a traced one is refused. So is a
+    concrete array that either captures stays what it is, and a traced one is refused. So is a
     traced one that the function of a `custom_vjp` captures and that may be differentiated: whoever
     wrote the rule said that the derivative is not that of the body, and did not say what it is.
     """
@@ -196,7 +202,8 @@ def _keep_what_rules_hold(
             f"{name_of(fun)}: a function in it that has a rule of its own (a custom derivative,"
             " custom_vmap, linear_call), or the rule, captures the traced value"
             f" {described(fun, x, jaxpr, values)}, and does not give its derivative. Pass"
-            " the value to the function that has the rule as an argument."
+            " the value to the function that has the rule as an argument, and read it from there"
+            " in the rule too."
         )
         raise CaptureError(message)
     if not kept:

@@ -90,6 +90,7 @@ class Lifted(NamedTuple):
     values: list[Any]
     captures: bool  # whether a function with a rule captures anything that JAX gives no rule
     keys: dict[int, Hashable]  # of what JAX keeps of its own rules
+    beside: list[Any]  # what functions read on their own that stay functions, as far as it shows
 
 
 def lambda_lift(closed: Any) -> Lifted:
@@ -99,8 +100,12 @@ def lambda_lift(closed: Any) -> Lifted:
     found = Values()
     lifter.rules.visit(closed, found)
     lifter.copies.update(twins(found.read, found.held))
+    beside = lifter.rules.beside.values
+    # Arrays of JAX's are no copies; one of the same content may well be another.
+    copies = twins(found.read, [x for x in beside if not isinstance(x, _compat.Array)])
     jaxpr, values = lifter.whole(closed)
-    return Lifted(jaxpr, values, lifter.captures, lifter.rules.keys)
+    beside = [copies.get(identity(x), x) for x in beside]
+    return Lifted(jaxpr, values, lifter.captures, lifter.rules.keys, beside)
 
 
 def _consts(jaxpr: Any) -> list[Any]:

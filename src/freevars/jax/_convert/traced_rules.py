@@ -12,7 +12,9 @@ A rule that asks which tangents are zero is traced for none: being linear in the
 what it makes of fewer. Only what cannot move is left out: the results of a function whose rule
 raises, which is how a library says that no derivative goes through. Such a rule has no program, and
 counts by what it raises. A few rules stay functions: JAX's own and this library's, which are
-compared by identity and read no state; and those that fail where they are traced alone.
+compared by identity and read no state; and those that fail where they are traced alone. The rule of
+a `custom_vmap` and the transpose of a `linear_call` stay functions too; these run once, to see what
+they read on their own.
 Not here: how a traced rule runs (`rule_call`), and who compares programs (`jaxpr_key`).
 """
 
@@ -33,6 +35,7 @@ from freevars.jax._describe.tracers import identity
 __all__ = ["RuleTracer", "Values"]
 
 _DEEP = 16  # rules within rules
+_MOST = 64  # functions beside equations that are looked at: each may make another
 
 
 class Values:
@@ -53,6 +56,11 @@ class Values:
         for value, aval in held:
             self.held.append(value)
             self.found.setdefault(identity(value), (value, aval))
+
+    @property
+    def values(self) -> list[Any]:
+        """All of them."""
+        return [value for value, _ in self.found.values()]
 
 
 class _Frame:
@@ -85,6 +93,8 @@ class RuleTracer:
         # What rules hold, with the types; not in the rules, which live on in compiled programs.
         self._held: dict[int, list[tuple[Any, Any]]] = {}
         self._wrapped = Wrapped()  # it keeps the objects whose ids are in keys
+        self.beside = Values()  # what functions read on their own that stay functions
+        self._looked_at: list[Any] = []  # of these functions
 
     def rule_of(self, eqn: Eqn) -> tuple[Rule | None, int]:
         """The traced rule of an equation that was visited, or None where it stays a function; and
@@ -118,9 +128,28 @@ class RuleTracer:
                 values.hold(self.held_by(rule))
                 if rule.refusal is not None:
                     still.update(eqn.outvars)
+            else:
+                self._look_beside(eqn)
             for nested in _compat.nested_programs(eqn):
                 self._visit(nested, values, seen)
         _add_literals(jaxpr.outvars, values)
+
+    def _look_beside(self, eqn: Eqn) -> None:
+        """Add what an equation reads beside its operands."""
+        for x in _compat.held_by_operation(eqn):
+            self.beside.add(x, None)
+        fun = _compat.function_beside(eqn)
+        seen = fun is None or any(fun is other for other in self._looked_at)
+        if seen or len(self._looked_at) >= _MOST or not self._wrapped.look(fun)[1]:
+            return  # JAX's own, which reads no state
+        self._looked_at.append(fun)
+        try:
+            program, constants = _compat.trace_beside(eqn)
+        except Exception:  # noqa: BLE001 (JAX runs it where it is needed, and it raises there)
+            return
+        for x in constants:
+            self.beside.add(x, None)
+        self._visit(program, self.beside, {})
 
     def _of(self, eqn: Eqn, still: set[Any]) -> Rule | None:
         if id(eqn) not in self._rules:
