@@ -234,9 +234,8 @@ class ObjectGraph:
         elif layers is not None:
             yield from self.layers(node, layers)
             skip: tuple[str, ...] = MODULE_PARTS
-            if self.bounds.is_outside(
-                class_module(type(obj))
-            ):  # a second list of the parameters, say
+            # It may hold a second list of the parameters, say.
+            if self.bounds.is_outside(class_module(type(obj))):
                 private = (key for key in attrs if key.startswith("_") and "hooks" not in key)
                 skip = (*skip, *private)
             yield from self.attributes(node, attrs, skip=skip)
