@@ -114,6 +114,24 @@ def test_modules() -> None:
         Closure(net, x)(x[:2])
 
 
+@pytest.mark.parametrize("wrapped", ["no", "yes"])
+def test_what_is_unfrozen_later_gets_its_derivative(wrapped: str) -> None:
+    net = nn.Linear(2, 1).requires_grad_(False)
+    x = fresh(3, 2, grad=False).float()
+    c = Closure(net if wrapped == "no" else lambda x: 2 * net(x), x)
+    net.requires_grad_(True)
+    c(x).sum().backward()
+    scale = 1 if wrapped == "no" else 2
+    same(net.weight.grad, scale * x.sum(0, keepdim=True))
+    same(net.bias.grad, torch.tensor([scale * 3.0]))
+    # And a frozen one as an argument of a function that reads it.
+    w = fresh(3, grad=False)
+    square = Closure(lambda x: x * w, w)
+    same(square(w), w * w)
+    w.requires_grad_(True)
+    same(f.grad(lambda w: square(w).sum())(w), w)
+
+
 def test_errors_are_those_of_the_conversion() -> None:
     w = fresh(3)
     with pytest.raises(CaptureError, match="in place"):

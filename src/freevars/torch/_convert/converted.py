@@ -104,16 +104,18 @@ class Converted(Generic[P, R]):
         self.origin = origin
         self.in_struct = None if structure is None else structure.struct
         self.out_struct = out_struct
-        # Each with a place of its own in the graph, as one may be computed from another.
         needs_watch = makes_leaves or normalises or bool(self._kept) or replay is not None
         self._rest = None
         if not needs_watch:
             self._rest = rest_of(fun, self._own, training, sharded=bool(self._gathered))
-        alias = operators.alias
-        self.hoisted = tuple(
-            t if self._rest is not None or id(t) in self._sharded else alias(t) for t in captured
-        )
+        # Each with a place of its own in the graph, as one may be computed from another. What is
+        # in no graph stands for itself, so that it gets its derivatives when it is unfrozen.
+        self.hoisted = tuple(operators.alias(t) if self._needs_alias(t) else t for t in captured)
         self._token = uuid.uuid4().hex if token is None else token
+
+    def _needs_alias(self, t: Tensor) -> bool:
+        stands_for_itself = self._rest is not None or id(t) in self._sharded
+        return not stands_for_itself and operators.may_carry_derivative(t)
 
     @functools.cached_property
     def _name(self) -> str:
@@ -219,7 +221,8 @@ class Converted(Generic[P, R]):
 
     def _check_reached(self, args: tuple[Any, ...]) -> None:
         """Refuses a call without hoisted values where derivatives would not reach them."""
-        if any(x is t for x in args for t in self.hoisted) and self._rest is None:
+        own = {id(t) for t in self.hoisted} - {id(t) for t in self.captured}
+        if not own.isdisjoint(map(id, args)):
             raise StructureError(self._count_message("a hoisted value in place of an argument"))
         running = _hooks.forwards_running()
         given = {id(x) for _, values in running for x in values}
