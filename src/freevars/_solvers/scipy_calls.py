@@ -5,7 +5,7 @@ Not here: scipy itself, which only `freevars.jax.scipy` and `freevars.torch.scip
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import inf
 from numbers import Number
 from typing import Any, NoReturn
@@ -19,15 +19,19 @@ __all__ = [
     "PRODUCTS",
     "are_pairs",
     "as_tuple",
+    "check_constraint",
     "check_objective",
     "check_pair",
     "check_span",
+    "dense",
     "is_open",
     "ivp_options",
+    "listed",
     "pairs_of",
     "refuse_derivatives",
     "refuse_integrand",
     "refuse_loss",
+    "refuse_of_linprog",
     "refuse_of_quad",
 ]
 
@@ -131,6 +135,27 @@ def are_pairs(bounds: Any, n: int, name: str) -> bool:
     raise TypeError(message)
 
 
+def listed(bounds: Any) -> Any:
+    """Bounds, as a list where they are an iterator, `zip(lower, upper)` say."""
+    return list(bounds) if isinstance(bounds, Iterator) else bounds
+
+
+def check_constraint(where: str, constraint: Mapping[str, Any]) -> None:
+    """Refuse a dict that is no constraint of `minimize`.
+
+    Raises:
+        ValueError: its type is missing, or another one than scipy knows.
+        TypeError: its function is missing.
+    """
+    kind = constraint.get("type")
+    if str(kind).lower() not in ("eq", "ineq"):
+        message = f"{where}: expected type 'eq' or 'ineq', got {kind!r}."
+        raise ValueError(message)
+    if not callable(constraint.get("fun")):
+        message = f"{where}: fun: expected a function of x, got {constraint.get('fun')!r}."
+        raise TypeError(message)
+
+
 def _shape(a: Any) -> tuple[int, ...] | None:
     """Of an array or tensor; None of anything else."""
     shape = getattr(a, "shape", None)
@@ -184,10 +209,43 @@ def check_pair(name: str, end: str, matrix: Any, vector: Any) -> None:
         raise TypeError(message)
 
 
-def pairs_of(bounds: Any, n: int) -> list[tuple[Any, Any]]:
-    """A pair (min, max) for each of n unknowns of `linprog`, which takes one pair for all too."""
+def refuse_of_linprog(*, integrality: Any, **given: Any) -> None:
+    """Refuse arguments of `linprog` that have no place.
+
+    Raises:
+        TypeError: one of them is not None, or some x is to be a whole number.
+    """
+    for name, value in given.items():
+        if value is not None:
+            message = f"linprog: {name}= has no place here, got {value!r}: leave it out."
+            raise TypeError(message)
+    if integrality is not None and any(_entries(integrality)):
+        message = (
+            f"linprog: integrality: expected None, got {integrality!r}. A whole number has no"
+            " derivative. Find it by scipy.optimize.milp, and fix it here by its bounds."
+        )
+        raise TypeError(message)
+
+
+def _entries(a: Any) -> list[Any]:
+    return list(a) if _shape(a) != () and not isinstance(a, Number) else [a]
+
+
+def dense(matrix: Any) -> Any:
+    """A matrix of scipy.sparse as an array, everything else as it is."""
+    return matrix.toarray() if hasattr(matrix, "toarray") else matrix
+
+
+def pairs_of(bounds: Any, n: int) -> Any:
+    """A pair (min, max) for each of n unknowns of `linprog`, which takes one pair for all too;
+    scipy's `Bounds` as they are."""
     if bounds is None:
         bounds = (0, None)
+    if hasattr(bounds, "lb"):
+        return bounds
+    bounds = listed(bounds)
+    if len(bounds) == 1:
+        (bounds,) = bounds
     if len(bounds) == 2 and all(map(_is_number, bounds)):  # noqa: PLR2004
         return [tuple(bounds)] * n
     return [tuple(pair) for pair in bounds]

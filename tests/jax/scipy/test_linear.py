@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.sparse
+from scipy.optimize import Bounds
 
 from freevars.errors import FreevarsError
 from freevars.jax.scipy import fixed_point, linprog
@@ -67,6 +69,16 @@ def test_what_is_infeasible_says_so() -> None:
     assert np.isnan(result.x).all()
     with pytest.raises(TypeError, match="both A_ub and b_ub"):
         linprog(GAIN, jnp.ones((1, 2)))
+    with pytest.raises(TypeError, match="integrality: expected None, got 1"):
+        linprog(GAIN, integrality=1)
+    with pytest.raises(TypeError, match="x0= has no place here"):
+        linprog(GAIN, x0=GAIN)
+
+
+@pytest.mark.parametrize("bounds", [[(0, 1)], Bounds(0, 1), zip([0, 0], [1, 1], strict=True)])
+def test_bounds_and_sparse_matrices_as_scipy_takes_them(bounds) -> None:
+    limits = {"A_ub": scipy.sparse.csr_array(np.ones((1, 2))), "b_ub": [1.5]}
+    np.testing.assert_allclose(linprog([-1, -2], **limits, bounds=bounds).x, [0.5, 1.0])
 
 
 @pytest.mark.parametrize("method", ["del2", "iteration"])

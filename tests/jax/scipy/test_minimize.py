@@ -17,6 +17,7 @@ import freevars.jax as fv
 from freevars.errors import NotASolutionError
 from freevars.jax.scipy import minimize
 from freevars.jax.scipy._constraints import as_functions, as_sides
+from freevars.jax.scipy._scipy import as_start
 
 QUICK = ["BFGS", "trust-exact"]
 OTHERS = [
@@ -98,12 +99,35 @@ def test_a_start_has_no_part_in_the_solution() -> None:
     assert slope(1.0) == 0.0
 
 
+@pytest.mark.parametrize("x0", [[0, 0], (0, 0), np.zeros(2, int), [0.0, np.float64(1)]])
+def test_numbers_are_an_array(x0) -> None:
+    x = minimize(lambda x: jnp.dot(x, x) - 2 * x.sum(), x0).x
+    np.testing.assert_allclose(x, [1.0, 1.0])
+
+
+def test_starts_that_stay_pytrees() -> None:
+    start = lambda x0: jax.tree.map(jnp.result_type, as_start(x0))
+    double = jnp.dtype(float)
+    assert start({"a": 1, "b": (1.0, jnp.zeros(2))}) == {"a": double, "b": (double, double)}
+    assert start((jnp.zeros(2), jnp.zeros(3))) == (double, double)
+    assert start([]) == start(np.float64(1)) == double
+    assert start(np.complex64(1)) == np.complex64
+
+
+def test_an_objective_of_one_number() -> None:
+    """As scipy takes it, of x0 = [0.0] say."""
+    solve = lambda a: minimize(lambda x: (x - a) ** 2, jnp.zeros(1))
+    assert solve(2.0).fun.shape == ()
+    np.testing.assert_allclose(jax.jacfwd(lambda a: solve(a).x)(2.0), [1.0])
+
+
 CAP = 0.5
 BOUNDS = {
     "sides": (None, np.array([CAP, 5.5])),
     "lists": (None, [CAP, 5.5]),
     "pairs": [(None, CAP), (None, 5.5)],
     "rows": np.array([[-np.inf, CAP], [-np.inf, 5.5]]),
+    "zip": zip([None, None], [CAP, 5.5], strict=True),
     "Bounds": Bounds(-np.inf, [CAP, 5.5]),
 }
 
@@ -158,7 +182,7 @@ CONSTRAINTS = {
         {"type": "INEQ", "fun": lambda x: 0.5 - x[0]},
     ],
     "rows": NonlinearConstraint(
-        lambda x: jnp.stack([_total(x), x[0], x[1]]), [1.0, -np.inf, -5.0], [1.0, 0.5, np.inf]
+        lambda x: [_total(x), x[0], x[1]], [1.0, -np.inf, -5.0], [1.0, 0.5, np.inf]
     ),
     "linear": [
         LinearConstraint([[1.0, 1.0], [0.0, 1.0]], [1.0, -5.0], [1.0, np.inf]),
@@ -254,6 +278,8 @@ def test_callback_and_callable_method() -> None:
         ({"bounds": (jnp.zeros(2), jnp.ones(2))}, TypeError, "two sides of two numbers, or two"),
         ({"bounds": [(0, 1)] * 3}, TypeError, "for each of 2 unknowns"),
         ({"constraints": {"type": "le", "fun": sum}}, ValueError, "expected type 'eq' or 'ineq'"),
+        ({"constraints": {"fun": sum}}, ValueError, "expected type 'eq' or 'ineq', got None"),
+        ({"constraints": {"type": "eq"}}, TypeError, r"\[0\]: fun: expected a function of x"),
         ({"constraints": [3]}, TypeError, r"constraints\[0\]: expected a dict"),
         (
             {"constraints": {"type": "eq", "fun": jnp.sum, "jac": jnp.ones}},

@@ -74,12 +74,26 @@ def test_args_captures_and_starts_of_any_form() -> None:
     np.testing.assert_allclose(torch.stack(torch.autograd.grad(total, (a, b))), [2.0, 10.0])
 
 
+@pytest.mark.parametrize("x0", [[0, 0], (0, 0), np.zeros(2, int), [0.0, torch.tensor(1.0)]])
+def test_numbers_are_a_tensor(x0) -> None:
+    x = minimize(lambda x: torch.dot(x, x) - 2 * x.sum(), x0).x
+    np.testing.assert_allclose(x, [1.0, 1.0])
+
+
+def test_an_objective_of_one_number() -> None:
+    """As scipy takes it, of x0 = [0.0] say."""
+    solve = lambda a: minimize(lambda x: (x - a) ** 2, [0.0])
+    assert solve(2.0).fun.shape == ()
+    np.testing.assert_allclose(jacobian(lambda a: solve(a).x, number(2.0)), [1.0])
+
+
 FUN = lambda x: ((x - torch.tensor([1.0, 2.0])) ** 2).sum()
 BOUNDS = {
     "sides": (None, torch.tensor([0.5, 5.5])),
     "lists": (None, [0.5, 5.5]),
     "pairs": [(None, 0.5), (None, 5.5)],
     "rows": np.array([[-np.inf, 0.5], [-np.inf, 5.5]]),
+    "zip": [*zip([None, None], [0.5, 5.5], strict=True)],
     "Bounds": Bounds(-np.inf, [0.5, 5.5]),
 }
 

@@ -16,7 +16,7 @@ import numpy as np
 from jax import tree_util
 from jax.flatten_util import ravel_pytree
 
-from freevars._solvers.scipy_calls import are_pairs, as_tuple
+from freevars._solvers.scipy_calls import are_pairs, as_tuple, check_constraint, listed
 from freevars.jax import _compat
 from freevars.jax.scipy._scipy import optimize, refuse_derivatives
 
@@ -32,6 +32,7 @@ def as_sides(bounds: Any, x0: Any, name: str, *, pairs: bool = True) -> tuple[An
     """
     if bounds is None:
         return None, False
+    bounds = listed(bounds)
     n = sum(math.prod(np.shape(leaf)) for leaf in jax.tree.leaves(x0))
     if isinstance(bounds, optimize.Bounds):
         sides = tuple(_like(jnp.broadcast_to(side, (n,)), x0) for side in (bounds.lb, bounds.ub))
@@ -75,12 +76,10 @@ def _together(functions: Sequence[Function]) -> Function | None:
 
 def _add(constraint: Any, where: str, equal: list[Function], positive: list[Function]) -> None:
     if isinstance(constraint, dict):
+        check_constraint(where, constraint)
         kind, fun = str(constraint["type"]).lower(), constraint["fun"]
         refuse_derivatives(where, jac=constraint.get("jac"))
         args = as_tuple(constraint.get("args", ()))
-        if kind not in ("eq", "ineq"):
-            message = f"{where}: expected type 'eq' or 'ineq', got {constraint['type']!r}."
-            raise ValueError(message)
         (equal if kind == "eq" else positive).append(lambda x: fun(x, *args))
         return
     if isinstance(constraint, optimize.LinearConstraint):
@@ -119,7 +118,7 @@ def _add_limits(
 
     def rows(which: Any, sign: float, side: Any) -> Function:
         def part(x: Any) -> Any:
-            value = jnp.ravel(fun(x))
+            value = ravel_pytree(fun(x))[0]
             keep = np.broadcast_to(which, value.shape)
             return (sign * (value - jnp.asarray(side, value.dtype)))[keep]
 

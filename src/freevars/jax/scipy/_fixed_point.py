@@ -10,7 +10,7 @@ from freevars._solvers.scipy_calls import as_tuple
 from freevars._solvers.verdict import OnFailure
 from freevars.jax._host.on_host import on_host
 from freevars.jax._rules.rules import fixed_point as fixed_point_rule
-from freevars.jax.scipy._scipy import optimize, tracing
+from freevars.jax.scipy._scipy import as_start, optimize, tracing
 
 __all__ = ["fixed_point"]
 
@@ -43,7 +43,7 @@ def fixed_point(
 
     Args:
         func: `func(x, *args)`, in JAX, gives an x.
-        x0: a pytree of floating or complex arrays, and x is like it; `func` is given such a one.
+        x0: as for `minimize`: a pytree of arrays, and x is like it.
         args: extra arguments of `func`.
         xtol: as in scipy.
         maxiter: as in scipy.
@@ -66,7 +66,7 @@ def fixed_point(
         >>> print(f"{jax.grad(solve)(1.0):.4f}")  # cos x / (1 + sin x)
         0.4416
     """
-    args = as_tuple(args)
+    x0, args = as_start(x0), as_tuple(args)
     with tracing("fixed_point", func):
         return _solver(on_failure, polish)(
             func, x0, args, xtol=xtol, maxiter=maxiter, method=method

@@ -17,7 +17,7 @@ from freevars.jax._host.on_host import on_host
 from freevars.jax._rules.rules import least_squares as least_squares_rule
 from freevars.jax.scipy._constraints import as_sides
 from freevars.jax.scipy._result import OptimizeResult, as_arrays
-from freevars.jax.scipy._scipy import optimize, refuse_derivatives, tracing
+from freevars.jax.scipy._scipy import as_start, optimize, refuse_derivatives, tracing
 
 __all__ = ["least_squares"]
 
@@ -80,7 +80,7 @@ def least_squares(
 
     Args:
         fun: `fun(x, *args, **kwargs)`, in JAX, gives the residuals, real arrays in any structure.
-        x0: a pytree of floating or complex arrays, and x is like it; `fun` is given such a one.
+        x0: as for `minimize`: a pytree of arrays, and x is like it.
         jac: refused, because it is not needed: the function has exact derivatives.
         bounds: a pair (lower, upper), each like x0, a number or None; or scipy's `Bounds`.
         method: as in scipy.
@@ -124,6 +124,7 @@ def least_squares(
     del f_scale
     refuse_derivatives(name, jac=jac, diff_step=diff_step, jac_sparsity=jac_sparsity)
     refuse_loss(name, loss)
+    x0 = as_start(x0)
     sides, _ = as_sides(None if is_open(bounds) else bounds, x0, name, pairs=False)
     args, kwargs = as_tuple(args), kwargs or {}
     how = {

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from freevars._solvers.scipy_calls import check_pair, pairs_of
+from freevars._solvers.scipy_calls import check_pair, dense, pairs_of, refuse_of_linprog
 from freevars._solvers.scipy_results import solver_said
 from freevars._solvers.verdict import OnFailure
 from freevars.jax._host.on_host import on_host
@@ -60,7 +60,10 @@ def linprog(
     b_eq: Any = None,
     bounds: Any = (0, None),
     method: Any = "highs",
+    callback: Any = None,
     options: Any = None,
+    x0: Any = None,
+    integrality: Any = None,
     *,
     on_failure: OnFailure = "raise",
     one_sided: bool = False,
@@ -79,7 +82,10 @@ def linprog(
         b_eq: Float[Array, "k"] or None.
         bounds: as in scipy: a pair (min, max) for all, or one for each of x, None for no bound.
         method: as in scipy.
+        callback: not supported by scipy's methods, and refused.
         options: as in scipy.
+        x0: not used by scipy's methods, and refused.
+        integrality: refused: what is a whole number has no derivative.
         on_failure: as for `freevars.jax.root`.
         one_sided: as for `freevars.jax.argmin`.
 
@@ -87,7 +93,7 @@ def linprog(
         x, `fun` at x, and what scipy said (`OptimizeResult`). x is NaN where scipy found none.
 
     Raises:
-        TypeError: a matrix is given without its vector.
+        TypeError: a matrix is given without its vector, or see above.
         freevars.errors.FreevarsError: as for `freevars.jax.argmin`.
         Exception: whatever scipy raises, as for `freevars.jax.on_host`.
 
@@ -101,20 +107,21 @@ def linprog(
         [5. 3.] [1. 0.]
     """
     name = "linprog"
+    refuse_of_linprog(callback=callback, x0=x0, integrality=integrality)
     c = jnp.asarray(c)
     c = c.astype(jnp.result_type(float, c))
     functions: dict[str, Any] = {}
     for kind, end, A, b in (("inequality", "ub", A_ub, b_ub), ("equality", "eq", A_eq, b_eq)):
         check_pair(name, end, A, b)
         if A is not None:
-            matrix, vector = jnp.asarray(A, c.dtype), jnp.asarray(b, c.dtype)
+            matrix, vector = jnp.asarray(dense(A), c.dtype), jnp.asarray(b, c.dtype)
             sign = -1 if end == "ub" else 1
             functions[kind] = functools.partial(_rows, sign * matrix, sign * vector)
-    x0 = jnp.zeros_like(c)
-    (lower, upper), _ = as_sides(pairs_of(bounds, c.size), x0, name)
+    zero = jnp.zeros_like(c)
+    (lower, upper), _ = as_sides(pairs_of(bounds, c.size), zero, name)
     sides = (lower.astype(c.dtype), upper.astype(c.dtype))
     x, status = _solver(on_failure, one_sided)(
-        lambda x: jnp.vdot(c, x), x0, method=method, options=options, bounds=sides, **functions
+        lambda x: jnp.vdot(c, x), zero, method=method, options=options, bounds=sides, **functions
     )
     return OptimizeResult(x, jnp.vdot(c, x), **status)
 

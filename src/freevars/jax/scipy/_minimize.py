@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from freevars._solvers.scipy_calls import as_tuple, check_objective
 from freevars._solvers.scipy_results import solver_said
@@ -15,7 +16,7 @@ from freevars.jax._host.on_host import on_host
 from freevars.jax._rules.rules import argmin
 from freevars.jax.scipy._constraints import as_functions, as_sides
 from freevars.jax.scipy._result import OptimizeResult, as_arrays
-from freevars.jax.scipy._scipy import refuse_derivatives, runs, tracing
+from freevars.jax.scipy._scipy import as_start, refuse_derivatives, runs, tracing
 
 __all__ = ["minimize"]
 
@@ -60,6 +61,10 @@ def _solver(on_failure: OnFailure, one_sided: bool, polish: bool) -> Any:  # noq
     return rule(on_host(_run, aux=as_arrays(solver_said())))
 
 
+def _as_number(fun: Callable[..., Any], *args: Any) -> Any:
+    return jnp.reshape(fun(*args), ())
+
+
 def minimize(
     fun: Callable[..., Any],
     x0: Any,
@@ -87,7 +92,8 @@ def minimize(
 
     Args:
         fun: `fun(x, *args)`, in JAX, gives a real number of shape ().
-        x0: a pytree of floating or complex arrays, and x is like it; `fun` is given such a one.
+        x0: a pytree of floating or complex arrays, and x is like it; `fun` is given such a one. A
+            list or tuple of numbers is an array, as in scipy, and integers are floats.
         args: extra arguments of `fun`.
         method: as in scipy.
         jac: refused, because it is not needed: the function has exact derivatives.
@@ -133,29 +139,38 @@ def minimize(
     """
     name = "minimize"
     refuse_derivatives(name, jac=jac, hess=hess, hessp=hessp)
+    x0, args = as_start(x0), as_tuple(args)
     sides, keep_feasible = as_sides(bounds, x0, name)
     equality, inequality = as_functions(constraints, name)
     if method is None:  # scipy's own choice, which has to know of the constraints
         method = "SLSQP" if equality or inequality else "BFGS" if sides is None else "L-BFGS-B"
-    args = as_tuple(args)
+
+    def solve(fun: Callable[..., Any]) -> tuple[Any, Any]:
+        found: tuple[Any, Any] = _solver(on_failure, one_sided, polish)(
+            fun,
+            x0,
+            args,
+            method=method,
+            tol=tol,
+            callback=callback,
+            options=options,
+            keep_feasible=keep_feasible,
+            bounds=sides,
+            equality=equality,
+            inequality=inequality,
+        )
+        return found
+
     with tracing(name, fun):
         try:
-            x, status = _solver(on_failure, one_sided, polish)(
-                fun,
-                x0,
-                args,
-                method=method,
-                tol=tol,
-                callback=callback,
-                options=options,
-                keep_feasible=keep_feasible,
-                bounds=sides,
-                equality=equality,
-                inequality=inequality,
-            )
+            x, status = solve(fun)
         except TypeError:
-            check_objective(jax.eval_shape(fun, x0, *args), "jnp.sum")
-            raise
+            value = jax.eval_shape(fun, x0, *args)
+            if getattr(value, "size", None) != 1 or value.shape == ():
+                check_objective(value, "jnp.sum")
+                raise
+            fun = functools.partial(_as_number, fun)  # as scipy takes an array of one number
+            x, status = solve(fun)
         value = fun(x, *args)
     check_objective(value, "jnp.sum")
     return OptimizeResult(x, value, **status)

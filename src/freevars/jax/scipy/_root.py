@@ -12,7 +12,7 @@ from freevars._solvers.verdict import OnFailure
 from freevars.jax._host.on_host import on_host
 from freevars.jax._rules.rules import root as root_rule
 from freevars.jax.scipy._result import OptimizeResult, as_arrays
-from freevars.jax.scipy._scipy import refuse_derivatives, runs, tracing
+from freevars.jax.scipy._scipy import as_start, refuse_derivatives, runs, tracing
 
 __all__ = ["root"]
 
@@ -63,7 +63,7 @@ def root(
 
     Args:
         fun: `fun(x, *args)`, in JAX, gives as many numbers as x has, in any structure.
-        x0: a pytree of floating or complex arrays, and x is like it; `fun` is given such a one.
+        x0: as for `minimize`: a pytree of arrays, and x is like it.
         args: extra arguments of `fun`.
         method: as in scipy.
         jac: refused, because it is not needed: the function has exact derivatives.
@@ -90,7 +90,7 @@ def root(
         0.7071
     """
     refuse_derivatives("root", jac=jac)
-    args = as_tuple(args)
+    x0, args = as_start(x0), as_tuple(args)
     with tracing("root", fun):
         x, status = _solver(on_failure, polish)(
             fun, x0, args, method=method, tol=tol, callback=callback, options=options

@@ -13,6 +13,7 @@ import numpy as np
 from freevars._solvers.scipy_calls import ORDERS, as_tuple
 from freevars._solvers.scipy_results import root_said
 from freevars._solvers.verdict import OnFailure
+from freevars.jax import _compat
 from freevars.jax._host.on_host import on_host
 from freevars.jax._rules.rules import implicit
 from freevars.jax.scipy._result import RootResults, as_arrays
@@ -142,8 +143,9 @@ def root_scalar(
     if method is None:
         method = "brentq" if bracket is not None else "newton" if x1 is None else "secant"
     numbers: list[Any] = [x0, x1, *(bracket if bracket is not None else ())]
+    _check_numbers([a for a in numbers if a is not None], name)
     dtype = jnp.result_type(float, *(a for a in numbers if a is not None))
-    x0, x1, *ends = (None if a is None else _number(a, dtype, name) for a in numbers)
+    x0, x1, *ends = (None if a is None else jnp.asarray(a, dtype) for a in numbers)
     order = ORDERS.get(str(method).lower(), 0)
     args = as_tuple(args)
     with tracing(name, f):
@@ -164,11 +166,11 @@ def root_scalar(
     return RootResults(x, **status)
 
 
-def _number(a: Any, dtype: Any, name: str) -> Any:
-    if np.shape(a) != () or jnp.issubdtype(dtype, jnp.complexfloating):
-        message = (
-            f"{name}: expected real numbers of shape () for x0, x1 and the bracket, got {a!r}. Many"
-            " roots at once are jax.vmap of this; a complex one is found by root."
-        )
-        raise TypeError(message)
-    return jnp.asarray(a, dtype)
+def _check_numbers(numbers: list[Any], name: str) -> None:
+    for a in numbers:
+        if not _compat.is_array(a) or np.shape(a) != () or jnp.iscomplexobj(a):
+            message = (
+                f"{name}: expected real numbers of shape () for x0, x1 and the bracket, got {a!r}."
+                " Many roots at once are jax.vmap of this; a complex one is found by root."
+            )
+            raise TypeError(message)

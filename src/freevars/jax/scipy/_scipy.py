@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from freevars._solvers import scipy_calls
 from freevars._solvers.signature import solver_name
+from freevars.jax import _compat
 
 try:
     from scipy import optimize
@@ -19,7 +22,7 @@ except ImportError as error:  # pragma: no cover (tested in a process of its own
     message = "freevars.jax.scipy needs scipy: pip install 'freevars[scipy]'"
     raise ImportError(message) from error
 
-__all__ = ["optimize", "refuse_derivatives", "runs", "tracing"]
+__all__ = ["as_start", "optimize", "refuse_derivatives", "runs", "tracing"]
 
 # What JAX says where code asks for the numbers of a traced array.
 _ASKS_FOR_NUMBERS = (
@@ -33,6 +36,19 @@ _ASKS_FOR_NUMBERS = (
 def refuse_derivatives(name: str, **given: Any) -> None:
     """As `scipy_calls.refuse_derivatives`."""
     scipy_calls.refuse_derivatives(name, "JAX", "jax.custom_jvp", **given)
+
+
+def as_start(x0: Any) -> Any:
+    """x0 as scipy takes it: integers are floats, and a list or tuple of numbers is an array."""
+    if type(x0) in (list, tuple) and all(_compat.is_array(x) and np.shape(x) == () for x in x0):
+        return _floating(jnp.array(x0))
+    return jax.tree.map(_floating, x0)
+
+
+def _floating(x: Any) -> Any:
+    if not _compat.is_array(x) or jnp.issubdtype(jnp.result_type(x), jnp.inexact):
+        return x
+    return jnp.asarray(x, jnp.result_type(float, x))
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from freevars._solvers.scipy_calls import are_pairs, as_tuple
+from freevars._solvers.scipy_calls import are_pairs, as_tuple, check_constraint, listed
 from freevars.torch._compat import pytree
 from freevars.torch.scipy._scipy import optimize, refuse_derivatives
 
@@ -30,6 +30,7 @@ def as_sides(bounds: Any, x0: Any, name: str, *, pairs: bool = True) -> tuple[An
     """
     if bounds is None:
         return None, False
+    bounds = listed(bounds)
     leaves = pytree.tree_leaves(x0)
     n = sum(leaf.numel() for leaf in leaves)
     if isinstance(bounds, optimize.Bounds):
@@ -87,12 +88,10 @@ def _together(functions: Sequence[Function]) -> Function | None:
 
 def _add(constraint: Any, where: str, equal: list[Function], positive: list[Function]) -> None:
     if isinstance(constraint, dict):
+        check_constraint(where, constraint)
         kind, fun = str(constraint["type"]).lower(), constraint["fun"]
         refuse_derivatives(where, jac=constraint.get("jac"))
         args = as_tuple(constraint.get("args", ()))
-        if kind not in ("eq", "ineq"):
-            message = f"{where}: expected type 'eq' or 'ineq', got {constraint['type']!r}."
-            raise ValueError(message)
         (equal if kind == "eq" else positive).append(lambda x: fun(x, *args))
         return
     if isinstance(constraint, optimize.LinearConstraint):
@@ -112,8 +111,12 @@ def _add(constraint: Any, where: str, equal: list[Function], positive: list[Func
         raise TypeError(message)
 
 
+def _vector(values: Any) -> Tensor:
+    return torch.cat([leaf.reshape(-1) for leaf in pytree.tree_leaves(values)])
+
+
 def _times(A: Any, x: Any) -> Tensor:
-    vector = torch.cat([leaf.reshape(-1) for leaf in pytree.tree_leaves(x)])
+    vector = _vector(x)
     return _tensor(A).to(vector) @ vector
 
 
@@ -133,7 +136,7 @@ def _add_limits(
 
     def rows(which: Any, sign: float, side: Any) -> Function:
         def part(x: Any) -> Any:
-            value = fun(x).reshape(-1)
+            value = _vector(fun(x))
             keep = torch.as_tensor(np.broadcast_to(which, tuple(value.shape)).copy())
             return (sign * (value - _tensor(side).to(value)))[keep.to(value.device)]
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from freevars._solvers.scipy_calls import check_pair, pairs_of
+from freevars._solvers.scipy_calls import check_pair, dense, pairs_of, refuse_of_linprog
 from freevars.torch._rules.rule import OnFailure
 from freevars.torch._rules.rules import argmin
 from freevars.torch.scipy._constraints import as_sides
@@ -60,7 +60,10 @@ def linprog(
     b_eq: Any = None,
     bounds: Any = (0, None),
     method: Any = "highs",
+    callback: Any = None,
     options: Any = None,
+    x0: Any = None,
+    integrality: Any = None,
     *,
     on_failure: OnFailure = "raise",
     one_sided: bool = False,
@@ -79,7 +82,10 @@ def linprog(
         b_eq: Float[Tensor, "k"] or None.
         bounds: as in scipy: a pair (min, max) for all, or one for each of x, None for no bound.
         method: as in scipy.
+        callback: not supported by scipy's methods, and refused.
         options: as in scipy.
+        x0: not used by scipy's methods, and refused.
+        integrality: refused: what is a whole number has no derivative.
         on_failure: as for `freevars.torch.root`.
         one_sided: as for `freevars.torch.argmin`.
 
@@ -87,7 +93,7 @@ def linprog(
         x, `fun` at x, and what scipy said (`OptimizeResult`). x is NaN where scipy found none.
 
     Raises:
-        TypeError: a matrix is given without its vector.
+        TypeError: a matrix is given without its vector, or see above.
         freevars.errors.FreevarsError: as for `freevars.torch.argmin`.
         Exception: whatever scipy raises, as it is.
 
@@ -101,18 +107,19 @@ def linprog(
         >>> print(plan(hours), torch.autograd.functional.jacobian(plan, hours) + 0.0)
         tensor([5., 3.]) tensor([1., 0.])
     """
+    refuse_of_linprog(callback=callback, x0=x0, integrality=integrality)
     c = as_tensor(c)
     functions: dict[str, Any] = {}
     for kind, end, A, b in (("inequality", "ub", A_ub, b_ub), ("equality", "eq", A_eq, b_eq)):
         check_pair("linprog", end, A, b)
         if A is not None:
             sign = -1 if end == "ub" else 1
-            rows = (sign * as_tensor(part).to(c) for part in (A, b))
+            rows = (sign * as_tensor(part).to(c) for part in (dense(A), b))
             functions[kind] = functools.partial(_rows, *rows)
-    x0 = torch.zeros_like(c)
-    sides, _ = as_sides(pairs_of(bounds, c.numel()), x0, "linprog")
+    zero = torch.zeros_like(c)
+    sides, _ = as_sides(pairs_of(bounds, c.numel()), zero, "linprog")
     x, status = _solver(on_failure, one_sided)(
-        lambda x: (c * x).sum(), x0, method=method, options=options, bounds=sides, **functions
+        lambda x: (c * x).sum(), zero, method=method, options=options, bounds=sides, **functions
     )
     return OptimizeResult(x, (c * x).sum(), **status)
 

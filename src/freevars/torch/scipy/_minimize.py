@@ -59,6 +59,11 @@ def _solver(on_failure: OnFailure, one_sided: bool, polish: bool) -> Any:  # noq
     return argmin(has_aux=True, **how)(_run)
 
 
+def _as_number(fun: Callable[..., Any], *args: Any) -> Tensor:
+    value: Tensor = fun(*args).reshape(())
+    return value
+
+
 def minimize(
     fun: Callable[..., Any],
     x0: Any,
@@ -87,7 +92,8 @@ def minimize(
     Args:
         fun: `fun(x, *args)`, in PyTorch, gives a real number of shape ().
         x0: a pytree of floating or complex tensors, NumPy arrays or numbers, and x is such a one of
-            tensors, as `fun` is given.
+            tensors, as `fun` is given. A list or tuple of numbers is a tensor, as in scipy, and
+            integers are floats.
         args: extra arguments of `fun`.
         method: as in scipy.
         jac: refused, because it is not needed: the function has exact derivatives.
@@ -131,7 +137,11 @@ def minimize(
     equality, inequality = as_functions(constraints, name)
     if method is None:  # scipy's own choice, which has to know of the constraints
         method = "SLSQP" if equality or inequality else "BFGS" if sides is None else "L-BFGS-B"
-    check_objective(value_in_pytorch(name, fun, x0, args), ".sum()")
+    value = value_in_pytorch(name, fun, x0, args)
+    if isinstance(value, Tensor) and value.numel() == 1:  # scipy takes an array of one number
+        fun = functools.partial(_as_number, fun) if value.dim() else fun
+    else:
+        check_objective(value, ".sum()")
     x, status = _solver(on_failure, one_sided, polish)(
         fun,
         x0,

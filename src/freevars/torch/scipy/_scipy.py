@@ -55,10 +55,13 @@ def as_tensor(a: Any) -> Tensor:
 
 
 def as_start(x0: Any) -> Any:
-    """x0 with tensors for its numbers and arrays, as `as_tensor`; a list of numbers is an array."""
-    if isinstance(x0, list) and all(isinstance(x, (int, float)) for x in x0):
-        return as_tensor(x0)
+    """x0 with tensors for its numbers and arrays, as `as_tensor`.
+
+    As in scipy a list or tuple of numbers is an array.
+    """
     known = (Tensor, np.ndarray, np.generic, int, float, complex)
+    if type(x0) in (list, tuple) and all(isinstance(x, known) and np.ndim(x) == 0 for x in x0):
+        return as_tensor(x0)
     return pytree.tree_map_only(known, as_tensor, x0)
 
 
