@@ -15,8 +15,21 @@ the equation lets an error grow, both show in
 which is a relative size: 1% is accepted, and 1.9% in float32, as of a Newton step of an implicit
 rule. A component may happen to be zero at all times that were asked for, as an oscillation is after
 whole periods; what moves it at both ends of an interval then tells how large it was on the way. A
-dissipative equation is unstable backwards: there the error grows between two times. Not here: the
-mathematics (`integral`, `adjoint` of a host).
+dissipative equation is unstable backwards: there the error grows between two times.
+
+An integral is no state of its own derivative, and df/dp may be harder to integrate than f. So the
+derivative is integrated over both halves as well,
+
+    error = |I(a, b) - I(a, m) - I(m, b)| / u,    m = (a + b) / 2
+    u     = max of |I(a, b)|, |I(a, m)| + |I(m, b)|, and |b - a| times the mean of |df/dp dp| at
+            a few points
+
+which a rule that is exact for polynomials passes, as does one with evenly spaced points: the halves
+have twice as many. In reverse mode this is asked of one combination of all components, each
+relative to what is differentiated by, so that it costs two integrals however many there are. No
+points at all see what lies between them: that a derivative passes is no proof. Where a limit is
+infinite there are no halves, and nothing is asked. Not here: the mathematics (`integral`, `adjoint`
+of a host).
 """
 
 from __future__ import annotations
@@ -29,6 +42,7 @@ from freevars.errors import CaptureError, NotASolutionError
 __all__ = [
     "INTEGRAL",
     "ODE",
+    "SAMPLES",
     "IntegralOptions",
     "OdeOptions",
     "Reverse",
@@ -36,12 +50,15 @@ __all__ = [
     "Takes",
     "called_as",
     "no_derivative",
+    "not_resolved",
     "not_solved",
     "shown_by",
 ]
 
 INTEGRAL = ("integrand", "a", "b")
 ODE = ("field", "y0", "ts")
+
+SAMPLES = 8  # points at which the size of an integrand is looked at
 
 # What a solver can integrate: any pytree of arrays (it is given a tuple), one array (it is given a
 # vector of real numbers), one real number. None: what the call shows.
@@ -50,7 +67,7 @@ State: TypeAlias = Literal[None, "pytree", "array"]  # noqa: PYI061 (as above)
 
 # How a backward pass of a differential equation is solved, and what happens where it is not good.
 Reverse: TypeAlias = Literal["adjoint", "sensitivities"]
-OdeOnFailure: TypeAlias = Literal["raise", "warn", "nan"]
+OnDoubt: TypeAlias = Literal["raise", "warn", "nan"]
 
 
 class IntegralOptions(TypedDict, total=False):
@@ -58,6 +75,9 @@ class IntegralOptions(TypedDict, total=False):
 
     has_aux: bool  # False
     takes: Takes  # None
+    on_failure: OnDoubt  # "raise"
+    check: bool  # True
+    tol: float | None  # None
 
 
 class OdeOptions(TypedDict, total=False):
@@ -67,7 +87,7 @@ class OdeOptions(TypedDict, total=False):
     has_aux: bool  # False
     takes: State  # None
     reverse: Reverse  # "adjoint"
-    on_failure: OdeOnFailure  # "raise"
+    on_failure: OnDoubt  # "raise"
     check: bool  # True
     tol: float | None  # None
 
@@ -77,6 +97,17 @@ def shown_by(shapes: Sequence[tuple[int, ...]], *, is_leaf: bool) -> Takes:
     if not is_leaf:
         return "pytree"
     return "scalar" if shapes[0] == () else "array"
+
+
+def not_resolved(name: str, error: float, limit: float) -> NotASolutionError:
+    """The error for a derivative that the solver does not integrate well."""
+    return NotASolutionError(
+        f"{name}: the derivative cannot be trusted: integrated over both halves, it differs from"
+        f" the whole by {error:.1e}, relative to its size; up to {limit:.1e} is accepted. The"
+        " derivative of an integrand may be harder to integrate than the integrand. Give the"
+        " solver more points or a tighter tolerance; cut the integral where its derivative is"
+        " steep; or accept more by the rule's tol=, as for points drawn at random."
+    )
 
 
 def not_solved(name: str, error: float, limit: float, *, backwards: bool) -> NotASolutionError:

@@ -10,7 +10,7 @@ import scipy.integrate
 from jax import lax
 
 import freevars.jax as fv
-from freevars.errors import CaptureError, StructureError
+from freevars.errors import CaptureError, NotASolutionError, StructureError
 
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(16)
 P = np.array([0.7, 0.3])
@@ -96,7 +96,7 @@ def test_a_solver_of_pytrees_integrates_a_gradient_at_once() -> None:
 
     for takes, expected in (("pytree", (50,)), ("array", (50,))):
         shapes.clear()
-        integrate = fv.integral(solver, takes=takes)
+        integrate = fv.integral(solver, takes=takes, check=False)
         got = jax.grad(lambda w: integrate(lambda t: jnp.sum(jnp.sin(w * t)), 0.0, 1.0))(w)
         # d/dw int sin(w t) = int t cos(w t) dt over [0, 1]
         np.testing.assert_allclose(got, (np.cos(w) + w * np.sin(w) - 1) / w**2, rtol=1e-9)
@@ -112,7 +112,7 @@ def test_a_solver_of_numbers_evaluates_the_integrand_once_for_all() -> None:
         return t
 
     w = jnp.linspace(0.1, 1.0, 5)
-    integrate = fv.integral(lambda f, a, b: (b - a) * f((a + b) / 2))
+    integrate = fv.integral(lambda f, a, b: (b - a) * f((a + b) / 2), check=False)
     pull = jax.vjp(lambda w: integrate(lambda t: jnp.sum(w * counted(t)), 0.0, 1.0), w)[1]
     jax.effects_barrier()
     seen.clear()
@@ -184,6 +184,49 @@ def test_extra_arguments_and_options() -> None:
     assert jax.grad(program)(3.0, 1.0) == pytest.approx(2.0)
     with pytest.raises(CaptureError, match="the option scale="):
         jax.grad(program, 1)(3.0, 1.0)
+
+
+def peak(integrate, c):
+    """Narrower than the nodes of `gauss` are apart."""
+    return integrate(lambda t: 1 + jnp.exp(-(((t - c) / 0.02) ** 2)), 0.0, 1.0)
+
+
+def test_a_derivative_that_the_points_miss_is_refused() -> None:
+    integrate = fv.integral(gauss)
+    with pytest.raises(NotASolutionError, match=r"gauss: .* integrated over both halves"):
+        jax.grad(lambda c: peak(integrate, c))(0.37)
+    with pytest.raises(NotASolutionError, match="accept more by the rule's tol="):
+        jax.jvp(lambda c: peak(integrate, c), (0.37,), (1.0,))
+    assert np.isnan(jax.jit(jax.grad(lambda c: peak(integrate, c)))(0.37))
+    by_rule = jax.grad(lambda c: peak(gauss, c))(0.37)
+    unchecked = fv.integral(gauss, check=False)
+    np.testing.assert_allclose(jax.grad(lambda c: peak(unchecked, c))(0.37), by_rule)
+    warning = fv.integral(gauss, on_failure="warn")
+    with pytest.warns(UserWarning, match="cannot be trusted"):
+        assert np.isnan(jax.grad(lambda c: peak(warning, c))(0.37))
+
+
+def test_no_unit_and_no_symmetry_is_a_failure() -> None:
+    """Derivatives that are zero because their parts cancel, and integrands of any size."""
+    integrate = fv.integral(gauss)
+    waves = lambda p: integrate(lambda t: p * jnp.cos(4 * jnp.pi * t), 0.0, 1.0)
+    distance = lambda c: integrate(lambda t: (t - c) ** 2, 0.0, 1.0)
+    nothing = lambda c: integrate(lambda t: t + 0 * c, 0.0, 1.0)
+    for fun in (waves, distance, nothing):
+        np.testing.assert_allclose(jax.grad(fun)(0.5), 0.0, atol=1e-9)
+    assert jax.grad(lambda c: integrate(lambda t: c * t, 1.0, 1.0))(2.0) == 0.0
+    small = jax.grad(lambda c: integrate(lambda t: 1e-200 * jnp.exp(c * t), 0.0, 1e3))(1e-3)
+    np.testing.assert_allclose(small, 1e-200 * 1e6, rtol=1e-9)
+    single = jnp.array([0.0, 1.0], jnp.float32)
+    slope = jax.grad(lambda c: integrate(lambda t: jnp.exp(c * t), *single))(single[1])
+    np.testing.assert_allclose(slope, 1.0, rtol=1e-5)
+
+
+def test_an_absolute_tolerance_that_accepts_anything_is_told() -> None:
+    """scipy's is 1.5e-8, and looks no closer at what is smaller."""
+    area = lambda c: fv.scipy.quad(lambda t: 1e-10 * jnp.exp(-(((t - c) / 1e-3) ** 2)), 0, 1)[0]
+    with pytest.raises(NotASolutionError, match="quad: the derivative cannot be trusted"):
+        jax.grad(lambda w: w * area(w))(0.37)
 
 
 def test_methods() -> None:

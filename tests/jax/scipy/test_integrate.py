@@ -41,6 +41,11 @@ def test_derivatives_of_quad() -> None:
             np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-9)
 
 
+def test_an_integral_does_not_depend_on_where_it_is_cut() -> None:
+    area = lambda c: fs.quad(lambda t: jnp.abs(t - c), 0.0, 1.0, points=[c])[0]
+    np.testing.assert_allclose(jax.grad(area)(0.3), 2 * 0.3 - 1)
+
+
 def test_quad_of_complex_numbers() -> None:
     def wave(p):
         return fs.quad(lambda t: jnp.exp(1j * p * t), 0.0, 1.0, complex_func=True)[0]
@@ -73,6 +78,11 @@ def test_times_that_were_rounded() -> None:
     ts = jnp.linspace(0.0, 0.1, 2, dtype=jnp.float32)  # 0.1 is less in float64
     y = fs.solve_ivp(lambda t, y: -y, (0.0, 0.1), jnp.ones(1), t_eval=ts).y[0, -1]
     np.testing.assert_allclose(y, np.exp(-0.1), rtol=1e-6)
+
+
+def test_lists_of_numbers_are_vectors() -> None:
+    y = fs.solve_ivp(lambda t, y: [y[1], -y[0]], (0, 1), [1, 0], t_eval=[1.0], rtol=1e-8).y
+    np.testing.assert_allclose(y[:, -1], [np.cos(1), -np.sin(1)], rtol=1e-6)
 
 
 def test_times_in_a_list_have_derivatives() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import freevars.torch as fv
-from freevars.errors import CaptureError, StructureError
+from freevars.errors import CaptureError, NotASolutionError, StructureError
 from freevars.torch._compat import pytree
 
 f = torch.func
@@ -80,7 +80,8 @@ def test_one_integral_for_all_where_the_solver_takes_it() -> None:
         return gauss(fun, a, b)
 
     w = torch.linspace(0.1, 1.0, 7, dtype=F64, requires_grad=True)
-    for takes, expected in ((None, 8), ("array", 2), ("pytree", 2)):
+    # Twice more, over both halves.
+    for takes, expected in ((None, 10), ("array", 4), ("pytree", 4)):
         calls.clear()
         zero = torch.zeros((), dtype=F64)
         total = fv.integral(solver, takes=takes)(lambda t: (w * t).sin().sum(), zero, 1 + zero)
@@ -92,7 +93,7 @@ def test_one_integral_for_all_where_the_solver_takes_it() -> None:
         calls.clear()
         each = fv.integral(solver, takes=takes)(lambda t: w * t, zero, 1 + zero)
         torch.autograd.grad(each.sum(), w)
-        assert len(calls) == 2
+        assert len(calls) == 4
 
 
 def test_scipy_and_infinite_limits() -> None:
@@ -112,6 +113,48 @@ def test_scipy_and_infinite_limits() -> None:
     assert f.grad(f.grad(tail, 1), 1)(one, infinity) == 0.0
     torch.testing.assert_close(f.grad(tail)(one, infinity), -torch.exp(-one))
     torch.testing.assert_close(f.grad(tail, 1)(one, 2 * one), torch.exp(-2 * one) / 2)
+
+
+def peak(solve, c):
+    """Narrower than the nodes of `gauss` are apart."""
+    return solve(lambda t: 1 + torch.exp(-(((t - c) / 0.02) ** 2)), *ENDS)
+
+
+ENDS = torch.tensor([0.0, 1.0], dtype=F64)
+AT = torch.tensor(0.4, dtype=F64)
+
+
+def test_a_derivative_that_the_points_miss_is_refused() -> None:
+    solve = fv.integral(gauss)
+    with pytest.raises(NotASolutionError, match=r"gauss: .* integrated over both halves"):
+        peak(solve, AT.clone().requires_grad_()).backward()
+    with pytest.raises(NotASolutionError, match="accept more by the rule's tol="):
+        f.jvp(lambda c: peak(solve, c), (AT,), (AT,))
+    by_rule = f.grad(lambda c: peak(gauss, c))(AT)
+    for how in ({"check": False}, {"tol": 0.5}):
+        got = f.grad(lambda c, how=how: peak(fv.integral(gauss, **how), c))(AT)
+        torch.testing.assert_close(got, by_rule)
+    warning = fv.integral(gauss, on_failure="warn")
+    with pytest.warns(UserWarning, match="cannot be trusted"):
+        assert f.grad(lambda c: peak(warning, c))(AT).isnan()
+    # Each member of a batch has its own verdict; that of the wide peak is good.
+    width = torch.tensor([0.02, 2.0], dtype=F64)
+    area = lambda c, w: quiet(lambda t: torch.exp(-(((t - c) / w) ** 2)), *ENDS)
+    quiet = fv.integral(gauss, on_failure="nan")
+    assert f.vmap(f.grad(area), (None, 0))(AT, width).isnan().tolist() == [True, False]
+
+
+def test_no_unit_and_no_symmetry_is_a_failure() -> None:
+    """Derivatives that are zero because their parts cancel, and integrands of any size."""
+    solve, half = fv.integral(gauss), torch.tensor(0.5, dtype=F64)
+    waves = lambda p: solve(lambda t: p * torch.cos(4 * torch.pi * t), *ENDS)
+    distance = lambda c: solve(lambda t: (t - c) ** 2, *ENDS)
+    nothing = lambda c: solve(lambda t: t + 0 * c, *ENDS)
+    for fun in (waves, distance, nothing):
+        np.testing.assert_allclose(f.grad(fun)(half), 0.0, atol=1e-6)
+    assert f.grad(lambda c: solve(lambda t: c * t, ENDS[1], ENDS[1]))(half) == 0.0
+    small = f.grad(lambda c: solve(lambda t: 1e-200 * torch.exp(c * t), ENDS[0], 1e3 * ENDS[1]))
+    np.testing.assert_allclose(small(1e-3 * ENDS[1]), 1e-200 * 1e6, rtol=1e-9)
 
 
 def test_structures_and_types() -> None:

@@ -67,6 +67,11 @@ def test_each_member_of_a_batch_has_its_own_estimate() -> None:
     torch.testing.assert_close(torch.func.vmap(of_one)(ps), torch.stack([of_one(p) for p in ps]))
 
 
+def test_an_integral_does_not_depend_on_where_it_is_cut() -> None:
+    area = lambda c: quad(lambda t: (t - c).abs(), 0.0, 1.0, points=[c])[0]
+    np.testing.assert_allclose(torch.func.grad(area)(torch.tensor(0.3)), 2 * 0.3 - 1, rtol=1e-6)
+
+
 def test_quad_of_complex_numbers() -> None:
     wave = lambda p: quad(lambda t: torch.exp(1j * p * t), 0.0, 1.0, complex_func=True)[0]
     exact = lambda p: (torch.exp(1j * p) - 1) / (1j * p)
@@ -141,6 +146,11 @@ def test_times_that_were_rounded_and_states_of_integers() -> None:
     ts = torch.linspace(0.0, 0.1, 2, dtype=torch.float32)  # 0.1 is less in float64
     y = solve_ivp(lambda t, y: -y, (0.0, 0.1), np.array([1, 2]), t_eval=ts).y[:, -1]
     np.testing.assert_allclose(y, np.array([1, 2]) * math.exp(-0.1), rtol=1e-6)
+
+
+def test_lists_of_tensors_are_vectors() -> None:
+    y = solve_ivp(lambda t, y: [y[1], -y[0]], (0, 1), [1, 0], t_eval=[1.0], rtol=1e-8).y
+    np.testing.assert_allclose(y[:, -1], [math.cos(1), -math.sin(1)], rtol=1e-6)
 
 
 def test_times_in_a_list_have_derivatives() -> None:

@@ -31,10 +31,11 @@ import jax
 import jax.numpy as jnp
 
 from freevars._sequences import replaced
-from freevars._solvers.integration import Reverse
+from freevars._solvers.integration import Reverse, not_solved
 from freevars.jax import _compat
 from freevars.jax._rules.coordinates import max_abs
 from freevars.jax._rules.forms import Flat
+from freevars.jax._rules.integrator import Told, accepted
 
 __all__ = ["BySolver", "OdeSolver"]
 
@@ -52,6 +53,9 @@ class OdeSolver(Protocol):
     def check(self) -> bool: ...
 
     @property
+    def __name__(self) -> str: ...
+
+    @property
     def limit(self) -> Callable[[float], float]: ...
 
     def integrate(self, field: Field, state: Arrays, ts: Any, options: Any, takes: Any) -> Arrays:
@@ -59,7 +63,7 @@ class OdeSolver(Protocol):
 
     def takes(self, y0: Any) -> Any: ...
 
-    def tell(self, error: Any, limit: float, *, backwards: bool) -> None: ...
+    def tell(self, error: Any, limit: float, told: Told) -> None: ...
 
 
 class Recorded(NamedTuple):
@@ -97,7 +101,8 @@ class BySolver:
     def _tell(self, given: Sequence[Any], error: Any, *, backwards: bool) -> None:
         if self.solver.check:
             eps = Flat(self.recorded(given).y0).eps
-            self.solver.tell(error, self.solver.limit(eps), backwards=backwards)
+            told = functools.partial(not_solved, self.solver.__name__, backwards=backwards)
+            self.solver.tell(error, self.solver.limit(eps), told)
 
     def recorded(self, given: Sequence[Any]) -> Recorded:
         problem, (y0, ts), options, ys = self.tree.unflatten(given)
@@ -113,14 +118,10 @@ class BySolver:
         return Recorded(f, p, *parts, options, self.solver.takes(y0))
 
     def accepted(self, of: Recorded, error: Any, out: Arrays, asked: Arrays) -> Arrays:
-        """NaN in place of what is not good, except where nothing is asked for."""
+        """NaN in place of what is not good."""
         if not self.solver.check:
             return out
-        nothing = jnp.all(jnp.stack([jnp.all(a == 0) for a in asked])) if asked else True
-        good = (error <= self.solver.limit(Flat(of.y0).eps)) | nothing
-        # A factor, so that what is not good stays that in a derivative of it.
-        factor = jnp.where(good, 1, jnp.nan)
-        return [leaf * factor.astype(leaf.real.dtype) for leaf in out]
+        return accepted(out, asked, error <= self.solver.limit(Flat(of.y0).eps))
 
 
 @functools.partial(jax.jit, static_argnums=0)

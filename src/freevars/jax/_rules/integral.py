@@ -28,14 +28,15 @@ import jax.numpy as jnp
 
 from freevars._contract import check_callable
 from freevars._sequences import replaced
-from freevars._solvers.integration import INTEGRAL, IntegralOptions, Takes, shown_by
+from freevars._solvers.integration import INTEGRAL, IntegralOptions, Takes, not_resolved, shown_by
 from freevars._solvers.signature import SolverCall
 from freevars.errors import StructureError
 from freevars.jax import _compat
 from freevars.jax._convert.static import as_static, from_static
 from freevars.jax._rules.forms import Flat
+from freevars.jax._rules.halves import difference, direction
 from freevars.jax._rules.hosted import Hosted
-from freevars.jax._rules.integrator import Integrator, dots_of
+from freevars.jax._rules.integrator import Integrator, accepted, dots_of
 from freevars.jax._solver.problem import Problem
 
 __all__ = ["IntegralSolver"]
@@ -168,10 +169,44 @@ class _ByProblem:
     moving: tuple[int, ...]
 
     def forward(self, given: Sequence[Any], x: Sequence[Any]) -> Sequence[Any]:
-        return _forward(self, list(given), list(x))
+        out, error = _forward(self, list(given), list(x))
+        self._tell(given, error)
+        return out
 
     def transposed(self, given: Sequence[Any], g: Sequence[Any]) -> Sequence[Any]:
-        return _transposed(self, list(given), list(g))
+        out, error = _transposed(self, list(given), list(g))
+        self._tell(given, error)
+        return out
+
+    def _tell(self, given: Sequence[Any], error: Any) -> None:
+        if self.solver.check:
+            told = functools.partial(not_resolved, self.solver.__name__)
+            self.solver.tell(error, self._limit(self.tree.unflatten(given)[0]), told)
+
+    def _limit(self, problem: Problem) -> float:
+        types = [problem.fun.in_struct[0], *jax.tree.leaves(problem.struct())]
+        return self.solver.limit(Flat(types).eps)
+
+    def judged(
+        self, integrand: Callable[[Any], Any], given: list[Any], whole: Any, out: list[Any], x: Any
+    ) -> tuple[list[Any], Any]:
+        """`out`, NaN if `whole`, the integral of `integrand`, is not good; and how far it is from
+        that. Both are as the solver takes them; `out` is derived from it, for the direction x."""
+        problem, at, options = self.tree.unflatten(jax.lax.stop_gradient(given))
+        ends = from_static(at)
+        if not self.solver.check or any(isinstance(end, float) for end in ends):  # infinite
+            return out, jnp.zeros(())
+        point = jnp.zeros((), problem.fun.in_struct[0].dtype)
+        part = Problem.of(integrand, point, (), {})
+
+        def over(a: Any, b: Any) -> list[Any]:
+            found = self.solver.solve(part, as_static((a, b), _compat.is_array), options)
+            return jax.tree.leaves(found[0] if self.solver.has_aux else found)
+
+        error = difference(
+            over, lambda t: jax.tree.leaves(integrand(t)), ends, jax.tree.leaves(whole)
+        )
+        return accepted(out, x, error <= self._limit(problem)), error
 
     def parts(self, given: list[Any]) -> tuple[Any, list[Any], Any, Any, Any]:
         """f(t, some of p), this part of p, the problem, the limits, the options."""
@@ -185,35 +220,47 @@ class _ByProblem:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(by: _ByProblem, given: list[Any], x: list[Any]) -> list[Any]:
-    f, some, problem, at, options = by.parts(given)
+def _forward(by: _ByProblem, given: list[Any], x: list[Any]) -> tuple[list[Any], Any]:
+    def pushed(given: list[Any], x: list[Any]) -> Callable[[Any], Any]:
+        f, some, *_ = by.parts(given)
+        return lambda t: jax.jvp(functools.partial(f, t), (some,), (x,))[1]
 
-    def integrand(t: Any) -> Any:
-        return jax.jvp(functools.partial(f, t), (some,), (x,))[1]
-
-    return jax.tree.leaves(by.solver.integrate(integrand, problem.fun.in_struct[0], at, options))
+    problem, at, options = by.tree.unflatten(given)
+    whole = by.solver.integrate(pushed(given, x), problem.fun.in_struct[0], at, options)
+    fixed = pushed(*jax.lax.stop_gradient((given, x)))
+    return by.judged(fixed, given, whole, jax.tree.leaves(whole), x)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _transposed(by: _ByProblem, given: list[Any], g: list[Any]) -> list[Any]:
-    f, some, problem, at, options = by.parts(given)
-    t_type, takes = problem.fun.in_struct[0], by.solver.takes(problem.struct())
+def _transposed(by: _ByProblem, given: list[Any], g: list[Any]) -> tuple[list[Any], Any]:
+    _, some, problem, at, options = by.parts(given)
+    takes, flat = by.solver.takes(problem.struct()), Flat(some)
     types, tree = jax.tree.flatten(problem.struct())
-    arrived = tree.unflatten([ct.astype(s.dtype) for ct, s in zip(g, types, strict=True)])
-    integrate = functools.partial(by.solver.integrate, t=t_type, at=at, options=options)
+    integrate = functools.partial(
+        by.solver.integrate, t=problem.fun.in_struct[0], at=at, options=options
+    )
 
-    def pulled(t: Any) -> list[Any]:
-        cotangents: list[Any] = jax.vjp(functools.partial(f, t), some)[1](arrived)[0]
-        return cotangents
+    def pulled(given: list[Any], g: list[Any]) -> Callable[[Any], list[Any]]:
+        f, some, *_ = by.parts(given)
+        arrived = tree.unflatten([ct.astype(s.dtype) for ct, s in zip(g, types, strict=True)])
+        return lambda t: jax.vjp(functools.partial(f, t), some)[1](arrived)[0]
 
+    at_point = pulled(given, g)
     if takes == "pytree":
-        return list(integrate(lambda t: tuple(pulled(t))))
-    flat = Flat(some)
-    if takes == "array":
-        return flat.unravel(integrate(lambda t: flat.ravel(pulled(t))))
-    # One number at a time, as a batch: what does not depend on the number is computed once.
-    each = jax.vmap(lambda i: integrate(lambda t: flat.ravel(pulled(t))[i]))
-    return flat.unravel(each(jnp.arange(flat.size)))
+        found = list(integrate(lambda t: tuple(at_point(t))))
+    elif takes == "array":
+        found = flat.unravel(integrate(lambda t: flat.ravel(at_point(t))))
+    else:
+        # One number at a time, as a batch: what does not depend on the number is computed once.
+        each = jax.vmap(lambda i: integrate(lambda t: flat.ravel(at_point(t))[i]))
+        found = flat.unravel(each(jnp.arange(flat.size)))
+    fixed, along = pulled(*jax.lax.stop_gradient((given, g))), direction(flat.ravel(some))
+
+    def number(cotangents: list[Any]) -> Any:
+        one = along @ flat.ravel(cotangents)
+        return one[None] if takes == "array" else (one,) if takes == "pytree" else one
+
+    return by.judged(lambda t: number(fixed(t)), given, number(found), found, g)
 
 
 def _value_at(problem: Problem, end: Any, other: Any) -> Any:

@@ -7,18 +7,22 @@ Not here: what the derivative is (`integral`, `odeint`).
 
 from __future__ import annotations
 
+import functools
 import types
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar, overload
 
 import jax
+import jax.numpy as jnp
 from jax import tree_util
 
 from freevars._solvers.decorated import DecoratedSolver
 from freevars._solvers.integration import no_derivative
 from freevars._solvers.options import check_options
 from freevars._solvers.signature import SolverCall
-from freevars.errors import CaptureError, StructureError
+from freevars._solvers.verdict import Limits
+from freevars.errors import CaptureError, NotASolutionError, StructureError
 from freevars.jax import _compat
 from freevars.jax._closure import Closure
 from freevars.jax._convert.static import as_static, from_static
@@ -26,12 +30,13 @@ from freevars.jax._host.host_solver import HostSolver
 from freevars.jax._solver.problem import Problem
 from freevars.jax._solver.unknown import is_array
 
-__all__ = ["Integrator", "dots_of"]
+__all__ = ["Integrator", "Told", "accepted", "dots_of"]
 
 P = ParamSpec("P")
 Q = ParamSpec("Q")
 R = TypeVar("R")
 S = TypeVar("S")
+Told = Callable[..., NotASolutionError]  # of error= and limit=
 
 
 class Integrator(DecoratedSolver[P, R]):
@@ -124,6 +129,23 @@ class Integrator(DecoratedSolver[P, R]):
         call = SolverCall(fun, at, *problem.extra(), from_static(options))
         return self._signature.call(self._solver, call)
 
+    @property
+    def check(self) -> bool:
+        """Whether a derivative is compared with another one."""
+        return bool(self.given.get("check", True))
+
+    def limit(self, eps: float) -> float:
+        """The largest difference that is accepted, for values with this spacing."""
+        return Limits.of(eps, tol=self.given.get("tol")).step
+
+    def tell(self, error: Any, limit: float, told: Told) -> None:
+        """Tell of a derivative that is not good; inside a compiled program NaN tells."""
+        how = self.given.get("on_failure", "raise")
+        if how == "warn":
+            jax.debug.callback(functools.partial(_warn, limit, told), error)
+        elif how == "raise" and not isinstance(error, _compat.Tracer) and not error <= limit:
+            raise told(error=float(error), limit=limit)
+
     def split_aux(self, out: Any, what: str) -> tuple[Any, Any]:
         """The result and its aux, None where the solver returns none."""
         if not self.has_aux:
@@ -134,6 +156,19 @@ class Integrator(DecoratedSolver[P, R]):
             )
             raise StructureError(message)
         return out
+
+
+def accepted(out: list[Any], asked: list[Any], good: Any) -> list[Any]:
+    """NaN in place of what is not good, except where nothing is asked for."""
+    nothing = jnp.all(jnp.stack([jnp.all(a == 0) for a in asked])) if asked else True
+    # A factor, so that what is not good stays that in a derivative of it.
+    factor = jnp.where(good | nothing, 1, jnp.nan)
+    return [leaf * factor.astype(leaf.real.dtype) for leaf in out]
+
+
+def _warn(limit: float, told: Told, error: Any) -> None:
+    if not error <= limit:
+        warnings.warn(str(told(error=float(error), limit=limit)), stacklevel=2)
 
 
 def dots_of(tangents: Any) -> tuple[tuple[int, ...], list[Any]]:

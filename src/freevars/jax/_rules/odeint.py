@@ -8,8 +8,6 @@ a call of the decorated solver for another field, so that it has derivatives its
 
 from __future__ import annotations
 
-import functools
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, ParamSpec, TypeVar
@@ -25,11 +23,9 @@ from freevars._solvers.integration import (
     Reverse,
     State,
     called_as,
-    not_solved,
     shown_by,
 )
 from freevars._solvers.signature import SolverCall
-from freevars._solvers.verdict import Limits
 from freevars.errors import StructureError
 from freevars.jax import _compat
 from freevars.jax._convert.static import from_static
@@ -190,15 +186,6 @@ class OdeintSolver(Integrator[P, R]):
         """How a backward pass is solved."""
         return self.given.get("reverse", "adjoint")
 
-    @property
-    def check(self) -> bool:
-        """Whether it is compared with the recorded states."""
-        return bool(self.given.get("check", True))
-
-    def limit(self, eps: float) -> float:
-        """The largest difference that is accepted, for a state with this spacing."""
-        return Limits.of(eps, tol=self.given.get("tol")).step
-
     def takes(self, y0: Any) -> State:
         """The form of the states that the solver is given for a derivative."""
         leaves, tree = jax.tree.flatten(y0)
@@ -216,21 +203,6 @@ class OdeintSolver(Integrator[P, R]):
         problem = self._problem(lambda at: pack(field(at[0], unpack(at[1]))), y0, ts)
         out = self.solve(problem, (y0, ts), options)
         return unpack(out[0] if self.has_aux else out)
-
-    def tell(self, error: Any, limit: float, *, backwards: bool) -> None:
-        """Tell of a derivative that is not good; inside a compiled program NaN tells."""
-        how = self.given.get("on_failure", "raise")
-        if how == "warn":
-            warn = functools.partial(_warn, self.__name__, limit, backwards)
-            jax.debug.callback(warn, error)
-        elif how == "raise" and not isinstance(error, _compat.Tracer) and not error <= limit:
-            raise not_solved(self.__name__, float(error), limit, backwards=backwards)
-
-
-def _warn(name: str, limit: float, backwards: bool, error: Any) -> None:  # noqa: FBT001
-    if not error <= limit:
-        message = str(not_solved(name, float(error), limit, backwards=backwards))
-        warnings.warn(message, stacklevel=2)
 
 
 def _each(f: Any, dts: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from freevars._solvers.integration import OnDoubt
 from freevars._solvers.scipy_calls import as_tuple, refuse_integrand, refuse_of_quad
 from freevars.jax._host.on_host import on_host
 from freevars.jax._rules.integrals import integral
@@ -31,8 +32,9 @@ _run.__name__ = "quad"  # what errors call it
 
 
 @functools.cache
-def _solver() -> Any:
-    return integral(has_aux=True)(on_host(_run, aux=np.zeros(())))
+def _solver(on_failure: OnDoubt, check: bool, tol: float | None) -> Any:  # noqa: FBT001
+    rule = integral(has_aux=True, on_failure=on_failure, check=check, tol=tol)
+    return rule(on_host(_run, aux=np.zeros(())))
 
 
 def quad(
@@ -51,6 +53,10 @@ def quad(
     maxp1: Any = 50,
     limlst: Any = 50,
     complex_func: bool = False,  # noqa: FBT001, FBT002 (scipy's)
+    *,
+    on_failure: OnDoubt = "raise",
+    check: bool = True,
+    tol: float | None = None,
 ) -> tuple[Any, Any]:
     """`scipy.integrate.quad` of a function in JAX, differentiable by limits and captures.
 
@@ -73,12 +79,17 @@ def quad(
         maxp1: not used without a weight.
         limlst: not used without a weight.
         complex_func: whether func gives complex numbers, as in scipy.
+        on_failure: as for `freevars.jax.integral`; scipy's `epsabs` is absolute, and too large for
+            a derivative that is small.
+        check: as for `freevars.jax.integral`.
+        tol: as for `freevars.jax.integral`.
 
     Returns:
         The integral, and scipy's estimate of its error, which has derivative zero.
 
     Raises:
         TypeError: `func` cannot be traced by JAX or gives no number, or see above.
+        freevars.errors.FreevarsError: as for `freevars.jax.integral`.
 
     Example:
         >>> import jax, jax.numpy as jnp, freevars.jax.scipy
@@ -100,9 +111,11 @@ def quad(
             refuse_integrand(value, "freevars.jax", is_complex=is_complex)
         return value
 
+    if points is not None:  # the integral does not depend on where it is cut
+        points = jax.lax.stop_gradient(jax.numpy.array(points))
     options = {"epsabs": epsabs, "epsrel": epsrel}
     with tracing("quad", func):
-        result: tuple[Any, Any] = _solver()(
+        result: tuple[Any, Any] = _solver(on_failure, check, tol)(
             number, a, b, as_tuple(args), points=points, limits=limit, options=options
         )
     return result

@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from freevars._solvers.integration import OdeOnFailure, Reverse
+from freevars._solvers.integration import OnDoubt, Reverse
 from freevars._solvers.scipy_calls import as_tuple, check_span, ivp_options
 from freevars._solvers.scipy_results import ivp_said
 from freevars.jax import _compat
 from freevars.jax._host.on_host import on_host
 from freevars.jax._rules.integrals import odeint
 from freevars.jax.scipy._result import OdeResult, as_arrays
-from freevars.jax.scipy._scipy import refuse_derivatives, runs, tracing
+from freevars.jax.scipy._scipy import as_start, refuse_derivatives, runs, tracing
 
 __all__ = ["solve_ivp"]
 
@@ -37,7 +37,7 @@ _run.__name__ = "solve_ivp"  # what errors call it
 
 
 @functools.cache
-def _solver(on_failure: OdeOnFailure, reverse: Reverse, tol: float | None) -> Any:
+def _solver(on_failure: OnDoubt, reverse: Reverse, tol: float | None) -> Any:
     rule = odeint(has_aux=True, on_failure=on_failure, reverse=reverse, tol=tol)
     return rule(on_host(_run, aux=as_arrays(ivp_said())))
 
@@ -53,7 +53,7 @@ def solve_ivp(
     vectorized: Any = False,  # noqa: FBT002 (scipy's)
     args: Any = None,
     *,
-    on_failure: OdeOnFailure = "raise",
+    on_failure: OnDoubt = "raise",
     reverse: Reverse = "adjoint",
     tol: float | None = None,
     **options: Any,
@@ -64,9 +64,9 @@ def solve_ivp(
     Jacobian, also of the larger system that a derivative is solved for with.
 
     Args:
-        fun: `fun(t, y, *args)`, in JAX, gives a value like y.
+        fun: `fun(t, y, *args)`, in JAX, gives a value like y, or a list of numbers for a vector.
         t_span: the first and the last time; it is solved up to the last of `t_eval`.
-        y0: a vector, or any pytree of floating or complex arrays.
+        y0: a vector, a list of numbers, or any pytree of floating or complex arrays.
         method: as in scipy.
         t_eval: the times at which y is returned. It is needed: how many steps the solver takes is
             not known when a program is compiled.
@@ -100,6 +100,8 @@ def solve_ivp(
         0.368 -0.736
     """
     refuse_derivatives("solve_ivp", jac=options.pop("jac", None))
+    y0 = as_start(y0)
+    field = functools.partial(_as_array, fun) if _compat.is_array(y0) else fun
     leaves = jax.tree.leaves(y0)
     single = all(jnp.finfo(jnp.result_type(float, y)).eps > 1e-9 for y in leaves)  # noqa: PLR2004
     of_call = {"dense_output": dense_output, "events": events, "vectorized": vectorized}
@@ -110,9 +112,15 @@ def solve_ivp(
     _check_span(t_span, t_eval)
     with tracing("solve_ivp", fun):
         ys, status = _solver(on_failure, reverse, tol)(
-            fun, y0, ts, () if args is None else as_tuple(args), method=method, options=given
+            field, y0, ts, () if args is None else as_tuple(args), method=method, options=given
         )
     return OdeResult(ts[1:], jax.tree.map(lambda y: jnp.moveaxis(y[1:], 0, -1), ys), **status)
+
+
+def _as_array(fun: Callable[..., Any], *args: Any) -> Any:
+    """A list of numbers as the array that it is to scipy."""
+    value = fun(*args)
+    return jnp.array(value) if isinstance(value, (list, tuple)) else value
 
 
 def _check_span(t_span: Any, times: Any) -> None:

@@ -23,6 +23,7 @@ Sources: Pontryagin et al. 1962, "The Mathematical Theory of Optimal Processes";
 sensitivity analysis for differential-algebraic equations". Not here: the decorator (`odeint`).
 """
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,6 +32,7 @@ import torch
 from torch import Tensor
 
 from freevars._sequences import replaced
+from freevars._solvers.integration import not_solved
 from freevars._solvers.signature import SolverCall
 from freevars.torch import _compat
 from freevars.torch._compat import pytree
@@ -108,7 +110,9 @@ class Trajectory:
         backwards = self.solver.reverse == "adjoint"
         solve = self._adjoint if backwards else self._by_sensitivities
         by_p, by_y, error = solve(ts, options, values, wanted, out, g)
-        factor = self.solver.judged(error, Flat(y0).eps, g, backwards=backwards)
+        factor = self.solver.judged(
+            error, Flat(y0).eps, g, functools.partial(not_solved, backwards=backwards)
+        )
         grads: list[Tensor | None] = [None] * len(tensors)
         grads[self.start : self.end] = [ct * factor for ct in by_y]
         for i, ct in zip(wanted, by_p, strict=True):
@@ -230,7 +234,9 @@ class Trajectory:
         solved = self._solve(field, ts, [*y0, *start], options, [*values, *some])
         error = _difference(self._sizes(ts, out, values), solved[:m], out)
         asked = [*start, *some] if dts is None else [*start, *some, dts]
-        factor = self.solver.judged(error, of_y.eps, asked, backwards=False)
+        factor = self.solver.judged(
+            error, of_y.eps, asked, functools.partial(not_solved, backwards=False)
+        )
         total = [d * factor for d in solved[m:]]
         if dts is not None:
             for i in range(len(ts)):

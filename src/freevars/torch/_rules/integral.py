@@ -24,12 +24,13 @@ from torch import Tensor
 
 from freevars._contract import check_callable
 from freevars._sequences import replaced
-from freevars._solvers.integration import INTEGRAL, IntegralOptions, Takes, shown_by
+from freevars._solvers.integration import INTEGRAL, IntegralOptions, Takes, not_resolved, shown_by
 from freevars._solvers.signature import SolverCall
 from freevars.errors import StructureError
 from freevars.torch._compat import pytree
 from freevars.torch._convert.convert import closure_convert
 from freevars.torch._rules.forms import Flat, is_smooth, tracked, value_and_vjp
+from freevars.torch._rules.halves import difference, direction
 from freevars.torch._rules.implicit import jvp
 from freevars.torch._rules.integrator import Integrator, Options, operate
 
@@ -184,8 +185,17 @@ class _Integral:
                 pairs = [(ct.conj() * f).real.sum() for ct, f in zip(g, there, strict=True)]
                 grads[i] = sign * sum(pairs[1:], pairs[0]).to(self.dtype)
         wanted = [i for i, v in enumerate(values) if needed[self.start + i] and is_smooth(v)]
-        if not wanted:
-            return grads
+        if wanted:
+            found = self._pulled(tensors, out, g, wanted)
+            for i, grad in zip(wanted, found, strict=True):
+                grads[self.start + i] = grad
+        return grads
+
+    def _pulled(
+        self, tensors: Sequence[Tensor], out: Sequence[Tensor], g: Sequence[Tensor], wanted: Any
+    ) -> list[Tensor]:
+        """Cotangents of those values that are wanted."""
+        values = list(tensors[self.start :])
         n, of_out = len(values), Flat(out)
         flat = Flat([values[i] for i in wanted])
 
@@ -209,9 +219,34 @@ class _Integral:
                 for k in range(flat.size)
             ]
             found = flat.unravel(torch.stack(numbers))
-        for i, grad in zip(wanted, found, strict=True):
-            grads[self.start + i] = grad
-        return grads
+        along = direction(flat.ravel([values[i] for i in wanted]))
+
+        def number(cotangents: list[Tensor]) -> list[Tensor]:
+            one = along @ flat.ravel(cotangents)
+            return [one[None] if self.takes == "array" else one]
+
+        form = tuple if self.takes == "pytree" else _first
+        of = self._like(lambda t, v: number(pulled(t, v)), form)
+        factor = of.judged([*tensors, *g], number(found), g)
+        return [grad * factor for grad in found]
+
+    def judged(
+        self, tensors: Sequence[Tensor], whole: Sequence[Tensor], asked: Sequence[Tensor]
+    ) -> Tensor | float:
+        """A factor for what is derived from the integral `whole`: NaN where that is not good."""
+        if not self.solver.check or any(end is not None for end in self.infinite):
+            return 1.0
+        with torch.no_grad():
+            a, b, *rest = (t.detach() for t in tensors)
+            values = rest[self.options.count :]
+            error = difference(
+                lambda low, high: operate(self, [low, high, *rest]),
+                lambda t: self.fun(t, values),
+                (a, b),
+                whole,
+            )
+        eps = max(float(torch.finfo(self.dtype).eps), Flat(whole).eps)
+        return self.solver.judged(error, eps, asked, not_resolved)
 
     def push(
         self, tensors: Sequence[Tensor], out: Sequence[Tensor], dots: Sequence[Tensor | None]
@@ -232,7 +267,10 @@ class _Integral:
                 at = [inputs[i] for i in moving]
                 return of_out.unravel(jvp(f, at, inputs[n:], like=like))
 
-            total = operate(self._like(pushed, self.pack), [*tensors, *some])
+            of = self._like(pushed, self.pack)
+            total = operate(of, [*tensors, *some])
+            factor = of.judged([*tensors, *some], total, some)
+            total = [s * factor for s in total]
         for i, sign in ((0, -1), (1, 1)):
             change = dots[i]
             if change is not None:

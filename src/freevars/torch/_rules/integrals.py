@@ -62,8 +62,17 @@ def integral(
             of real numbers; "scalar": number by number, one after the other. None: what the call
             shows, "scalar" if its integrand returns a number, "array" if a tensor, "pytree" if
             something else.
+        on_failure: what happens where a derivative cannot be trusted: its integrals over both
+            halves differ from that over the whole by more than 1% of its size (1.9% in float32).
+            "raise": an error. "warn": NaN, and a warning that says why.
+            "nan": NaN.
+        check: False leaves that out, which costs two more integrals for a derivative: in reverse
+            mode of one number.
+        tol: the difference that is accepted, relative. None: see `on_failure`. A rule that draws
+            its points at random needs more.
 
     Raises:
+        freevars.errors.NotASolutionError: see `on_failure`.
         freevars.errors.CaptureError: as for `closure_convert`; or a derivative is asked for by what
             the solver reads itself.
         freevars.errors.StructureError: the solver returns another structure or shape than the

@@ -5,6 +5,7 @@ for other functions, and so operations again: to any order, in both modes, under
 here: what the derivative is (`integral`, `odeint`).
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import (
@@ -26,7 +27,8 @@ from torch.overrides import TorchFunctionMode
 from freevars._solvers.integration import no_derivative
 from freevars._solvers.options import check_options
 from freevars._solvers.signature import SolverCall
-from freevars.errors import StructureError
+from freevars._solvers.verdict import Limits
+from freevars.errors import NotASolutionError, StructureError
 from freevars.torch import _compat, _modes
 from freevars.torch._compat import pytree
 from freevars.torch._convert import contents
@@ -41,6 +43,7 @@ P = ParamSpec("P")
 Q = ParamSpec("Q")
 R = TypeVar("R")
 S = TypeVar("S")
+Told = Callable[..., NotASolutionError]  # of a name, error= and limit=
 
 
 class Options:
@@ -243,6 +246,33 @@ class Integrator(EagerSolver[P, R]):
 
     def __repr__(self) -> str:
         return f"<{self.__name__} with the derivative rule of {self.kind}>"
+
+    @property
+    def check(self) -> bool:
+        """Whether a derivative is compared with another one."""
+        return bool(self.given.get("check", True))
+
+    def judged(
+        self, error: Tensor, eps: float, asked: Sequence[Tensor], told: Told
+    ) -> Tensor | float:
+        """1, or NaN for a derivative that cannot be trusted, or an error that says why."""
+        if not self.check:
+            return 1.0
+        limit = Limits.of(eps, tol=self.given.get("tol")).step
+        with torch.no_grad():
+            nothing = torch.stack([(t == 0).all() for t in asked]).all()
+            good = (error <= limit) | nothing
+            known = [*_compat.unwrap(good)][-1]
+        if bool(known.all()):
+            return 1.0
+        how = self.given.get("on_failure", "raise")
+        worst = float([*_compat.unwrap(error)][-1].max())
+        problem = told(self.__name__, error=worst, limit=limit)
+        if how == "raise":
+            raise problem
+        if how == "warn":
+            warnings.warn(str(problem), stacklevel=2)
+        return torch.where(good, 1.0, torch.nan)
 
     def of_a_transform(self) -> list[Tensor]:
         """What the solver reaches itself and a torch.func derivative is by."""

@@ -4,7 +4,6 @@ Not here: the mathematics (`adjoint`), and what makes a call a differentiable op
 (`integrator`).
 """
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, ParamSpec, TypeVar
 
@@ -17,13 +16,10 @@ from freevars._solvers.integration import (
     OdeOptions,
     Reverse,
     called_as,
-    not_solved,
     shown_by,
 )
 from freevars._solvers.signature import SolverCall
-from freevars._solvers.verdict import Limits
 from freevars.errors import StructureError
-from freevars.torch import _compat
 from freevars.torch._compat import pytree
 from freevars.torch._convert.convert import closure_convert
 from freevars.torch._rules.adjoint import Trajectory
@@ -168,25 +164,3 @@ class OdeintSolver(Integrator[P, R]):
             )
             raise StructureError(message)
         return list(leaves)
-
-    def judged(
-        self, error: Tensor, eps: float, asked: Sequence[Tensor], *, backwards: bool
-    ) -> Tensor | float:
-        """1, or NaN for a derivative that cannot be trusted, or an error that says why."""
-        if not self.given.get("check", True):
-            return 1.0
-        limit = Limits.of(eps, tol=self.given.get("tol")).step
-        with torch.no_grad():
-            nothing = torch.stack([(t == 0).all() for t in asked]).all()
-            good = (error <= limit) | nothing
-            known = [*_compat.unwrap(good)][-1]
-        if bool(known.all()):
-            return 1.0
-        how = self.given.get("on_failure", "raise")
-        worst = float([*_compat.unwrap(error)][-1].max())
-        problem = not_solved(self.__name__, worst, limit, backwards=backwards)
-        if how == "raise":
-            raise problem
-        if how == "warn":
-            warnings.warn(str(problem), stacklevel=2)
-        return torch.where(good, 1.0, torch.nan)

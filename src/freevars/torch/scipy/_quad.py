@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from freevars._solvers.integration import OnDoubt
 from freevars._solvers.scipy_calls import as_tuple, refuse_integrand, refuse_of_quad
+from freevars.torch._compat import pytree
 from freevars.torch._rules.integrals import integral
 from freevars.torch.scipy._scipy import not_in_pytorch, runs
 
@@ -43,7 +46,12 @@ def _real(value: Tensor) -> Tensor:
 
 
 _run.__name__ = _run.__qualname__ = "quad"  # what errors call it
-_solver: Any = integral(has_aux=True, takes="array")(_run)
+
+
+@functools.cache
+def _solver(on_failure: OnDoubt, check: bool, tol: float | None) -> Any:  # noqa: FBT001
+    how: dict[str, Any] = {"on_failure": on_failure, "check": check, "tol": tol}
+    return integral(has_aux=True, takes="array", **how)(_run)
 
 
 def quad(
@@ -62,6 +70,10 @@ def quad(
     maxp1: Any = 50,
     limlst: Any = 50,
     complex_func: bool = False,  # noqa: FBT001, FBT002 (scipy's)
+    *,
+    on_failure: OnDoubt = "raise",
+    check: bool = True,
+    tol: float | None = None,
 ) -> tuple[Any, Any]:
     """`scipy.integrate.quad` of a function in PyTorch, differentiable by limits and captures.
 
@@ -84,12 +96,17 @@ def quad(
         maxp1: not used without a weight.
         limlst: not used without a weight.
         complex_func: whether func gives complex numbers, as in scipy.
+        on_failure: as for `freevars.torch.integral`; scipy's `epsabs` is absolute, and too large
+            for a derivative that is small.
+        check: as for `freevars.torch.integral`.
+        tol: as for `freevars.torch.integral`.
 
     Returns:
         The integral, and scipy's estimate of its error, which has derivative zero.
 
     Raises:
         TypeError: `func` is not written in PyTorch or gives no number, or see above.
+        freevars.errors.FreevarsError: as for `freevars.torch.integral`.
 
     Example:
         >>> import torch, freevars.torch.scipy
@@ -114,8 +131,10 @@ def quad(
         return value
 
     ends = (end if isinstance(end, Tensor) else float(end) for end in (a, b))
+    # The integral does not depend on where it is cut.
+    points = pytree.tree_map_only(Tensor, torch.detach, points)
     options = {"epsabs": epsabs, "epsrel": epsrel}
-    result: tuple[Any, Any] = _solver(
+    result: tuple[Any, Any] = _solver(on_failure, check, tol)(
         number, *ends, as_tuple(args), points=points, limits=limit, options=options
     )
     return result

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from freevars._solvers.integration import OdeOnFailure, Reverse
+from freevars._solvers.integration import OnDoubt, Reverse
 from freevars._solvers.scipy_calls import as_tuple, check_span, ivp_options
 from freevars.torch._compat import pytree, transforms_active
 from freevars.torch._rules.integrals import odeint
@@ -52,9 +52,15 @@ _run.__name__ = _run.__qualname__ = "solve_ivp"  # what errors call it
 
 
 @functools.cache
-def _solver(on_failure: OdeOnFailure, reverse: Reverse, tol: float | None) -> Any:
+def _solver(on_failure: OnDoubt, reverse: Reverse, tol: float | None) -> Any:
     how: dict[str, Any] = {"on_failure": on_failure, "reverse": reverse, "tol": tol}
     return odeint(has_aux=True, takes="array", **how)(_run)
+
+
+def _as_vector(fun: Callable[..., Any], *args: Any) -> Any:
+    """A list of numbers as the vector that it is to scipy."""
+    value = fun(*args)
+    return as_tensor(value) if isinstance(value, (list, tuple)) else value
 
 
 def solve_ivp(
@@ -68,7 +74,7 @@ def solve_ivp(
     vectorized: Any = False,  # noqa: FBT002 (scipy's)
     args: Any = None,
     *,
-    on_failure: OdeOnFailure = "raise",
+    on_failure: OnDoubt = "raise",
     reverse: Reverse = "adjoint",
     tol: float | None = None,
     **options: Any,
@@ -79,7 +85,8 @@ def solve_ivp(
     Jacobian, also of the larger system that a derivative is solved for with.
 
     Args:
-        fun: `fun(t, y, *args)`, in PyTorch, gives a value like y.
+        fun: `fun(t, y, *args)`, in PyTorch, gives a value like y, or a list of tensors for a
+            vector.
         t_span: the first and the last time; it is solved up to the last of `t_eval`.
         y0: a vector, or any pytree of floating or complex tensors, NumPy arrays or numbers.
         method: as in scipy.
@@ -128,5 +135,8 @@ def solve_ivp(
     ts = torch.cat([first.reshape(1).to(times.device, dtype), times.to(dtype)])
     args = () if args is None else as_tuple(args)
     value_in_pytorch("solve_ivp", functools.partial(fun, ts[0]), y0, args, by_x=False)
-    ys, status = _solver(on_failure, reverse, tol)(fun, y0, ts, args, method=method, options=given)
+    field = functools.partial(_as_vector, fun) if isinstance(y0, Tensor) else fun
+    ys, status = _solver(on_failure, reverse, tol)(
+        field, y0, ts, args, method=method, options=given
+    )
     return OdeResult(ts[1:], pytree.tree_map(lambda y: y[1:].movedim(0, -1), ys), **status)
