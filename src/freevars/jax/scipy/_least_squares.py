@@ -17,7 +17,14 @@ from freevars.jax._host.on_host import on_host
 from freevars.jax._rules.rules import least_squares as least_squares_rule
 from freevars.jax.scipy._constraints import as_sides
 from freevars.jax.scipy._result import OptimizeResult, as_arrays
-from freevars.jax.scipy._scipy import as_start, optimize, refuse_derivatives, tracing
+from freevars.jax.scipy._scipy import (
+    as_start,
+    converted,
+    optimize,
+    refuse_derivatives,
+    tracing,
+    value_at,
+)
 
 __all__ = ["least_squares"]
 
@@ -145,9 +152,10 @@ def least_squares(
         return [fun(x, *args, **kwargs)]
 
     with tracing(name, fun):
+        function = converted(residuals, x0, args, name)
         x, status = _solver(on_failure, one_sided, polish)(
-            residuals, x0, args, how=how, bounds=sides
+            function, x0, args, how=how, bounds=sides
         )
-        (value,) = residuals(x, *args)
+        (value,) = value_at(function, x, args)
     cost = sum(jnp.vdot(r, r).real for r in map(jnp.asarray, jax.tree.leaves(value))) / 2
     return OptimizeResult(x, value, **status, cost=cost)

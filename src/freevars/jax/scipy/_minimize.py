@@ -16,7 +16,14 @@ from freevars.jax._host.on_host import on_host
 from freevars.jax._rules.rules import argmin
 from freevars.jax.scipy._constraints import as_functions, as_sides
 from freevars.jax.scipy._result import OptimizeResult, as_arrays
-from freevars.jax.scipy._scipy import as_start, refuse_derivatives, runs, tracing
+from freevars.jax.scipy._scipy import (
+    as_start,
+    converted,
+    refuse_derivatives,
+    runs,
+    tracing,
+    value_at,
+)
 
 __all__ = ["minimize"]
 
@@ -163,14 +170,16 @@ def minimize(
 
     with tracing(name, fun):
         try:
-            x, status = solve(fun)
+            function = converted(fun, x0, args, name)
+            x, status = solve(function)
         except TypeError:
             value = jax.eval_shape(fun, x0, *args)
             if getattr(value, "size", None) != 1 or value.shape == ():
                 check_objective(value, "jnp.sum")
                 raise
-            fun = functools.partial(_as_number, fun)  # as scipy takes an array of one number
-            x, status = solve(fun)
-        value = fun(x, *args)
+            # scipy takes an array of one number.
+            function = converted(functools.partial(_as_number, fun), x0, args, name)
+            x, status = solve(function)
+        value = value_at(function, x, args)
     check_objective(value, "jnp.sum")
     return OptimizeResult(x, value, **status)

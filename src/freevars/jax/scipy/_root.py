@@ -12,7 +12,14 @@ from freevars._solvers.verdict import OnFailure
 from freevars.jax._host.on_host import on_host
 from freevars.jax._rules.rules import root as root_rule
 from freevars.jax.scipy._result import OptimizeResult, as_arrays
-from freevars.jax.scipy._scipy import as_start, refuse_derivatives, runs, tracing
+from freevars.jax.scipy._scipy import (
+    as_start,
+    converted,
+    refuse_derivatives,
+    runs,
+    tracing,
+    value_at,
+)
 
 __all__ = ["root"]
 
@@ -92,8 +99,9 @@ def root(
     refuse_derivatives("root", jac=jac)
     x0, args = as_start(x0), as_tuple(args)
     with tracing("root", fun):
+        function = converted(fun, x0, args, "root")
         x, status = _solver(on_failure, polish)(
-            fun, x0, args, method=method, tol=tol, callback=callback, options=options
+            function, x0, args, method=method, tol=tol, callback=callback, options=options
         )
-        value = fun(x, *args)
+        value = value_at(function, x, args)
     return OptimizeResult(x, value, **status)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -13,6 +13,8 @@ import numpy as np
 from freevars._solvers import scipy_calls
 from freevars._solvers.signature import solver_name
 from freevars.jax import _compat
+from freevars.jax._closure import Closure
+from freevars.jax._solver.unknown import as_unknown
 
 try:
     from scipy import optimize
@@ -22,7 +24,15 @@ except ImportError as error:  # pragma: no cover (tested in a process of its own
     message = "freevars.jax.scipy needs scipy: pip install 'freevars[scipy]'"
     raise ImportError(message) from error
 
-__all__ = ["as_start", "optimize", "refuse_derivatives", "runs", "tracing"]
+__all__ = [
+    "as_start",
+    "converted",
+    "optimize",
+    "refuse_derivatives",
+    "runs",
+    "tracing",
+    "value_at",
+]
 
 # What JAX says where code asks for the numbers of a traced array.
 _ASKS_FOR_NUMBERS = (
@@ -49,6 +59,20 @@ def _floating(x: Any) -> Any:
     if not _compat.is_array(x) or jnp.issubdtype(jnp.result_type(x), jnp.inexact):
         return x
     return jnp.asarray(x, jnp.result_type(float, x))
+
+
+def converted(fun: Callable[..., Any], x0: Any, args: tuple[Any, ...], name: str) -> Any:
+    """The function as a closure, so that it is traced once for the solver and for its value at x;
+    one of more than x as it is."""
+    return fun if args else Closure(fun, as_unknown(x0, name))
+
+
+def value_at(fun: Callable[..., Any], x: Any, args: tuple[Any, ...]) -> Any:
+    """The value at the solution of a function that may be `converted`, which is compiled then."""
+    return _value(fun, x) if isinstance(fun, Closure) else fun(x, *args)
+
+
+_value: Any = jax.jit(lambda closure, x: closure(x))
 
 
 @contextlib.contextmanager
