@@ -19,11 +19,13 @@ from benchmarks import (
     gradient,
     host,
     imports,
+    integrals,
     memory,
     rules,
     scale,
     solver,
     torch_convert,
+    torch_qps,
     torch_rules,
 )
 
@@ -36,9 +38,11 @@ TABLES = {
     "rules": rules,
     "scale": scale,
     "host": host,
+    "integrals": integrals,
     "memory": memory,
     "torch_convert": torch_convert,
     "torch_rules": torch_rules,
+    "torch_qps": torch_qps,
     "imports": imports,
 }
 QUICK = ["convert", "call", "gradient", "solver", "torch_convert"]

@@ -68,7 +68,26 @@ def test_the_table_of_host_solvers(monkeypatch, one_turn):
     monkeypatch.setattr(host, "load", few)
     monkeypatch.setattr(host, "alternate", one_turn)
     figures = _figures(host.rows())
-    assert len(figures) == 8
+    assert len(figures) == 10
+    assert _all_finite(figures)
+
+
+def test_the_table_of_integrals(monkeypatch, one_turn):
+    from benchmarks import integrals
+
+    monkeypatch.setattr(integrals, "alternate", one_turn)
+    figures = _figures(integrals.rows())
+    assert len(figures) == 3 + sum(map(integrals.installed, ("diffrax", "torchdiffeq")))
+    assert _all_finite(figures)
+
+
+def test_the_table_of_quadratic_programs(monkeypatch, one_turn):
+    pytest.importorskip("clarabel")
+    from benchmarks import torch_qps
+
+    monkeypatch.setattr(torch_qps, "alternate", one_turn)
+    figures = _figures(torch_qps.rows())
+    assert len(figures) == 1
     assert _all_finite(figures)
 
 
