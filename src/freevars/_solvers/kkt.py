@@ -33,7 +33,10 @@ leaves the root of what it leaves elsewhere.
 
     | W D (grad f - c'^T l - g'^T m) |^2 + | gap * m |^2
 
-with m in units of the objective, D the size of x, and W near zero where a bound may be active.
+with m in units of the objective, D the size of x, and W near zero where a bound may be active. The
+solver's own would be no better: where the active gradients are independent, these are as precise as
+x; where they are not, the system is singular at all of them, and of two equal constraints a solver
+may give everything to one, so that the other looks degenerate.
 
 Sources: Fiacco 1983, "Introduction to Sensitivity and Stability Analysis in Nonlinear Programming",
 chapter 3 (the derivative); Facchinei, Fischer, Kanzow 1998, "On the accurate identification of
