@@ -1,12 +1,13 @@
 """Krylov methods on one real vector: conjugate gradients and restarted GMRES.
 
 Both stop at a residual relative to the norm of `b`, so that neither the units of the system nor
-zeros in `b` matter, and say whether they got there. Not here: which one is taken, and what happens
+zeros in `b` matter, and say whether they got there: by the residual of what they return. Not here: which one is taken, and what happens
 where neither converges (`linear.py`).
 """
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,44 +18,87 @@ MatVec = Callable[[Tensor], Tensor]
 Column = list[float]
 
 
+class _Cycle(NamedTuple):
+    """What a method does before its residual is computed anew."""
+
+    u: Tensor  # with A u about the residual that the cycle began with
+    size: float  # a lower bound of |A|
+    steps: int  # how many were taken
+    solved: bool | None  # as far as the method knows; None where it cannot go on
+
+
+def _restarted(
+    matvec: MatVec,
+    b: Tensor,
+    relative: float,
+    steps: int,
+    cycle: Callable[[Tensor, float, float, int], _Cycle],
+) -> tuple[Tensor, bool]:
+    """Runs `cycle(r, |r|, target, steps)` until the residual itself is small: what a method tells
+    of it leaves out how much the products round. Where it is told to be small, rounding explains
+    that it is not, and it is below the root of eps, a direct solver does no better. Gives up early
+    where a cycle gains less than a factor of two."""
+    eps = float(torch.finfo(b.dtype).eps)
+    u, r = torch.zeros_like(b), b
+    beta = _norm(r)
+    target, most, size = relative * beta, eps**0.5 * beta, 0.0
+    while beta > target and steps > 0:
+        done = cycle(r, beta, target, steps)
+        steps, size = steps - done.steps, max(size, done.size)
+        u = u + done.u
+        r = b - matvec(u)
+        before, beta = beta, _norm(r)
+        if done.solved and target < beta <= most and beta <= 10 * eps * size * _norm(u):
+            return u, True
+        if done.solved is None or not beta <= before / 2:
+            break
+    return u, beta <= target
+
+
 def conjugate_gradients(
     matvec: MatVec, b: Tensor, relative: float, steps: int
 ) -> tuple[Tensor, bool]:
     """Hestenes and Stiefel 1952. Gives up where the matrix shows itself not positive."""
-    u, r = torch.zeros_like(b), b
-    p, rr = r, torch.dot(r, r)
-    stop = relative**2 * float(rr)
-    for _ in range(steps):
-        q = matvec(p)
-        curvature = torch.dot(p, q)
-        if not float(curvature) > 0:
-            return u, False
-        alpha = rr / curvature
-        u, r = u + alpha * p, r - alpha * q
-        previous, rr = rr, torch.dot(r, r)
-        if float(rr) <= stop:
-            return u, True
-        p = r + (rr / previous) * p
-    return u, False
+
+    def cycle(r: Tensor, beta: float, target: float, steps: int) -> _Cycle:
+        u, p = torch.zeros_like(r), r
+        rr, size, last = beta**2, 0.0, 0.0
+        for used in range(1, steps + 1):
+            q = matvec(p)
+            curvature = float(torch.dot(p, q))
+            if not curvature > 0:
+                return _Cycle(u, size, used, None)
+            alpha = rr / curvature
+            u, r = u + alpha * p, r - alpha * q
+            previous, rr = rr, float(torch.dot(r, r))
+            if rr <= target**2:
+                break
+            # On the diagonal of the tridiagonal matrix of Lanczos.
+            size = max(size, 1 / alpha + last)
+            last = rr / previous / alpha
+            p = r + (rr / previous) * p
+        return _Cycle(u, max(size, 1 / alpha + last), used, rr <= target**2)
+
+    return _restarted(matvec, b, relative, steps, cycle)
 
 
 def gmres(
     matvec: MatVec, b: Tensor, relative: float, steps: int, restart: int = 50
 ) -> tuple[Tensor, bool]:
-    """Saad and Schultz 1986. Gives up early where a whole cycle gains less than a factor of two."""
-    u, r = torch.zeros_like(b), b
-    beta = float(torch.linalg.vector_norm(r))
-    target = relative * beta
-    while beta > target and steps > 0:
+    """Saad and Schultz 1986."""
+
+    def cycle(r: Tensor, beta: float, target: float, steps: int) -> _Cycle:
         basis, triangle, right = _arnoldi(matvec, r, beta, min(restart, steps), target)
-        steps -= len(triangle)
         y = _back_substituted(triangle, right)
-        u = u + torch.tensor(y, dtype=b.dtype).to(b.device) @ basis[: len(y)]
-        r = b - matvec(u)  # `right` tells less: not how much the products round
-        before, beta = beta, float(torch.linalg.vector_norm(r))
-        if not beta <= before / 2:
-            break
-    return u, beta <= target
+        u = torch.tensor(y, dtype=b.dtype).to(b.device) @ basis[: len(y)]
+        size = max(math.hypot(*column) for column in triangle)
+        return _Cycle(u, size, len(triangle), abs(right[-1]) <= target)
+
+    return _restarted(matvec, b, relative, steps, cycle)
+
+
+def _norm(v: Tensor) -> float:
+    return float(torch.linalg.vector_norm(v))
 
 
 def _arnoldi(
