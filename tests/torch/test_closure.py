@@ -132,6 +132,30 @@ def test_what_is_unfrozen_later_gets_its_derivative(wrapped: str) -> None:
     same(f.grad(lambda w: square(w).sum())(w), w)
 
 
+@pytest.mark.parametrize("how", ["data", "set_", "to", "vector_to_parameters"])
+def test_a_tensor_whose_memory_was_replaced_is_no_longer_the_one_of_the_conversion(how) -> None:
+    net = nn.Linear(2, 1)
+    x = torch.randn(3, 2)
+    c = Closure(lambda x: 2 * net(x), x)
+    at_rest = Closure(net, x)
+    new = torch.arange(2.0)[None]
+    if how == "data":
+        net.weight.data = new
+    elif how == "set_":
+        with torch.no_grad():
+            net.weight.set_(new)
+    elif how == "to":
+        net.double()
+        x = x.double()
+    else:
+        nn.utils.vector_to_parameters(torch.arange(3.0), net.parameters())
+    with pytest.raises(CaptureError, match="net.weight.*whose data was replaced"):
+        c(torch.randn(3, 2))
+    if how != "to":
+        same(at_rest(x), net(x))  # which stand for themselves
+        same(Closure(lambda x: 2 * net(x), x)(x), 2 * net(x))
+
+
 def test_errors_are_those_of_the_conversion() -> None:
     w = fresh(3)
     with pytest.raises(CaptureError, match="in place"):

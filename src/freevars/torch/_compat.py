@@ -37,6 +37,7 @@ __all__ = [
     "owns_memory",
     "parts",
     "pytree",
+    "same_memory",
     "sharded_parameters",
     "storage_key",
     "tangents",
@@ -44,6 +45,7 @@ __all__ = [
     "transforms_active",
     "unwrap",
     "versions",
+    "without_ended",
 ]
 
 # The pytree module that torch.func itself uses. Its name is private; its functions are the
@@ -184,6 +186,17 @@ def unwrap(t: Tensor) -> Iterator[Tensor]:
         yield t
 
 
+def without_ended(t: Tensor) -> Tensor:
+    """`t` without what torch.func transforms that are over wrapped around it: such a wrapper is not
+    a place in the graph of what it wraps."""
+    while is_wrapped(t):
+        inner = _functorch.unwrap_if_dead(t)
+        if inner is t:
+            break
+        t = inner
+    return t
+
+
 def layers(t: Tensor) -> list[tuple[str, bool | None]]:
     """The transformations that trace `t`, outermost first: the tape, then the torch.func transforms
     that wrap it, and whether each takes a derivative by it; None where that is not its business.
@@ -310,6 +323,15 @@ def storage_key(t: Tensor) -> int:
     except (NotImplementedError, RuntimeError):  # sparse and other tensors without one storage
         inside = parts(t)
         return storage_key(inside[0]) if inside else id(t)
+
+
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors begin at one address; True where one has none."""
+    try:
+        with unseen():  # our own look is no read
+            return a.data_ptr() == b.data_ptr()
+    except RuntimeError:  # wrapped by a transform, or sparse
+        return True
 
 
 def sharded_parameters(objects: Iterable[Any]) -> dict[int, tuple[Tensor, Tensor]]:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from freevars.errors import CaptureError, StructureError
+from freevars.torch import _compat
 from freevars.torch._convert import operators
 from freevars.torch._convert.places import Places, Search
 from freevars.torch._convert.steps import GONE
@@ -65,6 +66,19 @@ class Captured:
                 f"{Structure.shown(value)}."
             )
             raise StructureError(message)
+
+    def check_memory(self, i: int, alias: Tensor) -> None:
+        """Refuses the alias of captured tensor `i` once that has other memory: it has the values of
+        the conversion."""
+        t = self.tensors[i]
+        if alias is not t and not _compat.same_memory(alias, t):
+            message = (
+                f"expected captured tensors in the memory of the conversion, got "
+                f"{self.described(i)}, whose data was replaced since (t.data = ..., t.set_(...), "
+                "module.to(...), vector_to_parameters). Convert again, or write to the tensor "
+                "(t.data.copy_(...))."
+            )
+            raise CaptureError(message)
 
     def table(self, values: Sequence[Tensor]) -> dict[int, Tensor]:
         """Which tensor to give for which that `fun` reads, by the id of the latter."""

@@ -203,11 +203,14 @@ class Converted(Generic[P, R]):
         if n != count:
             if self._structure is not None and len(args) == count:
                 self._check_reached(args)
+                for i, value in enumerate(self.hoisted):
+                    self._own.check_memory(i, value)
                 return args, self.hoisted
             raise StructureError(self._count_message(f"{len(args)} values in all"))
         values = args[n:]
         for i, value in enumerate(values):
             if value is self.hoisted[i]:
+                self._own.check_memory(i, value)
                 continue
             is_sharded = self._own.ids[i] in self._sharded
             if is_sharded and not _is_detached(value, self.hoisted[i]):
