@@ -337,3 +337,18 @@ def test_a_reentrant_checkpoint_is_named() -> None:
     for x in (layer(zeros(2)), converted(zeros(2), fresh(2))):
         with pytest.raises(CaptureError, match=r"iterate: .* Call checkpoint with use_reentrant="):
             x.sum().backward()
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_the_pullback_of_vjp_may_run_when_its_transform_is_over(batched: bool) -> None:
+    u, w = fresh(2).exp().detach().requires_grad_(), fresh(3, 2).exp().detach()
+
+    def solve(w: Tensor) -> Tensor:
+        return newton(lambda x: u * x**2 - w, ONES)
+
+    w = w if batched else w[0]
+    x, pullback = f.vjp(f.vmap(solve) if batched else solve, w)
+    (g,) = pullback(torch.ones_like(x))
+    torch.testing.assert_close(g, 0.5 * (u * w) ** -0.5)  # x = sqrt(w / u)
+    (by_u,) = torch.autograd.grad(g.sum(), u)
+    torch.testing.assert_close(by_u, (-0.25 * u**-1.5 * w**-0.5).reshape(-1, 2).sum(0).detach())

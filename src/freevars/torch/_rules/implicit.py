@@ -104,7 +104,9 @@ class _Implicit(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None, *_: Any) -> Any:
         if g is None:
             return (None,) * len(ctx.needs_input_grad)
-        return None, *pull_back(ctx.condition, ctx.saved_tensors, g, ctx.needs_input_grad[1:])
+        # The pullback of `torch.func.vjp` runs when its transform is over.
+        saved = [_compat.without_ended(t) for t in ctx.saved_tensors]
+        return None, *pull_back(ctx.condition, saved, g, ctx.needs_input_grad[1:])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
