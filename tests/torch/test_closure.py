@@ -149,7 +149,7 @@ def test_a_tensor_whose_memory_was_replaced_is_no_longer_the_one_of_the_conversi
         x = x.double()
     else:
         nn.utils.vector_to_parameters(torch.arange(3.0), net.parameters())
-    with pytest.raises(CaptureError, match="net.weight.*whose data was replaced"):
+    with pytest.raises(CaptureError, match=r"net.weight.*whose data was replaced"):
         c(torch.randn(3, 2))
     if how != "to":
         same(at_rest(x), net(x))  # which stand for themselves

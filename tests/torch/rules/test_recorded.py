@@ -340,7 +340,7 @@ def test_a_reentrant_checkpoint_is_named() -> None:
 
 
 @pytest.mark.parametrize("batched", [False, True])
-def test_the_pullback_of_vjp_may_run_when_its_transform_is_over(batched: bool) -> None:
+def test_the_pullback_of_vjp_may_run_when_its_transform_is_over(batched) -> None:
     u, w = fresh(2).exp().detach().requires_grad_(), fresh(3, 2).exp().detach()
 
     def solve(w: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Krylov methods on one real vector: conjugate gradients and restarted GMRES.
 
 Both stop at a residual relative to the norm of `b`, so that neither the units of the system nor
-zeros in `b` matter, and say whether they got there: by the residual of what they return. Not here: which one is taken, and what happens
-where neither converges (`linear.py`).
+zeros in `b` matter, and say whether they got there: by the residual of what they return. Not here:
+which one is taken, and what happens where neither converges (`linear.py`).
 """
 
 import math
