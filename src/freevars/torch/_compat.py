@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = [
     "CheckpointFunction",
     "DispatchMode",
+    "address",
     "checkpointing",
     "compiling",
     "eagerly",
@@ -37,7 +38,6 @@ __all__ = [
     "owns_memory",
     "parts",
     "pytree",
-    "same_memory",
     "sharded_parameters",
     "storage_key",
     "tangents",
@@ -325,13 +325,13 @@ def storage_key(t: Tensor) -> int:
         return storage_key(inside[0]) if inside else id(t)
 
 
-def same_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors begin at one address; True where one has none."""
+def address(t: Tensor) -> int:
+    """Where the memory of `t` begins; 0 where it has none of its own."""
     try:
         with unseen():  # our own look is no read
-            return a.data_ptr() == b.data_ptr()
+            return t.data_ptr()
     except RuntimeError:  # wrapped by a transform, or sparse
-        return True
+        return 0
 
 
 def sharded_parameters(objects: Iterable[Any]) -> dict[int, tuple[Tensor, Tensor]]:

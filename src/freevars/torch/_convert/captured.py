@@ -47,6 +47,7 @@ class Captured:
         self.tensors = tuple(tensors)
         self.ids = tuple(id(t) for t in tensors)
         self.types = tuple((t.shape, t.dtype) for t in tensors)
+        self._addresses = tuple(map(_compat.address, self.tensors))
         self.constants = tuple(t for t in constants if id(t) in search.met)
         self.places = Places(search, [*self.tensors, *self.constants])
         self.places.forget_removed()
@@ -67,11 +68,11 @@ class Captured:
             )
             raise StructureError(message)
 
-    def check_memory(self, i: int, alias: Tensor) -> None:
-        """Refuses the alias of captured tensor `i` once that has other memory: it has the values of
-        the conversion."""
+    def check_memory(self, i: int, hoisted: Tensor) -> None:
+        """Refuses the hoisted value of captured tensor `i` once that has other memory, where it is
+        not that tensor itself: it has the values of the conversion."""
         t = self.tensors[i]
-        if alias is not t and not _compat.same_memory(alias, t):
+        if hoisted is not t and _compat.address(t) != self._addresses[i]:
             message = (
                 f"expected captured tensors in the memory of the conversion, got "
                 f"{self.described(i)}, whose data was replaced since (t.data = ..., t.set_(...), "
