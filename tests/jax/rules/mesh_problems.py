@@ -124,6 +124,44 @@ def explicit():
         np.testing.assert_allclose(got, -1 / (2 + jnp.abs(A)) ** 2, rtol=1e-6)
 
 
+def passed_on():
+    """Unknowns that go from device to device, and are summed nowhere: x + 0.3 x of the device
+    before = a. In JAX 0.10 `ppermute` is no effect of a program."""
+    ring = [(i, (i + 1) % DEVICES) for i in range(DEVICES)]
+    matrix = np.eye(N) + 0.3 * np.roll(np.eye(N), N // DEVICES, axis=0)
+    solve = lambda m, v: jnp.asarray(np.linalg.solve(m, v))
+    wanted = solve(matrix, A), solve(matrix.T, G), solve(matrix, G)
+    solver = fv.root(loop(80, lambda fun, x: x - 0.8 * fun(x)))
+    own = parts(solver, lambda x, a: x + 0.3 * jax.lax.ppermute(x, "b", ring) - a)
+    mesh = jax.make_mesh((DEVICES,), ("b",), axis_types=(AxisType.Auto,))
+    for check_vma in (True, False):
+        over = jax.shard_map(own, mesh=mesh, in_specs=P("b"), out_specs=P("b"), check_vma=check_vma)
+        check(over, *wanted)
+    for over in (jax.vmap(own, axis_name="b"), jax.pmap(own, axis_name="b")):
+        check(lambda a, over=over: over(a.reshape(DEVICES, -1)).ravel(), *wanted)
+    # Not what a `shard_map` within the function sums over.
+    total = jax.shard_map(lambda x: jax.lax.psum(jnp.sum(x), "b"), in_specs=P("b"), out_specs=P())
+    with jax.set_mesh(mesh):
+        check(parts(fv.root(richardson), lambda x, a: x + C * total(x) - a), inverse(A), inverse(G))
+
+
+def batch_on_explicit():
+    """A batch of systems along an axis of an explicit mesh."""
+    mesh = jax.make_mesh((DEVICES,), ("b",), axis_types=(AxisType.Explicit,))
+    put = lambda v: jax.device_put(v, NamedSharding(mesh, P("b")))
+    for n in (1, 3, 20):  # a division; with an inverse that is written out; with none
+        matrix = np.eye(n) + np.random.default_rng(2).normal(size=(n, n)) / (3 * n)
+        a = np.random.default_rng(3).normal(size=(N, n))
+        for options in ({}, {"dense_limit": 0}):
+            solver = fv.root(richardson, **options)
+            solve = lambda a, m=matrix, s=solver: s(lambda x: m @ x - a, jnp.zeros_like(a))
+            loss = lambda a, solve=solve: jnp.sum(jax.vmap(solve)(a) ** 2) / 2
+            with jax.set_mesh(mesh):
+                got = jax.jit(jax.grad(loss))(put(a))
+            inverse = np.linalg.inv(matrix)
+            np.testing.assert_allclose(got, a @ inverse.T @ inverse, atol=1e-8)
+
+
 def refused():
     """What sums over one device only cannot solve a coupled system."""
     import lineax
@@ -140,6 +178,8 @@ CHECKS = {
     "vmap": vmap,
     "pmap": pmap,
     "explicit": explicit,
+    "passed on": passed_on,
+    "a batch, explicit": batch_on_explicit,
     "refused": refused,
 }
 

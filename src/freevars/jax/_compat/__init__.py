@@ -18,10 +18,12 @@ from freevars.jax._compat.axes import (
     like_type,
     manual_axes,
     not_more_varying,
+    on_mesh,
     tracks_varying,
     typed_sharding,
     vary_over,
     varying_axes,
+    while_loop,
 )
 from freevars.jax._compat.callbacks import (
     CALLBACKS,
@@ -207,6 +209,7 @@ __all__ = [
     "nested_programs",
     "not_more_varying",
     "nothing_traced",
+    "on_mesh",
     "parts_of",
     "prepend_operands",
     "program_name",
@@ -235,6 +238,7 @@ __all__ = [
     "vmap_rule",
     "wait_for",
     "was_computed",
+    "while_loop",
     "with_derived",
     "without_derived",
 ]

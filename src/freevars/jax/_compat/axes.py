@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.sharding import PartitionSpec
 
 from freevars.jax._compat.params import nested_programs
 from freevars.jax._compat.private import config, core
@@ -16,10 +18,12 @@ __all__ = [
     "like_type",
     "manual_axes",
     "not_more_varying",
+    "on_mesh",
     "tracks_varying",
     "typed_sharding",
     "vary_over",
     "varying_axes",
+    "while_loop",
 ]
 
 
@@ -30,21 +34,30 @@ def typed_sharding(x: Any) -> Any:
 
 
 def coupled_axes(jaxpr: Any) -> frozenset[str]:
-    """The named axes along which a program sends what it computes from its inputs.
+    """The named axes in use along which a program sends what it computes from its inputs; not those
+    that it brings along, as a `shard_map` in it does.
 
-    That a program uses an axis is an effect of it, and the classes of effects are private. An
-    equation without operands (`axis_index`) sends nothing.
+    That an equation uses an axis is an effect of it, and the classes of effects are private;
+    `ppermute` and `pbroadcast` have none in JAX 0.10, but a parameter `axis_name`, as all that
+    send. An equation without operands (`axis_index`) sends nothing, and one that says only of a
+    value that it varies has the names in `axes`.
     """
+    in_use = core.get_axis_env().axis_sizes
+    return frozenset(name for name in _sent_along(jaxpr) if name in in_use)
+
+
+def _sent_along(jaxpr: Any) -> set[str]:
     names: set[str] = set()
     for eqn in jaxpr.eqns:
-        own = {e.name for e in eqn.effects if isinstance(e, core.NamedAxisEffect)}
         nested = nested_programs(eqn)
-        if own and nested:
-            for program in nested:
-                names |= coupled_axes(getattr(program, "jaxpr", program))
-        elif eqn.invars:
-            names |= own
-    return frozenset(names)
+        for program in nested:
+            names |= _sent_along(getattr(program, "jaxpr", program))
+        if eqn.invars and not nested:
+            names |= {e.name for e in eqn.effects if isinstance(e, core.NamedAxisEffect)}
+            told = eqn.params.get("axis_name", ())
+            told = told if isinstance(told, (tuple, list)) else (told,)
+            names |= {name for name in told if isinstance(name, str)}
+    return names
 
 
 def manual_axes() -> frozenset[str]:
@@ -97,3 +110,17 @@ def like_sharding(x: Any, like: Any) -> Any:
     if wanted is None or wanted == has:
         return x
     return jax.sharding.reshard(x, wanted)
+
+
+def on_mesh(x: Any) -> Any:
+    """`x`; where a mesh with explicit axes is in use and the type of `x` has none, as that of a
+    constant, with one that says that it is the same on all devices. What JAX 0.10 joins with an
+    array, in a loop or `concatenate`, it maps over such an axis only then."""
+    if typed_sharding(x) is not None or not jax.sharding.get_abstract_mesh().explicit_axes:
+        return x
+    return jax.sharding.reshard(x, PartitionSpec())
+
+
+def while_loop(goes_on: Callable[[Any], Any], step: Callable[[Any], Any], start: Any) -> Any:
+    """`jax.lax.while_loop`; its start may have numbers and other constants in it (`on_mesh`)."""
+    return jax.lax.while_loop(goes_on, step, jax.tree.map(on_mesh, start))

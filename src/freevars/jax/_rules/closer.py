@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from freevars._solvers.verdict import Limits
+from freevars.jax import _compat
 from freevars.jax._rules.coordinates import magnitude
 from freevars.jax._rules.seen import (
     NO_LONGER,
@@ -107,7 +108,7 @@ def look(
                 new = _change(y, moved, error, here, units, floor, largest)
                 return like_state(on & False, on), like_state(jnp.maximum(change, new), change)
 
-            change = jax.lax.while_loop(lambda state: state[0], compare, (on, change))[1]
+            change = _compat.while_loop(lambda state: state[0], compare, (on, change))[1]
         return like_state(needed & False, needed), size, change, seen.step
 
     # A loop of no or one turn, not a `cond`: under `vmap` that would compute it for every member.
@@ -115,7 +116,7 @@ def look(
     # there.
     step = jax.tree.map(lambda s: jnp.where(needed, s, 0), at.step)
     begin = (needed, size, jnp.zeros_like(size), step)
-    return jax.lax.while_loop(lambda state: state[0], turn, begin)[1:3]
+    return _compat.while_loop(lambda state: state[0], turn, begin)[1:3]
 
 
 def _measure(

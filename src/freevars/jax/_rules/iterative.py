@@ -182,7 +182,7 @@ def _unless_solved(first: Solution, then: Callable[[Tree, Any], Solution]) -> So
         second = then(first.x, turns)
         return second._replace(steps=first.steps + second.steps), turns + 1
 
-    return jax.lax.while_loop(lambda s: ~s[0].solved & (s[1] < 1), turn, (first, 0))[0]
+    return _compat.while_loop(lambda s: ~s[0].solved & (s[1] < 1), turn, (first, 0))[0]
 
 
 def _by_matrix(

@@ -23,6 +23,8 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from freevars.jax import _compat
+
 __all__ = ["Solution", "System", "bicgstab", "conjugate_gradients", "is_solved", "least_squares"]
 
 Tree: TypeAlias = Any  # a pytree of real arrays of one dtype
@@ -130,7 +132,7 @@ def _restarted(
     if not system.verify:
         x, rr, _, steps = cycle(start)
         return Solution(x, rr, rr <= system.tol**2 * bb, steps)
-    end = jax.lax.while_loop(goes_on, step, start)
+    end = _compat.while_loop(goes_on, step, start)
     return Solution(end.x, end.rr, end.solved, end.steps)
 
 
@@ -163,7 +165,7 @@ def conjugate_gradients(system: System) -> Solution:
             return (rr > stop) & (rz != 0) & (steps < system.max_steps)
 
         start = (state.x, state.r, z, rz, state.rr, state.size, 0 * rz, state.steps)
-        x, _, _, _, rr, size, _, steps = jax.lax.while_loop(goes_on, step, start)
+        x, _, _, _, rr, size, _, steps = _compat.while_loop(goes_on, step, start)
         return x, rr, size, steps
 
     return _restarted(system, cycle, restarts=4, erratic=False)
@@ -217,7 +219,7 @@ def bicgstab(system: System) -> Solution:
         zero = zeros(b)
         one = 1 + 0 * state.rr
         start = (zero, state.r, zero, one, 0 * one, one, state.rr, state.size, state.steps)
-        y, *_, rr, size, steps = jax.lax.while_loop(goes_on, step, start)
+        y, *_, rr, size, steps = _compat.while_loop(goes_on, step, start)
         y = y if precondition is None else precondition(y)
         return combine(1, y, state.x), rr, size, steps
 
@@ -254,7 +256,7 @@ def least_squares(system: System, rmatvec: Apply, x: Tree | None = None) -> Solu
         _, _, _, ss, steps = state
         return (ss > system.tol**2 * begin) & (steps < system.max_steps)
 
-    x, _, _, _, steps = jax.lax.while_loop(goes_on, step, (x, r, s, dot(s, s), 0))
+    x, _, _, _, steps = _compat.while_loop(goes_on, step, (x, r, s, dot(s, s), 0))
     r = combine(-1, matvec(x), b)
     s = rmatvec(r)
     solved = dot(s, s) <= system.eps**0.5 * begin

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from freevars._solvers.verdict import Figures, Limits
+from freevars.jax import _compat
 from freevars.jax._rules.closer import Step, look
 from freevars.jax._rules.coordinates import magnitude, max_abs
 from freevars.jax._rules.krylov import divide
@@ -82,12 +83,15 @@ def factorise(matrix: Any, x: Vector, d: Vector, limits: Limits) -> Scaled:
         return upper(lower(b[order]))
 
     if len(x) <= _INVERSE:
-        inverse = solve(jnp.eye(len(x), dtype=x.dtype))
+        # Not `solve` of the identity, whose rows cannot be picked one member of a sharded batch
+        # each.
+        permuted = (order[:, None] == jnp.arange(len(x))).astype(x.dtype)
+        inverse = upper(lower(permuted))
         return Scaled(matrix, rows, columns, scaled, lambda b: inverse @ b, lambda b: inverse.T @ b)
 
     def transposed(b: Any) -> Any:
         back = lower(upper(b, transpose_a=True), transpose_a=True)
-        return jnp.zeros_like(back).at[order].set(back, unique_indices=True)
+        return back.at[order].set(back, unique_indices=True)
 
     return Scaled(matrix, rows, columns, scaled, solve, transposed)
 
@@ -190,7 +194,7 @@ def measure(
     zero = jnp.zeros_like(relative)
     left = zero
     if not (system.own or least_squares):
-        sides = jnp.asarray(_signs(len(f)), f.dtype)
+        sides = _compat.on_mesh(jnp.asarray(_signs(len(f)), f.dtype))
         left = jnp.linalg.norm(system.scaled @ system.solve(sides) - sides) / jnp.linalg.norm(sides)
         left = jnp.where(jnp.isnan(left), jnp.inf, left)
     asymmetry = _asymmetry(system) if symmetric and len(x) > 1 else zero
@@ -199,7 +203,7 @@ def measure(
 
 def _by_probes(system: Scaled, size: Vector, f: Vector) -> tuple[Vector, Vector, Any, Any]:
     """The Newton step, r, and of S a bound of the norm and the reciprocal condition number."""
-    probes = jnp.asarray(_signs(len(f)), f.dtype)
+    probes = _compat.on_mesh(jnp.asarray(_signs(len(f)), f.dtype))
     weights = system.rows * (jnp.abs(system.matrix) @ size)
     sides = [(system.rows * f)[:, None], probes, weights[:, None] * probes]
     found = system.solve(jnp.concatenate(sides, axis=1))

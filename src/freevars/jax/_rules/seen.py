@@ -154,7 +154,7 @@ def see(
     marks = jax.tree.map(lambda s: jnp.zeros_like(s, jnp.uint8), at.step)
     first = jnp.asarray(_STEP if mixed else _HALF_STEP)
     seen = Seen(first, on, size, jnp.zeros_like(size), at.step, nothing, marks)
-    seen = jax.lax.while_loop(lambda seen: seen.on, ask, seen)
+    seen = _compat.while_loop(lambda seen: seen.on, ask, seen)
     return seen._replace(on=seen.question == _END)
 
 
