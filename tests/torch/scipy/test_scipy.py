@@ -8,7 +8,7 @@ import torch
 from scipy.optimize import Bounds, LinearConstraint, NonlinearConstraint
 
 import freevars.torch as fv
-from freevars.errors import NotASolutionError
+from freevars.errors import NotASolutionError, StructureError
 from freevars.torch.scipy import least_squares, minimize, root, root_scalar
 from freevars.torch.scipy._constraints import as_functions, as_sides
 
@@ -85,6 +85,9 @@ def test_an_objective_of_one_number() -> None:
     solve = lambda a: minimize(lambda x: (x - a) ** 2, [0.0])
     assert solve(2.0).fun.shape == ()
     np.testing.assert_allclose(jacobian(lambda a: solve(a).x, number(2.0)), [1.0])
+    found = root_scalar(lambda x: x.reshape(1) - 2, bracket=(0, 5)).root
+    assert found.shape == ()
+    np.testing.assert_allclose(found, 2.0)
 
 
 FUN = lambda x: ((x - torch.tensor([1.0, 2.0])) ** 2).sum()
@@ -235,6 +238,11 @@ def test_a_function_in_numpy_is_told_what_to_write(fun, text) -> None:
             lambda: minimize(FUN, torch.zeros(2), constraints=[3]),
             TypeError,
             r"constraints\[0\]: expected a dict",
+        ),
+        (
+            lambda: root(lambda x: x[:1], torch.zeros(2)),
+            StructureError,
+            "the function of root has 1 components for 2 unknowns",
         ),
         (lambda: root_scalar(lambda x: x), ValueError, "neither bracket nor starting point"),
         (lambda: root_scalar(lambda x: x, x0=torch.ones(2)), TypeError, "Many roots at once"),

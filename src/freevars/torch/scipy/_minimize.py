@@ -14,7 +14,14 @@ from freevars.torch._rules.rules import argmin
 from freevars.torch.scipy._constraints import as_functions, as_sides
 from freevars.torch.scipy._host import HostFunction
 from freevars.torch.scipy._result import OptimizeResult, as_tensors
-from freevars.torch.scipy._scipy import as_start, refuse_derivatives, runs, value_in_pytorch
+from freevars.torch.scipy._scipy import (
+    as_number,
+    as_start,
+    is_number,
+    refuse_derivatives,
+    runs,
+    value_in_pytorch,
+)
 
 __all__ = ["minimize"]
 
@@ -57,11 +64,6 @@ _run.__name__ = _run.__qualname__ = "minimize"  # what errors call it
 def _solver(on_failure: OnFailure, one_sided: bool, polish: bool) -> Any:  # noqa: FBT001
     how: dict[str, Any] = {"on_failure": on_failure, "one_sided": one_sided, "polish": polish}
     return argmin(has_aux=True, **how)(_run)
-
-
-def _as_number(fun: Callable[..., Any], *args: Any) -> Tensor:
-    value: Tensor = fun(*args).reshape(())
-    return value
 
 
 def minimize(
@@ -138,9 +140,8 @@ def minimize(
     if method is None:  # scipy's own choice, which has to know of the constraints
         method = "SLSQP" if equality or inequality else "BFGS" if sides is None else "L-BFGS-B"
     value = value_in_pytorch(name, fun, x0, args)
-    if isinstance(value, Tensor) and value.numel() == 1:  # scipy takes an array of one number
-        fun = functools.partial(_as_number, fun) if value.dim() else fun
-    else:
+    fun = as_number(fun, value)
+    if not is_number(value):
         check_objective(value, ".sum()")
     x, status = _solver(on_failure, one_sided, polish)(
         fun,

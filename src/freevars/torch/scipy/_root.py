@@ -44,6 +44,9 @@ def _value(fun: Callable[..., Any], x: Any) -> Any:
     return fun(x)
 
 
+_value.__name__ = _value.__qualname__ = "the function of root"  # what errors call it
+
+
 @functools.cache
 def _solver(on_failure: OnFailure, polish: bool) -> Any:  # noqa: FBT001
     return implicit(_value, has_aux=True, on_failure=on_failure, polish=polish)(_run)

@@ -14,6 +14,7 @@ from freevars.torch._rules.rules import root as root_rule
 from freevars.torch.scipy._host import HostFunction
 from freevars.torch.scipy._result import RootResults, as_tensors
 from freevars.torch.scipy._scipy import (
+    as_number,
     as_start,
     optimize,
     refuse_derivatives,
@@ -131,7 +132,7 @@ def root_scalar(
     second = None if x1 is None else _number(x1, name)
     args = as_tuple(args)
     first = ends[0] if start is None and ends else start
-    value_in_pytorch(name, f, first, args)
+    f = as_number(f, value_in_pytorch(name, f, first, args))
     x, status = _solver(on_failure, polish)(
         f,
         first,

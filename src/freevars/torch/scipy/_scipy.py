@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,8 +24,10 @@ except ImportError as error:  # pragma: no cover (tested in a process of its own
     raise ImportError(message) from error
 
 __all__ = [
+    "as_number",
     "as_start",
     "as_tensor",
+    "is_number",
     "not_in_pytorch",
     "optimize",
     "refuse_derivatives",
@@ -63,6 +66,22 @@ def as_start(x0: Any) -> Any:
     if type(x0) in (list, tuple) and all(isinstance(x, known) and np.ndim(x) == 0 for x in x0):
         return as_tensor(x0)
     return pytree.tree_map_only(known, as_tensor, x0)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a tensor of one number, of any shape: scipy takes each for a number."""
+    return isinstance(value, Tensor) and value.numel() == 1
+
+
+def as_number(fun: Callable[..., Any], value: Any) -> Callable[..., Any]:
+    """A function that has such a value, with values of shape ()."""
+    if not is_number(value) or value.shape == ():
+        return fun
+    return functools.partial(_reshaped, fun)
+
+
+def _reshaped(fun: Callable[..., Any], *args: Any) -> Any:
+    return fun(*args).reshape(())
 
 
 def not_in_pytorch(name: str, fun: Any, said: str) -> TypeError:
