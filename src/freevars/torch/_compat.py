@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = [
     "CheckpointFunction",
     "DispatchMode",
-    "address",
+    "addresses",
     "checkpointing",
     "compiling",
     "eagerly",
@@ -325,11 +325,18 @@ def storage_key(t: Tensor) -> int:
         return storage_key(inside[0]) if inside else id(t)
 
 
-def address(t: Tensor) -> int:
-    """Where the memory of `t` begins; 0 where it has none of its own."""
+def addresses(tensors: Sequence[Tensor]) -> list[int]:
+    """Where the memory of each tensor begins; 0 where it has none of its own."""
+    with unseen():  # our own look is no read
+        try:
+            return [t.data_ptr() for t in tensors]
+        except RuntimeError:
+            return [_address(t) for t in tensors]
+
+
+def _address(t: Tensor) -> int:
     try:
-        with unseen():  # our own look is no read
-            return t.data_ptr()
+        return t.data_ptr()
     except RuntimeError:  # wrapped by a transform, or sparse
         return 0
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from freevars.torch import closure_convert
+from freevars.torch import CaptureError, closure_convert
 from tests.torch.explicit import check, derivatives, fresh, same
 
 GLOBAL = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64, requires_grad=True)
@@ -769,3 +769,41 @@ def test_metadata_of_an_alias_may_be_written() -> None:
         return w.detach().unsqueeze_(0).t_().squeeze_() * x.detach().unsqueeze_(0) * w
 
     check(explicit, [fresh(3)], [fresh(3)], order=1)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, w: torch.softmax(x * w, dim=0),
+        lambda x, w: torch.matmul(x, w),
+        lambda x, w: torch.cat([x, w]),
+        lambda x, w: nn.functional.layer_norm(x, (3,), weight=w),
+        lambda x, w: (x - 1) ** w,
+        lambda x, w: w[..., 1:] * x[None, 1:],
+        lambda x, w: torch.where(x > 0, input=w, other=x),
+    ],
+)
+def test_an_operation_is_asked_about_once_and_read_through_at_each_call(call) -> None:
+    x, w = fresh(3).exp().detach().add(1).requires_grad_(), fresh(3)
+    converted, hoisted = closure_convert(lambda x: call(x, w), x)
+    for mode in (torch.enable_grad, torch.no_grad):
+        for _ in range(2):
+            other = fresh(3)
+            with mode():
+                same(converted(x, other), call(x, other))
+    same(derivatives(converted, [x, *hoisted], 2), derivatives(call, [x, w], 2))
+
+
+def test_an_operation_known_to_be_harmless_is_not_where_it_writes() -> None:
+    x, buffer, write = torch.ones(3), torch.zeros(3), False
+
+    def fun(x: Tensor) -> Tensor:
+        return torch.add(x, buffer, alpha=1, **({"out": buffer} if write else {}))
+
+    converted, hoisted = closure_convert(fun, x, hoist="all")
+    for _ in range(2):
+        same(converted(x, *hoisted), x)
+    write = True
+    with pytest.raises(CaptureError, match="in place"):
+        converted(x, *hoisted)
+    same(buffer, torch.zeros(3))

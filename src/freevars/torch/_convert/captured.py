@@ -47,7 +47,7 @@ class Captured:
         self.tensors = tuple(tensors)
         self.ids = tuple(id(t) for t in tensors)
         self.types = tuple((t.shape, t.dtype) for t in tensors)
-        self._addresses = tuple(map(_compat.address, self.tensors))
+        self._addresses = _compat.addresses(self.tensors)
         self.constants = tuple(t for t in constants if id(t) in search.met)
         self.places = Places(search, [*self.tensors, *self.constants])
         self.places.forget_removed()
@@ -68,18 +68,21 @@ class Captured:
             )
             raise StructureError(message)
 
-    def check_memory(self, i: int, hoisted: Tensor) -> None:
-        """Refuses the hoisted value of captured tensor `i` once that has other memory, where it is
-        not that tensor itself: it has the values of the conversion."""
-        t = self.tensors[i]
-        if hoisted is not t and _compat.address(t) != self._addresses[i]:
-            message = (
-                f"expected captured tensors in the memory of the conversion, got "
-                f"{self.described(i)}, whose data was replaced since (t.data = ..., t.set_(...), "
-                "module.to(...), vector_to_parameters). Convert again, or write to the tensor "
-                "(t.data.copy_(...))."
-            )
-            raise CaptureError(message)
+    def check_memory(self, values: Sequence[Tensor], hoisted: Sequence[Tensor]) -> None:
+        """Refuses a hoisted value whose captured tensor has other memory since, where it is not
+        that tensor itself: it has the values of the conversion."""
+        now = _compat.addresses(self.tensors)
+        if now == self._addresses:
+            return
+        for i, t in enumerate(self.tensors):
+            if now[i] != self._addresses[i] and values[i] is hoisted[i] is not t:
+                message = (
+                    "expected captured tensors in the memory of the conversion, got "
+                    f"{self.described(i)}, whose data was replaced since (t.data = ..., "
+                    "t.set_(...), module.to(...), vector_to_parameters). Convert again, or write "
+                    "to the tensor (t.data.copy_(...))."
+                )
+                raise CaptureError(message)
 
     def table(self, values: Sequence[Tensor]) -> dict[int, Tensor]:
         """Which tensor to give for which that `fun` reads, by the id of the latter."""

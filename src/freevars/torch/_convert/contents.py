@@ -15,11 +15,12 @@ from freevars.torch._compat import is_plain, parts, unwrap
 from freevars.torch._compat import tangents as tangents_of
 from freevars.torch._modes import CaptureMode
 
-__all__ = ["PLAIN", "callables", "given_tensors", "inner", "resumed", "tensors"]
+__all__ = ["PLAIN", "are_plain", "callables", "given_tensors", "inner", "resumed", "tensors"]
 
 # The types of arguments that hold no tensor, or are one: the hot path looks no further.
 _PLAIN = (Tensor, torch.nn.Parameter, int, float, bool, complex, str, type(None), type(...))
 PLAIN = frozenset({*_PLAIN, torch.Size, torch.dtype, torch.device, torch.layout})
+_HOLDS_NONE = PLAIN - {Tensor, torch.nn.Parameter}
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
@@ -28,7 +29,8 @@ def tensors(value: Any) -> Iterator[Tensor]:
         yield value
     elif isinstance(value, tuple | list | set):
         for x in value:
-            yield from tensors(x)
+            if type(x) not in _HOLDS_NONE:
+                yield from tensors(x)
     elif isinstance(value, dict):
         for x in value.values():
             yield from tensors(x)
@@ -40,13 +42,25 @@ def given_tensors(args: Any, kwargs: Any) -> list[Tensor]:
     """The same for the arguments of one call, which mostly hold tensors and plain values."""
     found: list[Tensor] = []
     for x in args:
-        if isinstance(x, Tensor):
-            found.append(x)
-        elif type(x) not in PLAIN:
+        if type(x) not in _HOLDS_NONE:
+            if isinstance(x, Tensor):
+                found.append(x)
+            else:
+                found.extend(tensors(x))
+    for x in kwargs.values() if kwargs else ():
+        if type(x) not in _HOLDS_NONE:
             found.extend(tensors(x))
-    if kwargs:
-        found.extend(tensors(kwargs))
     return found
+
+
+def are_plain(value: Any) -> bool:
+    """Whether `value` is a tuple of plain values and tensors, as arguments mostly are."""
+    if type(value) is not tuple:
+        return False
+    for x in value:  # noqa: SIM110 (a generator would cost more than the question)
+        if type(x) not in PLAIN:
+            return False
+    return True
 
 
 def inner(t: Tensor) -> list[Tensor]:
@@ -87,6 +101,8 @@ def _runs_python(value: Any) -> bool:
 
 def resumed(watch: CaptureMode, value: Any) -> Any:
     """`value` with the functions in it run under `watch`, also after the watch was left."""
+    if type(value) in PLAIN or are_plain(value):
+        return value
     if type(value) is tuple:
         return tuple(resumed(watch, x) for x in value)
     if type(value) is dict:

@@ -203,19 +203,21 @@ class Converted(Generic[P, R]):
         if n != count:
             if self._structure is not None and len(args) == count:
                 self._check_reached(args)
-                for i, value in enumerate(self.hoisted):
-                    self._own.check_memory(i, value)
+                self._own.check_memory(self.hoisted, self.hoisted)
                 return args, self.hoisted
             raise StructureError(self._count_message(f"{len(args)} values in all"))
         values = args[n:]
+        own = False
         for i, value in enumerate(values):
             if value is self.hoisted[i]:
-                self._own.check_memory(i, value)
+                own = True
                 continue
             is_sharded = self._own.ids[i] in self._sharded
             if is_sharded and not _is_detached(value, self.hoisted[i]):
                 raise CaptureError(self._sharded_message(i))
             self._own.check(i, value)
+        if own and self._rest is None:
+            self._own.check_memory(values, self.hoisted)
         return args[:n], values
 
     def _count_message(self, got: str) -> str:

@@ -201,7 +201,8 @@ def changes_requires_grad(t: Tensor, args: tuple[Any, ...], kwargs: dict[str, An
 def is_builtin(func: Func) -> bool:
     """Whether `func` is one of PyTorch's own, written in C++."""
     if type(func) is types.BuiltinFunctionType:
-        return isinstance(func.__self__, types.ModuleType | type)
+        # Those of `torch` itself are static methods, which belong to nothing.
+        return func.__self__ is None or isinstance(func.__self__, types.ModuleType | type)
     return type(func) in {types.MethodDescriptorType, types.WrapperDescriptorType}
 
 

@@ -64,10 +64,22 @@ class SubstitutionMode(CaptureMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # The hot path: every line here is paid for at every operation of `fun`.
-        if kwargs or func not in _plain_calls or _modes.broken:
+        if _modes.broken:
             return self._special(func, args, kwargs or {})
-        get = self.table.get
-        return func(*[get(id(a), a) if type(a) in PLAIN else self.replace(a) for a in args])
+        if kwargs:
+            if func in _plain_calls and not self.paused and _TELLING.isdisjoint(kwargs):
+                return func(*self.replace(args), **self.replace(kwargs))
+            return self._special(func, args, kwargs)
+        if func in _plain_calls:
+            get = self.table.get
+            if len(args) == 2:  # noqa: PLR2004 (most have; no list is made)
+                a, b = args
+                if type(a) in PLAIN and type(b) in PLAIN:
+                    return func(get(id(a), a), get(id(b), b))
+            return func(*[get(id(a), a) if type(a) in PLAIN else self.replace(a) for a in args])
+        if func in _plain_python and not self.paused:
+            return func(*contents.resumed(self, self.replace(args)))
+        return self._special(func, args, {})
 
     def _special(self, func: Any, args: Any, kwargs: Any) -> Any:
         if _modes.broken:
@@ -111,11 +123,14 @@ class SubstitutionMode(CaptureMode):
             self._refuse_write(func, t)
 
     def replace(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
+        if type(value) in PLAIN or isinstance(value, Tensor):
             return self.table.get(id(value), value)
         if isinstance(value, tuple | list):
             new = [self.replace(x) for x in value]
-            if all(a is b for a, b in zip(new, value, strict=True)):
+            for a, b in zip(new, value, strict=True):
+                if a is not b:
+                    break
+            else:
                 return value
             if hasattr(value, "_fields"):
                 return type(value)(*new)
@@ -124,7 +139,9 @@ class SubstitutionMode(CaptureMode):
             changed = {k: y for k, x in value.items() if (y := self.replace(x)) is not x}
             return value | changed if changed else value
         if isinstance(value, slice):
-            return slice(*(self.replace(x) for x in (value.start, value.stop, value.step)))
+            parts = (value.start, value.stop, value.step)
+            new_parts = self.replace(parts)
+            return value if new_parts is parts else slice(*new_parts)
         return value
 
     def given(self, t: Tensor) -> Tensor:
@@ -213,16 +230,15 @@ class CarefulSubstitutionMode(SubstitutionMode):
             self.check(given)
             out = func(*given)
         else:
-            kwargs = kwargs or {}
             if func not in operators.METADATA and not self.paused:
-                self.check(self.replace((args, kwargs)))
+                self.check(self.replace(args), self.replace(kwargs) if kwargs else None)
             out = super().__torch_function__(func, types, args, kwargs)
         self.note(out)
         return out
 
-    def check(self, value: Any) -> None:
+    def check(self, args: Any, kwargs: Any = None) -> None:
         made = self._made.get
-        for t in contents.given_tensors(value, None):
+        for t in contents.given_tensors(args, kwargs):
             ref = made(id(t))
             if (ref is None or ref() is not t) and operators.may_carry_derivative(t):
                 if self._reachable is None:
