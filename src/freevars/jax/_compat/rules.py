@@ -108,10 +108,10 @@ def _is_jax_operation(x: Any) -> bool:
 
 def held_by_operation(eqn: Eqn) -> list[Any]:
     """The arrays and traced values that an operation of a class of the user's holds."""
-    operation = eqn.params.get("_prim")
-    if operation is None or _is_jax_operation(operation):
-        return []
-    return [x for x in jax.tree.leaves(vars(operation)) if isinstance(x, ARRAY_TYPES)]
+    # The name of the parameter is private.
+    operations = [p for p in eqn.params.values() if isinstance(p, _HIGH_PRIMITIVES)]
+    held = [vars(operation) for operation in operations if not _is_jax_operation(operation)]
+    return [x for x in jax.tree.leaves(held) if isinstance(x, ARRAY_TYPES)]
 
 
 _DECLARED = [cls.__eq__ for cls in _HIGH_PRIMITIVES]
