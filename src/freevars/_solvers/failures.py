@@ -50,6 +50,14 @@ def failure(figures: Figures, limits: Limits, context: Context) -> FreevarsError
         )
     if not context.least_squares and not figures.rcond > limits.rcond:
         return SingularError(_singular(figures, limits, context))
+    if context.least_squares and not figures.residual <= limits.residual:
+        return SingularError(
+            f"{name}: the system of the derivative is singular, and has no solution for a change of"
+            f" what is differentiated by (a part of {figures.residual:.1e} of that change is left;"
+            f" up to {limits.residual:.1e} is accepted), so x has no derivative there: two"
+            " conditions that hold at one place move apart, or the objective is flat at these"
+            " values alone. Leave a condition out, or differentiate by what moves all of them."
+        )
     if not figures.residual <= limits.residual:
         return SingularError(
             f"{name}: the linear solver leaves a residual of {figures.residual:.1e}, relative; up"

@@ -118,7 +118,7 @@ class Figures(NamedTuple):
     step: Any  # the largest component of the Newton step in its unit
     change: Any  # of the derivative along the step, relative; 0 where the step is negligible
     rcond: Any  # the reciprocal condition number of S
-    residual: Any  # |A u - b| / |b| of an iterative solver
+    residual: Any  # |A u - b| / |b| of an iterative solver, or of what has to be answered (below)
     asymmetry: Any  # of a second derivative: |A - A^T| / 2|A| in units of x, or by two vectors
     conserved: Any  # |A^T p| over |A|^T |p| for a p with A p = 0: 0 for a gauge freedom, up to 1
 
@@ -127,7 +127,8 @@ def accepted(figures: Figures, limits: Limits, *, least_squares: bool = False) -
     """Whether to trust the derivative, as a bool of the host; a NaN is never trusted.
 
     With `least_squares` a singular system is no fault, but one that keeps totals is: its shortest
-    solution is not the one that the solver finds.
+    solution is not the one that the solver finds. And so is one that has no solution for dF/dt p:
+    `residual` is then what is left of that.
     """
     good = figures.finite & (figures.step <= limits.step)
     good &= (figures.step <= limits.negligible) | (figures.change <= limits.change)

@@ -377,6 +377,36 @@ def test_least_squares_takes_freedoms_and_refuses_totals():
     np.testing.assert_allclose(got, np.linalg.pinv(edges), atol=1e-9)
 
 
+@pytest.mark.parametrize("n", [2, 600])
+def test_least_squares_refuses_what_has_no_solution(n: int) -> None:
+    """Pairs of (x - a)^2 + b y: flat in y, at b = 0 alone."""
+    found = jnp.tile(jnp.array([0.5, 0.0]), n // 2)
+    solve = fv.argmin(lambda fun, x0: found, on_failure="least_squares")
+
+    def at(a, b):
+        fun = lambda x: jnp.sum((x[::2] - a) ** 2) + b * jnp.sum(x[1::2])
+        return solve(fun, jnp.zeros(n))
+
+    moving = jnp.array(0.5), jnp.array(0.0)
+    np.testing.assert_allclose(jax.jacfwd(at, 0)(*moving), 2 * found, atol=1e-6)
+    np.testing.assert_allclose(jax.grad(lambda a: at(a, 0.0) @ found)(0.5), n / 4, rtol=1e-6)
+    for derivative in (jax.jacfwd(at, 1), jax.grad(lambda *t: at(*t).sum(), (0, 1))):
+        with pytest.raises(SingularError, match="has no solution"):
+            derivative(*moving)
+
+
+def test_two_constraints_at_one_place_that_may_move_apart() -> None:
+    solve = fv.argmin(lambda fun, x0, *, inequality: jnp.ones(1), on_failure="least_squares")
+
+    def nearest(a, b):
+        limits = lambda x: jnp.stack([a - x[0], b - x[0]])
+        return solve(lambda x: jnp.sum((x - 3) ** 2), jnp.zeros(1), inequality=limits)[0]
+
+    np.testing.assert_allclose(jax.grad(lambda a: nearest(a, a))(1.0), 1, rtol=1e-6)
+    with pytest.raises(SingularError, match="has no solution"):
+        jax.grad(nearest, (0, 1))(1.0, 1.0)
+
+
 @pytest.mark.slow
 def test_a_component_that_one_direction_hardly_moves_is_no_reason_to_refuse() -> None:
     """Of many components some move little by chance, and change by a large part of that."""

@@ -240,6 +240,52 @@ def test_conserved_totals() -> None:
         root(solver, conserved=lambda x: x.sum())(lambda x: start.detach() * k - x, start)
 
 
+@pytest.mark.parametrize("n", [2, 600])
+def test_least_squares_refuses_what_has_no_solution(n: int) -> None:
+    """Pairs of (x - a)^2 + b y: flat in y, at b = 0 alone."""
+    a, b = (torch.tensor(t, dtype=F64, requires_grad=True) for t in (0.5, 0.0))
+    found = torch.tensor([0.5, 0.0], dtype=F64).repeat(n // 2)
+    solve = argmin(returning(found), on_failure="least_squares")
+
+    def at(b: Any) -> Tensor:
+        fun = lambda x: ((x[::2] - a) ** 2).sum() + b * x[1::2].sum()
+        return solve(fun, torch.zeros(n, dtype=F64))
+
+    (slope,) = torch.autograd.grad(at(0.0) @ found, a)
+    torch.testing.assert_close(slope, torch.tensor(n / 4, dtype=F64))
+    for asked in ((a, b), (b,)):
+        with pytest.raises(SingularError, match="has no solution"):
+            torch.autograd.grad(at(b).sum(), asked)
+
+
+def test_a_freedom_of_many_directions_is_no_total() -> None:
+    """Differences of 300 pairs: the null vectors are zero but for rounding in most places."""
+    n, t = 300, torch.tensor(0.5, dtype=F64, requires_grad=True)
+    found = torch.tensor([0.75, 0.25], dtype=F64).repeat_interleave(n)
+    solve = argmin(returning(found), on_failure="least_squares")
+    x = solve(lambda x: ((x[:n] - x[n:] - t) ** 2).sum(), torch.zeros(2 * n, dtype=F64))
+    (slope,) = torch.autograd.grad(x[0] - 2 * x[-1], t)
+    torch.testing.assert_close(slope, torch.tensor(1.5, dtype=F64))
+
+
+def test_two_constraints_at_one_place_that_may_move_apart() -> None:
+    a, b = (torch.tensor(1.0, dtype=F64, requires_grad=True) for _ in range(2))
+
+    @argmin(on_failure="least_squares")
+    def solve(fun: Any, x0: Tensor, *, inequality: Any) -> Tensor:
+        return torch.ones_like(x0)
+
+    def nearest(a: Tensor, b: Tensor) -> Tensor:
+        limits = lambda x: torch.stack([a - x[0], b - x[0]])
+        x0 = torch.zeros(1, dtype=F64)
+        return solve(lambda x: ((x - 3) ** 2).sum(), x0, inequality=limits)[0]
+
+    (slope,) = torch.autograd.grad(nearest(a, a), a)
+    torch.testing.assert_close(slope, torch.tensor(1.0, dtype=F64))
+    with pytest.raises(SingularError, match="not independent"):
+        torch.autograd.grad(nearest(a, b), (a, b))
+
+
 def test_polish_and_tol() -> None:
     a = torch.tensor(2.0, dtype=F64, requires_grad=True)
     rough = returning(torch.tensor(1.4, dtype=F64))

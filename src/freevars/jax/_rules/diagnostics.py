@@ -197,7 +197,14 @@ def _applied(
         figures = figures._replace(asymmetry=_asymmetry(space, probes, images))
     if system.least_squares:
         (step,) = system.apply_inverse([f])
-        return figures._replace(step=_largest(space, step, unit)), step
+        figures = figures._replace(step=_largest(space, step, unit))
+        if along is not None:
+            b = along(v, jax.tree.map(jnp.zeros_like, v), jnp.uint32(0))
+            (u,) = system.apply_inverse([b])
+            left = jax.tree.map(jnp.divide, combine(-1, apply(u), b), rows)
+            of = jax.tree.map(jnp.divide, b, rows)
+            figures = figures._replace(residual=divide(space.max(left), space.max(of)))
+        return figures, step
 
     def solve(b: Tree) -> tuple[Tree, Any]:
         """A^-1 b, about, and the residual of that."""
@@ -281,6 +288,8 @@ def kept(operator: LinearOperator, space: Space) -> Any:
     matrix = matrix / jnp.maximum(jnp.max(jnp.abs(matrix)), jnp.finfo(matrix.dtype).tiny)
     p = jnp.linalg.svd(matrix)[2][-1]
     image, size = matrix.T @ p, jnp.abs(matrix.T) @ jnp.abs(p)
+    # An entry of p that is zero is rounding, and so is what comes of it.
+    size = jnp.maximum(size, jnp.finfo(matrix.dtype).eps ** 0.5 * jnp.max(size))
     return jnp.max(jnp.where(size > 0, jnp.abs(image) / jnp.where(size > 0, size, 1), 0))
 
 

@@ -122,8 +122,8 @@ def root(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]
             above the fourth root of the spacing, relative). "raise": an error where values are
             known; NaN inside `jit` and `vmap`, and in a backward pass where an iterative linear
             solver stopped short. "warn": NaN always, and a warning that says why, from inside `jit`
-            too. "nan": NaN always. "least_squares": the shortest solution of a singular system,
-            else as "raise".
+            too. "nan": NaN always. "least_squares": the shortest solution of a singular system, if
+            it has one, else as "raise".
         check: False leaves all of that out.
         tol: the largest Newton step, relative to each component, that counts as converged, whatever
             the derivative does along it. None: see `on_failure`.

@@ -187,18 +187,29 @@ def measure(
     )
     if least_squares:
         # What no step removes is no rounding either: x is not a solution.
-        left = system.rows * (f - system.matrix @ step)
-        relative = jnp.maximum(relative, max_abs(left))
+        relative = jnp.maximum(relative, max_abs(_beyond(system, f, step)))
     finite = jnp.isfinite(largest) & jnp.isfinite(max_abs(f))
     finite &= jnp.isfinite(norm)
     zero = jnp.zeros_like(relative)
     left = zero
-    if not (system.own or least_squares):
+    if least_squares and along is not None:
+        b = along(x, jnp.zeros_like(x), jnp.uint32(0))
+        terms = system.rows * (jnp.abs(system.matrix) @ size)
+        least = limits.column * max_abs(terms)  # what moves x by less may be rounding
+        beyond = max_abs(_beyond(system, b, system.of(b)))
+        left = divide(beyond, jnp.maximum(max_abs(system.rows * b), least))
+    elif not (system.own or least_squares):
         sides = _compat.on_mesh(jnp.asarray(_signs(len(f)), f.dtype))
         left = jnp.linalg.norm(system.scaled @ system.solve(sides) - sides) / jnp.linalg.norm(sides)
         left = jnp.where(jnp.isnan(left), jnp.inf, left)
     asymmetry = _asymmetry(system) if symmetric and len(x) > 1 else zero
     return Figures(finite, relative, change, rcond, left, asymmetry, zero), step
+
+
+def _beyond(system: Scaled, b: Vector, u: Vector) -> Vector:
+    """What u leaves of the equations A u = b, in units of these."""
+    left: Vector = system.rows * (b - system.matrix @ u)
+    return left
 
 
 def _by_probes(system: Scaled, size: Vector, f: Vector) -> tuple[Vector, Vector, Any, Any]:

@@ -36,10 +36,11 @@ from freevars.torch._rules.derivative import Derivative
 from freevars.torch._rules.diagnostics import units
 from freevars.torch._rules.sizes import PARTS, Sizes
 
-__all__ = ["Inputs", "look"]
+__all__ = ["Inputs", "look", "relative"]
 
-# F with a graph also to the tensors that it is differentiated by, and these.
-Inputs = Callable[[], tuple[Derivative, Sequence[Tensor]]]
+# F with a graph also to the tensors that it is differentiated by; these; and whether they are just
+# these, or all that it may be differentiated by, as within a transform.
+Inputs = Callable[[], tuple[Derivative, Sequence[Tensor], bool]]
 
 Inverse = Callable[[Tensor], Tensor]
 
@@ -136,7 +137,7 @@ def _change_along(
 ) -> Tensor | None:
     """By how much the derivative changes along a step, relative: Float[Tensor, "problems"]; None
     where that cannot be known."""
-    derivative, by = inputs()
+    derivative, by, _ = inputs()
     if any(map(_compat.has_hooks, by)):
         return None
     if has_custom_functions(derivative.f, [derivative.at, *by]):
@@ -146,7 +147,7 @@ def _change_along(
     largest, moved = torch.zeros_like(step), torch.zeros_like(step)
     try:
         for number in range(directions):
-            dots = [_relative(t, number * len(by) + k) for k, t in enumerate(by)]
+            dots = [relative(t, number * len(by) + k) for k, t in enumerate(by)]
             still, _ = derivative.along(torch.zeros_like(derivative.at), by, dots, None)
             y = -inverse(still.to(step.dtype))
             _, change = derivative.along(y.to(derivative.at.dtype), by, dots, step)
@@ -159,7 +160,7 @@ def _change_along(
     return torch.where(moved == 0, 0, moved / unit).amax(1)
 
 
-def _relative(t: Tensor, seed: int) -> Tensor:
+def relative(t: Tensor, seed: int) -> Tensor:
     """A direction that changes the entries of a tensor relative to what they are."""
     t = t.detach()
     size = t.abs() if bool((t != 0).any()) else torch.ones_like(t.abs())

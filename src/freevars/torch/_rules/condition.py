@@ -256,16 +256,17 @@ class Condition:
 
     def _with_inputs(
         self, at: Solution, values: tuple[Tensor, ...]
-    ) -> tuple[Derivative, Sequence[Tensor]]:
-        """F with a graph also to what a derivative is by: as it was recorded, or evaluated."""
+    ) -> tuple[Derivative, Sequence[Tensor], bool]:
+        """F with a graph also to what a derivative is by: as it was recorded, or evaluated with a
+        graph to all that may be."""
         if self.recorded is not None and torch.equal(self.recorded[0], at.x):
-            return self._derivative(*self.recorded), self.inputs_recorded()
+            return self._derivative(*self.recorded), self.inputs_recorded(), True
         moving = [i for i, v in enumerate(values) if is_smooth(v) and i not in self.constants]
         by = [values[i].detach().clone().requires_grad_() for i in moving]
         leaf = at.x.clone().requires_grad_()
         with torch.enable_grad():
             f = self.residual(leaf, at.columns, *replaced(values, moving, by))
-        return self._derivative(leaf, f), by
+        return self._derivative(leaf, f), by, False
 
     def _nearby(self, at: Solution, values: tuple[Tensor, ...]) -> Sequence[Tensor]:
         if self.recorded is not None and torch.equal(self.recorded[0], at.x):

@@ -6,12 +6,13 @@ units of a problem. Not here: which systems are written out (`linear.py`).
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from freevars._solvers.verdict import Limits
-from freevars.torch._rules.closer import Inputs, look
+from freevars.torch._rules.closer import Inputs, look, relative
 from freevars.torch._rules.derivative import Derivative
 from freevars.torch._rules.diagnostics import Figures, limits_of, units
 from freevars.torch._rules.sizes import Sizes
@@ -53,6 +54,7 @@ class Dense:
         self._singular = ~(self._rcond > limits_of(dtype).rcond)
         self._conserved = torch.zeros_like(self._rcond)
         self._inverse: Tensor | None = None  # the shortest one, where it is asked for and differs
+        self._left: dict[int, Tensor] = {}  # null vectors of A^T, by problem, where that is there
         finite = torch.isfinite(self._scaled).all(2).all(1)
         if bool((self._singular & finite).any()):
             self._look_at_null_vectors(matrix, finite, least_squares=least_squares)
@@ -98,7 +100,25 @@ class Dense:
                 directions=_DIRECTIONS,
                 floor=limits.column,
             )
-        return Figures(finite, worst, change, self._rcond, zero, self._conserved)
+        left = self._unanswered(inputs, entries, sizes.x.abs()) if self._left else zero
+        return Figures(finite, worst, change, self._rcond, left, self._conserved)
+
+    def _unanswered(self, inputs: Inputs, entries: Tensor, size: Tensor) -> Tensor:
+        """How much of dF/dt p no direction of x answers, for what the solution is differentiated
+        by: w^T dF/dt for the null vectors w of A^T, next to other vectors of their size. What
+        moves x by less than sqrt(eps) may be rounding."""
+        out = torch.zeros_like(self._rcond)
+        derivative, by, exactly = inputs()
+        if not (by and exactly and derivative.f.requires_grad):
+            return out
+        terms = (entries @ (size.to(entries) / self._columns)[:, :, None]).amax((1, 2))
+        for k, left in self._left.items():
+            signs = torch.sin(torch.arange(1, len(left) + 1).to(left) ** 2).sign()
+            least = float(terms[k]) * torch.finfo(left.dtype).eps ** 0.5
+            for w in left.T:
+                lost, largest = (_along(derivative, by, k, v) for v in (w, signs * w))
+                out[k] = max(float(out[k]), lost / max(largest, least) if lost else 0.0)
+        return out
 
     def _worst(self, entries: Tensor, step: Tensor, size: Tensor) -> Tensor:
         """By how much of all that an equation adds up the step changes a term of it, at most."""
@@ -160,12 +180,29 @@ class Dense:
             null = self._columns[k, :, None] * vh[~keep].T
             there = (matrix[k].T @ null).abs()
             scale = matrix[k].abs().T @ null.abs()
+            # An entry of a null vector that is zero is rounding, and so is what comes of it.
+            least = scale.amax(0) * torch.finfo(s.dtype).eps ** 0.5
+            scale = torch.maximum(scale, least)
             self._conserved[k] = (there / torch.where(scale > 0, scale, 1)).max()
             if self._inverse is not None:
+                self._left[k] = u[:, ~keep] / self._rows[k, :, None]
                 inverse = (vh[keep].T / s[keep]) @ u[:, keep].T
                 inverse = self._columns[k, :, None] * inverse / self._rows[k]
                 right, _ = torch.linalg.qr(null)
                 self._inverse[k] = inverse - right @ (right.T @ inverse)
+
+
+def _along(derivative: Derivative, by: Sequence[Tensor], k: int, w: Tensor) -> float:
+    """The size of w^T dF/dt for F of problem k, with each t relative to what it is."""
+    cotangent = torch.zeros_like(derivative.f)
+    cotangent[k] = w.to(cotangent)
+    found = torch.autograd.grad(
+        derivative.f, by, cotangent, retain_graph=True, materialize_grads=True
+    )
+    return sum(
+        float((g * relative(t, i)).abs().sum())
+        for i, (g, t) in enumerate(zip(found, by, strict=True))
+    )
 
 
 def _positive(size: Tensor) -> Tensor:

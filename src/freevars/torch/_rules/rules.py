@@ -172,9 +172,9 @@ def root(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]
             not converge (see `tol`), the result is not finite, or the system is singular (its
             reciprocal condition number, in units of the unknowns and equations, is below 10 eps).
             "raise": an error. "nan": a derivative of NaN. "least_squares": the shortest solution of
-            a singular system of up to 512 unknowns, where what it leaves open is a gauge (a shift),
-            and as "raise" for the rest. Problems of a batch that the derivative does not depend on
-            are not checked.
+            a singular system of up to 512 unknowns, where it has one and what it leaves open is a
+            gauge (a shift), and as "raise" for the rest. Problems of a batch that the derivative
+            does not depend on are not checked.
         check: False leaves all of that out: a singular system gives what its factorisation gives,
             which is not finite, or what `linear_solve` does.
         tol: how far the result may be from a solution: a Newton step may change no term of an
