@@ -85,7 +85,8 @@ def factorise(matrix: Any, x: Vector, d: Vector, limits: Limits) -> Scaled:
     if len(x) <= _INVERSE:
         # Not `solve` of the identity, whose rows cannot be picked one member of a sharded batch
         # each.
-        permuted = (order[:, None] == jnp.arange(len(x))).astype(x.dtype)
+        places = jnp.arange(len(x), dtype=order.dtype)
+        permuted = (order[:, None] == places[None, :]).astype(x.dtype)
         inverse = upper(lower(permuted))
         return Scaled(matrix, rows, columns, scaled, lambda b: inverse @ b, lambda b: inverse.T @ b)
 
