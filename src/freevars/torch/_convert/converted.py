@@ -114,8 +114,10 @@ class Converted(Generic[P, R]):
         self._token = uuid.uuid4().hex if token is None else token
 
     def _needs_alias(self, t: Tensor) -> bool:
-        stands_for_itself = self._rest is not None or id(t) in self._sharded
-        return not stands_for_itself and operators.may_carry_derivative(t)
+        if self._rest is not None or id(t) in self._sharded:
+            return False
+        with _compat.unseen():  # our own look is no read
+            return operators.may_carry_derivative(t)
 
     @functools.cached_property
     def _name(self) -> str:

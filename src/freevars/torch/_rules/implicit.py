@@ -104,8 +104,11 @@ class _Implicit(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None, *_: Any) -> Any:
         if g is None:
             return (None,) * len(ctx.needs_input_grad)
-        # The pullback of `torch.func.vjp` runs when its transform is over.
-        saved = [_compat.without_ended(t) for t in ctx.saved_tensors]
+        saved = ctx.saved_tensors
+        if not _modes.active():
+            # The pullback of `torch.func.vjp` runs when its transform is over. While a conversion
+            # looks on, what a wrapper holds would be a tensor that nobody was seen to make.
+            saved = [_compat.without_ended(t) for t in saved]
         return None, *pull_back(ctx.condition, saved, g, ctx.needs_input_grad[1:])
 
     @staticmethod
