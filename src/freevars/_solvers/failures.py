@@ -56,7 +56,8 @@ def failure(figures: Figures, limits: Limits, context: Context) -> FreevarsError
             f" what is differentiated by (a part of {figures.residual:.1e} of that change is left;"
             f" up to {limits.residual:.1e} is accepted), so x has no derivative there: two"
             " conditions that hold at one place move apart, or the objective is flat at these"
-            " values alone. Leave a condition out, or differentiate by what moves all of them."
+            " values alone. Leave a condition out, or differentiate by what moves all of them. A"
+            " linear_solve of your own may also need more steps."
         )
     if not figures.residual <= limits.residual:
         return SingularError(

@@ -133,6 +133,12 @@ def test_a_traced_value_that_only_a_rule_reads_is_refused() -> None:
         jax.grad(lambda w: jnp.sum(jax.vmap(fv.Closure(make(w), X))(X[None])))(V)
 
 
+def test_every_one_of_many_functions_is_looked_at() -> None:
+    arrays = [jnp.full(3, 1.0 + i) for i in range(80)]
+    functions = [reads_its_argument_elsewhere(w) for w in arrays]
+    assert len(fv.Closure(lambda x: sum(f(x) for f in functions), X).constants) == len(arrays)
+
+
 def test_a_rule_that_calls_its_function_is_looked_at_once() -> None:
     runs = []
 

@@ -35,7 +35,7 @@ from freevars.jax._describe.tracers import identity
 __all__ = ["RuleTracer", "Values"]
 
 _DEEP = 16  # rules within rules
-_MOST = 64  # functions beside equations that are looked at: each may make another
+_MOST = 64  # functions beside equations that are looked at within others: each may make another
 
 
 class Values:
@@ -94,7 +94,9 @@ class RuleTracer:
         self._held: dict[int, list[tuple[Any, Any]]] = {}
         self._wrapped = Wrapped()  # it keeps the objects whose ids are in keys
         self.beside = Values()  # what functions read on their own that stay functions
-        self._looked_at: list[Any] = []  # of these functions
+        self._looked_at: dict[int, Any] = {}  # of these functions, by identity
+        self._within = 0  # of them, those that were met in another
+        self._looking = False  # into one
 
     def rule_of(self, eqn: Eqn) -> tuple[Rule | None, int]:
         """The traced rule of an equation that was visited, or None where it stays a function; and
@@ -139,17 +141,23 @@ class RuleTracer:
         for x in _compat.held_by_operation(eqn):
             self.beside.add(x, None)
         fun = _compat.function_beside(eqn)
-        seen = fun is None or any(fun is other for other in self._looked_at)
-        if seen or len(self._looked_at) >= _MOST or not self._wrapped.look(fun)[1]:
+        if fun is None or id(fun) in self._looked_at:
+            return
+        if self._looking and self._within >= _MOST:
+            return
+        if not self._wrapped.look(fun)[1]:
             return  # JAX's own, which reads no state
-        self._looked_at.append(fun)
+        self._looked_at[id(fun)] = fun
+        self._within += self._looking
         try:
             program, constants = _compat.trace_beside(eqn)
         except Exception:  # noqa: BLE001 (JAX runs it where it is needed, and it raises there)
             return
         for x in constants:
             self.beside.add(x, None)
+        outer, self._looking = self._looking, True
         self._visit(program, self.beside, {})
+        self._looking = outer
 
     def _of(self, eqn: Eqn, still: set[Any]) -> Rule | None:
         if id(eqn) not in self._rules:
