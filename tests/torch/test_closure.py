@@ -156,6 +156,17 @@ def test_a_tensor_whose_memory_was_replaced_is_no_longer_the_one_of_the_conversi
         same(Closure(lambda x: 2 * net(x), x)(x), 2 * net(x))
 
 
+def test_memory_that_moves_under_a_tensor_is_the_same() -> None:
+    w = torch.tensor([1.0, 2.0], requires_grad=True)
+    c = Closure(lambda x: w * x, w.detach())
+    at = w.data_ptr()
+    w.share_memory_()
+    assert w.data_ptr() != at
+    with torch.no_grad():
+        w.mul_(2)
+    same(c(torch.ones(2)), w)
+
+
 def test_errors_are_those_of_the_conversion() -> None:
     w = fresh(3)
     with pytest.raises(CaptureError, match="in place"):

@@ -69,13 +69,14 @@ class Captured:
             raise StructureError(message)
 
     def check_memory(self, values: Sequence[Tensor], hoisted: Sequence[Tensor]) -> None:
-        """Refuses a hoisted value whose captured tensor has other memory since, where it is not
-        that tensor itself: it has the values of the conversion."""
+        """Refuses a hoisted value whose captured tensor has other memory since, unless that has
+        moved with it (`share_memory_`): it has the values of the conversion."""
         now = _compat.addresses(self.tensors)
         if now == self._addresses:
             return
-        for i, t in enumerate(self.tensors):
-            if now[i] != self._addresses[i] and values[i] is hoisted[i] is not t:
+        moved = _compat.addresses(hoisted)
+        for i in range(len(now)):
+            if values[i] is hoisted[i] and now[i] not in (self._addresses[i], moved[i]):
                 message = (
                     "expected captured tensors in the memory of the conversion, got "
                     f"{self.described(i)}, whose data was replaced since (t.data = ..., "
