@@ -258,6 +258,15 @@ def test_least_squares_refuses_what_has_no_solution(n: int) -> None:
             torch.autograd.grad(at(b).sum(), asked)
 
 
+def test_two_equations_that_part_at_zero() -> None:
+    """x + y = t and x + y = -t, at t = 0."""
+    t = torch.tensor(0.0, dtype=F64, requires_grad=True)
+    signs, zero = torch.tensor([-1.0, 1.0], dtype=F64), torch.zeros(2, dtype=F64)
+    x = root(returning(zero), on_failure="least_squares")(lambda x: x.sum() + signs * t, zero)
+    with pytest.raises(SingularError, match="has no solution"):
+        torch.autograd.grad(x.sum(), t)
+
+
 def test_a_freedom_of_many_directions_is_no_total() -> None:
     """Differences of 300 pairs: the null vectors are zero but for rounding in most places."""
     n, t = 300, torch.tensor(0.5, dtype=F64, requires_grad=True)

@@ -105,7 +105,7 @@ class Dense:
 
     def _unanswered(self, inputs: Inputs, entries: Tensor, size: Tensor) -> Tensor:
         """How much of dF/dt p no direction of x answers, for what the solution is differentiated
-        by: w^T dF/dt for the null vectors w of A^T, next to other vectors of their size. What
+        by: w^T dF/dt for a w in the null space of A^T, next to another vector of its size. What
         moves x by less than sqrt(eps) may be rounding."""
         out = torch.zeros_like(self._rcond)
         derivative, by, exactly = inputs()
@@ -113,11 +113,12 @@ class Dense:
             return out
         terms = (entries @ (size.to(entries) / self._columns)[:, :, None]).amax((1, 2))
         for k, left in self._left.items():
-            signs = torch.sin(torch.arange(1, len(left) + 1).to(left) ** 2).sign()
+            n, m = left.shape
+            signs = torch.sin(torch.arange(1, n + 1).to(left) ** 2).sign()
+            w = left @ torch.cos(torch.arange(1, m + 1).to(left) ** 2)
+            lost, other = (_along(derivative, by, k, v) for v in (w, signs * w))
             least = float(terms[k]) * torch.finfo(left.dtype).eps ** 0.5
-            for w in left.T:
-                lost, largest = (_along(derivative, by, k, v) for v in (w, signs * w))
-                out[k] = max(float(out[k]), lost / max(largest, least) if lost else 0.0)
+            out[k] = lost / max(lost, other, least) if lost else 0.0
         return out
 
     def _worst(self, entries: Tensor, step: Tensor, size: Tensor) -> Tensor:
