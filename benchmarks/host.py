@@ -25,6 +25,7 @@ from sklearn.preprocessing import StandardScaler
 import freevars.jax as fv
 from benchmarks._table import Row, seconds
 from benchmarks._timing import alternate
+from benchmarks.rules import with_rule
 
 TITLE = "host: the hypergradient of the main job through scipy, eager, against a hand-written rule"
 
@@ -76,20 +77,7 @@ def solve_by_hand(train: Data, options: dict[str, float]) -> Fit:
 
 
 def by_hand(train: Data, options: dict[str, float]) -> Fit:
-    fit = jax.custom_vjp(solve_by_hand(train, options))
-
-    def forward(log_reg: Array) -> Any:
-        w = fit(log_reg)
-        return w, (w, log_reg)
-
-    @jax.jit
-    def backward(saved: Any, w_bar: Array) -> Any:
-        w, log_reg = saved
-        u = -jnp.linalg.solve(jax.hessian(objective)(w, log_reg, train), w_bar)
-        return jax.vjp(lambda r: jax.grad(objective)(w, r, train), log_reg)[1](u)
-
-    fit.defvjp(forward, backward)
-    return fit
+    return with_rule(solve_by_hand(train, options), objective, train)
 
 
 def by_hand_in_both_modes(train: Data, options: dict[str, float]) -> Fit:

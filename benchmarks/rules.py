@@ -83,9 +83,9 @@ def by_hand(train: Any, solver: Callable[..., Array] = newton, **options: Any) -
     return lambda log_reg: fit(log_reg, train)
 
 
-def by_hand_in_parts(train: Any) -> Fit:
-    """The floor of a program that is run eagerly: the solver and the rule compiled, each alone."""
-    solve = jax.jit(lambda log_reg: newton(lambda w: objective(w, log_reg, train), X0))
+def with_rule(solve: Fit, energy: Callable[..., Array], train: Any) -> Fit:
+    """A solver with a rule for ``energy(w, log_reg, train)``, of which the backward part is
+    compiled alone: what a program can have that is run eagerly."""
     fit = jax.custom_vjp(solve)
 
     def forward(log_reg: Array) -> Any:
@@ -95,8 +95,8 @@ def by_hand_in_parts(train: Any) -> Fit:
     @jax.jit
     def backward(saved: Any, w_bar: Array) -> Any:
         w, log_reg = saved
-        u = -jnp.linalg.solve(jax.hessian(objective)(w, log_reg, train), w_bar)
-        return jax.vjp(lambda r: jax.grad(objective)(w, r, train), log_reg)[1](u)
+        u = -jnp.linalg.solve(jax.hessian(energy)(w, log_reg, train), w_bar)
+        return jax.vjp(lambda r: jax.grad(energy)(w, r, train), log_reg)[1](u)
 
     fit.defvjp(forward, backward)
     return fit
@@ -184,7 +184,8 @@ def eager(train: Any, valid: Any) -> Iterator[Row]:
     slow["lax.custom_root"] = hypergradient(by_custom_root(train), valid)
     slow |= {n: hypergradient(f, valid) for n, f in peers(train).items() if n == "optimistix"}
     partial = hypergradient(ours_by_partial(train), valid)
-    hand = hypergradient(by_hand_in_parts(train), valid)
+    solve = jax.jit(lambda log_reg: newton(lambda w: objective(w, log_reg, train), X0))
+    hand = hypergradient(with_rule(solve, objective, train), valid)
     sides = [partial, *slow.values(), hand]
     timing = alternate(ready(fast, log_reg), *(ready(f, log_reg) for f in sides))
     yield Row(
