@@ -186,6 +186,24 @@ def test_extra_arguments_and_options() -> None:
         jax.grad(program, 1)(3.0, 1.0)
 
 
+def test_an_integrand_that_knows_no_vmap() -> None:
+    def on_host(f, x):
+        return jax.pure_callback(f, jax.ShapeDtypeStruct((), jnp.float64), x)
+
+    sine = jax.custom_jvp(lambda x: on_host(np.sin, x))
+    sine.defjvp(lambda x, dot: (sine(*x), on_host(np.cos, *x) * dot[0]))
+
+    def by_points(f, a, b):
+        nodes, weights = map(jnp.asarray, (NODES, WEIGHTS))
+        term = lambda i, total: total + weights[i] * f((a + b) / 2 + (b - a) / 2 * nodes[i])
+        return (b - a) / 2 * lax.fori_loop(0, 16, term, 0.0)
+
+    total = lambda w: fv.integral(by_points)(lambda t: sine(w * t), 0.0, 1.0)
+    slope = np.sin(0.5) / 0.5 - (1 - np.cos(0.5)) / 0.25  # of (1 - cos w) / w
+    assert jax.grad(total)(0.5) == pytest.approx(slope, rel=1e-12)
+    assert jax.jvp(total, (0.5,), (1.0,))[1] == pytest.approx(slope, rel=1e-12)
+
+
 def peak(integrate, c):
     """Narrower than the nodes of `gauss` are apart."""
     return integrate(lambda t: 1 + jnp.exp(-(((t - c) / 0.02) ** 2)), 0.0, 1.0)

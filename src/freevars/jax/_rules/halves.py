@@ -43,9 +43,10 @@ def difference(
     low, high = jnp.where(finite, a, 0), jnp.where(finite, b, 0)
     middle = low + (high - low) / 2
     lows, highs = jnp.stack([low, middle]), jnp.stack([middle, high])
-    halves = jax.vmap(integrate)(lows, highs)
+    # One after the other: what is integrated need not know `vmap`.
+    halves = jax.lax.map(lambda ends: list(integrate(*ends)), (lows, highs))
     points = low + (high - low) * (jnp.arange(SAMPLES, dtype=low.dtype) + 0.3) / SAMPLES
-    samples = jax.vmap(integrand)(points)
+    samples = jax.lax.map(lambda t: list(integrand(t)), points)
     fixed = jax.lax.stop_gradient((list(whole), list(halves), list(samples)))
     largest = jnp.zeros(())
     for one, two, between in zip(*fixed, strict=True):
