@@ -186,4 +186,4 @@ CHECKS = {
 if __name__ == "__main__":
     for name in sys.argv[1:] or CHECKS:
         CHECKS[name]()
-        sys.stdout.write(f"passed {name}\n")
+        sys.stdout.write(f"passed {name}, one of {', '.join(CHECKS)}\n")
