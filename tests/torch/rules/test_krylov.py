@@ -1,9 +1,12 @@
 """Krylov methods: what they say they have solved is solved, by as few products as that takes."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
+from freevars.torch._rules import krylov
 from freevars.torch._rules.krylov import conjugate_gradients, gmres
 
 F64 = torch.float64
@@ -33,8 +36,8 @@ class Counted:
         return float((self.a.to(F64) @ u.to(F64) - b.to(F64)).norm())
 
 
-def contraction(n: int, dtype: torch.dtype, *, symmetric: bool) -> Tensor:
-    a = 0.4 * torch.randn(n, n, dtype=dtype) / n**0.5
+def contraction(n: int, dtype: torch.dtype, *, symmetric: bool, rate: float = 0.4) -> Tensor:
+    a = rate * torch.randn(n, n, dtype=dtype) / n**0.5
     return torch.eye(n, dtype=dtype) + (a @ a.T if symmetric else a)
 
 
@@ -49,9 +52,40 @@ def test_a_well_conditioned_system_takes_a_product_more_than_its_steps(n, dtype,
     u, found = method(a, b, relative, 1000)
     assert found
     assert a.residual(u, b) <= relative
-    steps = a.count - 1  # and the residual
+    if n == 1:
+        assert a.count == 2
+        return
+    steps = a.count - (2 if method is gmres else 1)  # the residual, and whether a basis is needed
     assert method(a, b, relative, steps)[1]
     assert not method(a, b, relative, steps - 1)[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("scale", [1, -1, 2.0**20, -(2.0**-20)])
+def test_a_quick_contraction_of_any_scale_takes_no_basis(scale, dtype, monkeypatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(krylov, "_arnoldi", None)
+    a = Counted(scale * contraction(300, dtype, symmetric=False, rate=0.1))
+    b = torch.randn(300, dtype=dtype)
+    relative = torch.finfo(dtype).eps ** 0.75
+    u, found = gmres(a, b, relative, 1000)
+    assert found
+    assert a.residual(u, b) <= 1.01 * relative
+    assert a.count == math.ceil(-math.log10(relative))  # a digit each
+
+
+def test_a_contraction_that_slows_down_goes_on_with_a_basis() -> None:
+    torch.manual_seed(0)
+    n = 300
+    rates = torch.full((n,), 0.01, dtype=F64)
+    rates[:5] = torch.linspace(0.9, 0.99, 5, dtype=F64)
+    a = Counted(torch.diag(1 - rates))
+    b = torch.ones(n, dtype=F64)
+    b[:5] = 1e-4
+    u, found = gmres(a, b, 1e-12, 1000)
+    assert found
+    assert a.residual(u, b) <= 1e-12
+    assert a.count <= 12
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -83,7 +117,8 @@ def test_products_that_round_more_than_their_dtype_do_not_pass_for_a_solution(
     eye = torch.eye(n, dtype=dtype)  # with which one step ends the recurrence
     b = torch.randn(n, dtype=dtype)
     relative = torch.finfo(dtype).eps ** 0.75
-    for a in (eye, contraction(n, dtype, symmetric=method is conjugate_gradients)):
+    symmetric = method is conjugate_gradients
+    for a in (eye, *(contraction(n, dtype, symmetric=symmetric, rate=r) for r in (0.1, 0.4))):
         assert method(lambda v, a=a: a @ v, b, relative, 200)[1]
         assert not method(lambda v, a=a: a @ v.to(coarse).to(dtype), b, relative, 200)[1]
 

@@ -1,4 +1,5 @@
-"""Krylov methods on one real vector: conjugate gradients and restarted GMRES.
+"""Krylov methods on one real vector: conjugate gradients, and restarted GMRES after Richardson's
+iteration.
 
 Both stop at a residual relative to the norm of `b`, so that neither the units of the system nor
 zeros in `b` matter, and say whether they got there: by the residual of what they return. Not here:
@@ -33,15 +34,16 @@ def _restarted(
     relative: float,
     steps: int,
     cycle: Callable[[Tensor, float, float, int], _Cycle],
+    start: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, bool]:
     """Runs `cycle(r, |r|, target, steps)` until the residual itself is small: what a method tells
     of it leaves out how much the products round. Where it is told to be small, rounding explains
     that it is not, and it is below the root of eps, a direct solver does no better. Gives up early
-    where a cycle gains less than a factor of two."""
+    where a cycle gains less than a factor of two. `start` is a `u` and its residual."""
     eps = float(torch.finfo(b.dtype).eps)
-    u, r = torch.zeros_like(b), b
-    beta = _norm(r)
-    target, most, size = relative * beta, eps**0.5 * beta, 0.0
+    u, r = start or (torch.zeros_like(b), b)
+    whole, beta = _norm(b), _norm(r)
+    target, most, size = relative * whole, eps**0.5 * whole, 0.0
     while beta > target and steps > 0:
         done = cycle(r, beta, target, steps)
         steps, size = steps - done.steps, max(size, done.size)
@@ -85,7 +87,7 @@ def conjugate_gradients(
 def gmres(
     matvec: MatVec, b: Tensor, relative: float, steps: int, restart: int = 50
 ) -> tuple[Tensor, bool]:
-    """Saad and Schultz 1986."""
+    """Saad and Schultz 1986. A contraction is not worth a basis: see `_richardson`."""
 
     def cycle(r: Tensor, beta: float, target: float, steps: int) -> _Cycle:
         basis, triangle, right = _arnoldi(matvec, r, beta, min(restart, steps), target)
@@ -94,7 +96,27 @@ def gmres(
         size = max(math.hypot(*column) for column in triangle)
         return _Cycle(u, size, len(triangle), abs(right[-1]) <= target)
 
-    return _restarted(matvec, b, relative, steps, cycle)
+    return _restarted(matvec, b, relative, steps, cycle, _richardson(matvec, b, relative))
+
+
+def _richardson(matvec: MatVec, b: Tensor, relative: float) -> tuple[Tensor, Tensor]:
+    """`u` and its residual, by Richardson's iteration while each step leaves a quarter at most, as
+    where A is a multiple of the identity and a contraction. There it takes about as many products
+    as GMRES, and a product is nearly all that a step costs. The length of the steps makes the
+    first residual least, so that neither the sign nor the scale of A matters. The residual that
+    the first step leaves is told by its product; those after it are computed anew."""
+    product = matvec(b)
+    length = torch.dot(b, product) / torch.dot(product, product)
+    u, r = length * b, b - length * product
+    whole = before = _norm(b)
+    beta = _norm(r)
+    while beta <= before / 4:
+        u = u + length * r
+        r = b - matvec(u)
+        before, beta = beta, _norm(r)
+        if beta <= relative * whole:
+            break
+    return (u, r) if beta < whole else (torch.zeros_like(b), b)
 
 
 def _norm(v: Tensor) -> float:

@@ -2,8 +2,8 @@
 
 Up to `DENSE_LIMIT` unknowns a problem the matrix is written out, from as many products as one
 problem has unknowns, and factorised once for the whole batch. Beyond, the system is only applied
-to vectors: conjugate gradients where it is symmetric, GMRES elsewhere; where an iteration stalls,
-the matrix after all, while it fits.
+to vectors: conjugate gradients where it is symmetric, Richardson's iteration or GMRES elsewhere;
+where an iteration stalls, the matrix after all, while it fits.
 
 Not here: where products come from (`derivative.py`), and what the figures mean (`diagnostics.py`).
 """
@@ -142,16 +142,17 @@ class Iterative:
         equations are alike: in full where a product with A is one with A^T, and by its components
         along two random directions elsewhere, which products of A^T give."""
         f = self._a.f.detach()
-        near, far = map(units, sizes.by_leaf(self._units))
+        near, far = sizes.by_leaf(self._units)
+        near = units(near)
         measured = Figures.unmeasured(f)
 
         def measure(v: Tensor, error: Tensor) -> Tensor:
-            size = _size(v / torch.where(error, far, near))
+            size = _size(v / torch.where(error, units(far), near))
             return torch.full_like(measured.step, size)
 
         size = self._size_of_step(f, near)
         step, change = torch.full_like(measured.step, size), measured.change
-        if size > limits.negligible and self._size_of_step(f, far) <= limits.step:
+        if size > limits.negligible and self._size_of_step(f, units(far)) <= limits.step:
             step, change = look(
                 derivative,
                 inputs,
