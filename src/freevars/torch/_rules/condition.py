@@ -230,16 +230,14 @@ class Condition:
         derivative = self._derivative(leaf, f)
         if system is None:
             system = self._system(derivative, values)
+        figures = diagnostics.Figures.unmeasured(at.x)
+        good = torch.ones_like(figures.finite)
         if self.rule.check:
             check_independent(leaf, f, self.rule.name)
-        figures = diagnostics.Figures.unmeasured(at.x)
-        if self.rule.check:
             inputs = functools.partial(self._with_inputs, at, values)
             figures = system.figures(derivative, self._sizes(at, values), self._limits(), inputs)
-        least_squares = self.rule.on_failure == "least_squares"
-        good = figures.good(self._limits(), least_squares=least_squares)
-        if not self.rule.check:
-            good = torch.ones_like(good)
+            least_squares = self.rule.on_failure == "least_squares"
+            good = figures.good(self._limits(), least_squares=least_squares)
         judged = _Judged(system, figures, good, bool(good.all()))
         self._known = (key, judged)
         return judged

@@ -48,8 +48,10 @@ def optimality(
         return vjp(lambda x: value_of(kind, fun(unknown.unravel(x)), unknown, has_aux), x, ones)
     if kind == "implicit":
         return joined(value(x), unknown)
-    out = unknown.ravel(value(x), f"the result of {name}")
-    return x - out if kind == "fixed_point" else out
+    returned = f"the result of {name}"
+    if kind == "fixed_point":
+        return x - unknown.ravel(value(x), returned, copy=False)
+    return unknown.ravel(value(x), returned)
 
 
 def value_of(kind: Kind, out: Any, unknown: Unknown, has_aux: bool) -> Tensor:  # noqa: FBT001

@@ -193,11 +193,13 @@ class Problem(DifferentiableCondition):
         @functools.wraps(self.converted)
         def fun(x: Any, *args: Any, **kwargs: Any) -> Any:
             user = self._user
-            if user is None or _compat.transforms_active() or _wants_history((x, args, kwargs)):
+            if user is None or _compat.transforms_active() or _wants_history(x, args, kwargs):
                 return self.converted(x, args, kwargs, *hoisted)
             replay = self.converted.replay
             with nullcontext() if replay is None else replay.replayed():
                 out = user(x, *args, **kwargs)
+            if type(out) is Tensor:  # no pytree walk for a plain tensor
+                return out.detach()
             return pytree.tree_map_only(Tensor, Tensor.detach, out)
 
         options = self._options(options, values)
@@ -295,5 +297,8 @@ class Problem(DifferentiableCondition):
         return pytree.tree_unflatten([next(left) if x is _A_TENSOR else x for x in rest], spec)
 
 
-def _wants_history(given: Any) -> bool:
-    return any(isinstance(t, Tensor) and t.requires_grad for t in pytree.tree_leaves(given))
+def _wants_history(x: Any, args: Any, kwargs: Any) -> bool:
+    if type(x) is Tensor and not args and not kwargs:  # no pytree walk for a plain tensor
+        return x.requires_grad
+    leaves = pytree.tree_leaves((x, args, kwargs))
+    return any(isinstance(t, Tensor) and t.requires_grad for t in leaves)

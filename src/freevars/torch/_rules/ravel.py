@@ -57,14 +57,14 @@ class Unknown:
         """The shape of each tensor."""
         return [tuple(shape) for shape, _, _ in self._like]
 
-    def ravel(self, x: Any, name: str) -> Tensor:
-        """`name` is for the error where `x` is of another structure."""
+    def ravel(self, x: Any, name: str, *, copy: bool = True) -> Tensor:
+        """`name` is for the error where `x` is of another structure. Without `copy` it may be a
+        view of `x`."""
         leaves = map(whole, self.check(x, name))
         real = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in leaves]
-        return torch.cat(
-            [t.reshape(self.problems, n) for t, (_, _, n) in zip(real, self._like, strict=True)],
-            dim=1,
-        )
+        sizes = (n for _, _, n in self._like)
+        parts = [t.reshape(self.problems, n) for t, n in zip(real, sizes, strict=True)]
+        return torch.cat(parts, dim=1) if copy or len(parts) > 1 else parts[0]
 
     def check(self, x: Any, name: str) -> list[Tensor]:
         """The parts of `x`; raises `StructureError` where they are not like those of the
@@ -85,7 +85,8 @@ class Unknown:
         leaves = []
         start = 0
         for shape, dtype, n in self._like:
-            part = x.narrow(1, start, n)  # unlike those of `split`, it may be written to in place
+            # Unlike those of `split`, a part may be written to in place.
+            part = x if n == self.n else x.narrow(1, start, n)
             start += n
             leaves.append(
                 torch.view_as_complex(part.reshape(*shape, 2))
