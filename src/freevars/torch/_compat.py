@@ -22,6 +22,7 @@ __all__ = [
     "checkpointing",
     "compiling",
     "eagerly",
+    "function_mode_count",
     "function_modes",
     "functorch_active",
     "has_hooks",
@@ -71,10 +72,15 @@ _custom_function_call = torch._functorch.autograd_function.custom_function_call
 _HigherOrder = torch._ops.HigherOrderOperator
 
 
+def function_mode_count() -> int:
+    """How many function modes are active on this thread."""
+    return torch._C._len_torch_function_stack()
+
+
 def function_modes() -> list[Any]:
     """The function modes that are active on this thread, the innermost first. The stack has no
     public reader."""
-    n = torch._C._len_torch_function_stack()
+    n = function_mode_count()
     return [torch._C._get_function_stack_at(i) for i in range(n - 1, -1, -1)]
 
 
@@ -102,12 +108,14 @@ def is_wrapped(t: Tensor) -> bool:
 
 def is_plain(t: Tensor) -> bool:
     """Whether `t` is a tensor of PyTorch's own that no transform can have wrapped: most are."""
+    # Asked at every operation of a watched run, so without calls of our own.
     return (
         type(t) in _PLAIN_TENSORS
-        and not transforms_active()
+        and _functorch.maybe_current_level() is None
+        and torch.autograd.forward_ad._current_level < 0
         and t.layout is torch.strided
-        and not is_wrapped(t)
-        and not is_legacy_batched(t)
+        and not _functorch.is_functorch_wrapped_tensor(t)
+        and not _functorch.is_legacy_batchedtensor(t)
     )
 
 

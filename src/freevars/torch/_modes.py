@@ -14,7 +14,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from freevars.errors import CaptureError
-from freevars.torch._compat import checkpointing, compiling, function_modes, transform_level
+from freevars.torch._compat import (
+    checkpointing,
+    compiling,
+    function_mode_count,
+    function_modes,
+    transform_level,
+)
 
 __all__ = [
     "CaptureMode",
@@ -139,7 +145,7 @@ def solver_running() -> Iterator[None]:
 
 def resolve(t: Tensor) -> Tensor:
     """What `t` stands for in the converted calls that run on this thread."""
-    if function_modes():
+    if function_mode_count():
         for watch in active():
             t = watch.given(t)
     return t

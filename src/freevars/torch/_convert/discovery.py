@@ -60,12 +60,32 @@ class DiscoveryMode(Provenance):
         kwargs = kwargs or {}
         if _modes.broken:
             self.refuse_broken()
-        if self.paused or func in operators.METADATA or func == operators.REQUIRES_GRAD:
+        plain = operators.is_plain_call(func)
+        if self.paused or not (plain or self._reads(func)):
             return func(*args, **kwargs)
-        self._refuse(func, args, kwargs)
+        if not plain:
+            self._refuse(func, args, kwargs)
         given = contents.given_tensors(args, kwargs)
         for t in given:
             self.read(t)
+        if not plain:
+            args, kwargs = self._looked_at(func, args, kwargs)
+        token = self.begin(given)
+        try:
+            out = func(*args, **kwargs)
+        finally:
+            self.end(token)
+        self.note(out)
+        if not (plain and given) or kwargs:
+            self._note_memory(func, args, kwargs, out, factory=not given)
+        return out
+
+    @staticmethod
+    def _reads(func: Any) -> bool:
+        return func not in operators.METADATA and func != operators.REQUIRES_GRAD
+
+    def _looked_at(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The arguments for a function that may do more than read them."""
         self._refuse_change(func, args, kwargs)
         if func is torch.autograd.grad:
             outputs, inputs = ([*contents.tensors(x)] for x in args[:2])
@@ -78,14 +98,7 @@ class DiscoveryMode(Provenance):
             self._read_of_callables((args, kwargs))
         if _compat.is_custom_function_call(func):
             self._read_of_class(args[0])
-        token = self.begin(given)
-        try:
-            out = func(*args, **kwargs)
-        finally:
-            self.end(token)
-        self.note(out)
-        self._note_memory(func, args, kwargs, out, factory=not given)
-        return out
+        return args, kwargs
 
     def _refuse(self, func: Any, args: Any, kwargs: Any) -> None:
         if func in operators.BACKWARD and not (_compat.in_backward() or self.solvers):
@@ -152,7 +165,8 @@ class DiscoveryMode(Provenance):
 
     def begin(self, args: Sequence[Any]) -> set[int] | None:
         before = self._call
-        self._call = {storage_key(u) for t in contents.tensors(args) for u in self._inner(t)}
+        given = args if type(args) is list else contents.tensors(args)
+        self._call = {storage_key(u) for t in given for u in self._inner(t)}
         if _compat.transforms_active():  # tangents of tensors seen before
             self._call |= self.captured_keys.keys()
         return before
@@ -182,8 +196,8 @@ class DiscoveryMode(Provenance):
             for t, key in zip(given, keys, strict=True):
                 self._check_seen(func, t, key)
         out = func(*args, **kwargs)
-        made = map(storage_key, (out,) if type(out) is Tensor else contents.tensors(out))
-        self.made_keys.update(key for key in made if key not in keys)
+        made = [*map(storage_key, (out,) if type(out) is Tensor else contents.tensors(out))]
+        self.made_keys.update(set(made).difference(keys))
         self.note(out)
         return out
 

@@ -24,6 +24,7 @@ __all__ = [
     "changes_requires_grad",
     "is_builtin",
     "is_factory",
+    "is_plain_call",
     "is_pytorch_python",
     "may_carry_derivative",
     "traits",
@@ -206,6 +207,21 @@ def is_builtin(func: Func) -> bool:
     return type(func) in {types.MethodDescriptorType, types.WrapperDescriptorType}
 
 
+# Those that were found to be nothing special; it only grows, and only by PyTorch's own functions.
+_plain_calls: set[Func] = set()
+
+
+def is_plain_call(func: Func) -> bool:
+    """Whether `func` is one of PyTorch's own, written in C++, whose arguments alone matter."""
+    if func in _plain_calls:
+        return True
+    special = func in METADATA or func == REQUIRES_GRAD or func in BATCH_STATISTICS
+    if special or func in MAKES_LEAF or writes_first(func) or not is_builtin(func):
+        return False
+    _plain_calls.add(func)
+    return True
+
+
 def may_carry_derivative(t: Tensor) -> bool:
     """Whether a derivative could flow into `t` now: the default of what is hoisted."""
     return t.requires_grad or is_wrapped(t) or bool(tangents_of(t))
@@ -213,10 +229,16 @@ def may_carry_derivative(t: Tensor) -> bool:
 
 def alias(t: Tensor) -> Tensor:
     """`t` under another identity and with a place of its own on the tape, derivative one."""
+    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        return _alias(t)
     with torch.inference_mode(mode=False), torch.enable_grad():
-        if t.is_inference() or t.layout is not torch.strided or t.is_nested:
-            return torch.ops.aten.alias(t) if t.layout is torch.strided else t.clone()
-        return t.view_as(t)
+        return _alias(t)
+
+
+def _alias(t: Tensor) -> Tensor:
+    if t.is_inference() or t.layout is not torch.strided or t.is_nested:
+        return torch.ops.aten.alias(t) if t.layout is torch.strided else t.clone()
+    return t.view_as(t)
 
 
 def is_pytorch_python(func: Func) -> bool:

@@ -85,38 +85,35 @@ class Search:
         self._outside: dict[type, bool] = {}
         # How much there was of packages without PyTorch, by their name and how much there may be.
         self._strangers: Counter[tuple[str, int]] = Counter()
-        self._meet(_Object(fun, None, None))
+        self._link(None, None, None, fun)
         while self._queue and len(self.met) < _MOST:
             node = self._queue.popleft()
             self._inside(node, node.obj, type(node.obj))
 
-    def _meet(self, node: _Object) -> None:
-        obj = node.obj
+    def _link(self, node: _Object | None, follow: Any, key: Any, obj: Any) -> None:
+        """One more link, from the object at `node` (None: from nothing, to the function)."""
         kind = type(obj)
         if kind in _SKIPPED:
             return
-        if node.link is not None and node.parent is not None:
-            self.edges.append((*node.link, node.parent.obj, obj))
-        if id(obj) in self.met:
-            return
-        self.met[id(obj)] = node
-        if not issubclass(kind, Tensor):
-            self._queue.append(node)
-
-    def _link(self, node: _Object, follow: Callable[[Any, Any], Any], key: Any, obj: Any) -> None:
-        if type(obj) not in _SKIPPED:
-            self._meet(_Object(obj, node, (follow, key)))
+        if node is not None:
+            self.edges.append((follow, key, node.obj, obj))
+        if id(obj) not in self.met:
+            link = None if node is None else (follow, key)
+            self.met[id(obj)] = met = _Object(obj, node, link)
+            if not issubclass(kind, Tensor):
+                self._queue.append(met)
 
     def _inside(self, node: _Object, obj: Any, kind: type) -> None:  # noqa: C901 (one arm a kind)
-        if kind is FunctionType:
+        if kind in _PLAIN_DICTS:  # a module has a dozen of them
+            self._entries(node, obj)
+        elif kind is FunctionType:
             self._function(node, obj)
         elif kind is MethodType:
             self._link(node, part, "__func__", obj.__func__)
             self._link(node, part, "__self__", obj.__self__)
         elif issubclass(kind, dict):
             self._entries(node, obj)
-            if kind not in _PLAIN_DICTS:
-                self._instance(node, obj, kind)
+            self._instance(node, obj, kind)
         elif issubclass(kind, list | tuple):
             base: Any = list if issubclass(kind, list) else tuple
             for i, x in enumerate(base.__iter__(obj)) if base.__len__(obj) <= _WIDEST else ():
@@ -131,9 +128,10 @@ class Search:
 
     def _entries(self, node: _Object, obj: dict[Any, Any]) -> None:
         if dict.__len__(obj) <= _WIDEST:
-            for key, x in list(dict.items(obj)):
+            before = dict(dict.items(obj))
+            for key, x in before.items():
                 self._link(node, entry, key, x)
-            self._dicts.append((node, entry, obj, dict(dict.items(obj))))
+            self._dicts.append((node, entry, obj, before))
 
     def _function(self, node: _Object, fun: FunctionType) -> None:
         names = self._mentioned(fun.__code__)
@@ -186,9 +184,10 @@ class Search:
         if not self._is_searched(kind.__module__, _MOST_STRANGE_OBJECTS):
             return
         if attributes:
-            for name, x in list(attributes.items()):
+            before = dict(attributes)
+            for name, x in before.items():
                 self._link(node, attribute, name, x)
-            self._dicts.append((node, attribute, attributes, dict(attributes)))
+            self._dicts.append((node, attribute, attributes, before))
         self._slots(node, obj, kind)
         self._link(node, part, "__class__", kind)
 

@@ -21,7 +21,8 @@ class Structure:
         self._root = root  # what to call the only value of `example` in a path
         leaves, self.spec = pytree.tree_flatten(example)
         self.count = len(example)
-        self.struct = struct_of(example)
+        structs = [_struct_of_tensor(x) if isinstance(x, Tensor) else x for x in leaves]
+        self.struct = pytree.tree_unflatten(structs, self.spec)
         self._leaves = [_Leaf(x) for x in leaves]
         self._flat = len(leaves) == len(example) and all(isinstance(x, Tensor) for x in example)
 
