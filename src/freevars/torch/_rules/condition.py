@@ -11,6 +11,7 @@ Not here: the user's function and solver (`problem.py`), derivatives (`record.py
 import functools
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -106,6 +107,14 @@ class Condition:
     def inputs_recorded(self) -> Sequence[Tensor]:
         """The tensors that the graph of the recorded F reaches and a derivative is by."""
         return ()
+
+    def read(self, values: Sequence[Tensor], /) -> Sequence[Tensor]:
+        """What the recorded F reads where it reads one of the values."""
+        return values
+
+    def constants_as_they_are(self) -> AbstractContextManager[None]:
+        """Inside, F reads its constants as they are now, also when its graph is used later."""
+        return nullcontext()
 
     # --- a solution
 

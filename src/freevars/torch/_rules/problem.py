@@ -6,7 +6,7 @@ Not here: which values it has (`inputs.py`), the decorators (`rules.py`), what F
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from freevars.torch._rules.optimality import STATED_BY, check_value, optimality
 from freevars.torch._rules.preserve_grad import preserve_grad
 from freevars.torch._rules.ravel import Unknown
 from freevars.torch._rules.rule import Rule
+from freevars.torch._rules.snapshot import constants_as_they_are
 from freevars.torch._rules.truncated import Truncated
 
 __all__ = ["Problem"]
@@ -94,9 +95,20 @@ class Problem(DifferentiableCondition):
         values = self.inputs.values
         moving = [i for i in range(len(values)) if i not in self.constants]
         # Within another conversion, what that gives is read in place of what is captured.
-        read = self.inputs.as_read(values, self.captured)
-        found = (t for tensors in (read, values) for t in map(tensors.__getitem__, moving))
+        both = (self.read(values), values)
+        found = (t for tensors in both for t in map(tensors.__getitem__, moving))
         return list({id(t): t for t in found if t.requires_grad}.values())
+
+    def read(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
+        return self.inputs.as_read(values, self.captured)
+
+    @contextmanager
+    def constants_as_they_are(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for function in self.stating.values():
+                own = constants_as_they_are(function.__wrapped__, function.constants)
+                stack.enter_context(own)
+            yield
 
     @property
     def stating(self) -> Mapping[str, Converted[..., Any]]:
