@@ -62,6 +62,43 @@ def test_the_function_does_not_run_in_the_backward_pass() -> None:
     assert runs > before
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_nor_does_it_under_vmap(nested) -> None:
+    """Once for the whole batch, to any of a loop's variables; higher orders compare."""
+    a, b, runs, power = fresh(2, 3, 2), fresh(2), 0, 3
+
+    def one(a: Tensor) -> Tensor:
+        def fun(x: Tensor) -> Tensor:
+            nonlocal runs
+            runs += 1
+            return x**power + x * b.exp() - a
+
+        return newton(fun, zeros(2))
+
+    def solve() -> Tensor:
+        return f.vmap(f.vmap(one))(a) if nested else f.vmap(one)(a[0])
+
+    def exact(x: Tensor, power: int) -> tuple[Tensor, Tensor]:
+        slope = power * x ** (power - 1) + b.detach().exp()
+        return 1 / slope, (-x * b.detach().exp() / slope).reshape(-1, 2).sum(0)
+
+    xs = [solve()]
+    power = 5
+    xs.append(solve())
+    before = runs
+    got = torch.autograd.grad(sum(x.sum() for x in xs), [a, b], retain_graph=True)
+    assert runs == before
+    wanted = [exact(x.detach(), p) for x, p in zip(xs, (3, 5), strict=True)]
+    by_a = sum(w for w, _ in wanted)
+    torch.testing.assert_close(got[0] if nested else got[0][0], by_a)
+    torch.testing.assert_close(got[1], sum(w for _, w in wanted))
+    again = torch.autograd.grad(xs[1].sum(), [a, b], create_graph=True)
+    assert runs > before
+    torch.testing.assert_close(again[1], wanted[1][1])
+    with pytest.raises(NotASolutionError, match="as it was when the solver returned"):
+        torch.autograd.grad(xs[0].sum(), [a, b], create_graph=True)
+
+
 def test_loops_with_one_backward_pass_at_the_end() -> None:
     b, data = number(1.0), [zeros(()) + k for k in (1, 2, 3)]
     weights = [number(1.0), number(4.0)]
@@ -107,10 +144,12 @@ def test_state_that_moves_between_the_passes() -> None:
     torch.testing.assert_close(run(iterate), run(iterate.__wrapped__), rtol=1e-8, atol=1e-10)
 
 
-def test_a_small_constant_is_as_it_was_and_a_large_one_raises_the_error_of_pytorch() -> None:
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_small_constant_is_as_it_was_and_a_large_one_raises_the_error_of_pytorch(batched) -> None:
     for n, works in ((4, True), (100_000, False)):
         b, c = fresh(n), torch.full((n,), 2.0, dtype=F64)
-        x = iterate(lambda x: x / 2 + b * c, zeros(n))
+        one = lambda b: iterate(lambda x: x / 2 + b * c, zeros(n))
+        x = f.vmap(one)(b[None]) if batched else one(b)
         c.fill_(7)
         if works:
             torch.testing.assert_close(torch.autograd.grad(x.sum(), b)[0], torch.full_like(b, 4))
@@ -181,24 +220,23 @@ CHANGES: dict[str, Any] = {
 }
 
 
+@pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("name", CHANGES)
-def test_what_is_evaluated_again_is_compared_with_what_was_recorded(name: str) -> None:
+def test_what_is_evaluated_again_is_compared_with_what_was_recorded(name, batched) -> None:
     before, after, fun = CHANGES[name]
     solve = root(lambda fun, x0: x0 - fun(x0))
     a, k = fresh(2), [before]
-    x = solve(lambda x: fun(x, a, k[0]), zeros(2))
+
+    def solved(a: Tensor) -> Tensor:
+        return solve(lambda x: fun(x, a, k[0]), zeros(2))
+
+    x = f.vmap(solved)(a[None]) if batched else solved(a)
     (right,) = torch.autograd.grad(x.sum(), a, create_graph=True)
     k[0] = after
     (first,) = torch.autograd.grad(x.sum(), a, retain_graph=True)
     torch.testing.assert_close(first, right.detach())  # as recorded
     with pytest.raises(NotASolutionError, match=r"then (and is|has changed by) .* now"):
         torch.autograd.grad(x.sum(), a, create_graph=True)
-    if name != "only a derivative":
-        k[0] = before
-        x = f.vmap(lambda a: solve(lambda x: fun(x, a, k[0]), zeros(2)))(a[None])
-        k[0] = after
-        with pytest.raises(NotASolutionError, match=r"was .* then and is .* now"):
-            torch.autograd.grad(x.sum(), a)
 
 
 def test_dropout_draws_once_for_each_solve() -> None:

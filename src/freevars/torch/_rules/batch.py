@@ -4,14 +4,18 @@
 Many problems at once are one condition with a row for each: F is `torch.func.vmap` of theirs, and
 its system block-diagonal. The user's solver runs once for all where it can: where its problems
 have an axis in front already (`batch_dims=`), or where it holds operations of PyTorch alone, so
-that vmap can run it too; else once for each.
+that vmap can run it too; else once for each. Where nothing but PyTorch's own reverse mode looks on,
+F of all is recorded once.
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
+from freevars.torch import _compat, _modes
+from freevars.torch._rules.attach import attached, record
 from freevars.torch._rules.condition import Condition, Solution
 from freevars.torch._rules.derivative import LinearOperator
 from freevars.torch._rules.implicit import implicit, jvp, vjp
@@ -89,7 +93,10 @@ class _BatchOfSystems:
             of = BatchedCondition(of, size, dims[3:-1])
         self.condition = LinearSystem(of, transposed=system.transposed, many=many)
 
-    def arrange(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
+    def solve(self, *values: Tensor) -> tuple[Tensor, ...]:
+        return self._take_apart(implicit(self.condition, *self._arrange(values)))
+
+    def _arrange(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
         *given, b = values
         b = _in_front(b, self._dims[-1], self._size)
         if self._same:
@@ -100,7 +107,7 @@ class _BatchOfSystems:
         ]
         return *solution, *given[3:], b.movedim(0, -3).flatten(-3, -2)
 
-    def take_apart(self, out: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def _take_apart(self, out: Sequence[Tensor]) -> tuple[Tensor, ...]:
         u, *nothing = out
         if not self._same:
             u = _split(u.movedim(-2, 0), self._size).movedim(1, -2)
@@ -120,9 +127,32 @@ class BatchedCondition(DifferentiableCondition):
         self.constrained = of.constrained
         self.constants, self.others = of.constants, of.others
         self.by_options = of.by_options
+        self.watched = of.watched
+        self._by: Sequence[Tensor] = ()  # what the recorded F is differentiated by
 
     def numbers(self) -> Iterable[float]:
         return self.of.numbers()
+
+    def constants_as_they_are(self) -> AbstractContextManager[None]:
+        return self.of.constants_as_they_are()
+
+    def inputs_recorded(self) -> Sequence[Tensor]:
+        return self._by
+
+    def solved(self, *values: Tensor) -> tuple[Tensor, ...]:
+        """A solution and what comes with it, whose root is differentiable in the values."""
+        tracked = torch.is_grad_enabled() and any(v.requires_grad for v in values)
+        if not tracked or self.watched or _compat.transforms_active():
+            return implicit(self, *values)
+        plain = tuple(v.detach() for v in values)
+        with _modes.solver_running(), torch.inference_mode(mode=False), torch.enable_grad():
+            x, columns, others = self.find(*plain)
+        with self.constants_as_they_are():
+            f = record(self, lambda x: self.residual(x, columns, *values), x.detach(), plain[0])
+        by = (v for i, v in enumerate(values) if i not in self.constants and v.requires_grad)
+        self._by = list({id(v): v for v in by}.values())
+        x = attached(self, columns, values)
+        return x, f.detach(), columns, *(t.detach() for t in others)
 
     def equations(self, x: Tensor, /, *values: Tensor) -> Tensor:
         x0_dim, *dims = self.dims
@@ -207,9 +237,7 @@ class _BatchOfConditions:
         self.condition = BatchedCondition(of, size, dims)
         self._size = size
 
-    def arrange(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
-        return values
-
-    def take_apart(self, out: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def solve(self, *values: Tensor) -> tuple[Tensor, ...]:
+        out = self.condition.solved(*values)
         solution, others = out[:3], out[3:]
         return *(_split(t, self._size) for t in solution), *others

@@ -63,6 +63,7 @@ class Condition:
     others: frozenset[int]  # those on which it does not depend if it is a root
     by_options: Sequence[str] = ()  # what a derivative is by, where the function reads none of it
     constrained: bool = False  # the solver's bounds are part of the equations
+    watched: bool = False  # a conversion looks on, which would take a recorded leaf for a capture
     recorded: tuple[Tensor, Tensor] | None = None  # the leaf and the value of the recorded F
     nearby: Sequence[Tensor] = ()  # F nearby, recorded where x is tiny next to x - x0
 

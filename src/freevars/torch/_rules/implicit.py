@@ -62,13 +62,8 @@ class Solvable(Protocol):
 
 
 class Batched(Protocol):
-    @property
-    def condition(self) -> Solvable: ...
-
-    def arrange(self, values: Sequence[Tensor]) -> Sequence[Tensor]: ...
-
-    def take_apart(self, out: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Each with the new axis in front."""
+    def solve(self, *values: Tensor) -> tuple[Tensor, ...]:
+        """What `implicit` gives for them, each tensor with the new axis in front."""
 
 
 def implicit(condition: Solvable, *values: Tensor) -> tuple[Tensor, ...]:
@@ -146,8 +141,7 @@ class _Implicit(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, condition: Solvable, *values: Tensor) -> Any:
-        batch = condition.batched(info.batch_size, in_dims[1:])
-        out = batch.take_apart(implicit(batch.condition, *batch.arrange(values)))
+        out = condition.batched(info.batch_size, in_dims[1:]).solve(*values)
         return out, (0,) * len(out)
 
 

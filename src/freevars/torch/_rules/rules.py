@@ -148,8 +148,9 @@ def root(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]
     At the solution `fun` runs once more, as it is, with a graph. A first derivative in PyTorch's
     own reverse mode takes vector-Jacobian products of that graph and sends the result into it:
     `fun` never runs again, so that loop variables, attributes, modes (autocast, `eval()`) and
-    random numbers are those of the call. Higher orders, forward mode and torch.func evaluate it
-    again, and compare the result with what was recorded, bit for bit.
+    random numbers are those of the call, under `torch.func.vmap` as well. Higher orders, forward
+    mode and the derivatives of torch.func evaluate it again, and compare the result with what was
+    recorded, bit for bit.
 
     The solver sees tensors without history, so its own use of autograd touches no `.grad` of the
     caller. The `.grad` of a tensor that the solver can reach itself, by an optimizer that it holds,

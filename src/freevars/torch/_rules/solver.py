@@ -17,7 +17,7 @@ from freevars._solvers import kkt
 from freevars._solvers.options import check_options
 from freevars._solvers.signature import SolverCall
 from freevars._solvers.stated import States, kind_of
-from freevars.torch import _compat
+from freevars.torch import _compat, _modes
 from freevars.torch._compat import pytree
 from freevars.torch._convert.convert import closure_convert
 from freevars.torch._describe import function_name
@@ -143,6 +143,7 @@ class ImplicitSolver(EagerSolver[P, R]):
         of = (rule, functions, unknown, self._signature, inputs)
         problem = ConstrainedProblem(*of, of_x) if constraints else Problem(*of)
         if _compat.transforms_active():
+            problem.watched = bool(_modes.active())
             v, _, _, *aux = operation.implicit(problem, *inputs.values)
         else:
             v, *aux = solve_and_attach(problem, call, as_given, inputs.values)
