@@ -32,10 +32,12 @@ def record(
 ) -> Tensor:
     """F at a solution with a graph, which the condition keeps; from plain x and x0."""
     leaf = x.clone().requires_grad_()
-    f = equations(leaf)
-    if condition.rule.check and _is_tiny(x, condition.start(x0)):
-        with torch.no_grad():
-            condition.nearby = [equations((1 - part) * x).detach() for part in PARTS]
+    is_tiny = condition.rule.check and _is_tiny(x, condition.start(x0))
+    with condition.constants_as_they_are():
+        f = equations(leaf)
+        if is_tiny:
+            with torch.no_grad():
+                condition.nearby = [equations((1 - part) * x).detach() for part in PARTS]
     condition.recorded = (leaf, f)
     return f
 

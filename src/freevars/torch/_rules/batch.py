@@ -147,8 +147,7 @@ class BatchedCondition(DifferentiableCondition):
         plain = tuple(v.detach() for v in values)
         with _modes.solver_running(), torch.inference_mode(mode=False), torch.enable_grad():
             x, columns, others = self.find(*plain)
-        with self.constants_as_they_are():
-            f = record(self, lambda x: self.residual(x, columns, *values), x.detach(), plain[0])
+        f = record(self, lambda x: self.residual(x, columns, *values), x.detach(), plain[0])
         by = (v for i, v in enumerate(values) if i not in self.constants and v.requires_grad)
         self._by = list({id(v): v for v in by}.values())
         x = attached(self, columns, values)

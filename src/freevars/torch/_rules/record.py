@@ -45,8 +45,7 @@ def solve_and_attach(
     def equations(x: Tensor) -> Tensor:
         return problem.completed(problem.optimality(stated, x), x, values[0], columns)
 
-    with problem.constants_as_they_are():
-        record(problem, equations, x, plain[0])
+    record(problem, equations, x, plain[0])
     return attached(problem, columns, *problem.inputs.attached()), *others
 
 
