@@ -1,4 +1,4 @@
-# ruff: noqa: SLF001 (with `_compat.py`, the only file of this host that reaches for private names)
+# ruff: noqa: SLF001 (with `_compat`, this is all that reaches for private names)
 """Every function of PyTorch that is wrapped.
 
 Function modes see the Python API of PyTorch, but not all of it. The gaps are closed here by

@@ -1,4 +1,4 @@
-"""Tries every private touch point of `_compat.py` and `_hooks.py`, and says what a release of
+"""Tries every private touch point of `_compat` and `_hooks.py`, and says what a release of
 PyTorch has broken.
 
 `check_release` does it once, at first use, in milliseconds: it starts no compiler and no transform

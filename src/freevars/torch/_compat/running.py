@@ -1,0 +1,96 @@
+# ruff: noqa: SLF001 (with `_hooks.py`, `_compat` is all that reaches for private names)
+"""What PyTorch does on this thread now: compiles, watches, transforms, or runs backwards."""
+
+from typing import Any
+
+import torch
+import torch.utils.checkpoint as _checkpoint
+from torch._C import _functorch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = [
+    "DispatchMode",
+    "checkpointing",
+    "compiling",
+    "eagerly",
+    "forward_mode",
+    "function_mode_count",
+    "function_modes",
+    "functorch_active",
+    "in_backward",
+    "transform_level",
+    "transforms_active",
+    "unseen",
+]
+
+# `torch.compiler.disable` without the import of the compiler, which takes seconds.
+eagerly: Any = getattr(torch, "_disable_dynamo")  # noqa: B009 (not exported, says the type checker)
+
+
+def compiling() -> bool:
+    """Whether `torch.compile` traces now, or would compile each function that is called next, as it
+    does after a graph break inside a torch.func transform: our own modes must not be compiled."""
+    return torch.compiler.is_compiling() or _compiler_callback() is not None
+
+
+_compiler_callback = torch._C._dynamo.eval_frame.get_eval_frame_callback
+
+
+def function_mode_count() -> int:
+    """How many function modes are active on this thread."""
+    return torch._C._len_torch_function_stack()
+
+
+def function_modes() -> list[Any]:
+    """The function modes that are active on this thread, the innermost first. The stack has no
+    public reader."""
+    n = function_mode_count()
+    return [torch._C._get_function_stack_at(i) for i in range(n - 1, -1, -1)]
+
+
+class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A dispatch mode that does not wrap its handler for the compiler, which would import it: under
+    a watch nothing is compiled."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+# Inside, no function mode takes notice: our own look is no read.
+unseen: Any = torch._C.DisableTorchFunction
+
+
+def transforms_active() -> bool:
+    """Whether a torch.func transform or a forward-mode level is open on this thread."""
+    return functorch_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def functorch_active() -> bool:
+    """Whether a torch.func transform is open on this thread."""
+    return _functorch.maybe_current_level() is not None
+
+
+def transform_level() -> int:
+    """How many torch.func transforms are open on this thread."""
+    return _functorch.maybe_current_level() or 0
+
+
+def checkpointing() -> bool:
+    """Whether a non-reentrant checkpoint is open on this thread: by its hooks for saved tensors."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__module__ == _checkpoint.__name__
+
+
+def in_backward() -> bool:
+    """Whether the autograd engine runs on this thread now."""
+    return torch._C._current_autograd_node() is not None
+
+
+# Forward mode is off while PyTorch calls a custom Function's `jvp`; this turns it on again.
+forward_mode: Any = torch.autograd.forward_ad._set_fwd_grad_enabled
