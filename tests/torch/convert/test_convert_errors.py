@@ -17,12 +17,25 @@ from tests.torch import other_module
 from tests.torch.explicit import fresh, same
 
 f = torch.func
+ones = torch.ones(2, dtype=torch.float64)
 
 
 def scripted(module: nn.Module) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of another class from release to release
         return torch.jit.script(module)
+
+
+OTHERWISE = [(ones, [], {}), (ones, (), []), (ones, (0,), {}), (ones, (), {"k": 1}), ((), ones, {})]
+
+
+@pytest.mark.parametrize("given", OTHERWISE)
+def test_containers_that_were_empty_in_the_example(given: tuple[Any, ...]) -> None:
+    w = fresh(2)
+    converted, hoisted = closure_convert(lambda x, args, kwargs: w * x, ones, (), {})
+    torch.testing.assert_close(converted(ones, (), {}, *hoisted), w)
+    with pytest.raises(StructureError, match=r"args\[\d\].* expected .*, got "):
+        converted(*given, *hoisted)
 
 
 # --- a later call reads what was not hoisted

@@ -15,12 +15,21 @@ from freevars.torch._compat import is_plain, parts, unwrap
 from freevars.torch._compat import tangents as tangents_of
 from freevars.torch._modes import CaptureMode
 
-__all__ = ["PLAIN", "are_plain", "callables", "given_tensors", "inner", "resumed", "tensors"]
+__all__ = [
+    "HOLDS_NONE",
+    "PLAIN",
+    "are_plain",
+    "callables",
+    "given_tensors",
+    "inner",
+    "resumed",
+    "tensors",
+]
 
 # The types of arguments that hold no tensor, or are one: the hot path looks no further.
 _PLAIN = (Tensor, torch.nn.Parameter, int, float, bool, complex, str, type(None), type(...))
 PLAIN = frozenset({*_PLAIN, torch.Size, torch.dtype, torch.device, torch.layout})
-_HOLDS_NONE = PLAIN - {Tensor, torch.nn.Parameter}
+HOLDS_NONE = PLAIN - {Tensor, torch.nn.Parameter}
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
@@ -29,7 +38,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
         yield value
     elif isinstance(value, tuple | list | set):
         for x in value:
-            if type(x) not in _HOLDS_NONE:
+            if type(x) not in HOLDS_NONE:
                 yield from tensors(x)
     elif isinstance(value, dict):
         for x in value.values():
@@ -42,13 +51,13 @@ def given_tensors(args: Any, kwargs: Any) -> list[Tensor]:
     """The same for the arguments of one call, which mostly hold tensors and plain values."""
     found: list[Tensor] = []
     for x in args:
-        if type(x) not in _HOLDS_NONE:
+        if type(x) not in HOLDS_NONE:
             if isinstance(x, Tensor):
                 found.append(x)
             else:
                 found.extend(tensors(x))
     for x in kwargs.values() if kwargs else ():
-        if type(x) not in _HOLDS_NONE:
+        if type(x) not in HOLDS_NONE:
             found.extend(tensors(x))
     return found
 

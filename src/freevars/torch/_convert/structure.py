@@ -12,6 +12,7 @@ from freevars.torch._compat import pytree
 __all__ = ["Structure", "same", "struct_of"]
 
 _NUMBERS = (int, float, complex)
+_CONTAINERS = frozenset({tuple, list, dict})
 
 
 class Structure:
@@ -24,16 +25,18 @@ class Structure:
         structs = [_struct_of_tensor(x) if isinstance(x, Tensor) else x for x in leaves]
         self.struct = pytree.tree_unflatten(structs, self.spec)
         self._leaves = [_Leaf(x) for x in leaves]
-        self._flat = len(leaves) == len(example) and all(isinstance(x, Tensor) for x in example)
+        # The types of the values, if each is a tensor or an empty container.
+        kinds = [Tensor if isinstance(x, Tensor) else type(x) for x in example]
+        self._kinds = kinds if _are_flat(kinds, example) else None
 
     def __reduce__(self) -> Any:
         return Structure, (self.struct, self._root)  # a tree's spec is not for other processes
 
     def check(self, args: tuple[Any, ...], name: str) -> list[Any]:
         """The leaves of `args`; raises `StructureError` naming the first path that differs."""
-        leaves = list(args)
-        # No pytree walk for plain tensors.
-        if not (self._flat and all(isinstance(x, Tensor) for x in args)):
+        if self._kinds is not None and _are_flat(self._kinds, args):  # no pytree walk
+            leaves = [x for x in args if isinstance(x, Tensor)]
+        else:
             leaves, spec = pytree.tree_flatten(args)
             if spec != self.spec:
                 raise StructureError(self._differs(args, name))
@@ -55,6 +58,16 @@ class Structure:
     @staticmethod
     def shown(x: Any) -> str:
         return str(_Leaf(x))
+
+
+def _are_flat(kinds: list[type], values: tuple[Any, ...]) -> bool:
+    """Whether `values` are tensors and empty containers of these types."""
+    return len(values) == len(kinds) and all(
+        isinstance(x, Tensor)
+        if kind is Tensor
+        else kind in _CONTAINERS and type(x) is kind and not x
+        for kind, x in zip(kinds, values, strict=True)
+    )
 
 
 class _Leaf:

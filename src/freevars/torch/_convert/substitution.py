@@ -17,7 +17,7 @@ from freevars.torch import _compat, _hooks, _modes
 from freevars.torch._compat import CheckpointFunction, DispatchMode, storage_key
 from freevars.torch._convert import contents, operators, refusals
 from freevars.torch._convert.autograd_graph import not_hoisted
-from freevars.torch._convert.contents import PLAIN
+from freevars.torch._convert.contents import HOLDS_NONE, PLAIN
 from freevars.torch._describe import describe, line_of_caller, reachable
 from freevars.torch._modes import CaptureMode
 
@@ -126,6 +126,11 @@ class SubstitutionMode(CaptureMode):
         if type(value) in PLAIN or isinstance(value, Tensor):
             return self.table.get(id(value), value)
         if isinstance(value, tuple | list):
+            for x in value:  # an index mostly holds numbers
+                if type(x) not in HOLDS_NONE:
+                    break
+            else:
+                return value
             new = [self.replace(x) for x in value]
             for a, b in zip(new, value, strict=True):
                 if a is not b:
