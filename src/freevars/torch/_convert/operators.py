@@ -27,6 +27,7 @@ __all__ = [
     "is_plain_call",
     "is_pytorch_python",
     "may_carry_derivative",
+    "plain_calls",
     "traits",
     "writes_first",
     "writes_metadata",
@@ -207,18 +208,18 @@ def is_builtin(func: Func) -> bool:
     return type(func) in {types.MethodDescriptorType, types.WrapperDescriptorType}
 
 
-# Those that were found to be nothing special; it only grows, and only by PyTorch's own functions.
-_plain_calls: set[Func] = set()
+# What `is_plain_call` has found; it only grows, and only by PyTorch's own functions.
+plain_calls: set[Func] = set()
 
 
 def is_plain_call(func: Func) -> bool:
     """Whether `func` is one of PyTorch's own, written in C++, whose arguments alone matter."""
-    if func in _plain_calls:
+    if func in plain_calls:
         return True
     special = func in METADATA or func == REQUIRES_GRAD or func in BATCH_STATISTICS
     if special or func in MAKES_LEAF or writes_first(func) or not is_builtin(func):
         return False
-    _plain_calls.add(func)
+    plain_calls.add(func)
     return True
 
 

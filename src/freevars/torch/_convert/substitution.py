@@ -18,6 +18,7 @@ from freevars.torch._compat import CheckpointFunction, DispatchMode, storage_key
 from freevars.torch._convert import contents, operators, refusals
 from freevars.torch._convert.autograd_graph import not_hoisted
 from freevars.torch._convert.contents import HOLDS_NONE, PLAIN
+from freevars.torch._convert.operators import plain_calls
 from freevars.torch._describe import describe, line_of_caller, reachable
 from freevars.torch._modes import CaptureMode
 
@@ -35,9 +36,9 @@ _SPECIAL: dict[Any, str] = (
     | dict.fromkeys(operators.BATCH_STATISTICS, "statistics")
 )
 
-# PyTorch's own functions that were found to be nothing special; these only grow, and only by them.
-_plain_calls: set[Any] = set()  # written in C++
-_plain_python: set[Any] = set()  # which may call functions that they are given
+# PyTorch's own functions in Python that were found to be nothing special, but may call functions
+# that they are given; it only grows, and only by them.
+_plain_python: set[Any] = set()
 
 # With one of these a call may write to an argument, or make a leaf.
 _TELLING = frozenset({"inplace", "max_norm", "out", "requires_grad"})
@@ -67,10 +68,10 @@ class SubstitutionMode(CaptureMode):
         if _modes.broken:
             return self._special(func, args, kwargs or {})
         if kwargs:
-            if func in _plain_calls and not self.paused and _TELLING.isdisjoint(kwargs):
+            if func in plain_calls and not self.paused and _TELLING.isdisjoint(kwargs):
                 return func(*self.replace(args), **self.replace(kwargs))
             return self._special(func, args, kwargs)
-        if func in _plain_calls:
+        if func in plain_calls:
             get = self.table.get
             if len(args) == 2:  # noqa: PLR2004 (most have; no list is made)
                 a, b = args
@@ -87,14 +88,12 @@ class SubstitutionMode(CaptureMode):
         kind = _SPECIAL.get(func)
         if kind == "metadata" or self.paused:
             return func(*args, **kwargs)
-        known = func in _plain_python or func in _plain_calls
+        known = func in _plain_python or operators.is_plain_call(func)
         if not known or not _TELLING.isdisjoint(kwargs):
             self._refuse(kind, func, args, kwargs)
-        if not known and kind is None and not operators.writes_first(func):
-            if operators.is_builtin(func):
-                _plain_calls.add(func)
-            elif operators.is_pytorch_python(func):
-                _plain_python.add(func)
+        special = known or kind or operators.writes_first(func)
+        if not special and operators.is_pytorch_python(func):
+            _plain_python.add(func)
         new_args, new_kwargs = self.replace(args), self.replace(kwargs)
         if operators.is_python(func):
             new_args = contents.resumed(self, new_args)
@@ -229,7 +228,7 @@ class CarefulSubstitutionMode(SubstitutionMode):
         self.note((*known, *table.values()))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not kwargs and func in _plain_calls and not _modes.broken:
+        if not kwargs and func in plain_calls and not _modes.broken:
             get = self.table.get
             given = [get(id(a), a) if type(a) in PLAIN else self.replace(a) for a in args]
             self.check(given)
