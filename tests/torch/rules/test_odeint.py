@@ -96,6 +96,17 @@ def test_a_pytree_with_a_complex_state() -> None:
     torch.testing.assert_close(f.grad(program)(c), f.grad(closed)(c), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("reverse", ["adjoint", "sensitivities"])
+def test_a_complex_state_moved_by_one_real_number(reverse) -> None:
+    """Side by side in one vector, the pair of a complex number begins at an odd place."""
+    solve = fv.odeint(rk4, reverse=reverse)
+    start, ts = torch.tensor(1 + 0.5j).to(torch.complex128), torch.tensor([0.0, 0.7], dtype=F64)
+    w = torch.tensor(1.3, dtype=F64)
+    got = f.grad(lambda w: solve(lambda t, y: 1j * w * y, start, ts)[-1].imag)(w)
+    want = f.grad(lambda w: (start * torch.exp(0.7j * w)).imag)(w)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 def test_like_torchdiffeq_with_its_adjoint() -> None:
     """A closure over weights, with no module around it."""
     torchdiffeq = pytest.importorskip("torchdiffeq")

@@ -285,16 +285,16 @@ def test_pytrees_complex_and_arguments() -> None:
         return x, {"steps": steps}
 
     a, c, shift = fresh(2), fresh(3, dtype=torch.complex128), fresh()
-    k = torch.tensor([1, 0])
+    k = torch.tensor([1, 0, 1])  # odd: in one vector the complex numbers begin anywhere
 
     def fun(x: Any, c: Tensor, k: Tensor, shift: Tensor) -> Any:
-        return {"u": x["u"] - a[k] * x["z"][:2].real - shift, "z": 2 * x["z"] - c}, "aux"
+        return {"u": x["u"] - a[k] * x["z"].real - shift, "z": 2 * x["z"] - c}, "aux"
 
     def exact() -> Any:
         z = c / 2
-        return {"u": a[k] * z[:2].real + shift, "z": z}
+        return {"u": a[k] * z.real + shift, "z": z}
 
-    x0 = {"u": torch.zeros(2, dtype=F64), "z": torch.zeros(3, dtype=torch.complex128)}
+    x0 = {"u": torch.zeros(3, dtype=F64), "z": torch.zeros(3, dtype=torch.complex128)}
     scale = torch.tensor(0.5, dtype=F64, requires_grad=True)
     x, aux = solve(fun, x0, c, k, steps=80, scale=scale, shift=shift)
     assert aux == {"steps": 80}
@@ -304,6 +304,14 @@ def test_pytrees_complex_and_arguments() -> None:
     close(got[:3], torch.autograd.grad(total(exact()), (a, c, shift)))
     assert got[3] is None
     assert solve.__name__ == "solve"
+
+
+def test_a_batch_of_real_and_complex_unknowns() -> None:
+    c, x0 = fresh(3, dtype=torch.complex128), torch.zeros(3, dtype=F64)
+    solve = root(lambda fun, x0: {"u": c.detach().abs(), "z": c.detach()}, batch_dims=1)
+    equations = lambda x: {"u": x["u"] - x["z"].abs(), "z": x["z"] - c}
+    x = solve(equations, {"u": x0, "z": x0.to(c)})
+    close(torch.autograd.grad(x["u"].sum(), c), torch.autograd.grad(c.abs().sum(), c))
 
 
 def test_a_number_that_is_not_differentiable_and_no_captures() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from freevars.torch import _compat
+from freevars.torch._rules.complex_pairs import as_complex, as_real
 
 __all__ = ["Flat", "is_smooth", "tracked", "value_and_vjp"]
 
@@ -34,7 +35,7 @@ class Flat:
         for t, (shape, dtype) in zip(tensors, self._like, strict=True):
             u = t.expand(shape)
             if dtype.is_complex:
-                u = torch.view_as_real(u.to(dtype).resolve_conj())
+                u = as_real(u.to(dtype))
             parts.append(u.reshape(-1).to(self.dtype))
         return torch.cat(parts)
 
@@ -45,7 +46,7 @@ class Flat:
             part = vector[..., start : start + n].to(dtype.to_real())
             start += n
             if dtype.is_complex:
-                tensors.append(torch.view_as_complex(part.reshape((*lead, *shape, 2)).contiguous()))
+                tensors.append(as_complex(part.reshape((*lead, *shape, 2))))
             else:
                 tensors.append(part.reshape((*lead, *shape)))
         return tensors

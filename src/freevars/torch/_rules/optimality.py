@@ -15,6 +15,7 @@ from freevars._solvers.verdict import Kind, is_minimum
 from freevars.errors import StructureError
 from freevars.torch._compat import pytree
 from freevars.torch._convert.structure import Structure
+from freevars.torch._rules.complex_pairs import as_real
 from freevars.torch._rules.implicit import vjp
 from freevars.torch._rules.ravel import Unknown
 from freevars.torch._rules.sharded import whole
@@ -73,8 +74,7 @@ def joined(equations: Any, unknown: Unknown) -> Tensor:
 
 
 def _real_parts(tree: Any) -> list[Tensor]:
-    leaves = map(whole, pytree.tree_leaves(tree))
-    return [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in leaves]
+    return [as_real(whole(t)) for t in pytree.tree_leaves(tree)]
 
 
 def check_value(kind: Kind, out: Any, unknown: Unknown, name: str) -> None:

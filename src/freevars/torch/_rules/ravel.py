@@ -15,6 +15,7 @@ from freevars._solvers.bounds import Component
 from freevars.errors import StructureError
 from freevars.torch._compat import pytree
 from freevars.torch._convert.structure import Structure
+from freevars.torch._rules.complex_pairs import as_complex, as_real
 from freevars.torch._rules.sharded import layout_of, spread, whole
 
 __all__ = ["Unknown"]
@@ -61,9 +62,9 @@ class Unknown:
         """`name` is for the error where `x` is of another structure. Without `copy` it may be a
         view of `x`."""
         leaves = map(whole, self.check(x, name))
-        real = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in leaves]
         sizes = (n for _, _, n in self._like)
-        parts = [t.reshape(self.problems, n) for t, n in zip(real, sizes, strict=True)]
+        real = zip(map(as_real, leaves), sizes, strict=True)
+        parts = [t.reshape(self.problems, n) for t, n in real]
         return torch.cat(parts, dim=1) if copy or len(parts) > 1 else parts[0]
 
     def check(self, x: Any, name: str) -> list[Tensor]:
@@ -89,9 +90,7 @@ class Unknown:
             part = x if n == self.n else x.narrow(1, start, n)
             start += n
             leaves.append(
-                torch.view_as_complex(part.reshape(*shape, 2))
-                if dtype.is_complex
-                else part.reshape(shape)
+                as_complex(part.reshape(*shape, 2)) if dtype.is_complex else part.reshape(shape)
             )
         return leaves
 

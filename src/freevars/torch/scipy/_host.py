@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from freevars.torch._compat import pytree
+from freevars.torch._rules.complex_pairs import as_real
 from freevars.torch._rules.constrained import bounds_like
 from freevars.torch._rules.ravel import Unknown
 
@@ -97,10 +98,7 @@ class HostFunction:
             if not self._equations:
                 number: Tensor = value
                 return number
-            parts = [
-                torch.view_as_real(p.resolve_conj()) if p.is_complex() else p
-                for p in map(torch.as_tensor, pytree.tree_leaves(value))
-            ]
+            parts = [as_real(torch.as_tensor(p)) for p in pytree.tree_leaves(value)]
             return torch.cat([t.new_zeros(0), *(p.reshape(-1) for p in parts)])
 
     def _rows(self, values: Tensor, t: Tensor) -> Any:
