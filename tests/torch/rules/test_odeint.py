@@ -46,7 +46,7 @@ def exact(w: Tensor, y0: Tensor, ts: Tensor) -> Tensor:
     return ((y0[0] * torch.cos(w * t) + y0[1] / w * torch.sin(w * t)) * WEIGHTS[: len(ts)]).sum()
 
 
-SLOW = {"reverse over reverse", "forward over reverse", "vmap"}
+SLOW = {"reverse over reverse", "forward over reverse", "vmap", "vmap of the captured"}
 
 
 @pytest.mark.parametrize("reverse", ["adjoint", "sensitivities"])
@@ -105,6 +105,30 @@ def test_a_complex_state_moved_by_one_real_number(reverse) -> None:
     got = f.grad(lambda w: solve(lambda t, y: 1j * w * y, start, ts)[-1].imag)(w)
     want = f.grad(lambda w: (start * torch.exp(0.7j * w)).imag)(w)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("marks", ["an alias", "its argument"])
+def test_a_field_that_differentiates_by_its_state(marks) -> None:
+    """As Hamiltonian and continuous normalizing flows do, in the way of torchdiffeq's examples."""
+    k = torch.tensor(2.0, dtype=F64, requires_grad=True)
+
+    def field(t, y):
+        with torch.enable_grad():
+            if marks == "its argument":
+                y.requires_grad_()
+            elif not y.requires_grad:
+                y = y.detach().requires_grad_()
+            energy = (y[1] ** 2 + k * y[0] ** 2) / 2
+            (slope,) = torch.autograd.grad(energy, y, create_graph=True)
+        return torch.stack([slope[1], -slope[0]])
+
+    y0, ts = torch.tensor([1.0, 0.0], dtype=F64), torch.tensor([0.0, 0.6, 1.0], dtype=F64)
+    ts.requires_grad_()
+    fv.odeint(rk4)(field, y0, ts)[-1, 0].backward()
+    w = 2.0**0.5
+    torch.testing.assert_close(float(k.grad), -np.sin(w) / (2 * w), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(float(ts.grad[-1]), -w * np.sin(w), rtol=1e-4, atol=1e-4)
+    assert not y0.requires_grad
 
 
 def test_like_torchdiffeq_with_its_adjoint() -> None:

@@ -36,7 +36,7 @@ from freevars._solvers.integration import not_solved
 from freevars._solvers.signature import SolverCall
 from freevars.torch import _compat
 from freevars.torch._compat import pytree
-from freevars.torch._rules.forms import Flat, is_smooth, tracked, value_and_vjp
+from freevars.torch._rules.forms import Flat, evaluated, is_smooth, value_and_vjp
 from freevars.torch._rules.implicit import jvp
 from freevars.torch._rules.integrator import Options, operate
 
@@ -71,8 +71,7 @@ class Trajectory:
 
         def field(t: Tensor, y: Any) -> Any:
             leaves = self.solver.leaves_of(y, start, spec)
-            with torch.set_grad_enabled(tracked(t, *leaves)):
-                return self.pack(self.fun(t, leaves, values))
+            return self.pack(evaluated(lambda t, *y: self.fun(t, [*y], values), t, *leaves))
 
         options = self.options.rebuilt(tensors[1 : self.start])
         call = SolverCall(None, (start, ts), (), {}, options)  # type: ignore[arg-type]
@@ -120,7 +119,7 @@ class Trajectory:
         if needed[0]:
             rows = []
             for i in range(len(ts)):
-                slopes = self.fun(ts[i], [y[i] for y in out], values)
+                slopes = self.fun(*_at(i, ts, out), values)
                 rows.append(_paired([ct[i] for ct in g], slopes).to(ts.dtype))
                 if i == 0:
                     rows[0] = rows[0] - _paired(by_y, slopes).to(ts.dtype)
@@ -189,7 +188,7 @@ class Trajectory:
     def _sizes(self, ts: Tensor, out: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
         """How large each component of the state is on the way."""
         with torch.no_grad():
-            rows = [self.fun(t, [y[i] for y in out], values) for i, t in enumerate(ts)]
+            rows = [self.fun(*_at(i, ts, out), values) for i in range(len(ts))]
             sizes = []
             for y, slopes in zip(out, zip(*rows, strict=True), strict=True):
                 f = torch.stack(slopes).abs()
@@ -240,13 +239,21 @@ class Trajectory:
         total = [d * factor for d in solved[m:]]
         if dts is not None:
             for i in range(len(ts)):
-                slopes = self.fun(ts[i], [y[i] for y in out], values)
+                slopes = self.fun(*_at(i, ts, out), values)
                 for k, f in enumerate(slopes):
                     unit = torch.zeros_like(dts)
                     unit[i] = 1
                     shape = (-1, *[1] * f.dim())
                     total[k] = total[k] + (unit * dts[i]).reshape(shape) * f
         return [d.to(y.dtype) for d, y in zip(total, out, strict=True)]
+
+
+def _at(i: int, ts: Tensor, ys: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """One time and the state at it, which a field may differentiate by itself."""
+    if not torch.is_grad_enabled():
+        # The view of a tensor with a graph would say that it has one, and have none.
+        ts, ys = ts.detach(), [y.detach() for y in ys]
+    return ts[i], [y[i] for y in ys]
 
 
 def _paired(g: Sequence[Tensor], f: Sequence[Tensor]) -> Tensor:

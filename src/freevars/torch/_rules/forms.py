@@ -13,7 +13,7 @@ from torch import Tensor
 from freevars.torch import _compat
 from freevars.torch._rules.complex_pairs import as_complex, as_real
 
-__all__ = ["Flat", "is_smooth", "tracked", "value_and_vjp"]
+__all__ = ["Flat", "evaluated", "is_smooth", "value_and_vjp"]
 
 
 class Flat:
@@ -57,9 +57,16 @@ def is_smooth(t: Tensor) -> bool:
     return t.is_floating_point() or t.is_complex()
 
 
-def tracked(*tensors: Tensor) -> bool:
-    """Whether a solver differentiates by one of these itself."""
-    return _compat.functorch_active() or any(t.requires_grad for t in tensors)
+def evaluated(fun: Callable[..., list[Tensor]], *at: Tensor) -> list[Tensor]:
+    """`fun` where a solver asks for it, with a graph if the solver differentiates by that itself.
+
+    Otherwise what `fun` does for derivatives of its own (`y.requires_grad_()`) stays inside it.
+    """
+    if _compat.functorch_active() or any(t.requires_grad for t in at):
+        with torch.enable_grad():
+            return fun(*at)
+    with torch.no_grad():
+        return [t.detach() for t in fun(*(t.detach() for t in at))]
 
 
 def value_and_vjp(

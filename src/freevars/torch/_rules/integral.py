@@ -29,7 +29,7 @@ from freevars._solvers.signature import SolverCall
 from freevars.errors import StructureError
 from freevars.torch._compat import pytree
 from freevars.torch._convert.convert import closure_convert
-from freevars.torch._rules.forms import Flat, is_smooth, tracked, value_and_vjp
+from freevars.torch._rules.forms import Flat, evaluated, is_smooth, value_and_vjp
 from freevars.torch._rules.halves import difference, direction
 from freevars.torch._rules.implicit import jvp
 from freevars.torch._rules.integrator import Integrator, Options, operate
@@ -133,9 +133,7 @@ class _Integral:
         seen: list[Any] = []
 
         def integrand(t: Any, *_: Any, **__: Any) -> Any:
-            with torch.set_grad_enabled(isinstance(t, Tensor) and tracked(t)):
-                leaves = self.fun(self._point(t), values)
-            value = self.pack(leaves)
+            value = self.pack(evaluated(lambda t: self.fun(t, values), self._point(t)))
             seen[:] = [pytree.tree_map(_shape, value)]
             return value
 
