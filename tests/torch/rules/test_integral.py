@@ -61,6 +61,9 @@ TRANSFORMATIONS: dict[str, Any] = {
     "vmap": lambda g, p, a, b: f.vmap(f.grad(g, ALL), (None, 0, None))(
         p, torch.stack([a, a / 2]), b
     ),
+    "vmap of the captured": lambda g, p, *rest: f.vmap(f.grad(g), (0, None, None))(
+        torch.stack([p, p / 2]), *rest
+    ),
 }
 
 

@@ -201,7 +201,8 @@ class _Integral:
             def f(*some: Tensor) -> Tensor:
                 return of_out.ravel(self.fun(t, replaced(inputs[:n], wanted, some)))
 
-            return value_and_vjp(f, [inputs[i] for i in wanted], of_out.ravel(inputs[n:]))[1]
+            arrived = of_out.ravel(inputs[n : n + len(g)])
+            return value_and_vjp(f, [inputs[i] for i in wanted], arrived)[1]
 
         def integrate(fun: Fun, pack: Pack) -> list[Tensor]:
             operation = self._like(fun, pack)
@@ -219,13 +220,14 @@ class _Integral:
             found = flat.unravel(torch.stack(numbers))
         along = direction(flat.ravel([values[i] for i in wanted]))
 
-        def number(cotangents: list[Tensor]) -> list[Tensor]:
+        def number(along: Tensor, cotangents: list[Tensor]) -> list[Tensor]:
             one = along @ flat.ravel(cotangents)
             return [one[None] if self.takes == "array" else one]
 
         form = tuple if self.takes == "pytree" else _first
-        of = self._like(lambda t, v: number(pulled(t, v)), form)
-        factor = of.judged([*tensors, *g], number(found), g)
+        of = self._like(lambda t, v: number(v[-1], pulled(t, v)), form)
+        # An input as well: a batch of integrals has a direction each.
+        factor = of.judged([*tensors, *g, along], number(along, found), g)
         return [grad * factor for grad in found]
 
     def judged(
