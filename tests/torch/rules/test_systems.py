@@ -408,6 +408,17 @@ def test_the_old_vmap_of_forward_mode_is_refused() -> None:
         )
 
 
+def test_the_old_vmap_of_reverse_mode_is_for_first_derivatives() -> None:
+    a = torch.tensor(4.0, dtype=torch.float64)
+    solve = root(lambda fun, x0: x0)
+    fun = lambda a: solve(lambda x: x**2 - a, torch.full_like(a, 2.0))
+    exact = torch.tensor(0.25, dtype=torch.float64)
+    torch.testing.assert_close(torch.autograd.functional.jacobian(fun, a, vectorize=True), exact)
+    torch.testing.assert_close(torch.autograd.functional.hessian(fun, a), -exact / 8)
+    with pytest.raises(NotImplementedError, match=r"expected torch\.func\.hessian"):
+        torch.autograd.functional.hessian(fun, a, vectorize=True)
+
+
 @pytest.mark.parametrize("start", [torch.ones_like, lambda w: w / 2, lambda w: torch.ones(3).to(w)])
 def test_vmap_of_a_solver_whose_start_is_one_of_the_batch(start: Any) -> None:
     w = torch.linspace(0.1, 1.1, 12, dtype=F64).reshape(4, 3)

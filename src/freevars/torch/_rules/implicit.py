@@ -99,6 +99,14 @@ class _Implicit(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None, *_: Any) -> Any:
         if g is None:
             return (None,) * len(ctx.needs_input_grad)
+        if _compat.is_grads_batch(g):
+            message = (
+                "expected torch.func.hessian for a second derivative of a rule, got many cotangents"
+                " at once by torch.autograd.grad(is_grads_batched=True) or"
+                " torch.autograd.functional.hessian(vectorize=True), whose vmap of old cannot run"
+                " the linear system. Without vectorize= they are taken one by one."
+            )
+            raise NotImplementedError(message)  # a RuntimeError: a rule outside goes on row by row
         saved = ctx.saved_tensors
         if not _modes.active():
             # The pullback of `torch.func.vjp` runs when its transform is over. While a conversion
