@@ -292,3 +292,26 @@ def test_conjugate_gradients_solve_for_small_components_too(check):
         jnp.float32(0.3)
     )
     np.testing.assert_allclose(got * size, want * size, atol=3e-3 * np.max(np.abs(want * size)))
+
+
+@pytest.mark.parametrize("reverse", [True, False])
+def test_a_program_for_any_number_of_unknowns(reverse) -> None:
+    """Of a size that only a call will know, the system is not written out."""
+
+    @fv.fixed_point
+    def iterate(fun, x0):
+        return jax.lax.fori_loop(0, 60, lambda _, x: fun(x), x0)
+
+    def mixed(p):  # of neighbours, so that the system is no diagonal
+        return iterate(lambda x: 0.4 * p * jnp.cos(x + jnp.roll(x, 1)), jnp.zeros_like(p))
+
+    def slope(p):
+        if reverse:
+            return jax.grad(lambda p: mixed(p) @ jnp.cos(jnp.arange(p.size)))(p)
+        return jax.jvp(mixed, (p,), (jnp.cos(p),))[1]
+
+    (n,) = jax.export.symbolic_shape("n")
+    exported = jax.export.export(jax.jit(slope))(jax.ShapeDtypeStruct((n,), jnp.float64))
+    for size in (2, 5):
+        p = jnp.linspace(0.3, 0.9, size)
+        np.testing.assert_allclose(exported.call(p), slope(p), rtol=1e-8)

@@ -23,9 +23,10 @@ import jax.numpy as jnp
 
 from freevars.jax import _compat
 
-__all__ = ["Coordinates", "Space", "magnitude", "max_abs", "probe"]
+__all__ = ["Coordinates", "Space", "known_size", "magnitude", "max_abs", "probe"]
 
 Tree: TypeAlias = Any  # a pytree of real arrays of one dtype
+_LARGE = 2**20
 
 
 class Coordinates:
@@ -111,10 +112,11 @@ class Space:
         return not any(self._axes or ())
 
     def size(self, v: Tree) -> int:
-        """How many real unknowns there are on all devices, copies included."""
+        """How many real unknowns there are on all devices, copies included (`known_size`)."""
         leaves = jax.tree.leaves(v)
         axes = self._axes or [frozenset()] * len(leaves)
-        return sum(leaf.size * _devices(names) for leaf, names in zip(leaves, axes, strict=True))
+        each = (leaf.size * _devices(names) for leaf, names in zip(leaves, axes, strict=True))
+        return known_size(sum(each))
 
     def dot(self, u: Tree, v: Tree) -> Any:
         """The inner product, leaf by leaf: a product of whole vectors would gather them."""
@@ -175,6 +177,12 @@ def magnitude(a: Any) -> Any:
 def max_abs(a: Any, axis: int | None = None) -> Any:
     """The largest absolute value of an entry, 0 of none; infinity where one is NaN."""
     return jnp.max(magnitude(a), axis=axis, initial=0)
+
+
+def known_size(n: Any) -> int:
+    """A size to decide by. In a program that `jax.export` makes for any size it counts as large:
+    what holds for many unknowns holds for few, and costs more."""
+    return n if isinstance(n, int) else _LARGE
 
 
 def _devices(names: Any) -> int:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from freevars._solvers.verdict import Figures, Limits, accepted
 from freevars.jax._rules import scaled
 from freevars.jax._rules.closer import Step, look
-from freevars.jax._rules.coordinates import Coordinates, Space, probe
+from freevars.jax._rules.coordinates import Coordinates, Space, known_size, probe
 from freevars.jax._rules.iterative import DENSE_FALLBACK
 from freevars.jax._rules.krylov import combine, divide
 from freevars.jax._rules.operator import LinearOperator
@@ -282,7 +282,7 @@ def kept(operator: LinearOperator, space: Space) -> Any:
     which is not known."""
     if operator.symmetric:
         return jnp.zeros(())
-    if operator.size > DENSE_FALLBACK or not space.is_local:
+    if known_size(operator.size) > DENSE_FALLBACK or not space.is_local:
         return jnp.asarray(jnp.nan)
     matrix = operator.as_matrix()
     matrix = matrix / jnp.maximum(jnp.max(jnp.abs(matrix)), jnp.finfo(matrix.dtype).tiny)

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from freevars._solvers.verdict import Limits
-from freevars.jax._rules.coordinates import Space
+from freevars.jax._rules.coordinates import Space, known_size
 from freevars.jax._rules.direct import dense, division, factorise_by_lineax, pseudoinverse, vectors
 from freevars.jax._rules.iterative import (
     Choice,
@@ -237,7 +237,7 @@ class Method(NamedTuple):
         """How a matrix is factorised, or None where it is not written out."""
         solver = self.linear_solve
         if solver is None:
-            if n > self.dense_limit or self.preconditioner is not None:
+            if known_size(n) > self.dense_limit or self.preconditioner is not None:
                 return None
             return pseudoinverse if self.least_squares else "scaled"
         if not _is_lineax(solver):
