@@ -65,7 +65,7 @@ class LeakError(FreevarsError, TypeError):
     """A traced value was used outside the transformation that it belongs to.
 
     A function captures it that a custom derivative rule calls, or that is called too late. The
-    cause (`__cause__`) is JAX's own error.
+    cause (`__cause__`) is JAX's own error, where that came first.
 
     Example:
         >>> import jax, freevars.jax as fv

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import freevars.jax as fv
-from freevars.errors import CaptureError, FreevarsError, StructureError
+from freevars.errors import CaptureError, FreevarsError, LeakError, StructureError
 
 X = jnp.array([0.5, -0.25, 2.0])
 W = jnp.array([1.0, 2.0, -1.0])
@@ -793,6 +793,15 @@ def test_a_traced_value_without_a_derivative_is_refused() -> None:
         jax.grad(outer)(W)
     with pytest.raises(CaptureError, match="Pass the value to the function that has the rule"):
         jax.jit(outer)(W)
+
+
+def test_a_value_whose_program_is_finished_is_a_leak() -> None:
+    kept = []
+    jax.jit(lambda w: kept.append(3 * w) or w)(X)
+    convert = lambda x: fv.Closure(lambda x: x * kept[0], x)(x)
+    for outer in (convert, jax.jit(convert)):
+        with pytest.raises(LeakError, match=r"^kept\[0\] \(float32.*outside the transformation"):
+            outer(X)
 
 
 def test_a_traced_value_that_nobody_can_differentiate_is_a_value() -> None:

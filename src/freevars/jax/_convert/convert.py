@@ -18,7 +18,7 @@ import jax
 from jax import tree_util
 
 from freevars._contract import check_callable
-from freevars.errors import CaptureError
+from freevars.errors import CaptureError, LeakError
 from freevars.jax import _compat
 from freevars.jax._convert.arguments import ArgSpec, insert, partition
 from freevars.jax._convert.from_jit import JittedCall
@@ -196,8 +196,14 @@ def _keep_what_rules_hold(
     wrote the rule said that the derivative is not that of the body, and did not say what it is.
     """
     jaxpr, values, kept = traced.jaxpr, traced.values, traced.kept
-    lost = [x for x in values if isinstance(x, _compat.Tracer) and not _compat.is_open(x)]
-    for x in [x for x in kept if isinstance(x, _compat.Tracer)] + lost:
+    for x in [x for x in values if isinstance(x, _compat.Tracer) and not _compat.is_open(x)]:
+        message = (
+            f"{described(fun, x, jaxpr, values)}: {name_of(fun)} uses this value outside the"
+            " transformation that it belongs to. If it was stored by a side effect, return it from"
+            " the transformed function instead; if it was in a cache, compute it again."
+        )
+        raise LeakError(message)
+    for x in [x for x in kept if isinstance(x, _compat.Tracer)]:
         message = (
             f"{name_of(fun)}: a function in it that has a rule of its own (a custom derivative,"
             " custom_vmap, linear_call), or the rule, captures the traced value"
