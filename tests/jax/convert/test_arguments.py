@@ -201,7 +201,7 @@ def test_a_call_that_does_not_fit_names_the_first_path(name, inside) -> None:
     f(*example)
     with pytest.raises(StructureError, match=message) as caught:
         (lambda: jax.eval_shape(lambda: f(*call)))() if inside else f(*call)
-    assert "Convert the function again" in str(caught.value)
+    assert "a solver calls its function with values like" in str(caught.value)
     f(*example)  # a refused call changes nothing
 
 

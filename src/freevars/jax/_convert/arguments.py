@@ -193,7 +193,8 @@ def mismatch(
         " The example was a Python number or another weakly typed value, and the result depends on"
         " that: pass one here, or convert with an example of a definite dtype."
         if weak and found.expected.removeprefix("weak ") == found.got
-        else " Convert the function again with an example like this call, or pass what it expects."
+        else " Pass what it expects: a solver calls its function with values like those that it was"
+        " given to start from. Or convert the function again with an example like this call."
     )
     return StructureError(
         f"{name}{found.path} does not match the example: expected {found.expected},"
