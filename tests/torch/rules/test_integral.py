@@ -182,6 +182,16 @@ def test_structures_and_types() -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["double backward", "reverse over reverse"])
+def test_a_number_that_the_integrand_is_linear_in(name) -> None:
+    """A second derivative by it integrates nothing."""
+    solve = fv.integral(gauss)
+    args = (torch.tensor(0.7, dtype=F64), *ARGS[1:])
+    got = TRANSFORMATIONS[name](lambda p, a, b: solve(lambda t: p * t, a, b), *args)
+    want = TRANSFORMATIONS[name](lambda p, a, b: p * (b**2 - a**2) / 2, *args)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
+
+
 def test_what_is_refused() -> None:
     with pytest.raises(StructureError, match="b: expected a real number"):
         fv.integral(gauss)(lambda t: t, 0.0, torch.ones(2))

@@ -83,7 +83,7 @@ def value_and_vjp(
         out = fun(*aliases)
         if not out.requires_grad:
             lead = () if cotangent is not None else (out.numel(),)
-            return out, [torch.zeros(*lead, *t.shape, dtype=t.dtype) for t in inputs]
+            return out, [t.new_zeros((*lead, *t.shape)) for t in inputs]
 
         def pull(g: Tensor) -> Sequence[Tensor]:
             return torch.autograd.grad(
