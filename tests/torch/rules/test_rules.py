@@ -458,8 +458,13 @@ def test_wrong_structures() -> None:
         StructureError, match=r"result of .*<lambda>: x expected float64\[2\], got float64\[\]"
     ):
         newton(lambda x: x.sum(), x0)
-    with pytest.raises(StructureError, match="x0 expected"):
-        newton(lambda x: x, {"n": 3})
+    sparse, parts = (
+        torch.eye(2, dtype=F64).to_sparse(),
+        torch.nested.nested_tensor([x0, x0[:1]], layout=torch.jagged),
+    )
+    for start in ({"n": 3}, sparse, parts):
+        with pytest.raises(StructureError, match=r"x0 expected .* neither sparse nor nested"):
+            newton(lambda x: x, start)
     with pytest.raises(TypeError, match="a function and a starting point"):
         root(lambda fun: fun)
     with pytest.raises(StructureError, match=r"a solver returns .x, aux."):

@@ -28,11 +28,12 @@ class Unknown:
     def __init__(self, x0: Any, batch_dims: int = 0) -> None:
         leaves, self.spec = pytree.tree_flatten(x0)
         kinds = {t.dtype.to_real() if isinstance(t, Tensor) else type(t) for t in leaves}
-        if len(kinds) != 1 or not all(
-            isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex()) for t in leaves
-        ):
+        if len(kinds) != 1 or not all(map(_is_unknown, leaves)):
             shown = ", ".join(Structure.shown(t) for t in leaves) or "no leaves"
-            message = f"x0 expected real or complex tensors of one precision, got {shown}."
+            message = (
+                "x0 expected real or complex tensors of one precision, neither sparse nor nested, "
+                f"got {shown}."
+            )
             raise StructureError(message)
         batches = {tuple(t.shape[:batch_dims]) for t in leaves}
         self.batch = batches.pop()
@@ -147,3 +148,10 @@ def _index(i: int, shape: tuple[int, ...]) -> tuple[int, ...]:
         i, last = divmod(i, n)
         index.insert(0, last)
     return tuple(index)
+
+
+def _is_unknown(t: Any) -> bool:
+    """Whether a tensor can be solved for: numbers of a definite place, with derivatives."""
+    if not isinstance(t, Tensor) or t.is_nested or t.layout is not torch.strided:
+        return False
+    return t.is_floating_point() or t.is_complex()
