@@ -182,6 +182,15 @@ def test_structures_and_types() -> None:
     )
 
 
+def test_a_batch_of_conjugates() -> None:
+    solve = fv.integral(gauss)
+    program = lambda z: solve(lambda t: (z.conj() ** 2 * t).imag, *ENDS)
+    closed = lambda z: (z.conj() ** 2).imag * (ENDS[1] ** 2 - ENDS[0] ** 2) / 2
+    z = torch.tensor([0.4 + 0.3j, 1 - 2j]).to(torch.complex128)
+    start = lambda fun: f.vmap(f.grad(lambda z: fun(z.conj())))(z)
+    torch.testing.assert_close(start(program), start(closed), rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("name", ["double backward", "reverse over reverse"])
 def test_a_number_that_the_integrand_is_linear_in(name) -> None:
     """A second derivative by it integrates nothing."""

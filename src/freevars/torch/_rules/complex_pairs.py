@@ -12,7 +12,10 @@ __all__ = ["as_complex", "as_real"]
 
 def as_real(t: Tensor) -> Tensor:
     """Float[..., 2] of a complex tensor; a real one as it is."""
-    return torch.stack([t.real, t.imag], dim=-1) if t.is_complex() else t
+    if not t.is_complex():
+        return t
+    t = t.resolve_conj()  # the imaginary part would be a view that vmap has no rule for
+    return torch.stack([t.real, t.imag], dim=-1)
 
 
 def as_complex(pairs: Tensor) -> Tensor:
