@@ -331,6 +331,7 @@ def in_closed_form(k, x0):
 
 
 K, X0 = np.array([1.0, 0.5]), np.array([1.0, 2.0, 0.0])
+START = np.array([1.0, 3.0])
 
 
 @pytest.mark.slow  # many programs
@@ -349,6 +350,29 @@ def test_conserved_totals():
     wrong = fv.root(steady, conserved=lambda x: x[0] + x[1])
     with pytest.raises((NotASolutionError, SingularError)):
         jax.jacfwd(lambda k: wrong(reaction(k), X0))(K)
+
+
+@pytest.mark.slow  # many programs
+def test_totals_may_read_what_is_differentiated_by():
+    """Weights of the total decide where it settles, as they would decide an equation."""
+
+    def mixed(weights):
+        settle = lambda fun, x0: jnp.ones(2) * jax.lax.stop_gradient(mean(weights))
+        solve = fv.root(settle, conserved=lambda x: weights @ x)
+        return solve(lambda x: jnp.stack([x[0] - x[1], x[1] - x[0]]), START)[0]
+
+    def mean(weights):
+        return weights @ START / weights.sum()
+
+    weights, each = jnp.array([1.0, 2.0]), jnp.array([[1.0, 2.0], [3.0, 1.0]])
+    for transform in (
+        lambda f: jax.jit(jax.grad(f))(weights),
+        lambda f: jax.grad(jax.jit(f))(weights),
+        lambda f: jax.jvp(f, (weights,), (each[1],))[1],
+        lambda f: jax.vmap(jax.grad(f))(each),
+        lambda f: jax.hessian(f)(weights),
+    ):
+        np.testing.assert_allclose(transform(mixed), transform(mean), atol=1e-9)
 
 
 @pytest.mark.slow  # many programs

@@ -35,7 +35,7 @@ from freevars.jax import _compat
 from freevars.jax._rules.constrained import Constrained
 from freevars.jax._rules.coordinates import Coordinates, Space, probe
 from freevars.jax._rules.operator import LinearOperator
-from freevars.jax._rules.totals import Totals, completed
+from freevars.jax._rules.totals import completed
 from freevars.jax._solver.problem import Problem, count
 
 __all__ = [
@@ -180,12 +180,12 @@ def linearise(
     moving: tuple[int, ...],
     *,
     has_aux: bool,
-    totals: Totals | None = None,
 ) -> Linearised:
     """The condition at x, to first order in x and in the moving ones of the leaves, which are of
-    the problem and, where the solver keeps `totals` of it, of x0."""
+    the problem and, where the solver keeps totals of it, of x0."""
     coordinates = Coordinates(x)
-    symmetric = condition in MINIMA and not totals
+    totals = rebuild(leaves)[0].totals
+    symmetric = condition in MINIMA and totals is None
     if isinstance(condition, Constrained):
         condition, coordinates = condition.in_units(rebuild(leaves)[0], x, has_aux=has_aux)
     v = coordinates.to_real(x)
@@ -202,7 +202,8 @@ def linearise(
         complete = completed(lambda v: plain(v, leaves), totals, coordinates, v, start(leaves))
 
         def at(v: Tree, leaves: list[Any]) -> Tree:
-            return complete(plain(v, leaves), v, start(leaves))
+            problem, _ = rebuild(leaves)
+            return complete(plain(v, leaves), problem.totals, v, start(leaves))
 
     f, by_x, by_moved = _push(at, v, leaves, moving)
     space = Space.of(by_x, v, f)

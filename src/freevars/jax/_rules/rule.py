@@ -113,7 +113,6 @@ class Rule:
             x,
             moving,
             has_aux=has_aux,
-            totals=self.conserved,
         )
 
     def system(

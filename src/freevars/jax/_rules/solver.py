@@ -182,7 +182,10 @@ class ImplicitSolver(DecoratedSolver[P, R]):
         if constraints:
             problem = calls.constrained_problem(call, x0, constraints, self.__name__)
             return problem, constrained.unknown(problem, x0), options
-        return calls.problem_of(call, x0, self._states), x0, options
+        problem = calls.problem_of(call, x0, self._states)
+        if self._rule.conserved is not None:
+            problem = problem._replace(totals=Closure(self._rule.conserved, x0))
+        return problem, x0, options
 
     # Running the solver.
 

@@ -43,6 +43,7 @@ class Problem(NamedTuple):
     kwargs: dict[str, Any]
     parts: Parts = Parts()
     bounds: Any = None  # (lower, upper), each like x
+    totals: Any = None  # the closure of what the solver keeps of x
 
     @staticmethod
     def of(
