@@ -8,7 +8,7 @@ import scipy.optimize
 from jax import lax
 
 import freevars.jax as fv
-from freevars.errors import StructureError
+from freevars.errors import NotASolutionError, StructureError
 from tests.constrained_problems import PROBLEMS, REFUSED, T, active_set, beside_bounds
 from tests.rule_problems import RuleHost
 
@@ -247,6 +247,24 @@ def test_nonnegative_least_squares() -> None:
 
     for slope in (jax.jacrev(solve), jax.jit(jax.jacfwd(solve))):
         np.testing.assert_allclose(slope(0.1), _differences(solve, 0.1, 1e-3), atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["equality", "inequality"])
+def test_a_complex_unknown(kind) -> None:
+    """The shortest vector whose sum is real and q: q / 2 twice."""
+
+    def shortest(q, off=0.0):
+        def given(fun, x0, *, equality=None, inequality=None):
+            return jnp.full(2, lax.stop_gradient(q) / 2 + off, complex)
+
+        length = lambda x: jnp.sum(jnp.abs(x) ** 2)
+        constraint = {kind: lambda x: jnp.sum(x).real - q}
+        return fv.argmin(given)(length, jnp.zeros(2, complex), **constraint)[0].real
+
+    np.testing.assert_allclose(jax.grad(shortest)(0.7), 0.5, rtol=1e-12)
+    with pytest.raises(NotASolutionError):
+        jax.grad(lambda q: shortest(q, 0.1j))(0.7)
 
 
 @pytest.mark.slow

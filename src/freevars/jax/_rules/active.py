@@ -47,7 +47,7 @@ class Functions(NamedTuple):
             values = problem.parts_at(of_x.from_real(v))
             return {name: _vector(values[name], of_x.dtype) for name in problem.constraints}
 
-        return Functions(objective, constraints, *map(_real, _sides(problem, x)))
+        return Functions(objective, constraints, *_sides(problem, x))
 
     @property
     def fixed(self) -> Tree:
@@ -173,10 +173,12 @@ def rows_of(at: Functions, v: Tree) -> tuple[Any, dict[str, Any]]:
     return jax.vmap(lambda u: flat(pull(u)[0]))(units), values
 
 
-def _sides(problem: Problem, x: Any) -> tuple[Any, Any]:
+def _sides(problem: Problem, x: Any) -> tuple[Tree, Tree]:
     if problem.bounds is not None:
-        return problem.bounds
-    none = jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.inf, leaf.real.dtype), x)
+        lower, upper = (Coordinates(side).to_real(side) for side in problem.bounds)
+        return lower, upper
+    parts = Coordinates(x).to_real(x)
+    none = jax.tree.map(lambda part: jnp.full(part.shape, jnp.inf, part.dtype), parts)
     return jax.tree.map(jnp.negative, none), none
 
 
@@ -197,10 +199,6 @@ def pairs(tree: Tree) -> list[Pair]:
 
 def flat(tree: Tree) -> Any:
     return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(tree)])
-
-
-def _real(tree: Any) -> Tree:
-    return Coordinates(tree).to_real(tree)
 
 
 def _vector(tree: Any, dtype: Any) -> Any:

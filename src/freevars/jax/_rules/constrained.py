@@ -253,7 +253,7 @@ def explain(
     gaps: list[float] = []
     pulls: list[float] = []
     certain: list[float] = []
-    paths = [tree_util.keystr(path) for path, _ in tree_util.tree_leaves_with_path(y["x"])]
+    paths = [tree_util.keystr(path) for path, _ in tree_util.tree_leaves_with_path(v)]
     free: list[Any] = []
     for path, low, up, pull, fixed, is_low, is_up in zip(
         paths,
