@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -116,6 +117,20 @@ def test_scipy_and_infinite_limits() -> None:
     assert f.grad(f.grad(tail, 1), 1)(one, infinity) == 0.0
     torch.testing.assert_close(f.grad(tail)(one, infinity), -torch.exp(-one))
     torch.testing.assert_close(f.grad(tail, 1)(one, 2 * one), torch.exp(-2 * one) / 2)
+
+
+@pytest.mark.parametrize("kind", [int, float, np.float32, np.float64, np.int64])
+def test_limits_that_are_numbers(kind) -> None:
+    c = torch.tensor(3.0, dtype=F64, requires_grad=True)
+    solve = fv.integral(lambda fun, a, b: (b - a) * fun((a + b) / 2))
+    solve(lambda t: c * t, kind(0), kind(2)).backward()
+    assert c.grad == 2
+
+
+@pytest.mark.parametrize("infinity", [np.inf, np.float32(np.inf)])
+def test_an_infinite_limit_reaches_the_solver_as_a_number(infinity) -> None:
+    solve = fv.integral(lambda fun, a, b: fun(a) if b == math.inf else None)
+    assert f.grad(lambda c: solve(lambda t: c * torch.exp(-t), 0, infinity))(AT) == 1
 
 
 def peak(solve, c):

@@ -17,6 +17,7 @@ Calculus" II, chapter IV. Not here: differential equations (`odeint`).
 import math
 import operator
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import torch
@@ -96,7 +97,7 @@ class IntegralSolver(Integrator[P, R]):
         """The limits that are infinite numbers, and the dtype of all points."""
         dtype = None
         for name, end in zip(("a", "b"), ends, strict=True):
-            number = isinstance(end, int | float) and not isinstance(end, bool)
+            number = isinstance(end, Real) and not isinstance(end, bool)
             if not number and not (
                 isinstance(end, Tensor) and not end.is_complex() and not end.dim()
             ):
@@ -104,7 +105,7 @@ class IntegralSolver(Integrator[P, R]):
                 raise StructureError(message)
             if isinstance(end, Tensor) and end.is_floating_point():
                 dtype = end.dtype if dtype is None else torch.promote_types(dtype, end.dtype)
-        infinite = [e if isinstance(e, float) and math.isinf(e) else None for e in ends]
+        infinite = [float(e) if not isinstance(e, Tensor) and math.isinf(e) else None for e in ends]
         return infinite, dtype or torch.get_default_dtype()
 
 
