@@ -119,7 +119,7 @@ class Figures(NamedTuple):
     change: Any  # of the derivative along the step, relative; 0 where the step is negligible
     rcond: Any  # the reciprocal condition number of S
     residual: Any  # |A u - b| / |b| of an iterative solver, or of what has to be answered (below)
-    asymmetry: Any  # of a second derivative: |A - A^T| / 2|A| in units of x, or by two vectors
+    asymmetry: Any  # of a second derivative: |A - A^T| / 2|A| in units of x, or by vectors
     conserved: Any  # |A^T p| over |A|^T |p| for a p with A p = 0: 0 for a gauge freedom, up to 1
 
 

@@ -47,6 +47,7 @@ class Scaled(NamedTuple):
     solve: Solve  # by S
     transposed: Solve
     own: bool = True  # by this module: then it solves what is regular
+    inverse: Any = None  # of S, where it is written out
 
     def of(self, b: Vector) -> Vector:
         """A^-1 b."""
@@ -60,19 +61,20 @@ class Scaled(NamedTuple):
 def factorise(matrix: Any, x: Vector, d: Vector, limits: Limits) -> Scaled:
     """The factors of a matrix for an unknown x of the sizes d."""
     columns = power_of_two(d)
-    scaled = matrix * columns[None]
-    rows = 1 / power_of_two(jnp.max(jnp.abs(scaled), axis=1))
-    scaled = scaled * rows[:, None]
+    scaled = matrix.T * columns[:, None]
+    rows = 1 / power_of_two(jnp.max(jnp.abs(scaled), axis=0))
+    scaled = scaled * rows[None]
     if len(x) == 1:
         return Scaled(matrix, rows, columns, scaled, lambda b: b / scaled, lambda b: b / scaled)
     # A component that happens to be zero is no sign of a singular system.
     up = limits.column**0.5 * jnp.max(jnp.abs(x)) / d
-    up = jnp.minimum(1 / jnp.maximum(jnp.max(jnp.abs(scaled), axis=0), limits.rcond), up)
+    up = jnp.minimum(1 / jnp.maximum(jnp.max(jnp.abs(scaled), axis=1), limits.rcond), up)
     up = power_of_two(jnp.maximum(up, 1).astype(x.dtype))
-    scaled, columns = scaled * up[None], columns * up
-    again = 1 / power_of_two(jnp.max(jnp.abs(scaled), axis=1))
-    scaled, rows = scaled * again[:, None], rows * again
-    lu, _, order = jax.lax.linalg.lu(scaled)
+    scaled, columns = scaled * up[:, None], columns * up
+    again = 1 / power_of_two(jnp.max(jnp.abs(scaled), axis=0))
+    scaled, rows = scaled * again[None], rows * again
+    lu, _, order = jax.lax.linalg.lu(scaled.T)
+    scaled = scaled.T
     # The permutation once for all solves: XLA makes it of the pivots in a loop.
     lower = functools.partial(
         jax.lax.linalg.triangular_solve, lu, left_side=True, lower=True, unit_diagonal=True
@@ -88,7 +90,15 @@ def factorise(matrix: Any, x: Vector, d: Vector, limits: Limits) -> Scaled:
         places = jnp.arange(len(x), dtype=order.dtype)
         permuted = (order[:, None] == places[None, :]).astype(x.dtype)
         inverse = upper(lower(permuted))
-        return Scaled(matrix, rows, columns, scaled, lambda b: inverse @ b, lambda b: inverse.T @ b)
+        return Scaled(
+            matrix,
+            rows,
+            columns,
+            scaled,
+            lambda b: inverse @ b,
+            lambda b: inverse.T @ b,
+            inverse=inverse,
+        )
 
     def transposed(b: Any) -> Any:
         back = lower(upper(b, transpose_a=True), transpose_a=True)
@@ -172,7 +182,8 @@ def measure(
         norm = jnp.abs(system.matrix[0, 0])
         rcond = jnp.where(jnp.isfinite(step[0]) & (norm > 0), 1, 0).astype(x.dtype)
     else:
-        step, rounding, norm, rcond = _by_probes(system, size, f)
+        by = _by_probes if system.inverse is None else _by_inverse
+        step, rounding, norm, rcond = by(system, size, f)
     among = jnp.maximum(size, limits.column * largest)
     least = jnp.minimum(limits.column * rounding, among)
     least = jnp.maximum(least, limits.rounding * rounding)
@@ -213,10 +224,28 @@ def _beyond(system: Scaled, b: Vector, u: Vector) -> Vector:
     return left
 
 
+def _by_inverse(system: Scaled, size: Vector, f: Vector) -> tuple[Vector, Vector, Any, Any]:
+    """The same as `_by_probes`, where the inverse is known."""
+    weights, norm = _sizes(system, size)
+    step = system.columns * (system.inverse @ (system.rows * f))
+    entries = magnitude(system.inverse)
+    rounding = system.columns * (entries @ weights)
+    largest = jnp.max(entries)
+    rcond = 1 / (largest * jnp.linalg.norm(entries / largest) * norm)
+    return step, rounding, norm, jnp.where(jnp.isfinite(rcond), rcond, 0)
+
+
+def _sizes(system: Scaled, size: Vector) -> tuple[Vector, Any]:
+    """R |A| |x|, and a bound of the norm of S."""
+    entries = magnitude(system.scaled.T)
+    sums = [jnp.max(jnp.sum(entries, axis=axis)) for axis in (0, 1)]
+    return (size / system.columns) @ entries, jnp.sqrt(sums[0] * sums[1])
+
+
 def _by_probes(system: Scaled, size: Vector, f: Vector) -> tuple[Vector, Vector, Any, Any]:
     """The Newton step, r, and of S a bound of the norm and the reciprocal condition number."""
     probes = _compat.on_mesh(jnp.asarray(_signs(len(f)), f.dtype))
-    weights = system.rows * (jnp.abs(system.matrix) @ size)
+    weights, norm = _sizes(system, size)
     sides = [(system.rows * f)[:, None], probes, weights[:, None] * probes]
     found = system.solve(jnp.concatenate(sides, axis=1))
     step = system.columns * found[:, 0]
@@ -228,21 +257,33 @@ def _by_probes(system: Scaled, size: Vector, f: Vector) -> tuple[Vector, Vector,
     inverse = system.transposed(inverse)
     largest = max_abs(inverse)
     inverse_norm = largest * max_abs(jnp.linalg.norm(inverse / largest, axis=0))
-    sums = [jnp.sum(magnitude(system.scaled), axis=axis) for axis in (0, 1)]
-    norm = jnp.sqrt(jnp.max(sums[0]) * jnp.max(sums[1]))
     rcond = 1 / (inverse_norm * norm)
     return step, rounding, norm, jnp.where(jnp.isfinite(rcond), rcond, 0)
 
 
 def _asymmetry(system: Scaled) -> Any:
-    """|B - B^T| / 2|B| of B = D A D, up to a factor, with no number above 1 in it."""
+    """|B - B^T| / 2|B| of B = D A D, up to a factor, with no number above 1 in it. Of a large one
+    by products with fixed vectors: the mean of (u^T C v)^2 over these is |C|^2."""
     sizes = [power / jnp.max(power) for power in (system.columns, 1 / system.rows)]
-    matrix = (sizes[0] * sizes[1])[:, None] * system.scaled
-    return divide(jnp.linalg.norm(matrix - matrix.T), 2 * jnp.linalg.norm(matrix))
+    rows = sizes[0] * sizes[1]
+    n = len(rows)
+    if n <= _INVERSE:
+        matrix = rows[None] * system.scaled.T
+        return divide(jnp.linalg.norm(matrix - matrix.T), 2 * jnp.linalg.norm(matrix))
+    vectors = _compat.on_mesh(jnp.asarray(2**0.5 * _waves(n).T, rows.dtype))
+    images = (vectors @ system.scaled.T) * rows
+    products = images @ vectors.T
+    others = (_PROBES - 1) ** 0.5
+    return divide(jnp.linalg.norm(products - products.T), 2 * others * jnp.linalg.norm(images))
 
 
 @functools.cache
+def _waves(n: int) -> Any:
+    """Fixed vectors without a pattern, between -1 and 1."""
+    k = np.arange(1, n + 1)[:, None] * (1 + 0.37 * np.arange(_PROBES))
+    return np.sin(k**2 + np.arange(_PROBES))
+
+
 def _signs(n: int) -> Any:
     """Fixed vectors of signs without a pattern."""
-    k = np.arange(1, n + 1)[:, None] * (1 + 0.37 * np.arange(_PROBES))
-    return np.where(np.sin(k**2 + np.arange(_PROBES)) >= 0, 1.0, -1.0)
+    return np.where(_waves(n) >= 0, 1.0, -1.0)
