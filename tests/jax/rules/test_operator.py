@@ -11,7 +11,8 @@ import scipy.sparse.linalg
 import freevars.jax as fv
 from freevars.jax._rules import krylov, scaled
 from freevars.jax._rules.coordinates import Space
-from freevars.jax._rules.iterative import Units
+from freevars.jax._rules.iterative import Choice, Units, solve_by_default
+from freevars.jax._rules.operator import LinearOperator
 
 
 @pytest.fixture(autouse=True)
@@ -213,6 +214,25 @@ def test_zeros_and_units_play_no_part(method, unit):
     assert found.solved
     left = jax.tree.map(jnp.subtract, system.matvec(found.x), b)
     assert Space().norm(left) <= 3 * eps**0.75 * unit
+
+
+@pytest.mark.parametrize("unit", [1e-25, 1.0, 1e25])
+@pytest.mark.parametrize("rate", [0.3, 0.95, 30.0])
+def test_an_iteration_solves_its_own_system_while_it_contracts(rate, unit):
+    n, eps = 700, float(jnp.finfo("float32").eps)
+    b = jnp.asarray(unit * RNG.normal(size=n), "float32")
+    operator = LinearOperator(lambda v: v - rate * jnp.roll(v, 1), b, fixed_point=True)
+    tol = eps**0.75
+    system = krylov.System(operator.matvec, b, Space().dot, tol, eps, 1.0, 500)
+    first = jax.jit(lambda: krylov.richardson(system))()
+    assert bool(first.solved) == (rate == 0.3 and unit == 1)
+    if first.solved:  # one product a step
+        assert first.steps == np.ceil(np.log(tol) / np.log(rate))
+    choice = Choice(None, 512, least_squares=False, check=True)
+    x, told = jax.jit(lambda: solve_by_default(choice, operator, Space(), eps, b))()
+    left, of = np.asarray(b - operator.matvec(x), float), np.asarray(b, float)
+    assert np.linalg.norm(left) < 1e-4 * np.linalg.norm(of)
+    assert told < 1e-4
 
 
 @pytest.mark.slow

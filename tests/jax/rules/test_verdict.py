@@ -205,6 +205,44 @@ def test_singular_systems_are_refused_in_every_unit(dtype):
 # --- What is asked for ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("eigenvalue", [0.9, 1.0])
+def test_a_direction_that_an_iteration_never_leaves_is_found_among_many(dtype, eigenvalue):
+    n = 2000
+    p, c = (v / np.linalg.norm(v) for v in np.random.default_rng(3).normal(size=(2, n)))
+    c -= p * (p @ c)
+    p, c = (jnp.asarray(a, dtype) for a in (p, c))
+    fun = lambda x, t: 0.3 * x + (eigenvalue - 0.3) * p * (p @ x) + t * c
+    x = c / 0.7
+    solver = fv.fixed_point(returns(x))
+    slope = jax.jit(jax.grad(lambda t: c @ solver(lambda x: fun(x, t), 0 * x)))(jnp.ones((), dtype))
+    if eigenvalue == 1:
+        assert np.isnan(slope)
+    else:
+        np.testing.assert_allclose(slope, c @ c / 0.7, rtol=1e-3)
+
+
+def test_what_the_check_adds_to_a_step_is_taken_out_before_anything_else_is_asked():
+    n, calls = 1000, []
+    c = np.random.default_rng(1).choice([0.7, -0.7], n).astype("float32")
+    c[::100] = 0.003  # where an error is as large as it may be, relative to x
+
+    def runs_of_fun(error):
+        def fun(x, scale):
+            jax.debug.callback(lambda: calls.append(1))
+            return 0.3 * x + scale * c
+
+        calls.clear()
+        x = jnp.asarray(c / 0.7 + error, "float32")
+        solver = fv.fixed_point(returns(x))
+        slope = jax.grad(lambda s: jnp.sum(solver(lambda x: fun(x, s), x * 0)))(jnp.float32(1))
+        jax.effects_barrier()
+        np.testing.assert_allclose(slope, np.sum(c) / 0.7, rtol=1e-3)
+        return len(calls)
+
+    assert runs_of_fun(0.0) == runs_of_fun(1.2e-6) < runs_of_fun(2.5e-6)
+
+
 @pytest.mark.slow
 def test_a_refused_member_of_a_batch_that_is_not_asked_for_contributes_nothing():
     solve = fv.root(newton_steps)

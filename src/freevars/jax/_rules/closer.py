@@ -62,6 +62,7 @@ def look(
     floor: float,
     number: int,
     mixed: bool = False,
+    alone: Callable[[Tree], Tree] | None = None,
 ) -> tuple[Any, Any]:
     """The largest component of the step in its unit, and the change of the derivative along it.
 
@@ -77,10 +78,13 @@ def look(
         number: of directions, in which the derivative is compared.
         mixed: the step is that of F and something else, enough to see that it is small. Where it is
             not, that of F alone is taken.
+        alone: takes the most of that something else out of the step; None: nothing does.
     """
     most = largest(at.v)
     units = Units.of(at, limits, most)
     size = largest(in_units(at.step, units.near))
+    if alone is not None:
+        at, size = _alone(alone, at, size, limits, most, largest)
     if not limits.negligible < limits.step:  # `tol`: whatever the derivative does
         return size, jnp.zeros_like(size)
     reach = largest(in_units(at.step, jax.tree.map(jnp.maximum, units.wide, units.whole)))
@@ -117,6 +121,31 @@ def look(
     step = jax.tree.map(lambda s: jnp.where(needed, s, 0), at.step)
     begin = (needed, size, jnp.zeros_like(size), step)
     return _compat.while_loop(lambda state: state[0], turn, begin)[1:3]
+
+
+def _alone(
+    alone: Callable[[Tree], Tree],
+    at: Step,
+    size: Any,
+    limits: Limits,
+    most: Any,
+    largest: Callable[[Tree], Any],
+) -> tuple[Step, Any]:
+    """The step alone where it is not negligible, and its largest component in its unit."""
+
+    def turn(state: tuple[Any, Any, Tree]) -> tuple[Any, Any, Tree]:
+        needed, size, step = state
+        step = alone(step)
+        near = Units.of(at, limits, most, needed & False).near
+        return (
+            like_state(needed & False, needed),
+            like_state(largest(in_units(step, near)), size),
+            step,
+        )
+
+    begin = (size > limits.negligible, size, at.step)
+    _, size, step = _compat.while_loop(lambda state: state[0], turn, begin)
+    return at._replace(step=step), size
 
 
 def _measure(

@@ -31,6 +31,8 @@ __all__ = ["Diagnostics", "Unknown", "kept", "limits_of", "measure", "newton"]
 Tree: TypeAlias = Any  # a pytree of real arrays
 Along: TypeAlias = Callable[[Tree, Tree, Any], Tree]
 
+_EVERY = 4  # the number of a vector with a bit of every direction
+_LOOSE = 0.1  # how exactly that share is taken out again
 _SHARE = 0.3  # of every direction in the right-hand side of the rough solve, beside F
 
 
@@ -181,57 +183,52 @@ def _applied(
         (step,) = system.apply_inverse([f])
         return figures._replace(step=_largest(space, step, unit)), step
 
-    def apply(v: Tree) -> Tree:
-        return jax.lax.stop_gradient(operator.matvec(v))
-
-    if system.tried is None:
-        probes = [_times(d, probe(v, seed)) for seed in (0, 1)]
-        images = [*map(apply, probes)]
-    else:
-        _, probes, images = system.tried
-    # The size of each equation, per unit of the unknowns.
-    rows = jax.tree.map(lambda a, b: jnp.maximum(jnp.abs(a), jnp.abs(b)), *images)
-    rows = _at_least(rows, limits.rcond * space.max(rows))
-    rows = jax.tree.map(lambda leaf: jnp.where(leaf > 0, leaf, 1), rows)
-    if operator.symmetric:
-        figures = figures._replace(asymmetry=_asymmetry(space, probes, images))
+    rows, asymmetry = _sizes_of_equations(system, unknown, figures.asymmetry)
+    figures = figures._replace(asymmetry=asymmetry)
     if system.least_squares:
         (step,) = system.apply_inverse([f])
         figures = figures._replace(step=_largest(space, step, unit))
         if along is not None:
             b = along(v, jax.tree.map(jnp.zeros_like, v), jnp.uint32(0))
             (u,) = system.apply_inverse([b])
-            left = jax.tree.map(jnp.divide, combine(-1, apply(u), b), rows)
+            left = jax.tree.map(jnp.divide, combine(-1, system.image(u), b), rows)
             of = jax.tree.map(jnp.divide, b, rows)
             figures = figures._replace(residual=divide(space.max(left), space.max(of)))
         return figures, step
 
-    def solve(b: Tree) -> tuple[Tree, Any]:
+    # A random right-hand side has 1/sqrt(n) of each direction, a singular one too.
+    enough = min(0.05 * _SHARE / space.size(v) ** 0.5, limits.residual / 2)
+
+    def solve(b: Tree, tol: float = enough) -> tuple[Tree, Any]:
         """A^-1 b, about, and the residual of that."""
+        if system.roughly is not None and not operator.symmetric:
+            return system.roughly(b, tol)
         size = space.max(b)
         b = jax.tree.map(lambda leaf: leaf / jnp.where(size > 0, size, 1), b)
         if system.roughly is None:
             (x,) = system.apply_inverse([b])
         else:
-            # A random right-hand side has 1/sqrt(n) of each direction, a singular one too.
-            tol = 0.05 * _SHARE / space.size(v) ** 0.5
-            x = system.roughly(b, min(tol, limits.residual / 2))
-        left = combine(-1, b, apply(x))
+            x, _ = system.roughly(b, tol)
+        left = combine(-1, b, system.image(x))
         if system.tried is not None:  # in the units that it was solved in
             left, b = (system.tried[0].times(v) for v in (left, b))
         residual = divide(space.norm(left), space.norm(b))
         return jax.tree.map(lambda leaf: leaf * size, x), residual
 
     relative = jax.tree.map(jnp.divide, f, rows)
-    norm = space.norm(_over(relative, space.max(relative))) * space.max(relative)
-    every = probe(v, 4)
-    share = _SHARE / space.norm(every)
+    norm = space.norm(relative)
+    every = probe(v, _EVERY)
+    share = _SHARE * (3 / space.size(v)) ** 0.5  # the norm of `every`, about
     mixed = jax.tree.map(lambda a, w: divide(a, norm) + share * w, relative, every)
     found, residual = solve(_times(rows, mixed))
     step = jax.tree.map(lambda leaf: norm * leaf, found)
     inverse = jax.tree.map(jnp.divide, found, d)
-    growth = space.norm(_over(inverse, space.max(inverse))) * space.max(inverse)
-    rcond = space.norm(mixed) / growth
+    rcond = space.norm(mixed) / space.norm(inverse)
+
+    def alone(step: Tree) -> Tree:
+        others = jax.tree.map(lambda row, w: norm * share * row * w, rows, every)
+        return combine(-1, solve(others, _LOOSE)[0], step)
+
     size, change = look(
         lambda b: solve(b)[0],
         lambda v: jax.lax.stop_gradient(again(v)),
@@ -242,6 +239,7 @@ def _applied(
         space.max,
         floor=_SHARE,
         number=1,
+        alone=alone if operator.fixed_point else None,
         mixed=True,
     )
     figures = figures._replace(
@@ -251,6 +249,24 @@ def _applied(
         residual=jnp.where(jnp.isfinite(residual), residual, jnp.inf),
     )
     return figures, step
+
+
+def _sizes_of_equations(system: LinearSystem, unknown: Unknown, zero: Any) -> tuple[Tree, Any]:
+    """Of each equation, per unit of the unknowns; and the asymmetry of a second derivative."""
+    operator, space, d = system.operator, system.space, unknown.d
+    if operator.fixed_point:  # its equations have the units of their unknowns
+        image = system.image(_times(d, probe(d, _EVERY)))
+        return jax.tree.map(lambda a, d: jnp.maximum(jnp.abs(a), d), image, d), zero
+    if system.tried is None:
+        probes = [_times(d, probe(d, seed)) for seed in (0, 1)]
+        images = [*map(system.image, probes)]
+    else:
+        _, probes, images = system.tried
+    rows = jax.tree.map(lambda a, b: jnp.maximum(jnp.abs(a), jnp.abs(b)), *images)
+    rows = _at_least(rows, unknown.limits.rcond * space.max(rows))
+    rows = jax.tree.map(lambda leaf: jnp.where(leaf > 0, leaf, 1), rows)
+    asymmetry = _asymmetry(space, probes, images) if operator.symmetric else zero
+    return rows, asymmetry
 
 
 def _asymmetry(space: Space, probes: list[Tree], images: list[Tree]) -> Any:

@@ -227,6 +227,7 @@ def linearise(
         lambda d: lift(by_x(lower(d))),
         lift(v),
         symmetric=symmetric,
+        fixed_point=condition is fixed and not totals,
     )
     return Linearised(
         coordinates,

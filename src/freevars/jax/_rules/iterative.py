@@ -1,8 +1,9 @@
 """Systems that are only ever applied, to pytrees as they are.
 
-By default conjugate gradients for a second derivative and BiCGStab(2) otherwise; where these stand
-still, the matrix while it fits, then least squares. What a method returns is put back into the
-system; what does not solve it is NaN. Not here: the methods (`krylov`).
+By default conjugate gradients for a second derivative, and BiCGStab(2) otherwise, for a fixed point
+after Richardson's iteration; where these stand still, the matrix while it fits, then least squares.
+What a method returns is put back into the system; what does not solve it is NaN. Not here: the
+methods (`krylov`).
 """
 
 from __future__ import annotations
@@ -62,9 +63,58 @@ def solve_by_default(
     *,
     tol: float | None = None,
     units: Units | None = None,
-) -> Tree:
-    """The solution of A x = b; `tol` in place of eps^(3/4). `units` of a symmetric system: then
-    D A D y = D b is solved, for x = D y."""
+) -> tuple[Tree, Any]:
+    """The solution of A x = b, and |A x - b| / |b|; `tol` in place of eps^(3/4). `units` of a
+    symmetric system: then D A D y = D b is solved, for x = D y."""
+    tol = eps**0.75 if tol is None else tol
+    iterates = operator.fixed_point and not (choice.preconditioner or choice.least_squares)
+    method = _by_iteration if iterates else _by_krylov
+    found = method(choice, operator, space, eps, b, tol, units)
+    return found.x, jnp.sqrt(found.rr)
+
+
+def _by_iteration(
+    choice: Choice,
+    operator: LinearOperator,
+    space: Space,
+    eps: float,
+    b: Tree,
+    tol: float,
+    units: Units | None,
+) -> Solution:
+    """The same as `_by_krylov`, of the system I - J of a fixed point. Where J contracts, the powers
+    of J solve it, as those of `fun` find the solution; what they leave, a Krylov method solves."""
+    bb = space.dot(b, b)
+
+    def correct(x: Tree, turns: Any) -> Solution:
+        here = jax.tree.map(lambda leaf: jnp.where(turns < 0, 0, leaf), b)
+        r = krylov.combine(-1, operator.matvec(x), here)
+        part = krylov.divide(_norm(space, here), _norm(space, r))
+        more = _by_krylov(choice, operator, space, eps, r, tol * part, units)
+        rr = more.rr * krylov.divide(1.0, part * part)
+        return more._replace(x=krylov.combine(1, more.x, x), rr=rr)
+
+    system = System(operator.matvec, b, space.dot, tol, eps, 1.0, 20_000)
+    first = krylov.richardson(system)
+    return _unless_solved(first._replace(rr=krylov.divide(first.rr, bb)), correct)
+
+
+def _norm(space: Space, v: Tree) -> Any:
+    """The norm, where the squares are no numbers too."""
+    scale = _power_of_two(space.max(v))
+    return scale * space.norm(times(1 / scale, v))
+
+
+def _by_krylov(
+    choice: Choice,
+    operator: LinearOperator,
+    space: Space,
+    eps: float,
+    b: Tree,
+    tol: Any,
+    units: Units | None,
+) -> Solution:
+    """The solution, with the squared norm of the residual relative to that of b."""
     n = space.size(b)
     fits = n <= max(DENSE_FALLBACK, choice.dense_limit) and space.is_local
     fits = fits and not is_sharded(operator)
@@ -96,14 +146,14 @@ def solve_by_default(
         name = "preconditioner: the result"
         precondition = lambda v: times(scale, over(like(about_inverse(over(v)), v, name)))  # noqa: E731
     steps = 4 * n + 100 if fits else min(10 * n + 100, 20_000)
-    tol = eps**0.75 if tol is None else tol
     symmetric = operator.symmetric
     # Of conjugate gradients, the residual that they carry along is close to the true one.
     verify = choice.check or fits or not symmetric
     system = System(matvec, b, space.dot, tol, eps, size, steps, precondition, verify)
     if choice.least_squares:
         found = krylov.least_squares(system._replace(max_steps=2 * steps), rmatvec)
-        acceptable = found.solved
+        # There is none; what is left of the normal equations tells.
+        found = found._replace(rr=jnp.where(found.solved, 0, jnp.inf))
     else:
         found = (krylov.conjugate_gradients if symmetric else krylov.bicgstab)(system)
         if fits:
@@ -112,9 +162,8 @@ def solve_by_default(
             )
         elif not symmetric:
             found = _unless_solved(found, lambda x, _: krylov.least_squares(system, rmatvec, x))
-        acceptable = found.rr <= eps**0.5 * bb
     x = by(times(b_scale / scale, found.x))
-    return where(acceptable, x) if choice.check else x
+    return found._replace(x=x, rr=krylov.divide(found.rr, bb))
 
 
 class Units(NamedTuple):

@@ -8,11 +8,13 @@ where that is at the level of rounding, |r| <= 10 eps |A| |x|, a direct solver c
 
 Among methods for general systems BiCGStab(2) was chosen by measurement: on contractions it applies
 the system as often as restarted GMRES does, with 8 vectors instead of 31, and it solves grids
-(convection and diffusion, 100 x 100) on which GMRES(30) stands still.
+(convection and diffusion, 100 x 100) on which GMRES(30) stands still. Where a step of Richardson's
+iteration takes much of the residual away, that is faster: it does next to nothing besides applying
+the system.
 
-Sources: Hestenes and Stiefel 1952 (conjugate gradients, also for the normal equations); Sleijpen
-and Fokkema 1993 (BiCGStab(l)). Not here: which method solves what (`linear`), and derivatives:
-these are steps, not rules.
+Sources: Richardson 1910; Hestenes and Stiefel 1952 (conjugate gradients, also for the normal
+equations); Sleijpen and Fokkema 1993 (BiCGStab(l)). Not here: which method solves what (`linear`),
+and derivatives: these are steps, not rules.
 """
 
 from __future__ import annotations
@@ -25,10 +27,21 @@ import jax.numpy as jnp
 
 from freevars.jax import _compat
 
-__all__ = ["Solution", "System", "bicgstab", "conjugate_gradients", "is_solved", "least_squares"]
+__all__ = [
+    "Solution",
+    "System",
+    "bicgstab",
+    "conjugate_gradients",
+    "is_solved",
+    "least_squares",
+    "richardson",
+]
 
 Tree: TypeAlias = Any  # a pytree of real arrays of one dtype
 Apply: TypeAlias = Callable[[Tree], Tree]
+
+
+_QUICKLY = 0.7  # of the residual is what a step of Richardson's iteration leaves, or it ends
 
 
 class System(NamedTuple):
@@ -134,6 +147,35 @@ def _restarted(
         return Solution(x, rr, rr <= system.tol**2 * bb, steps)
     end = _compat.while_loop(goes_on, step, start)
     return Solution(end.x, end.rr, end.solved, end.steps)
+
+
+def richardson(system: System) -> Solution:
+    """For a system I - J: x + (b - A x), again and again, while that brings the residual down.
+
+    One product and one norm a step, and each residual is a true one. It ends where a step takes
+    less than a part of it away: there the other methods are faster.
+    """
+    b, dot = system.b, system.dot
+    bb = dot(b, b)
+    stop = system.tol**2 * bb
+
+    def step(state: Any) -> Any:
+        x, r, rr, _, steps = state
+        x = combine(1, x, r)
+        r = combine(-1, system.matvec(x), b)
+        return x, r, dot(r, r), rr, steps + 1
+
+    def goes_on(state: Any) -> Any:
+        _, _, rr, last, _ = state
+        return (rr > stop) & (rr <= _QUICKLY**2 * last)
+
+    start = (zeros(b), b, bb, bb / _QUICKLY**2, 0)
+    x, _, rr, _, steps = _compat.while_loop(goes_on, step, start)
+    better = rr <= bb
+    x, rr = choose(better, x, zeros(b)), jnp.where(better, rr, bb)
+    # A norm whose square is no number, or none that counts, tells nothing.
+    told = (stop >= jnp.finfo(bb.dtype).tiny) & jnp.isfinite(bb)
+    return Solution(x, rr, (rr <= stop) & told, steps)
 
 
 def conjugate_gradients(system: System) -> Solution:

@@ -2,12 +2,13 @@
 
 One unknown is a division. A small system on one device is written out as a matrix and factorised
 once, for all right-hand sides and for the transpose. Everything else is only ever applied to
-pytrees as they are: conjugate gradients for a second derivative, BiCGStab(2) otherwise; where these
-stand still, the matrix while it fits, then least squares. A caller's own method takes the place of
-all of that. An exact solve sits in `jax.lax.custom_linear_solve`, so that its derivatives of any
-order and its transpose come from the system and not from the steps of a method. What a method
-returns is put back into the system; what does not solve it is NaN. Not here: the methods
-(`krylov`), where the system comes from (`implicit`), and what is done about a failure.
+pytrees as they are: conjugate gradients for a second derivative, BiCGStab(2) otherwise, for a fixed
+point after the iteration that its own system is; where these stand still, the matrix while it fits,
+then least squares. A caller's own method takes the place of all of that. An exact solve sits in
+`jax.lax.custom_linear_solve`, so that its derivatives of any order and its transpose come from the
+system and not from the steps of a method. What a method returns is put back into the system; what
+does not solve it is NaN. Not here: the methods (`krylov`), where the system comes from
+(`implicit`), and what is done about a failure.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from freevars.jax._rules.iterative import (
 )
 from freevars.jax._rules.krylov import choose
 from freevars.jax._rules.operator import LinearOperator, lineax_module
-from freevars.jax._rules.system import LinearSystem, guarded, linear_solve, pass_if
+from freevars.jax._rules.system import LinearSystem, guarded, linear_solve, pass_if, where
 from freevars.jax._rules.truncated import Truncated
 from freevars.jax._solver.unknown import like
 
@@ -151,7 +152,7 @@ class Method(NamedTuple):
         if self.linear_solve is not None:
             return system
 
-        def roughly(b: Tree, tol: float) -> Tree:
+        def roughly(b: Tree, tol: float) -> tuple[Tree, Any]:
             unchecked = self._choice._replace(check=False)
             return solve_by_default(unchecked, operator, space, eps, b, tol=tol, units=units)
 
@@ -188,7 +189,8 @@ class Method(NamedTuple):
         self, operator: LinearOperator, space: Space, eps: float, b: Tree, units: Any
     ) -> Tree:
         if self.linear_solve is None:
-            return solve_by_default(self._choice, operator, space, eps, b, units=units)
+            x, residual = solve_by_default(self._choice, operator, space, eps, b, units=units)
+            return where(residual <= eps**0.25, x) if self.check else x
         if _is_lineax(self.linear_solve):
             x = solve_by_lineax(self.linear_solve, operator, space, b)
         else:

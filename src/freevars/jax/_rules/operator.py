@@ -29,6 +29,7 @@ class LinearOperator:
         structure: the pytree of `jax.ShapeDtypeStruct` that it maps to itself: x, with a pair of
             real arrays for a complex one, all of one dtype (float32 or float64).
         symmetric: it is the second derivative of an objective.
+        fixed_point: it is the derivative of x - fun(x).
         transposed: it is the transpose of the derivative of the equations: a backward pass asks.
             What solves with factors of its own needs to know.
         size: the number of real unknowns, of this device.
@@ -52,6 +53,7 @@ class LinearOperator:
         *,
         rmatvec: Apply | None = None,
         symmetric: bool = False,
+        fixed_point: bool = False,
         transposed: bool = False,
     ) -> None:
         self._matvec = matvec
@@ -62,6 +64,7 @@ class LinearOperator:
             [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
         )
         self.symmetric = symmetric
+        self.fixed_point = fixed_point
         self.transposed = transposed
         self.size = sum(leaf.size for leaf in leaves)
 
@@ -87,6 +90,7 @@ class LinearOperator:
             self.example,
             rmatvec=self._matvec,
             symmetric=self.symmetric,
+            fixed_point=self.fixed_point,
             transposed=not self.transposed,
         )
 

@@ -107,7 +107,8 @@ def root(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]
             each complex one. It may call the operator, as in `solve(matvec, b)`. A backward pass
             takes the transpose of the function where JAX can transpose it, and calls it for the
             transposed operator where not. None: divide by the slope of one unknown, factorise up to
-            `dense_limit` unknowns, beyond that BiCGStab(2) (conjugate gradients for `argmin`) until
+            `dense_limit` unknowns, beyond that BiCGStab(2) (conjugate gradients for `argmin`; for
+            `fixed_point` the iteration of its own system first, while it contracts quickly) until
             |r| <= eps^(3/4) |b|, and the matrix or least squares where these stand still.
         preconditioner: for None: a function that takes the operator and returns a linear function
             of v that is about A^-1 v, symmetric and definite for `argmin`. With it nothing is

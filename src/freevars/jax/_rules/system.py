@@ -35,10 +35,15 @@ class LinearSystem(NamedTuple):
     least_squares: bool = False  # a solution is the shortest one, and may leave a residual
     exact: bool = True  # not a truncated series, whose residual means nothing
     scaled: scaled.Scaled | None = None  # the factors, where it is written out
-    # (b, tol) -> x with |A x - b| <= tol |b|, a constant, where it is not written out
-    roughly: Callable[[Tree, float], Tree] | None = None
+    # (b, tol) -> x with |A x - b| <= tol |b|, a constant, and that quotient, in the units that it
+    # is solved in, where it is not written out
+    roughly: Callable[[Tree, float], tuple[Tree, Any]] | None = None
     # of a symmetric system that is not written out: its `Units`, two vectors v, and A v
     tried: tuple[Any, list[Tree], list[Tree]] | None = None
+
+    def image(self, v: Tree) -> Tree:
+        """A v, a constant."""
+        return jax.lax.stop_gradient(self.operator.matvec(v))
 
 
 def linear_solve(matvec: Solve, b: Tree, solve: Any, transposed: Any) -> Tree:
