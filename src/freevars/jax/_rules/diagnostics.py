@@ -211,7 +211,7 @@ def _applied(
             x, _ = system.roughly(b, tol)
         left = combine(-1, b, system.image(x))
         if system.tried is not None:  # in the units that it was solved in
-            left, b = (system.tried[0].times(v) for v in (left, b))
+            left, b = (system.tried.units.times(v) for v in (left, b))
         residual = divide(space.norm(left), space.norm(b))
         return jax.tree.map(lambda leaf: leaf * size, x), residual
 
@@ -257,16 +257,15 @@ def _sizes_of_equations(system: LinearSystem, unknown: Unknown, zero: Any) -> tu
     if operator.fixed_point:  # its equations have the units of their unknowns
         image = system.image(_times(d, probe(d, _EVERY)))
         return jax.tree.map(lambda a, d: jnp.maximum(jnp.abs(a), d), image, d), zero
-    if system.tried is None:
+    if system.tried is not None:
+        _, rows, asymmetry = system.tried
+    else:
         probes = [_times(d, probe(d, seed)) for seed in (0, 1)]
         images = [*map(system.image, probes)]
-    else:
-        _, probes, images = system.tried
-    rows = jax.tree.map(lambda a, b: jnp.maximum(jnp.abs(a), jnp.abs(b)), *images)
+        rows = jax.tree.map(lambda a, b: jnp.maximum(jnp.abs(a), jnp.abs(b)), *images)
+        asymmetry = _asymmetry(space, probes, images) if operator.symmetric else zero
     rows = _at_least(rows, unknown.limits.rcond * space.max(rows))
-    rows = jax.tree.map(lambda leaf: jnp.where(leaf > 0, leaf, 1), rows)
-    asymmetry = _asymmetry(space, probes, images) if operator.symmetric else zero
-    return rows, asymmetry
+    return jax.tree.map(lambda leaf: jnp.where(leaf > 0, leaf, 1), rows), asymmetry
 
 
 def _asymmetry(space: Space, probes: list[Tree], images: list[Tree]) -> Any:

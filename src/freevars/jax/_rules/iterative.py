@@ -26,6 +26,7 @@ from freevars.jax._solver.unknown import like
 __all__ = [
     "DENSE_FALLBACK",
     "Choice",
+    "Tried",
     "Units",
     "is_sharded",
     "nan_unless_solved",
@@ -190,12 +191,20 @@ class Units(NamedTuple):
         return Units(jax.tree.map(jnp.add, self.exponents, exponents))
 
 
-def symmetric_units(operator: LinearOperator, space: Space) -> tuple[Units, list[Tree], list[Tree]]:
-    """D for which the rows of D A D are about of one size, and vectors v with their images A v.
+class Tried(NamedTuple):
+    """What images of vectors without a pattern tell of a symmetric system; constant."""
+
+    units: Units  # in which its rows are about of one size
+    rows: Tree  # the size of each, in units of its own
+    asymmetry: Any  # |A - A^T| / 2|A|, about
+
+
+def symmetric_units(operator: LinearOperator, space: Space) -> Tried:
+    """D for which the rows of D A D are about of one size, and what is seen on the way.
 
     The size of a row is estimated by images of vectors without a pattern. A row of D A D is scaled
     by D twice, once as a column; so D takes the root of what is missing, more than once. Rows that
-    are within a factor stay as they are: of a system in one unit, D is 1. Everything is constant.
+    are within a factor stay as they are: of a system in one unit, D is 1.
 
     References:
         Bradley 2010, "Algorithms for the equilibration of matrices and their application to
@@ -203,19 +212,24 @@ def symmetric_units(operator: LinearOperator, space: Space) -> tuple[Units, list
     """
     units = Units.of(operator.example)
     for sweep in range(_SWEEPS):
-        pair = [units.times(probe(operator.example, 2 * sweep + k)) for k in (0, 1)]
-        images = [jax.lax.stop_gradient(operator.matvec(v)) for v in pair]
-        sizes = jax.tree.map(lambda a, b: jnp.maximum(jnp.abs(a), jnp.abs(b)), *images)
-        rows = units.times(sizes)
-        largest = space.max(rows)
+        pair = [probe(operator.example, 2 * sweep + k) for k in (0, 1)]
+        images = [units.times(operator.matvec(units.times(v))) for v in pair]
+        images = jax.lax.stop_gradient(images)
+        scaled_rows = jax.tree.map(lambda a, b: jnp.maximum(jnp.abs(a), jnp.abs(b)), *images)
+        rows = units.times(scaled_rows, -1)
+        largest = space.max(scaled_rows)
 
         def missing(row: Any, largest: Any = largest) -> Any:
             above = scaled.exponent(largest) - scaled.exponent(row)
             wide = (row > 0) & jnp.isfinite(largest) & (above > _ALIKE)
             return jnp.where(wide, above // 2, 0)
 
-        units = units.up(jax.tree.map(missing, rows))
-    return units, pair, images
+        units = units.up(jax.tree.map(missing, scaled_rows))
+    # u'Aw = w'Au of a symmetric system. Both are about 1 / sqrt(n) of what they may be, and the
+    # norm of such a vector is sqrt(n / 3).
+    difference = jnp.abs(space.dot(pair[0], images[1]) - space.dot(pair[1], images[0]))
+    scale = space.norm(images[0]) + space.norm(images[1])
+    return Tried(units, rows, krylov.divide(3**0.5 * difference, scale))
 
 
 def _unless_solved(first: Solution, then: Callable[[Tree, Any], Solution]) -> Solution:

@@ -146,7 +146,7 @@ class Method(NamedTuple):
         units = tried = None
         if operator.symmetric and self.linear_solve is None and not self.least_squares:
             tried = symmetric_units(operator, space)
-            units = tried[0]
+            units = tried.units
         raw, _ = self._replace(check=False).methods(operator, space, eps, units)
         system = self._iterative(operator, space, *self.methods(operator, space, eps, units), raw)
         if self.linear_solve is not None:

@@ -38,8 +38,7 @@ class LinearSystem(NamedTuple):
     # (b, tol) -> x with |A x - b| <= tol |b|, a constant, and that quotient, in the units that it
     # is solved in, where it is not written out
     roughly: Callable[[Tree, float], tuple[Tree, Any]] | None = None
-    # of a symmetric system that is not written out: its `Units`, two vectors v, and A v
-    tried: tuple[Any, list[Tree], list[Tree]] | None = None
+    tried: Any = None  # `iterative.Tried` of a symmetric system that is not written out
 
     def image(self, v: Tree) -> Tree:
         """A v, a constant."""
