@@ -819,7 +819,8 @@ def test_only_perturbed_values_cost_anything():
     solve = lambda a, w: newton(lambda x: x**2 - a * jnp.sum(w), 1.0)
     by_a = jax.make_jaxpr(lambda a, d: jax.jvp(lambda a: solve(a, big), (a,), (d,)))(A, 1.0)
     by_both = jax.make_jaxpr(lambda *x: jax.jvp(solve, x[:2], x[2:]))(A, big, 1.0, big)
-    assert len(by_a.eqns) < len(by_both.eqns)
+    equations = lambda program: str(program).count(" = ")  # nested ones too
+    assert equations(by_a) < equations(by_both)
 
 
 def test_nothing_is_kept():
