@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from types import FunctionType
 from typing import Any
@@ -83,8 +84,13 @@ def _lower(ctx: Any, *args: Any, callback: Any, results: Sequence[Any], everywhe
     lower = ffi.build_ffi_lowering_function(f"xla_ffi_python_{platform}_callback")
     op = lower(ctx, *args, index=np.uint64(len(module.host_callbacks) - 1))
     if sharding is not None:
-        mlir.set_sharding(module, op, sharding)
+        _set_sharding(module, op, sharding)
     return op.results
+
+
+def _set_sharding(module: Any, op: Any, sharding: Any) -> None:
+    given = (module, op, sharding)  # JAX 0.9 takes no module
+    mlir.set_sharding(*given[-len(inspect.signature(mlir.set_sharding).parameters) :])
 
 
 _host_call_p.def_impl(_run)
