@@ -292,3 +292,23 @@ def test_a_solver_in_jax_sees_closures() -> None:
 def test_mistakes(given, error, text) -> None:
     with pytest.raises(error, match=text):
         MINIMIZE(lambda x: jnp.sum(x**2), jnp.zeros(2), **given)
+
+
+def test_a_degenerate_component_is_found_wherever_it_is():
+    """From inside its bound, at the distance that an interior-point method leaves; of those that
+    are not degenerate, none is refused."""
+    n = 100
+    near = 1 - 1e-5 * jnp.eye(n)
+    upper = 3 - 2 * jnp.eye(n)
+
+    def derivative(x, upper, goal):
+        solve = fv.argmin(lambda fun, x0, bounds: x, on_failure="nan")
+        f = lambda t: solve(
+            lambda x: jnp.sum((x - t * goal) ** 2), jnp.ones(n), bounds=(0.0, upper)
+        )
+        return jax.grad(lambda t: jnp.sum(f(t)))(1.0)
+
+    compiled = jax.jit(jax.vmap(derivative))
+    assert jnp.all(jnp.isnan(compiled(near, upper, jnp.ones((n, n)))))
+    active = 1 + jnp.eye(n)  # its goal is beyond the bound
+    np.testing.assert_allclose(compiled(jnp.ones((n, n)), upper, active), n - 1, rtol=1e-6)

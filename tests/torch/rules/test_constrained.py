@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import freevars.torch as fv
-from freevars.errors import StructureError
+from freevars.errors import NotASolutionError, StructureError
 from tests.constrained_problems import PROBLEMS, REFUSED, T, active_set, beside_bounds
 from tests.rule_problems import RuleHost
 
@@ -131,3 +131,23 @@ def test_bounds_have_derivatives() -> None:
 def test_mistakes(given, error, text) -> None:
     with pytest.raises(error, match=text):
         MINIMIZE(lambda x: (x**2).sum(), torch.zeros(2), **given)
+
+
+def test_a_degenerate_component_is_found_wherever_it_is():
+    """From inside its bound, at the distance that an interior-point method leaves; of those that
+    are not degenerate, none is refused."""
+    n = 100
+
+    def derivative(x, upper, goal):
+        t = torch.tensor(1.0, dtype=F64, requires_grad=True)
+        solve = fv.argmin(lambda fun, x0, bounds: x)
+        found = solve(
+            lambda x: ((x - t * goal) ** 2).sum(), torch.ones(n, dtype=F64), bounds=(0.0, upper)
+        )
+        return float(torch.autograd.grad(found.sum(), t)[0])
+
+    one = torch.ones(n, dtype=F64)
+    for unit in torch.eye(n, dtype=F64):
+        with pytest.raises(NotASolutionError, match="is reached with a multiplier of zero"):
+            derivative(one - 1e-5 * unit, 3 - 2 * unit, one)
+        assert derivative(one, 3 - 2 * unit, one + unit) == pytest.approx(n - 1)

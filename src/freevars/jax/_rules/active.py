@@ -15,7 +15,7 @@ import numpy as np
 
 from freevars._solvers import kkt
 from freevars._solvers.kkt import Pair
-from freevars.jax._rules.coordinates import Coordinates, max_abs, probe
+from freevars.jax._rules.coordinates import Coordinates, firm_probe, max_abs
 from freevars.jax._solver.problem import Problem
 
 __all__ = ["Functions", "Scaled", "flat", "pairs", "positive", "rows_of", "size_of"]
@@ -81,7 +81,7 @@ class Scaled(NamedTuple):
     ) -> Scaled:
         """At a point, with the gradient of the Lagrangian and the constraints' values there."""
         size = jax.tree.map(size_of, v, at.lower, at.upper)
-        along = jax.tree.map(jnp.multiply, size, probe(v, 11))
+        along = jax.tree.map(jnp.multiply, size, firm_probe(v, 11))
         plain = jax.grad(at.objective)(v)
         change = jax.jvp(lambda v: at.gradient(v, multipliers), (v,), (along,))[1]
         unit = jax.tree.map(
@@ -144,10 +144,10 @@ def _natural(
     eps: float,
 ) -> Tree:
     """The sizes with those that the equations tell, whose terms are `unit`."""
-    by_terms = jax.tree.map(jnp.divide, probe(v, 12), unit)
+    by_terms = jax.tree.map(jnp.divide, firm_probe(v, 12), unit)
     coupling = jax.jvp(lambda v: at.gradient(v, multipliers), (v,), (by_terms,))[1]
     rows = positive(jnp.sum(jnp.abs(matrix) * flat(size), axis=1))
-    by_rows = matrix.T @ (probe(rows, 13) / rows)
+    by_rows = matrix.T @ (firm_probe(rows, 13) / rows)
     largest = jnp.max(flat(size), initial=0)
     parts = jnp.split(by_rows, np.cumsum([leaf.size for leaf in jax.tree.leaves(v)])[:-1])
     leaves, tree = jax.tree.flatten(size)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from freevars.jax import _compat
 
-__all__ = ["Coordinates", "Space", "known_size", "magnitude", "max_abs", "probe"]
+__all__ = ["Coordinates", "Space", "firm_probe", "known_size", "magnitude", "max_abs", "probe"]
 
 Tree: TypeAlias = Any  # a pytree of real arrays of one dtype
 _LARGE = 2**20
@@ -225,3 +225,9 @@ def probe(v: Tree, seed: Any) -> Tree:
 
     leaves, tree = jax.tree.flatten(v)
     return tree.unflatten([fill(i, leaf) for i, leaf in enumerate(leaves)])
+
+
+def firm_probe(v: Tree, seed: Any) -> Tree:
+    """The same with no entry below 1/2 in size: for what is read off component by component, where
+    an entry that happens to be small would hide one."""
+    return jax.tree.map(lambda p: (p + jnp.where(p < 0, -1, 1)) / 2, probe(v, seed))

@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from freevars._solvers.integration import SAMPLES
-from freevars.jax._rules.coordinates import max_abs, probe
+from freevars.jax._rules.coordinates import firm_probe, max_abs
 
 __all__ = ["difference", "direction"]
 
 
 def direction(v: Any) -> Any:
     """Of a vector: entries of both signs, relative to what they are."""
-    return jax.lax.stop_gradient(probe(v, 21) * jnp.where(v != 0, jnp.abs(v), 1))
+    return jax.lax.stop_gradient(firm_probe(v, 21) * jnp.where(v != 0, jnp.abs(v), 1))
 
 
 def difference(

@@ -14,6 +14,7 @@ from torch import Tensor
 from freevars._solvers import kkt
 from freevars._solvers.kkt import Pair
 from freevars._solvers.verdict import Limits
+from freevars.torch._rules.firm_probe import firm_probe
 from freevars.torch._rules.implicit import jvp, vjp
 
 __all__ = ["Functions", "Multipliers", "Scaled", "multipliers_at", "rows_of", "system_at"]
@@ -62,18 +63,17 @@ class Scaled(NamedTuple):
     def of(at: Functions, x: Tensor, multipliers: Multipliers, gradient: Tensor) -> "Scaled":
         """At a point, with the gradient of the Lagrangian there."""
         size = _size(x, at)
-        k = torch.arange(1, x.shape[1] + 1, dtype=x.dtype, device=x.device)
-        along = size * torch.cos(k**2)
+        probe = firm_probe(x.shape[1], x)
+        along = size * probe
         plain = at.gradient(x, {})
         change = jvp(lambda x: at.gradient(x, multipliers), [x], [along], like=x)
         unit = _positive(change.abs() + plain.abs() + (plain - gradient).abs())
         pull = gradient / unit
         matrix = rows_of(at, x)
-        coupling = jvp(lambda x: at.gradient(x, multipliers), [x], [torch.cos(k**2) / unit], like=x)
+        coupling = jvp(lambda x: at.gradient(x, multipliers), [x], [probe / unit], like=x)
         variation = _positive((matrix.abs() * size[:, None]).sum(2))
-        i = torch.arange(1, matrix.shape[1] + 1, dtype=x.dtype, device=x.device)
-        by_rows = (matrix * (torch.cos(i**2) / variation)[:, :, None]).sum(1)
-        coupling = coupling.abs() + by_rows.abs()
+        by_rows = matrix * (firm_probe(matrix.shape[1], x) / variation)[:, :, None]
+        coupling = coupling.abs() + by_rows.sum(1).abs()
         eps = float(torch.finfo(x.dtype).eps)
         size = kkt.natural_size(torch, size, coupling, size.amax(1, keepdim=True), eps)
         below, above = (x - at.lower) / size, (at.upper - x) / size

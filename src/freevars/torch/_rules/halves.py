@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from freevars._solvers.integration import SAMPLES
+from freevars.torch._rules.firm_probe import firm_probe
 
 __all__ = ["difference", "direction"]
 
 
 def direction(v: Tensor) -> Tensor:
     """Of a vector: entries of both signs, relative to what they are."""
-    k = torch.arange(1, v.numel() + 1, dtype=v.dtype, device=v.device)
-    return (torch.cos(k**2) * torch.where(v != 0, v.abs(), 1)).detach()
+    return (firm_probe(v.numel(), v) * torch.where(v != 0, v.abs(), 1)).detach()
 
 
 def difference(
