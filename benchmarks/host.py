@@ -195,8 +195,10 @@ def rows() -> Iterator[Row]:
                 with_a_trace(by_hand_in_both_modes(train, options), train),
             ]
             sides = [hypergradient(fit) for fit in fits]
-            for side in sides[1:]:
-                np.testing.assert_allclose(side(), sides[0](), rtol=1e-3, atol=1e-7)
+            reference = sides[0]()
+            for side in sides[1:]:  # one of them polishes x
+                atol = 1e-3 * np.max(np.abs(reference))
+                np.testing.assert_allclose(side(), reference, rtol=1e-3, atol=atol)
             timing = alternate(*sides, budget=6.0)
             base, first, second, third, fourth, *_ = map(seconds, timing.seconds)
             names = ("by hand and a trace of the lambda", "the same with a rule for both modes")
