@@ -14,11 +14,13 @@ import freevars.jax.scipy
 import freevars.jax.testing
 import freevars.report
 import freevars.torch
+import freevars.torch.scipy
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 HOSTS = [freevars.jax, freevars.torch]
 SHARED = [freevars.errors, freevars.report, freevars.jax.testing, freevars.jax.scipy]
+SHARED += [freevars.torch.scipy]
 
 
 def public_names(module):
