@@ -218,7 +218,7 @@ def _applied(
     relative = jax.tree.map(jnp.divide, f, rows)
     norm = space.norm(relative)
     every = probe(v, _EVERY)
-    share = _SHARE * (3 / space.size(v)) ** 0.5  # the norm of `every`, about
+    share = _SHARE / space.norm(every)
     mixed = jax.tree.map(lambda a, w: divide(a, norm) + share * w, relative, every)
     found, residual = solve(_times(rows, mixed))
     step = jax.tree.map(lambda leaf: norm * leaf, found)
