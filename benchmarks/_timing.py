@@ -21,7 +21,7 @@ BUDGET = 1.0  # of each budget, this part is used: less for a quick look
 def hurry() -> None:
     """A quick look: fewer turns, so that a ratio is right to some ten percent."""
     global BUDGET, FEWEST_TURNS
-    BUDGET, FEWEST_TURNS = 0.1, 3
+    BUDGET, FEWEST_TURNS = 0.1, 2
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Timing:
 
 
 def alternate(*sides: Side, budget: float = 1.5) -> Timing:
-    """Times the sides in turns for about ``budget`` seconds in all, at least nine turns (three in a
+    """Times the sides in turns for about ``budget`` seconds in all, at least nine turns (two in a
     quick look).
 
     A side does its whole work, waiting for the device included, before it returns. Collections of
