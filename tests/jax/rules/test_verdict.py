@@ -581,3 +581,18 @@ def test_what_coarse_arithmetic_leaves_is_accepted(shape):
     off = fv.fixed_point(lambda fun, z: iterate(fun, z) * 1.05)
     with pytest.raises(NotASolutionError, match="did not converge"):
         jax.grad(loss(off, coarse))(weights)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-20, 1e-24])
+def test_a_small_solution_found_from_afar_counts_by_itself(size):
+    """Though the squares of its components are 0 in float32."""
+    with jax.enable_x64(False):
+        solve = fv.fixed_point(lambda fun, x0, x: x, on_failure="nan")
+
+        def slope(x):
+            f = lambda a: solve(lambda x: 0.5 * x + 0.5 * a, jnp.ones(700), jnp.full(700, x))
+            return jax.grad(lambda a: jnp.sum(f(a)))(jnp.float32(size)) / 700
+
+        compiled = jax.jit(slope)
+        assert jnp.isclose(compiled(jnp.float32(size)), 1.0, rtol=1e-3)
+        assert jnp.isnan(compiled(jnp.float32(2 * size)))

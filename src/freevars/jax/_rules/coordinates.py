@@ -137,8 +137,11 @@ class Space:
         return sum(sums[1:], sums[0])
 
     def norm(self, v: Tree) -> Any:
-        """The norm of the inner product."""
-        return jnp.sqrt(self.dot(v, v))
+        """The norm of the inner product, also where squares are no numbers or 0."""
+        most = self.max(v)
+        scale = jnp.where((most > 0) & jnp.isfinite(most), most, 1)
+        unit = jax.tree.map(lambda leaf: leaf / scale, v)
+        return scale * jnp.sqrt(self.dot(unit, unit))
 
     def max(self, v: Tree) -> Any:
         """The largest absolute value of an entry; infinity where one is NaN."""

@@ -227,7 +227,7 @@ def linearise(
         lambda d: lift(by_x(lower(d))),
         lift(v),
         symmetric=symmetric,
-        fixed_point=condition is fixed and not totals,
+        fixed_point=condition is fixed and totals is None,
     )
     return Linearised(
         coordinates,

@@ -90,7 +90,7 @@ def _by_iteration(
     def correct(x: Tree, turns: Any) -> Solution:
         here = jax.tree.map(lambda leaf: jnp.where(turns < 0, 0, leaf), b)
         r = krylov.combine(-1, operator.matvec(x), here)
-        part = krylov.divide(_norm(space, here), _norm(space, r))
+        part = krylov.divide(space.norm(here), space.norm(r))
         more = _by_krylov(choice, operator, space, eps, r, tol * part, units)
         rr = more.rr * krylov.divide(1.0, part * part)
         return more._replace(x=krylov.combine(1, more.x, x), rr=rr)
@@ -98,12 +98,6 @@ def _by_iteration(
     system = System(operator.matvec, b, space.dot, tol, eps, 1.0, 20_000)
     first = krylov.richardson(system)
     return _unless_solved(first._replace(rr=krylov.divide(first.rr, bb)), correct)
-
-
-def _norm(space: Space, v: Tree) -> Any:
-    """The norm, where the squares are no numbers too."""
-    scale = _power_of_two(space.max(v))
-    return scale * space.norm(times(1 / scale, v))
 
 
 def _by_krylov(
