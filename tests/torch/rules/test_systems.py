@@ -464,3 +464,19 @@ def test_many_unknowns_in_units_of_their_own(off: float) -> None:
     else:
         found[k].backward()
         torch.testing.assert_close(t.grad, right[k], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-24, 1e25])
+@pytest.mark.parametrize("n", [3, 700])
+def test_a_solution_of_any_size_counts_by_itself(n, size) -> None:
+    """Though the squares of its components are 0 or infinite in float32."""
+    a = torch.tensor(size, requires_grad=True)
+
+    def slope(x: float) -> float:
+        solve = fixed_point(returning(torch.full((n,), x)))
+        found = solve(lambda x: torch.roll(x, 1) / 2 + a / 2, torch.ones(n))
+        return float(torch.autograd.grad(found.sum(), a)[0])
+
+    assert slope(size) == pytest.approx(n, rel=1e-4)
+    with pytest.raises(NotASolutionError):
+        slope(2 * size)

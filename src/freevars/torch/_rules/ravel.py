@@ -16,6 +16,7 @@ from freevars.errors import StructureError
 from freevars.torch._compat import pytree
 from freevars.torch._convert.structure import Structure
 from freevars.torch._rules.complex_pairs import as_complex, as_real
+from freevars.torch._rules.norm import norm
 from freevars.torch._rules.sharded import layout_of, spread, whole
 
 __all__ = ["Unknown"]
@@ -125,13 +126,13 @@ class Unknown:
         parts = []
         for part, (_, dtype, n) in zip(self._parts(x), self._like, strict=True):
             pairs = part.reshape(len(x), n // 2, 2) if dtype.is_complex else part[..., None]
-            parts.append(torch.linalg.vector_norm(pairs, dim=2, keepdim=True).expand_as(pairs))
+            parts.append(norm(pairs).expand_as(pairs))
         return torch.cat([p.reshape(len(x), -1) for p in parts], dim=1)
 
     def leafwise(self, x: Tensor) -> Tensor:
         """The root mean square over each tensor of a ravelled `x`, in the place of each of its
         components."""
-        sizes = [torch.linalg.vector_norm(p, dim=1, keepdim=True) for p in self._parts(x)]
+        sizes = map(norm, self._parts(x))
         ns = [n for _, _, n in self._like]
         return torch.cat(
             [(s / max(n, 1) ** 0.5).expand(-1, n) for s, n in zip(sizes, ns, strict=True)], dim=1
