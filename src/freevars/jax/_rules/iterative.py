@@ -123,7 +123,8 @@ def _by_krylov(
     # In units in which b and A b are about 1, no square of anything overflows.
     b = by(b)
     b_scale = _power_of_two(space.max(b))
-    b = times(1 / b_scale, b)
+    # Behind a barrier, as XLA joins the factors of a product with a constant b otherwise.
+    b = jax.lax.optimization_barrier(times(1 / b_scale, b))
     image = by(operator.matvec(by(b)))
     scale = _power_of_two(space.max(image))
 

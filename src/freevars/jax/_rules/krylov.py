@@ -2,9 +2,10 @@
 
 No method here reshapes, joins or gathers a leaf. All that it needs besides additions is an inner
 product, which its caller brings: summed leaf by leaf, and over devices where a vector is spread
-over them. Steps stop where |r| <= tol |b| in the norm of that product, so neither zeros in b nor
-units play a part. What a method tells of itself is checked with the residual of its result, and
-where that is at the level of rounding, |r| <= 10 eps |A| |x|, a direct solver could not do better.
+over them. Steps stop where |r| <= tol |b| in the norm of that product, so zeros in b play no part;
+nor do units, as long as A and b come in units in which both are about 1: here all norms are
+squares. What a method tells of itself is checked with the residual of its result, and where that is
+at the level of rounding, |r| <= 10 eps |A| |x|, a direct solver could not do better.
 
 Among methods for general systems BiCGStab(2) was chosen by measurement: on contractions it applies
 the system as often as restarted GMRES does, with 8 vectors instead of 31, and it solves grids
@@ -45,7 +46,7 @@ _QUICKLY = 0.7  # of the residual is what a step of Richardson's iteration leave
 
 
 class System(NamedTuple):
-    """A x = b, and how exactly to solve it."""
+    """A x = b, both about 1, and how exactly to solve it."""
 
     matvec: Apply
     b: Tree
