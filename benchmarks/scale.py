@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 
 import freevars.jax as fv
+from benchmarks import _rules_of_peers as peers
 from benchmarks._table import Row, seconds
 from benchmarks._timing import alternate
 
@@ -73,6 +74,9 @@ def scalar_roots() -> Row:
     for name, check in CHECKS.items():
         solve = fv.root(bisect, check=check)
         sides[name] = lambda a, solve=solve: solve(equation(a), jnp.ones_like(a))
+    bounds = {"lower": 0.0, "upper": 10.0}
+    bisection = lambda ox: (ox.Bisection(rtol=1e-9, atol=1e-9), bounds)  # noqa: E731
+    sides |= peers.dense_roots(bisect, lambda x, a: equation(a)(x), jnp.float64(1.0), bisection)
     compiled = {n: jax.jit(jax.vmap(jax.value_and_grad(f))) for n, f in sides.items()}
     return row(
         "10,000 roots of one unknown, jit(vmap)", 1.3, compiled, jnp.linspace(0.1, 100.0, 10_000)
@@ -99,6 +103,8 @@ def small_systems(n: int = 5, count: int = 256) -> Row:
     for name, check in CHECKS.items():
         solve = fv.root(newton, check=check)
         sides[name] = lambda b, solve=solve: solve(equation(b), jnp.zeros(n))
+    by_newton = lambda ox: (ox.Newton(rtol=1e-9, atol=1e-9), None)  # noqa: E731
+    sides |= peers.dense_roots(newton, lambda x, b: equation(b)(x), jnp.zeros(n), by_newton)
     compiled = {
         name: jax.jit(jax.vmap(jax.grad(lambda b, f=f: jnp.sum(f(b) ** 2))))
         for name, f in sides.items()
@@ -144,6 +150,7 @@ def deep_equilibrium(batch: int = 96, width: int = 64) -> Row:
     for name, check in CHECKS.items():
         solve = fv.fixed_point(iterate, check=check)
         sides[name] = lambda weights, solve=solve: solve(layer(weights), start)
+    sides |= peers.fixed_points(iterate, lambda z, weights: layer(weights)(z), start)
     compiled = {
         name: jax.jit(jax.grad(lambda weights, f=f: jnp.mean(f(weights) ** 2)))
         for name, f in sides.items()
