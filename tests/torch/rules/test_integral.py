@@ -256,6 +256,28 @@ def test_what_the_solver_reads_itself_has_no_derivative(reads: bool) -> None:  #
         torch.testing.assert_close(got, c.detach() * 0.5)
 
 
+def test_an_option_that_does_not_move_may_be_a_tensor() -> None:
+    """In forward mode too, where PyTorch would give it a tangent of zero."""
+
+    def program(c: Tensor, nodes: Any) -> Tensor:
+        def solver(fun: Any, a: Any, b: Any, nodes: Any) -> Any:
+            middle = (a + b) / 2
+            return sum((b - a) / 2 * w * fun(middle + (b - a) / 2 * x) for x, w in nodes)
+
+        return fv.integral(solver)(lambda t: c * t**2, 0.0, c, nodes=nodes)
+
+    c, nodes = torch.tensor(2.0, dtype=F64), torch.stack([NODES, WEIGHTS], 1)
+    nodes = nodes.to(F64)
+    slope = 4 * c**3 / 3  # of c^4 / 3
+    for given in (lambda _: nodes, lambda c: nodes + 0 * c.detach()):
+        of = lambda c, given=given: program(c, given(c))
+        torch.testing.assert_close(f.jvp(of, (c,), (torch.ones_like(c),))[1], slope)
+        torch.testing.assert_close(f.jacfwd(f.grad(of))(c), 4 * c**2)
+        with torch.autograd.forward_ad.dual_level():
+            out = of(torch.autograd.forward_ad.make_dual(c, torch.ones_like(c)))
+            torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(out).tangent, slope)
+
+
 def test_what_the_solver_could_read_and_does_not() -> None:
     """It reaches a tensor, under torch.func too, that the integrand alone reads."""
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import freevars.torch as fv
 from freevars.errors import NotASolutionError, StructureError
+from freevars.torch._compat import pytree
 from tests.torch.rules.test_integral import TRANSFORMATIONS
 
 f = torch.func
@@ -229,6 +230,32 @@ def test_many_cotangents_at_once_are_refused_by_name() -> None:
     ys = fv.odeint(rk4)(lambda t, y: -rate * y, y0, torch.arange(2.0, dtype=F64))
     with pytest.raises(NotImplementedError, match="rk4: many cotangents at once"):
         torch.autograd.grad(ys[-1], rate, torch.eye(2, dtype=F64), is_grads_batched=True)
+
+
+def test_an_option_is_a_tensor_and_part_of_the_states_is_asked() -> None:
+    """Forward mode gives an option that does not move no tangent, a backward pass a part that
+    nobody asks for no cotangent."""
+
+    def program(rate: Tensor, part: str) -> Tensor:
+        def solver(field: Any, y0: Any, ts: Tensor, steps: Tensor) -> Any:
+            rows = [y0]
+            for _ in range(int(steps)):
+                h = (ts[1] - ts[0]) / steps
+                step = lambda y, slope, h=h: y + h * slope
+                rows.append(pytree.tree_map(step, rows[-1], field(ts[0], rows[-1])))
+            return pytree.tree_map(lambda *ys: torch.stack(ys), y0, rows[-1])
+
+        field = lambda t, y: {"u": rate * torch.ones_like(y["u"]), "v": 3 * rate + 0 * y["v"]}
+        y0 = {"u": torch.zeros(2, dtype=F64), "v": torch.zeros((), dtype=F64)}
+        ts = torch.tensor([0.0, 2.0], dtype=F64)
+        steps = torch.tensor(4.0, dtype=F64)
+        return fv.odeint(solver)(field, y0, ts, steps=steps)[part][-1].sum()
+
+    rate = torch.tensor(0.7, dtype=F64, requires_grad=True)
+    for part, slope in (("u", 4.0), ("v", 6.0)):
+        of = lambda rate, part=part: program(rate, part)
+        assert float(torch.autograd.grad(of(rate), rate)[0]) == pytest.approx(slope)
+        assert float(f.jacfwd(of)(rate.detach())) == pytest.approx(slope)
 
 
 def test_what_is_refused() -> None:

@@ -171,6 +171,7 @@ class _Operate(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         operation, _, *tensors = inputs
         ctx.operation = operation
+        ctx.set_materialize_grads(False)  # a tangent of zero would be one that is asked for
         ctx.n, ctx.results = len(tensors), len(output) - len(_beside(operation))
         results, beside = output[: ctx.results], output[ctx.results :]
         ctx.mark_non_differentiable(*beside)
@@ -179,19 +180,22 @@ class _Operate(torch.autograd.Function):
             ctx.save_for_forward(*tensors, *results)
 
     @staticmethod
-    def backward(ctx: Any, *g: Tensor) -> Any:
-        g = g[: ctx.results]
-        if any(map(_compat.is_grads_batch, g)):
+    def backward(ctx: Any, *g: Tensor | None) -> Any:
+        given = g[: ctx.results]
+        if all(t is None for t in given):
+            return (None,) * len(ctx.needs_input_grad)
+        if any(t is not None and _compat.is_grads_batch(t) for t in given):
             message = (
                 f"{ctx.operation.solver.__name__}: many cotangents at once by"
                 " torch.autograd.grad(is_grads_batched=True) are not taken here. Take them one by"
                 " one, or torch.func.vmap of the function that torch.func.vjp returns."
             )
             raise NotImplementedError(message)
-        saved = ctx.saved_tensors
+        tensors, out = ctx.saved_tensors[: ctx.n], ctx.saved_tensors[ctx.n :]
         needed = ctx.needs_input_grad[2:]
         _refuse_options(ctx.operation, needed)
-        return None, None, *ctx.operation.pull(saved[: ctx.n], saved[ctx.n :], g, needed)
+        whole = [torch.zeros_like(o) if t is None else t for t, o in zip(given, out, strict=True)]
+        return None, None, *ctx.operation.pull(tensors, out, whole, needed)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
