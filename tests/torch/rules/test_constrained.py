@@ -151,3 +151,23 @@ def test_a_degenerate_component_is_found_wherever_it_is():
         with pytest.raises(NotASolutionError, match="is reached with a multiplier of zero"):
             derivative(one - 1e-5 * unit, 3 - 2 * unit, one)
         assert derivative(one, 3 - 2 * unit, one + unit) == pytest.approx(n - 1)
+
+
+def test_constraints_are_evaluated_as_often_for_many_rows_as_for_few() -> None:
+    def evaluations(rows: int) -> int:
+        count = 0
+        matrix = torch.eye(rows, 12, dtype=F64)
+        a = torch.ones(12, dtype=F64, requires_grad=True)
+
+        def equality(x):
+            nonlocal count
+            count += 1
+            return matrix @ (x - a)
+
+        solve = fv.argmin(lambda fun, x0, *, equality: a.detach() * (torch.arange(12) < rows))
+        x = solve(lambda x: x @ x / 2, torch.zeros(12, dtype=F64), equality=equality)
+        (found,) = torch.autograd.grad(x.sum(), a)
+        assert torch.allclose(found, (torch.arange(12) < rows).to(F64))
+        return count
+
+    assert evaluations(12) == evaluations(1)

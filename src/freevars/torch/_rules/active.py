@@ -15,9 +15,16 @@ from freevars._solvers import kkt
 from freevars._solvers.kkt import Pair
 from freevars._solvers.verdict import Limits
 from freevars.torch._rules.firm_probe import firm_probe
-from freevars.torch._rules.implicit import jvp, vjp
+from freevars.torch._rules.implicit import linearised, vjp
 
-__all__ = ["Functions", "Multipliers", "Scaled", "multipliers_at", "rows_of", "system_at"]
+__all__ = [
+    "Functions",
+    "Multipliers",
+    "Scaled",
+    "constraints_at",
+    "multipliers_at",
+    "system_at",
+]
 
 Vectors = Callable[[Tensor], Tensor]
 Multipliers = dict[str, Tensor]
@@ -60,17 +67,19 @@ class Scaled(NamedTuple):
     size: Tensor
 
     @staticmethod
-    def of(at: Functions, x: Tensor, multipliers: Multipliers, gradient: Tensor) -> "Scaled":
-        """At a point, with the gradient of the Lagrangian there."""
+    def of(at: Functions, x: Tensor, multipliers: Multipliers) -> "Scaled":
+        """At a point."""
         size = _size(x, at)
         probe = firm_probe(x.shape[1], x)
-        along = size * probe
-        plain = at.gradient(x, {})
-        change = jvp(lambda x: at.gradient(x, multipliers), [x], [along], like=x)
-        unit = _positive(change.abs() + plain.abs() + (plain - gradient).abs())
+        gradient, hessian = linearised(lambda x: at.gradient(x, multipliers), x)
+        values, matrix = constraints_at(at, x)
+        of_constraints = (torch.cat([x[:, :0], *multipliers.values()], 1)[:, None] @ matrix)[:, 0]
+        plain = gradient + of_constraints
+        # A product with the second derivative is one with its transpose.
+        change = hessian(size * probe)
+        unit = _positive(change.abs() + plain.abs() + of_constraints.abs())
         pull = gradient / unit
-        matrix = rows_of(at, x)
-        coupling = jvp(lambda x: at.gradient(x, multipliers), [x], [probe / unit], like=x)
+        coupling = hessian(probe / unit)
         variation = _positive((matrix.abs() * size[:, None]).sum(2))
         by_rows = matrix * (firm_probe(matrix.shape[1], x) / variation)[:, :, None]
         coupling = coupling.abs() + by_rows.sum(1).abs()
@@ -85,8 +94,7 @@ class Scaled(NamedTuple):
         variation = _positive((matrix * size[:, None]).sum(2))
         weight = (matrix / unit[:, None]).amax(2)
         start = 0
-        for name, constraint in at.constraints.items():
-            value = constraint(x)
+        for name, value in values.items():
             part = slice(start, start + value.shape[1])
             start = part.stop
             if name == "equality":
@@ -128,7 +136,7 @@ def system_at(
     gradient = at.gradient(x, multipliers)
     with torch.no_grad():
         fixed = {name: m.detach() for name, m in multipliers.items()}
-        scaled = Scaled.of(at, x.detach(), fixed, gradient.detach())
+        scaled = Scaled.of(at, x.detach(), fixed)
         least = kkt.threshold(torch, scaled.left, eps)[:, None]
 
     def keeps(pair: Pair) -> Tensor:
@@ -164,8 +172,7 @@ def multipliers_at(at: Functions, x: Tensor) -> Multipliers:
     size = _size(x, at)
     gap = torch.minimum((x - at.lower).abs(), (at.upper - x).abs()) / size
     weight = size * torch.where(torch.isinf(gap), 1, gap / (1 + gap**2).sqrt())
-    values = {name: constraint(x).detach() for name, constraint in at.constraints.items()}
-    matrix = rows_of(at, x)
+    values, matrix = constraints_at(at, x)
     rows = _positive((matrix.abs() * size[:, None]).sum(2))
     system = (matrix * weight[:, None] / rows[:, :, None]).mT
     right = weight * at.gradient(x, {}).detach()
@@ -183,16 +190,18 @@ def multipliers_at(at: Functions, x: Tensor) -> Multipliers:
     return dict(zip(values, torch.split(solution, sizes, 1), strict=True))
 
 
-def rows_of(at: Functions, x: Tensor) -> Tensor:
-    """The Jacobian of the constraints, Float[Tensor, "problems constraints n"]."""
-    rows = []
-    for constraint in at.constraints.values():
-        value = constraint(x)
+def constraints_at(at: Functions, x: Tensor) -> tuple[Multipliers, Tensor]:
+    """The values of the constraints, and their Jacobian, Float[Tensor, "problems constraints n"]:
+    constants."""
+    values, rows = {}, []
+    for name, constraint in at.constraints.items():
+        value, pulled = linearised(constraint, x)
+        values[name] = value
         for i in range(value.shape[1]):
             unit = torch.zeros_like(value)
             unit[:, i] = 1
-            rows.append(vjp(constraint, x, unit).detach())
-    return torch.stack(rows, 1) if rows else x[:, None, :][:, :0]
+            rows.append(pulled(unit))
+    return values, torch.stack(rows, 1) if rows else x[:, None, :][:, :0]
 
 
 def _size(x: Tensor, at: Functions) -> Tensor:

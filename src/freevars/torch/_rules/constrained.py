@@ -18,7 +18,13 @@ from freevars.errors import FreevarsError, StructureError
 from freevars.torch._compat import pytree
 from freevars.torch._convert.convert import Converted
 from freevars.torch._describe import function_name
-from freevars.torch._rules.active import Functions, Scaled, multipliers_at, rows_of, system_at
+from freevars.torch._rules.active import (
+    Functions,
+    Scaled,
+    constraints_at,
+    multipliers_at,
+    system_at,
+)
 from freevars.torch._rules.condition import Solution
 from freevars.torch._rules.inputs import Inputs
 from freevars.torch._rules.optimality import check_value, joined, value_of
@@ -162,7 +168,7 @@ class ConstrainedProblem(Problem):
         y = at.x.detach()
         x, multipliers = self._split(y)
         functions = self._functions(self.views(values), x)
-        scaled = Scaled.of(functions, x, multipliers, functions.gradient(x, multipliers))
+        scaled = Scaled.of(functions, x, multipliers)
         eps = float(torch.finfo(self.unknown.dtype).eps)
         names: list[str] = []
         gaps: list[float] = []
@@ -203,7 +209,7 @@ class ConstrainedProblem(Problem):
         near = self._limits().certain
         free = ~((scaled.gaps[0].abs() <= near) | (scaled.gaps[1].abs() <= near))[k]
         free &= ~functions.fixed[k]
-        rows = (rows_of(functions, x) * scaled.size[:, None])[k]
+        rows = (constraints_at(functions, x)[1] * scaled.size[:, None])[k]
         if scaled.inequality is not None:
             holds = scaled.gaps[2][k].abs() <= near
             keep = torch.ones(len(rows), dtype=torch.bool, device=rows.device)

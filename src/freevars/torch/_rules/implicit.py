@@ -27,7 +27,7 @@ from freevars.errors import CaptureError
 from freevars.torch import _compat, _modes
 from freevars.torch._rules.forms import is_smooth
 
-__all__ = ["Solvable", "implicit", "jvp", "pull_back", "vjp"]
+__all__ = ["Solvable", "implicit", "jvp", "linearised", "pull_back", "vjp"]
 
 Fun = Callable[..., Tensor]
 
@@ -185,6 +185,23 @@ def _smooth(condition: Solvable, values: Sequence[Tensor]) -> list[int]:
 def vjp(fun: Fun, x: Tensor, cotangent: Tensor) -> Tensor:
     """`J^T u` for the derivative `J` of `fun` at `x`."""
     return _vjps(fun, [x], cotangent)[0]
+
+
+def linearised(fun: Fun, x: Tensor) -> tuple[Tensor, Fun]:
+    """`fun(x)`, and `u -> J^T u` there, for any number of `u` from one evaluation: constants."""
+    if _compat.functorch_active():
+        return fun(x).detach(), lambda u: vjp(fun, x, u).detach()
+    with torch.enable_grad():
+        at = x.detach().requires_grad_()
+        out = fun(at)
+
+    def pulled(u: Tensor) -> Tensor:
+        if not out.requires_grad:
+            return torch.zeros_like(at)
+        (product,) = torch.autograd.grad(out, at, u, retain_graph=True, materialize_grads=True)
+        return product.detach()
+
+    return out.detach(), pulled
 
 
 def _vjps(fun: Fun, inputs: Sequence[Tensor], cotangent: Tensor) -> Sequence[Tensor]:
