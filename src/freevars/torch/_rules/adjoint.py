@@ -137,10 +137,10 @@ class Trajectory:
 
             def f(*inputs: Tensor) -> Tensor:
                 own = replaced(values, wanted, inputs[m:])
-                return of_y.ravel(self.fun(-s, list(inputs[:m]), own))
+                return of_y.ravel(self.fun(-s, list(inputs[:m]), own), copy=False)
 
             at = [*y, *(values[i] for i in wanted)]
-            value, pulled = value_and_vjp(f, at, of_y.ravel(costate))
+            value, pulled = value_and_vjp(f, at, of_y.ravel(costate, copy=False))
             return [*(-v for v in of_y.unravel(value)), *pulled]
 
         costate = [ct[-1] for ct in g]

@@ -28,22 +28,23 @@ class Flat:
         self._sizes = [math.prod(s) * (2 if d.is_complex else 1) for s, d in self._like]
         self.size = sum(self._sizes)
 
-    def ravel(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Float[n]."""
-        nothing = tensors[0].new_zeros(0) if tensors else torch.zeros(0)
-        parts = [nothing.real.to(self.dtype)]
+    def ravel(self, tensors: Sequence[Tensor], *, copy: bool = True) -> Tensor:
+        """Float[n]; without `copy` it may be a view of one of them."""
+        parts = []
         for t, (shape, dtype) in zip(tensors, self._like, strict=True):
             u = t.expand(shape)
             if dtype.is_complex:
                 u = as_real(u.to(dtype))
             parts.append(u.reshape(-1).to(self.dtype))
-        return torch.cat(parts)
+        if len(parts) == 1 and not copy:
+            return parts[0]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=self.dtype)
 
     def unravel(self, vector: Tensor) -> list[Tensor]:
         """Any axes in front of the vector's own stay in front."""
         lead, start, tensors = vector.shape[:-1], 0, []
         for (shape, dtype), n in zip(self._like, self._sizes, strict=True):
-            part = vector[..., start : start + n].to(dtype.to_real())
+            part = vector.narrow(-1, start, n).to(dtype.to_real())
             start += n
             if dtype.is_complex:
                 tensors.append(as_complex(part.reshape((*lead, *shape, 2))))
@@ -78,7 +79,8 @@ def value_and_vjp(
         return _under_transforms(fun, inputs, cotangent)
     again = torch.is_grad_enabled()
     with torch.enable_grad():
-        aliases = [t.view_as(t) for t in inputs]
+        # Where no graph is wanted, that behind the inputs plays no part.
+        aliases = [t.view_as(t) if again else t.detach() for t in inputs]
         aliases = [t if t.requires_grad else t.detach().requires_grad_() for t in aliases]
         out = fun(*aliases)
         if not out.requires_grad:

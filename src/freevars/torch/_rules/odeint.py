@@ -71,13 +71,13 @@ class OdeintSolver(Integrator[P, R]):
         ts = ts if ts.is_floating_point() else ts.to(torch.get_default_dtype())
         tfirst = self._tfirst
 
-        def field(t: Tensor, y: Any, args: Any, kwargs: Any) -> list[Tensor]:
-            value = call.fun(*((t, y) if tfirst else (y, t)), *args, **kwargs)
-            return self._like(value, y, "field", self._order)
+        def field(t: Tensor, y: Any, args: Any, kwargs: Any) -> Any:
+            return call.fun(*((t, y) if tfirst else (y, t)), *args, **kwargs)
 
         extra = (call.args, call.kwargs)
         example = torch.zeros((), dtype=ts.dtype)
         converted, hoisted = closure_convert(field, example, y0, *extra)
+        self._like(converted.out_struct, y0, "field", self._order)
         places, options = Options({"extra": extra}), Options(call.options)
         n = places.count
 
@@ -85,9 +85,10 @@ class OdeintSolver(Integrator[P, R]):
             return pytree.tree_unflatten(leaves, spec)
 
         def fun(t: Tensor, y: list[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
-            args, kwargs = places.rebuilt(values[:n])["extra"]
-            leaves: list[Tensor] = converted(t.to(ts.dtype), pack(y), args, kwargs, *values[n:])
-            return leaves
+            args, kwargs = places.rebuilt(values[:n])["extra"] if n else extra
+            state = pack(y)
+            value = converted(t.to(ts.dtype), state, args, kwargs, *values[n:])
+            return self._like(value, state, "field", self._order)
 
         is_leaf = spec == pytree.tree_structure(0)
         shown = shown_by([tuple(y.shape) for y in states], is_leaf=is_leaf)
@@ -109,6 +110,9 @@ class OdeintSolver(Integrator[P, R]):
 
     def _like(self, value: Any, y: Any, what: str, hint: str) -> list[Tensor]:
         """The leaves of what a field returns, like y."""
+        plain = type(value) is Tensor and type(y) is Tensor  # then no pytree walk
+        if plain and value.shape == y.shape and value.dtype is y.dtype:
+            return [value]
         shapes = [pytree.tree_map(lambda t: tuple(getattr(t, "shape", ())), x) for x in (y, value)]
         leaves = pytree.tree_leaves(value)
         expected = pytree.tree_leaves(y)
