@@ -171,3 +171,51 @@ def test_constraints_are_evaluated_as_often_for_many_rows_as_for_few() -> None:
         return count
 
     assert evaluations(12) == evaluations(1)
+
+
+@pytest.mark.parametrize("default", [torch.float32, F64])
+def test_the_precision_is_that_of_x0(default) -> None:
+    """Whatever the default is."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        for dtype in (torch.float32, F64):
+            t, x0 = torch.tensor(1.5, dtype=dtype), torch.tensor([0.5, 0.5], dtype=dtype)
+            solve = fv.argmin(polish=True)(lambda fun, x0, inequality: x0)
+            of = lambda t, solve=solve, x0=x0: solve(
+                lambda x: ((x - t) ** 2).sum(), x0, inequality=lambda x: t - 0.5 - x.sum()
+            )
+            expected = torch.tensor([0.5, 0.5], dtype=dtype)
+            torch.testing.assert_close(torch.func.jacrev(of)(t), expected)
+            torch.testing.assert_close(torch.func.jacfwd(of)(t), expected)
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("nothing", [lambda x: [], lambda x: x["u"][:0]])
+def test_no_constraints_are_none(nothing) -> None:
+    t = torch.tensor(1.5, dtype=F64, requires_grad=True)
+    solve = fv.argmin(lambda fun, x0, equality, inequality: {"u": t.detach().expand(2)})
+    x = solve(
+        lambda x: ((x["u"] - t) ** 2).sum(),
+        {"u": torch.zeros(2, dtype=F64)},
+        equality=nothing,
+        inequality=nothing,
+    )
+    torch.testing.assert_close(torch.autograd.grad(x["u"].sum(), t)[0], 2 + 0 * t.detach())
+
+
+def test_a_bound_is_named_by_its_path_and_its_problem() -> None:
+    t = torch.tensor([1.0, 0.0], dtype=F64, requires_grad=True)
+    solve = fv.argmin(batch_dims=1)(lambda fun, x0, bounds: {"u": (t.detach(),)})
+    x = solve(
+        lambda x: (x["u"][0] - t) ** 2, {"u": (torch.ones(2, dtype=F64),)}, bounds=(0.0, None)
+    )
+    where = r"\(problem 1 of 2\): degenerate: the lower bound of x\['u'\]\[0\]\[1\] is reached"
+    with pytest.raises(NotASolutionError, match=where):
+        torch.autograd.grad(x["u"][0].sum(), t)
+
+
+def test_a_constraint_that_is_no_tensor() -> None:
+    with pytest.raises(StructureError, match="inequality expected <lambda> to return real"):
+        MINIMIZE(lambda x: (x**2).sum(), torch.zeros(2), inequality=lambda x: 1.0)

@@ -161,7 +161,7 @@ def system_at(
     if check and not one_sided:
         degenerate = scaled.certain(at.fixed)[:, None] <= least
         # Added, so that what is refused is not a constant: its derivative is NaN too.
-        f = f + torch.where(degenerate, torch.nan, 0.0)
+        f = f + torch.zeros_like(f).masked_fill(degenerate, torch.nan)
     return f
 
 

@@ -192,19 +192,21 @@ class Condition:
             u = torch.where(bad[:, None], float("nan"), u)
         return torch.where((~judged.good & ~wanted)[:, None], 0, u)
 
-    def explained(self, k: int, at: Solution, values: Sequence[Tensor], /) -> FreevarsError | None:
+    def explained(
+        self, k: int, name: str, at: Solution, values: Sequence[Tensor], /
+    ) -> FreevarsError | None:
         """The error of problem k in words of what it is about, where these say more."""
-        del k, at, values
+        del k, name, at, values
         return None
 
     def _failure(
         self, judged: _Judged, k: int, at: Solution, values: Sequence[Tensor]
     ) -> FreevarsError:
-        explained = self.explained(k, at, values)
-        if explained is not None:
-            return explained
         problems = len(judged.good)
         name = self.rule.name + (f" (problem {k} of {problems})" if problems > 1 else "")
+        explained = self.explained(k, name, at, values)
+        if explained is not None:
+            return explained
         at_start = torch.equal(at.x[k], self.start(values[0])[k])
         limits, kind = self._limits(), self.rule.kind
         figures = judged.figures.of(k)

@@ -27,7 +27,7 @@ from freevars.torch._rules.active import (
 )
 from freevars.torch._rules.condition import Solution
 from freevars.torch._rules.inputs import Inputs
-from freevars.torch._rules.optimality import check_value, joined, value_of
+from freevars.torch._rules.optimality import check_parts, check_value, joined, value_of
 from freevars.torch._rules.problem import Problem
 from freevars.torch._rules.ravel import Unknown
 from freevars.torch._rules.rule import Rule
@@ -74,9 +74,9 @@ def unknown_of(x0: Any, functions: Mapping[str, Converted[..., Any]], of_x: Unkn
     parts = [x0]
     for name in ("equality", "inequality"):
         if name in functions:
-            out = functions[name].out_struct
-            check_value("least_squares", out, of_x, function_name(functions[name]))
-            count = sum(t.numel() * (2 if t.is_complex() else 1) for t in pytree.tree_leaves(out))
+            function = functions[name]
+            leaves = check_parts(name, function.out_struct, of_x.batch, function_name(function))
+            count = sum(t.numel() * (2 if t.is_complex() else 1) for t in leaves)
             shape = (*of_x.batch, count // max(of_x.problems, 1))
             parts.append(torch.zeros(shape, dtype=of_x.dtype, device=like.device))
     return tuple(parts)
@@ -111,7 +111,7 @@ class ConstrainedProblem(Problem):
             return value.reshape(of_x.problems)
 
         def vectors(name: str) -> Callable[[Tensor], Tensor]:
-            return lambda x: joined(functions[name](of_x.unravel(x)), of_x)
+            return lambda x: joined(functions[name](of_x.unravel(x)), of_x, x)
 
         lower, upper = x.new_tensor(-math.inf), x.new_tensor(math.inf)
         if "bounds" in functions:
@@ -164,7 +164,9 @@ class ConstrainedProblem(Problem):
 
     # --- an error in words of the constraints
 
-    def explained(self, k: int, at: Solution, values: Sequence[Tensor]) -> FreevarsError | None:
+    def explained(
+        self, k: int, name: str, at: Solution, values: Sequence[Tensor]
+    ) -> FreevarsError | None:
         y = at.x.detach()
         x, multipliers = self._split(y)
         functions = self._functions(self.views(values), x)
@@ -175,13 +177,14 @@ class ConstrainedProblem(Problem):
         pulls: list[float] = []
         certain: list[float] = []
         fixed = functions.fixed[k]
+        components = [c.name for c in self.of_x.components(k, x, x)]
         for side, gap, other, sign, pair in (
             ("lower", scaled.gaps[0], scaled.gaps[1], 1, scaled.lower),
             ("upper", scaled.gaps[1], scaled.gaps[0], -1, scaled.upper),
         ):
             for i in (torch.isfinite(gap[k]) & ~fixed).nonzero()[:, 0].tolist():
                 force = sign * float(scaled.pulls[0][k, i])
-                names.append(f"the {side} bound of x[{i}]")
+                names.append(f"the {side} bound of {components[i]}")
                 gaps.append(float(gap[k, i]))
                 certain.append(float(pair.certain[k, i]))
                 # What pulls away from one side may lean on the other.
@@ -201,7 +204,7 @@ class ConstrainedProblem(Problem):
             float(scaled.left[k]),
             self._is_dependent(functions, x, scaled, k),
         )
-        return kkt.explain(self.rule.name, found, self._limits(), eps)
+        return kkt.explain(name, found, self._limits(), eps)
 
     def _is_dependent(self, functions: Functions, x: Tensor, scaled: Scaled, k: int) -> bool:
         """Whether the gradients of the constraints that hold at x are, in the space that bounds

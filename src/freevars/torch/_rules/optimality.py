@@ -20,7 +20,7 @@ from freevars.torch._rules.implicit import vjp
 from freevars.torch._rules.ravel import Unknown
 from freevars.torch._rules.sharded import whole
 
-__all__ = ["STATED_BY", "check_value", "joined", "optimality", "value_of"]
+__all__ = ["STATED_BY", "check_parts", "check_value", "joined", "optimality", "value_of"]
 
 Functions = Mapping[str, Callable[[Any], Any]]  # of x as the user has it
 
@@ -48,7 +48,7 @@ def optimality(
         ones = torch.ones(unknown.batch, dtype=x.dtype, device=x.device)
         return vjp(lambda x: value_of(kind, fun(unknown.unravel(x)), unknown, has_aux), x, ones)
     if kind == "implicit":
-        return joined(value(x), unknown)
+        return joined(value(x), unknown, x)
     returned = f"the result of {name}"
     if kind == "fixed_point":
         return x - unknown.ravel(value(x), returned, copy=False)
@@ -67,9 +67,11 @@ def _half_square(residual: Any, unknown: Unknown) -> Tensor:
     return torch.stack(sums).sum(0).to(unknown.dtype).reshape(unknown.batch) / 2
 
 
-def joined(equations: Any, unknown: Unknown) -> Tensor:
-    """Equations in any structure as Float[Tensor, "problems n"]."""
+def joined(equations: Any, unknown: Unknown, x: Tensor) -> Tensor:
+    """Equations in any structure, or none, as Float[Tensor, "problems n"] like x."""
     parts = [t.reshape(unknown.problems, -1) for t in _real_parts(equations)]
+    if not parts:
+        return x[:, :0]
     return torch.cat([t.to(unknown.dtype) for t in parts], dim=1)
 
 
@@ -93,11 +95,9 @@ def check_value(kind: Kind, out: Any, unknown: Unknown, name: str) -> None:
     if kind in {"root", "fixed_point"}:
         unknown.check(out, f"the result of {name}")
         return
-    leaves = pytree.tree_leaves(out)
-    if not leaves or not all(_is_part(t, batch) for t in leaves):
-        of = f" that begin with the axes {list(batch)} of the problems" if batch else ""
-        shown = ", ".join(Structure.shown(t) for t in leaves) or "nothing"
-        message = f"{kind} expected {name} to return real or complex tensors{of}, got {shown}."
+    leaves = check_parts(kind, out, batch, name)
+    if not leaves:
+        message = f"{kind} expected {name} to return real or complex tensors, got nothing."
         raise StructureError(message)
     count = sum(t.numel() * (2 if t.is_complex() else 1) for t in leaves)
     if kind == "implicit" and count != unknown.problems * unknown.n:
@@ -107,6 +107,18 @@ def check_value(kind: Kind, out: Any, unknown: Unknown, name: str) -> None:
             " least_squares; where there are fewer, add a condition."
         )
         raise StructureError(message)
+
+
+def check_parts(what: str, out: Any, batch: tuple[int, ...], name: str) -> list[Tensor]:
+    """The tensors that a function of this name returned on the example, refused where they cannot
+    be equations."""
+    leaves = pytree.tree_leaves(out)
+    if not all(_is_part(t, batch) for t in leaves):
+        of = f" that begin with the axes {list(batch)} of the problems" if batch else ""
+        shown = ", ".join(map(Structure.shown, leaves))
+        message = f"{what} expected {name} to return real or complex tensors{of}, got {shown}."
+        raise StructureError(message)
+    return leaves
 
 
 def _is_part(t: Any, batch: tuple[int, ...]) -> bool:
