@@ -219,3 +219,36 @@ def test_a_bound_is_named_by_its_path_and_its_problem() -> None:
 def test_a_constraint_that_is_no_tensor() -> None:
     with pytest.raises(StructureError, match="inequality expected <lambda> to return real"):
         MINIMIZE(lambda x: (x**2).sum(), torch.zeros(2), inequality=lambda x: 1.0)
+
+
+@pytest.mark.parametrize(("shape", "batch_dims"), [((2, 0), 0), ((3, 0), 1), ((0, 3), 1)])
+def test_no_unknowns_or_no_problems(shape, batch_dims) -> None:
+    solve = fv.argmin(batch_dims=batch_dims)(lambda fun, x0, bounds, equality, inequality: x0)
+    axes = tuple(range(batch_dims, 2))
+
+    def solved(t):
+        return solve(
+            lambda x: (t * x**2).sum(axes),
+            torch.zeros(shape, dtype=F64),
+            bounds=(-t, None),
+            equality=lambda x: [x[..., :0], t + x[..., :0]],
+            inequality=lambda x: x + t,
+        )
+
+    t = torch.tensor(2.0, dtype=F64)
+    assert torch.func.jacfwd(solved)(t).shape == shape
+    assert torch.func.jacfwd(torch.func.jacfwd(solved))(t).shape == shape
+    t.requires_grad_()
+    assert torch.autograd.grad(solved(t).sum(), t)[0] == 0
+
+
+def test_two_equations_and_no_inequality() -> None:
+    t = torch.tensor(1.0, dtype=F64, requires_grad=True)
+    solve = fv.argmin(lambda fun, x0, equality, inequality: t.detach() * torch.ones(3, dtype=F64))
+    x = solve(
+        lambda x: (x**2).sum(),
+        torch.zeros(3, dtype=F64),
+        equality=lambda x: torch.stack([x[0] - t, x[1] + x[2] - 2 * t]),
+        inequality=lambda x: x[:0],
+    )
+    torch.testing.assert_close(torch.autograd.grad(x.sum(), t)[0], 3 + 0 * t.detach())

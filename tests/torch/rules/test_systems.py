@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import freevars.torch as fv
 from freevars.torch import (
     CaptureError,
     NotASolutionError,
@@ -131,6 +132,21 @@ def test_problems_that_are_not_independent_are_refused() -> None:
     )
     with pytest.raises(StructureError, match="independent"):
         torch.autograd.grad(x.sum(), a)
+
+
+@pytest.mark.parametrize(("shape", "batch_dims"), [((2, 0), 0), ((3, 0), 1), ((0, 3), 1)])
+@pytest.mark.parametrize("rule", [root, fixed_point, argmin, fv.least_squares])
+def test_no_unknowns_or_no_problems(rule: Any, shape: Any, batch_dims: int) -> None:
+    functions = {argmin: lambda x: (x**2).sum(tuple(range(batch_dims, 2)))}
+    fun = functions.get(rule, lambda x: x / 2)
+    solve = rule(returning(torch.zeros(shape, dtype=F64)), batch_dims=batch_dims)
+    solved = lambda t: solve(lambda x: t * fun(x), torch.zeros(shape, dtype=F64))
+    t = torch.tensor(2.0, dtype=F64)
+    assert f.jacfwd(solved)(t).shape == shape
+    assert f.jacfwd(f.jacfwd(solved))(t).shape == shape
+    assert f.vmap(f.grad(lambda t: solved(t).sum()))(t.expand(3)).tolist() == [0.0, 0.0, 0.0]
+    t.requires_grad_()
+    assert torch.autograd.grad(solved(t).sum(), t)[0] == 0
 
 
 def test_wrong_batches() -> None:

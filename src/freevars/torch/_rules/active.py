@@ -5,6 +5,7 @@ Vectors are Float[Tensor, "problems n"], a row for each problem of a batch.
 (`constrained.py`).
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -51,7 +52,7 @@ class Functions(NamedTuple):
 
     def gradient(self, x: Tensor, multipliers: Multipliers) -> Tensor:
         """Of the Lagrangian by x."""
-        return vjp(lambda x: self.lagrangian(x, multipliers), x, torch.ones_like(x[:, 0]))
+        return vjp(lambda x: self.lagrangian(x, multipliers), x, x.new_ones(len(x)))
 
 
 class Scaled(NamedTuple):
@@ -84,7 +85,7 @@ class Scaled(NamedTuple):
         by_rows = matrix * (firm_probe(matrix.shape[1], x) / variation)[:, :, None]
         coupling = coupling.abs() + by_rows.sum(1).abs()
         eps = float(torch.finfo(x.dtype).eps)
-        size = kkt.natural_size(torch, size, coupling, size.amax(1, keepdim=True), eps)
+        size = kkt.natural_size(torch, size, coupling, _largest(size)[:, None], eps)
         below, above = (x - at.lower) / size, (at.upper - x) / size
         lower, upper = kkt.pair(torch, below, pull, eps), kkt.pair(torch, above, -pull, eps)
         left = [lower.left, upper.left]
@@ -92,7 +93,7 @@ class Scaled(NamedTuple):
         violated, gap, force, inequality = nothing, nothing, nothing, None
         matrix = matrix.abs()
         variation = _positive((matrix * size[:, None]).sum(2))
-        weight = (matrix / unit[:, None]).amax(2)
+        weight = _largest(matrix / unit[:, None])
         start = 0
         for name, value in values.items():
             part = slice(start, start + value.shape[1])
@@ -120,7 +121,7 @@ class Scaled(NamedTuple):
         sides = [torch.where(fixed, torch.inf, p.certain) for p in (self.lower, self.upper)]
         if self.inequality is not None:
             sides.append(self.inequality.certain)
-        return torch.cat(sides, 1).amin(1)
+        return -_largest(-torch.cat(sides, 1), least=-math.inf)
 
 
 def system_at(
@@ -178,7 +179,7 @@ def multipliers_at(at: Functions, x: Tensor) -> Multipliers:
     right = weight * at.gradient(x, {}).detach()
     if "inequality" in values:
         k = values["inequality"].shape[1]
-        slack = values["inequality"] / rows[:, -k:]
+        slack = values["inequality"] / rows[:, rows.shape[1] - k :]
         pad = slack.new_zeros(len(x), k, rows.shape[1] - k)
         system = torch.cat([system, torch.cat([pad, torch.diag_embed(slack)], 2)], 1)
         right = torch.cat([right, torch.zeros_like(slack)], 1)
@@ -208,12 +209,13 @@ def _size(x: Tensor, at: Functions) -> Tensor:
     """How large the components are, also where one of them happens to be zero."""
     ends = [torch.where(torch.isfinite(b), b, 0).abs() for b in (at.lower, at.upper)]
     largest = torch.maximum(x.abs(), torch.maximum(*ends))
-    return _positive(torch.maximum(largest, 1e-3 * largest.amax(1, keepdim=True)))
+    return _positive(torch.maximum(largest, 1e-3 * _largest(largest)[:, None]))
 
 
 def _positive(size: Tensor) -> Tensor:
     return torch.where(size > 0, size, 1)
 
 
-def _largest(parts: Tensor) -> Tensor:
-    return torch.cat([parts.new_zeros(len(parts), 1), parts], 1).amax(1)
+def _largest(parts: Tensor, least: float = 0.0) -> Tensor:
+    """Along the last axis, where there may be nothing."""
+    return torch.cat([parts.new_full((*parts.shape[:-1], 1), least), parts], -1).amax(-1)

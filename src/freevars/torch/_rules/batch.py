@@ -61,7 +61,7 @@ class LinearSystem:
 
     def solve(self, *given: Tensor) -> tuple[Tensor, ...]:
         x, f, columns, *values, b = given
-        many = b.reshape(-1, *b.shape[-2:]) if self.many else b
+        many = b.flatten(0, -3) if self.many else b
         u = self.of.linear(self.transposed, Solution(x, f, columns), tuple(values), many)
         nothing = u.new_empty(0)
         return u.reshape(b.shape), nothing, nothing

@@ -27,7 +27,7 @@ from freevars.torch._rules.active import (
 )
 from freevars.torch._rules.condition import Solution
 from freevars.torch._rules.inputs import Inputs
-from freevars.torch._rules.optimality import check_parts, check_value, joined, value_of
+from freevars.torch._rules.optimality import check_parts, check_value, joined, numbers_in, value_of
 from freevars.torch._rules.problem import Problem
 from freevars.torch._rules.ravel import Unknown
 from freevars.torch._rules.rule import Rule
@@ -76,8 +76,8 @@ def unknown_of(x0: Any, functions: Mapping[str, Converted[..., Any]], of_x: Unkn
         if name in functions:
             function = functions[name]
             leaves = check_parts(name, function.out_struct, of_x.batch, function_name(function))
-            count = sum(t.numel() * (2 if t.is_complex() else 1) for t in leaves)
-            shape = (*of_x.batch, count // max(of_x.problems, 1))
+            count = sum(numbers_in(t, of_x) * (2 if t.is_complex() else 1) for t in leaves)
+            shape = (*of_x.batch, count)
             parts.append(torch.zeros(shape, dtype=of_x.dtype, device=like.device))
     return tuple(parts)
 

@@ -5,6 +5,7 @@ small as it can be, or a condition of the user's that is stated by it. The signs
 JAX host. Not here: whose functions these are (`problem.py`).
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,7 +21,15 @@ from freevars.torch._rules.implicit import vjp
 from freevars.torch._rules.ravel import Unknown
 from freevars.torch._rules.sharded import whole
 
-__all__ = ["STATED_BY", "check_parts", "check_value", "joined", "optimality", "value_of"]
+__all__ = [
+    "STATED_BY",
+    "check_parts",
+    "check_value",
+    "joined",
+    "numbers_in",
+    "optimality",
+    "value_of",
+]
 
 Functions = Mapping[str, Callable[[Any], Any]]  # of x as the user has it
 
@@ -63,20 +72,27 @@ def value_of(kind: Kind, out: Any, unknown: Unknown, has_aux: bool) -> Tensor:  
 
 def _half_square(residual: Any, unknown: Unknown) -> Tensor:
     """|r|^2 / 2 of each problem; its gradient is J^T r."""
-    sums = [t.square().reshape(unknown.problems, -1).sum(1) for t in _real_parts(residual)]
+    sums = [t.square().sum(1) for t in _rows(residual, unknown)]
     return torch.stack(sums).sum(0).to(unknown.dtype).reshape(unknown.batch) / 2
 
 
 def joined(equations: Any, unknown: Unknown, x: Tensor) -> Tensor:
     """Equations in any structure, or none, as Float[Tensor, "problems n"] like x."""
-    parts = [t.reshape(unknown.problems, -1) for t in _real_parts(equations)]
+    parts = _rows(equations, unknown)
     if not parts:
         return x[:, :0]
     return torch.cat([t.to(unknown.dtype) for t in parts], dim=1)
 
 
-def _real_parts(tree: Any) -> list[Tensor]:
-    return [as_real(whole(t)) for t in pytree.tree_leaves(tree)]
+def _rows(tree: Any, unknown: Unknown) -> list[Tensor]:
+    """Its tensors, a row of real numbers for each problem, of which there may be none."""
+    parts = [as_real(whole(t)) for t in pytree.tree_leaves(tree)]
+    return [t.reshape(unknown.problems, numbers_in(t, unknown)) for t in parts]
+
+
+def numbers_in(t: Tensor, unknown: Unknown) -> int:
+    """How many entries each problem has in it."""
+    return math.prod(t.shape[len(unknown.batch) :])
 
 
 def check_value(kind: Kind, out: Any, unknown: Unknown, name: str) -> None:
