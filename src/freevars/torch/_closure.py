@@ -143,9 +143,22 @@ class Closure(Generic[P, R]):
             raise by_position(repr(self), kwargs)
         return self._converted(*args, *self._values)
 
+    def __copy__(self) -> Self:
+        new = self._of(self._converted, self._values)
+        vars(new).update(vars(self))
+        return new
+
     def __reduce__(self) -> Any:
-        values = tuple(as_leaf(v) if isinstance(v, Tensor) else v for v in self._values)
+        # What stands for a captured leaf goes as that leaf: where the copy of the function keeps
+        # it, it is one and the same, and derivatives flow into it.
+        of = {id(h): t for t, h in self._standing_for() if t.is_leaf}
+        kept = (of.get(id(v), v) for v in self._values)
+        values = tuple(as_leaf(v) if isinstance(v, Tensor) else v for v in kept)
         return _restore, (type(self), self._converted, values, {"_is_mapped": self._is_mapped})
+
+    def _standing_for(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """The captured tensors, each with the value that stands for it."""
+        return zip(self._converted.captured, self._converted.hoisted, strict=True)
 
     def __repr__(self) -> str:
         return f"Closure({function_name(self._converted)}, {len(self._values)} captured values)"
@@ -158,6 +171,8 @@ def _restore(
     state: dict[str, Any],
 ) -> Closure[..., Any]:
     new = cls._of(converted, values)
+    stand = {id(t): h for t, h in new._standing_for()}  # noqa: SLF001 (of this file)
+    new._values = tuple(stand.get(id(v), v) for v in values)  # noqa: SLF001
     vars(new).update(state)
     return new
 

@@ -312,6 +312,43 @@ def test_a_copy_computes_with_its_own_values(kind: str, how: Any) -> None:
         same(both.values, [torch.zeros_like(v) for v in c.values])
 
 
+class WithTable(nn.Module):
+    """Its buffer is a value of its closure too, so that the others stand for its parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2).double()
+        self.register_buffer("table", torch.ones(2, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.linear(x) * self.table
+
+
+@pytest.mark.parametrize("how", [_pickled, _cloudpickled, _saved, copy.deepcopy])
+def test_a_closure_and_its_module_stay_together(how: Any) -> None:
+    """A derivative by the parameters of the copy comes out of the closure beside it."""
+    module, x = WithTable(), torch.tensor([5.0, 7.0], dtype=torch.float64)
+    again, c = how((module, Closure(module, x)))
+    parameters = list(again.parameters())
+    same(
+        torch.autograd.grad(c(x).sum(), parameters),
+        torch.autograd.grad(again(x).sum(), parameters),
+    )
+    tenfold = how(pytree.tree_map(lambda t: 10 * t.detach(), Closure(module, x)))
+    assert not tenfold(x).requires_grad
+
+
+def test_a_shallow_copy_has_the_same_values() -> None:
+    """Derivatives flow into what the values were computed from."""
+    p, x = fresh(2), fresh(2)
+    w = p.exp()
+    c = Closure(lambda x: (w * x).sum(), x)
+    again = copy.copy(c)
+    assert again is not c
+    assert all(map(lambda a, b: a is b, again.values, c.values))
+    same(torch.autograd.grad(again(x), p)[0], (w * x).detach())
+
+
 def test_a_copy_of_a_converted_function() -> None:
     w, x, v = fresh(3), fresh(3), fresh(3)
     converted, hoisted = closure_convert(lambda x: (w * x).sum(), x)
