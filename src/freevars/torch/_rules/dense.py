@@ -157,12 +157,12 @@ class Dense:
         if not n:
             return torch.ones(b, dtype=self._rows.dtype, device=self._rows.device)
         k = torch.arange(1, n + 1, dtype=self._rows.dtype, device=self._rows.device)
-        v = torch.stack([torch.sin(k**2), torch.sin(k**2 + k)])[:, None].expand(2, b, n)
+        z = torch.stack([torch.sin(k**2), torch.sin(k**2 + k)], 1).expand(b, n, 2)
         for _ in range(2):
-            u = _normalised(self._apply_inverse(v, transposed=False))
-            z = self._apply_inverse(u, transposed=True)
-            v = _normalised(z)
-        inverse = torch.linalg.vector_norm(z, dim=2).amax(0)
+            u = _divided(torch.linalg.lu_solve(*self._factors, _divided(z)))
+            z = torch.linalg.lu_solve(*self._factors, u, adjoint=True)
+        lengths = torch.linalg.vector_norm(z, dim=1) / torch.linalg.vector_norm(u, dim=1)
+        inverse = lengths.amax(1)
         entries = self._scaled.abs()
         product = entries.sum(1).amax(1) * entries.sum(2).amax(1)
         norm = torch.minimum(torch.linalg.matrix_norm(self._scaled), product.sqrt())
@@ -222,8 +222,7 @@ def _power_of_two(x: Tensor) -> Tensor:
     return scale
 
 
-def _normalised(v: Tensor) -> Tensor:
-    largest = v.abs().amax(-1, keepdim=True)
-    v = v / torch.where(largest > 0, largest, 1)
-    length: Tensor = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
-    return v / length.clamp(min=1e-30)
+def _divided(v: Tensor) -> Tensor:
+    """Columns by their largest entry, so that no square of one overflows."""
+    largest: Tensor = torch.linalg.vector_norm(v, torch.inf, dim=1, keepdim=True)
+    return v / largest
