@@ -32,10 +32,11 @@ class Flat:
         """Float[n]; without `copy` it may be a view of one of them."""
         parts = []
         for t, (shape, dtype) in zip(tensors, self._like, strict=True):
-            u = t.expand(shape)
+            u = t if t.shape == shape else t.expand(shape)
             if dtype.is_complex:
                 u = as_real(u.to(dtype))
-            parts.append(u.reshape(-1).to(self.dtype))
+            u = u if u.dim() == 1 else u.reshape(-1)
+            parts.append(u if u.dtype is self.dtype else u.to(self.dtype))
         if len(parts) == 1 and not copy:
             return parts[0]
         return torch.cat(parts) if parts else torch.zeros(0, dtype=self.dtype)
@@ -44,12 +45,14 @@ class Flat:
         """Any axes in front of the vector's own stay in front."""
         lead, start, tensors = vector.shape[:-1], 0, []
         for (shape, dtype), n in zip(self._like, self._sizes, strict=True):
-            part = vector.narrow(-1, start, n).to(dtype.to_real())
+            part = vector if n == self.size else vector.narrow(-1, start, n)
             start += n
             if dtype.is_complex:
-                tensors.append(as_complex(part.reshape((*lead, *shape, 2))))
+                part = as_complex(part.to(dtype.to_real()).reshape((*lead, *shape, 2)))
             else:
-                tensors.append(part.reshape((*lead, *shape)))
+                part = part if part.dtype is dtype else part.to(dtype)
+                part = part if len(shape) == 1 else part.reshape((*lead, *shape))
+            tensors.append(part)
         return tensors
 
 
