@@ -83,8 +83,8 @@ def value_and_vjp(
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         # Where no graph is wanted, that behind the inputs plays no part.
-        aliases = [t.view_as(t) if again else t.detach() for t in inputs]
-        aliases = [t if t.requires_grad else t.detach().requires_grad_() for t in aliases]
+        aliases = [t.view_as(t) if again and t.requires_grad else t for t in inputs]
+        aliases = [t if again and t.requires_grad else t.detach().requires_grad_() for t in aliases]
         out = fun(*aliases)
         if not out.requires_grad:
             lead = () if cotangent is not None else (out.numel(),)

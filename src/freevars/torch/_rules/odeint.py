@@ -139,7 +139,7 @@ class OdeintSolver(Integrator[P, R]):
 
         def as_called(first: Any, second: Any, *_: Any, **__: Any) -> Any:
             t, y = (first, second) if self._tfirst else (second, first)
-            t = torch.as_tensor(t, dtype=None if isinstance(t, Tensor) else ts.dtype)
+            t = t if isinstance(t, Tensor) else torch.as_tensor(t, dtype=ts.dtype)
             if t.dim():
                 message = (
                     f"{self.__name__}: the field: expected a time of shape (), got"
