@@ -207,6 +207,16 @@ def check_dtensor_unknown(s: Setting) -> None:
             )
 
 
+def check_matrices(s: Setting) -> None:
+    """A Jacobian that holds nothing but exchanges: PyTorch does not wait for them in a batched
+    backward pass."""
+    b = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=F64)
+    shared = distribute_tensor(b, s.mesh, [Shard(0)]).requires_grad_()
+    zero = distribute_tensor(torch.zeros_like(b), s.mesh, [Shard(0)])
+    x = fv.root(lambda fun, x0: x0 - fun(x0))(lambda x: x - 2 * shared, zero)
+    same(torch.autograd.grad((x**2).sum(), shared), [8 * b])
+
+
 def check_mixed_unknown(s: Setting) -> None:
     """A DTensor beside a plain tensor, which is the same in each process."""
     a, c = torch.rand(5, dtype=F64), torch.tensor(0.3, dtype=F64)
@@ -258,6 +268,7 @@ CHECKS = (
     check_collectives,
     check_captured_dtensor,
     check_dtensor_unknown,
+    check_matrices,
     check_mixed_unknown,
     check_refusal_everywhere,
 )

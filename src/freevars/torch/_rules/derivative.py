@@ -15,6 +15,7 @@ from torch import Tensor
 from freevars.errors import CaptureError
 from freevars.torch import _compat
 from freevars.torch._convert.autograd_graph import nodes_behind
+from freevars.torch._rules.sharded import communicates
 
 __all__ = ["Derivative", "LinearOperator", "naming_reentrant_checkpoints"]
 
@@ -123,7 +124,7 @@ class Derivative:
 
     def _rows(self, units: Tensor) -> Tensor:
         """By one batched sweep where every operation has a batching rule, row by row elsewhere."""
-        if len(units) > 1:
+        if len(units) > 1 and not communicates(self.f):
             try:
                 (rows,) = torch.autograd.grad(
                     self.f,

@@ -16,7 +16,7 @@ from torch import Tensor
 from freevars.torch._compat import is_custom_function_node
 from freevars.torch._convert.autograd_graph import nodes_behind
 
-__all__ = ["Layout", "layout_of", "no_gradient", "spread", "whole"]
+__all__ = ["Layout", "communicates", "layout_of", "no_gradient", "spread", "whole"]
 
 
 class Layout(NamedTuple):
@@ -60,6 +60,18 @@ def no_gradient(f: Tensor) -> Tensor | None:
     if _distributed() is None or not any(map(is_custom_function_node, nodes_behind([f]))):
         return None
     return torch.zeros_like(f)
+
+
+def communicates(f: Tensor) -> bool:
+    """Whether a backward pass from `f` may exchange tensors with other processes.
+
+    `torch.autograd.grad(is_grads_batched=True)` does not wait until these have arrived, and returns
+    whatever was in memory. Collectives are custom Functions, of Python or of C++.
+    """
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return False
+    return any(is_custom_function_node(n) or "CppNode" in n.name() for n in nodes_behind([f]))
 
 
 def _is_sharded(t: Any) -> bool:
