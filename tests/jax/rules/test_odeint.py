@@ -151,6 +151,19 @@ def test_structures_and_types() -> None:
     )
 
 
+def test_a_python_number_beside_a_table_in_another_precision() -> None:
+    """The number is of weak type, and so is what is integrated for its derivative at first."""
+    knots, table = jnp.array([0.0, 0.5, 1.0]), jnp.array([1.0, 2.0, 1.0], "float32")
+    ts = jnp.array([0.0, 1.0])
+
+    def end(rate):
+        return SOLVERS["pytree"](lambda t, y: -rate * jnp.interp(t, knots, table) * y, 1.0, ts)[-1]
+
+    slope = -1.5 * np.exp(-0.7 * 1.5)
+    np.testing.assert_allclose(jax.grad(end)(0.7), slope, rtol=1e-5)
+    np.testing.assert_allclose(jax.jvp(end, (0.7,), (1.0,))[1], slope, rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_kepler_against_finite_differences() -> None:
     """Eccentric orbits, whose field is not linear, by the mass that the field captures."""

@@ -199,7 +199,8 @@ class OdeintSolver(Integrator[P, R]):
         whole = takes == "array"
         pack = flat.ravel if whole else tuple
         unpack = flat.unravel if whole else list
-        y0 = pack(state)
+        # What a solver returns is of strong types, whatever the parameters are that it is like.
+        y0 = pack([jnp.asarray(part, part.dtype) for part in state])
         problem = self._problem(lambda at: pack(field(at[0], unpack(at[1]))), y0, ts)
         out = self.solve(problem, (y0, ts), options)
         return unpack(out[0] if self.has_aux else out)
