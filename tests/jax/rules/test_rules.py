@@ -278,6 +278,32 @@ def test_unknowns_are_any_pytree():
     close(jax.grad(solve)(a), (a**2 + 2 * a) / (1 + a) ** 2, 1e-6)
 
 
+MIXED = {
+    "forward over forward": lambda f: jax.jacfwd(jax.jacfwd(f, 1), 0),
+    "forward over reverse": lambda f: jax.jacfwd(jax.jacrev(f, 1), 0),
+    "reverse over forward": lambda f: jax.jacrev(jax.jacfwd(f, 1), 0),
+    "reverse over reverse": lambda f: jax.jacrev(jax.jacrev(f, 1), 0),
+}
+
+
+@pytest.mark.parametrize("order", [*MIXED])
+@pytest.mark.parametrize("solve", [iterate, fv.root(newton_steps, dense_limit=0)])
+def test_an_equation_may_read_nothing_of_what_is_differentiated_by(solve, order):
+    """u = s v + p and v = 0.5 u + q: the second reads neither s nor p."""
+
+    def u(s, p):
+        system = lambda x: {"u": s * x["v"] + p, "v": 0.5 * x["u"] + 1.0}
+        minus = lambda x: jax.tree.map(jnp.subtract, system(x), x)
+        x = solve(system if solve is iterate else minus, {"u": 1.0, "v": 1.0})
+        return x["u"] + 3 * x["v"] ** 2
+
+    def exact(s, p):
+        x = (s + p) / (1 - s / 2)
+        return x + 3 * (0.5 * x + 1.0) ** 2
+
+    close(MIXED[order](u)(0.4, 0.3), jax.jacfwd(jax.jacfwd(exact, 1), 0)(0.4, 0.3))
+
+
 @SLOW
 def test_a_module_a_method_and_a_default_argument():
     net = equinox.nn.MLP(2, 2, 3, 1, key=jax.random.key(0))

@@ -48,15 +48,24 @@ class LinearSystem(NamedTuple):
 def linear_solve(matvec: Solve, b: Tree, solve: Any, transposed: Any) -> Tree:
     """`jax.lax.custom_linear_solve`; each of its solvers takes the map too.
 
-    JAX transposes it only where all leaves of b depend on what is transposed by. One of an equation
-    that reads nothing of that does not, nor one without entries. So each depends on all of them,
-    by terms that are 0, and that XLA removes.
+    JAX transposes it, and differentiates what it has transposed, only where all leaves depend on
+    what that is done by: those of b, of A x and, for the transpose, of x. One of an equation that
+    reads nothing of that does not, nor one without entries.
     """
-    leaves = jax.tree.leaves(b)
-    if len(leaves) > 1:
-        nothing = sum(jnp.sum(jnp.where(False, leaf, 0)) for leaf in leaves)
-        b = jax.tree.map(lambda leaf: leaf + nothing, b)
-    return jax.lax.custom_linear_solve(matvec, b, solve, transposed)
+
+    def tied_matvec(v: Tree) -> Tree:
+        return _tied(matvec(_tied(v)))  # on both sides, so that its transpose is tied too
+
+    return _tied(jax.lax.custom_linear_solve(tied_matvec, _tied(b), solve, transposed))
+
+
+def _tied(tree: Tree) -> Tree:
+    """The same leaves, each of which depends on all of them: by terms of 0, which XLA removes."""
+    leaves = jax.tree.leaves(tree)
+    if len(leaves) < 2:  # noqa: PLR2004
+        return tree
+    nothing = sum(jnp.sum(jnp.where(False, leaf, 0)) for leaf in leaves)
+    return jax.tree.map(lambda leaf: leaf + nothing, tree)
 
 
 def guarded(space: Space, good: Any, x: Tree, b: Tree) -> Tree:
@@ -91,7 +100,7 @@ def nothing_if(good: Any, space: Space, like: Tree, dots: list[Any]) -> Tree:
     def nothing(_: Any, b: Tree) -> Tree:
         return guarded(space, good, jax.tree.map(jnp.zeros_like, b), b)
 
-    return jax.lax.custom_linear_solve(lambda v: v, spread, nothing, nothing)
+    return linear_solve(lambda v: v, spread, nothing, nothing)
 
 
 def where(good: Any, x: Tree) -> Tree:
