@@ -108,8 +108,9 @@ def check_objective(value: Any, total: str) -> None:
         raise TypeError(message)
 
 
-def are_pairs(bounds: Any, n: int, name: str) -> bool:
-    """Whether bounds are scipy's sequence of a pair for each of n unknowns, or two sides.
+def are_pairs(bounds: Any, n: int, name: str, x0: Any = None) -> bool:
+    """Whether bounds are scipy's sequence of a pair for each of n unknowns, or two sides, each like
+    x0.
 
     Raises:
         TypeError: they are neither, or may be both.
@@ -117,13 +118,19 @@ def are_pairs(bounds: Any, n: int, name: str) -> bool:
     if _shape(bounds) == (n, 2):
         return True
     if isinstance(bounds, (tuple, list)):
-        if len(bounds) == n and all(isinstance(b, (tuple, list)) and len(b) == 2 for b in bounds):  # noqa: PLR2004
+        pairs = len(bounds) == n and all(
+            isinstance(b, (tuple, list)) and len(b) == 2  # noqa: PLR2004
+            for b in bounds
+        )
+        alike = isinstance(x0, (tuple, list)) and all(type(b) is type(x0) for b in bounds)
+        if pairs and not (n == 2 and alike):  # noqa: PLR2004
             return True
         rows = len(bounds) == n and all(_shape(b) == (2,) for b in bounds)
-        if rows and n == 2:  # noqa: PLR2004
+        if (rows or pairs) and n == 2:  # noqa: PLR2004
+            tuples = "" if pairs else ", or a list of tuples (min, max)"
             message = (
                 f"{name}: bounds: {bounds!r} is two sides of two numbers, or two pairs (min, max):"
-                " expected scipy.optimize.Bounds(lower, upper), or a list of tuples (min, max)."
+                f" expected scipy.optimize.Bounds(lower, upper){tuples}."
             )
             raise TypeError(message)
         if rows or len(bounds) == 2:  # noqa: PLR2004

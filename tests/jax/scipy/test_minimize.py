@@ -152,6 +152,16 @@ def test_bounds_over_the_numbers_of_a_pytree() -> None:
         assert np.all(feasible) == keep
 
 
+def test_sides_of_two_parts_are_not_taken_for_pairs() -> None:
+    parts = [jnp.zeros(1), jnp.zeros(1)]
+    for x0 in (parts, tuple(parts)):
+        sides = [type(x0)(side) for side in ([0.0, 1.0], [2.0, 3.0])]
+        with pytest.raises(TypeError, match=r"two sides of .*, or two pairs .* upper\)\.$"):
+            as_sides(sides, x0, "minimize")
+    (lower, upper), _ = as_sides([(0.0, 1.0), (2.0, 3.0)], parts, "minimize")
+    assert (lower, upper) == ([0.0, 2.0], [1.0, 3.0])
+
+
 @pytest.mark.parametrize("transform", [lambda f: f, pytest.param(jax.jit, marks=pytest.mark.slow)])
 def test_derivatives_flow_into_bounds(transform) -> None:
     fun = lambda x: jnp.sum((x - TARGET) ** 2)
@@ -209,6 +219,20 @@ def test_limits_that_are_traced() -> None:
     (zero,), (above, below) = jax.jit(sorted_into)(2.0)
     np.testing.assert_allclose(np.ravel([zero, above, below]), [-0.8, 1.2, 0.8])
     assert as_functions((), "minimize") == (None, None)
+
+
+@pytest.mark.slow
+def test_limits_that_are_traced_may_be_infinite() -> None:
+    """No limit, and no number that a solver would count with."""
+
+    def solve(t):
+        limits = jnp.stack([-jnp.inf, 0.0]), jnp.stack([t, jnp.inf])
+        fun = lambda x: jnp.sum((x - jnp.array([2.0, -1.0])) ** 2)
+        constraint = NonlinearConstraint(lambda x: x, *limits)
+        return minimize(fun, jnp.array([0.1, 0.3]), constraints=constraint).x
+
+    np.testing.assert_allclose(jax.jit(solve)(1.0), [1.0, 0.0], atol=1e-6)
+    np.testing.assert_allclose(jax.jacrev(solve)(1.0), [1.0, 0.0], atol=1e-6)
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ def as_sides(bounds: Any, x0: Any, name: str, *, pairs: bool = True) -> tuple[An
     if isinstance(bounds, optimize.Bounds):
         sides = tuple(_like(jnp.broadcast_to(side, (n,)), x0) for side in (bounds.lb, bounds.ub))
         return sides, bool(np.any(bounds.keep_feasible)) and bounds.keep_feasible
-    if not (pairs and are_pairs(bounds, n, name)):
+    if not (pairs and are_pairs(bounds, n, name, x0)):
         if tree_util.all_leaves([x0]) and isinstance(bounds, (tuple, list)):
             # A list for an array, as everywhere in scipy.
             bounds = [jnp.array(b) if isinstance(b, (tuple, list)) else b for b in bounds]
@@ -120,7 +120,10 @@ def _add_limits(
         def part(x: Any) -> Any:
             value = ravel_pytree(fun(x))[0]
             keep = np.broadcast_to(which, value.shape)
-            return (sign * (value - jnp.asarray(side, value.dtype)))[keep]
+            limit = jnp.asarray(side, value.dtype)
+            # An infinite limit, which is seen here if it is traced, is kept at a distance of 1.
+            distance = jnp.where(jnp.isinf(limit), -jnp.sign(limit), value - limit)
+            return (sign * distance)[keep]
 
         return part
 
