@@ -110,6 +110,18 @@ def _budget_exact(host: RuleHost, t: Any) -> Any:
     return host.xp.stack([t - price, 1.5 * t - price, 0 * t])
 
 
+def _far(host: RuleHost, solve: Any, t: Any) -> Any:
+    """The same, with numbers that stand for no limit."""
+    gain = t * host.array([1.0, 1.5, -4.0])
+    return solve(
+        lambda x: host.xp.sum(x**2) / 2 - host.xp.sum(gain * x),
+        host.array(np.full(3, 1 / 3)),
+        bounds=(0.0, 1e20),
+        equality=lambda x: host.xp.sum(x) - t**3,
+        inequality=lambda x: 1e20 - x,
+    )
+
+
 def _half_space(host: RuleHost, solve: Any, t: Any) -> Any:
     """The nearest point on a line that captures t; another constraint does not hold anything."""
     target = host.array([2.0, 1.0])
@@ -143,6 +155,7 @@ def _vertex_exact(host: RuleHost, t: Any) -> Any:
 PROBLEMS = [
     Problem("box", _box, _box_exact),
     Problem("budget", _budget, _budget_exact),
+    Problem("limits of 1e20", _far, _budget_exact),
     Problem("half-space", _half_space, _half_space_exact),
     Problem("vertex", _vertex, _vertex_exact),
 ]

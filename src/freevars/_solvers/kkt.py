@@ -22,7 +22,8 @@ from the bound, as interior-point methods do, is read rightly as long as it is p
 leaves is the product of the two.
 
 *Size.* A component that lies on a bound of zero has no size of its own: its value there is an error
-of the solver. It is as large as what changes the equations by their terms: `natural_size`.
+of the solver. It is as large as what changes the equations by their terms: `natural_size`. Bounds
+tell the size too, unless they are so far away that they stand for none: `reach`.
 
 *Degenerate.* Where both are zero the minimum has a derivative on each side, and they differ. Both
 count as zero below eps^(2/3), or below ten times what the solver leaves of the other equations; and
@@ -33,7 +34,8 @@ leaves the root of what it leaves elsewhere.
 
     | W D (grad f - c'^T l - g'^T m) |^2 + | gap * m |^2
 
-with m in units of the objective, D the size of x, and W near zero where a bound may be active. The
+with m in units of the objective, D the size of x, W near zero where a bound may be active, and gaps
+of at most 1, since how far away an inequality is that plays no part must not be seen. The
 solver's own would be no better: where the active gradients are independent, these are as precise as
 x; where they are not, the system is singular at all of them, and of two equal constraints a solver
 may give everything to one, so that the other looks degenerate.
@@ -60,6 +62,8 @@ __all__ = [
     "natural_size",
     "on_the_spot",
     "pair",
+    "reach",
+    "saturated",
     "take_constraints",
     "threshold",
 ]
@@ -138,6 +142,21 @@ def natural_size(xp: Any, size: Any, coupling: Any, largest: Any, eps: float) ->
     tells = coupling * largest > eps**0.5
     by_equations = 1 / xp.where(tells, coupling, xp.ones_like(coupling))
     return xp.where(tells, xp.maximum(size, by_equations), size)
+
+
+def reach(xp: Any, largest: Any, eps: float) -> Any:
+    """Up to which distance from zero a bound says how large x is, whose `largest` is given.
+
+    One that is farther stands for no bound, as 1e20 does. Where x is zero, any finite one counts.
+    """
+    finite = xp.finfo(largest.dtype).max
+    return xp.where(largest > 0, xp.clip(largest / eps**0.5, 0, finite), finite)
+
+
+def saturated(xp: Any, gap: Any) -> Any:
+    """A gap as it is where it is small, and 1 where it is large or infinite."""
+    near = xp.clip(gap, -1e3, 1e3)
+    return near / xp.sqrt(1 + near**2)
 
 
 def on_the_spot(xp: Any, value: Any, constant: Any, near: Any) -> Any:

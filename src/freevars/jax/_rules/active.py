@@ -184,7 +184,8 @@ def _sides(problem: Problem, x: Any) -> tuple[Tree, Tree]:
 
 def size_of(x: Any, lower: Any, upper: Any) -> Any:
     """How large the components of an array are, also where one of them happens to be zero."""
-    ends = [jnp.where(jnp.isfinite(b), jnp.abs(b), 0) for b in (lower, upper)]
+    farthest = kkt.reach(jnp, jnp.max(jnp.abs(x), initial=0), float(jnp.finfo(x.dtype).eps))
+    ends = [jnp.where(jnp.abs(b) <= farthest, jnp.abs(b), 0) for b in (lower, upper)]
     largest = jnp.maximum(jnp.abs(x), jnp.maximum(*ends))
     return positive(jnp.maximum(largest, 1e-3 * jnp.max(largest, initial=0)))
 

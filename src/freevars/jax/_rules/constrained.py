@@ -217,16 +217,14 @@ def with_multipliers(problem: Problem, x: Any, *, has_aux: bool, squares: bool) 
         lambda x, low, up, d: jnp.minimum(jnp.abs(x - low), jnp.abs(up - x)) / d,
         *(v, at.lower, at.upper, size),
     )
-    weight = jax.tree.map(
-        lambda g, d: d * jnp.where(jnp.isinf(g), 1, g / jnp.sqrt(1 + g**2)), gap, size
-    )
+    weight = jax.tree.map(lambda g, d: d * kkt.saturated(jnp, g), gap, size)
     matrix, values = rows_of(at, v)
     rows = positive(jnp.sum(jnp.abs(matrix) * flat(size), axis=1))
     system = (flat(weight) * matrix / rows[:, None]).T
     right = flat(weight) * flat(jax.grad(at.objective)(v))
     if "inequality" in values:
         k = values["inequality"].size
-        slack = values["inequality"] / rows[-k:]
+        slack = kkt.saturated(jnp, values["inequality"] / rows[rows.size - k :])
         pad = jnp.zeros((k, rows.size - k), slack.dtype)
         system = jnp.concatenate([system, jnp.concatenate([pad, jnp.diag(slack)], 1)])
         right = jnp.concatenate([right, jnp.zeros(k, right.dtype)])

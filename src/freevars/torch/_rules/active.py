@@ -172,14 +172,14 @@ def multipliers_at(at: Functions, x: Tensor) -> Multipliers:
         return {}
     size = _size(x, at)
     gap = torch.minimum((x - at.lower).abs(), (at.upper - x).abs()) / size
-    weight = size * torch.where(torch.isinf(gap), 1, gap / (1 + gap**2).sqrt())
+    weight = size * kkt.saturated(torch, gap)
     values, matrix = constraints_at(at, x)
     rows = _positive((matrix.abs() * size[:, None]).sum(2))
     system = (matrix * weight[:, None] / rows[:, :, None]).mT
     right = weight * at.gradient(x, {}).detach()
     if "inequality" in values:
         k = values["inequality"].shape[1]
-        slack = values["inequality"] / rows[:, rows.shape[1] - k :]
+        slack = kkt.saturated(torch, values["inequality"] / rows[:, rows.shape[1] - k :])
         pad = slack.new_zeros(len(x), k, rows.shape[1] - k)
         system = torch.cat([system, torch.cat([pad, torch.diag_embed(slack)], 2)], 1)
         right = torch.cat([right, torch.zeros_like(slack)], 1)
@@ -207,7 +207,8 @@ def constraints_at(at: Functions, x: Tensor) -> tuple[Multipliers, Tensor]:
 
 def _size(x: Tensor, at: Functions) -> Tensor:
     """How large the components are, also where one of them happens to be zero."""
-    ends = [torch.where(torch.isfinite(b), b, 0).abs() for b in (at.lower, at.upper)]
+    farthest = kkt.reach(torch, _largest(x.abs())[:, None], float(torch.finfo(x.dtype).eps))
+    ends = [torch.where(b.abs() <= farthest, b.abs(), 0) for b in (at.lower, at.upper)]
     largest = torch.maximum(x.abs(), torch.maximum(*ends))
     return _positive(torch.maximum(largest, 1e-3 * _largest(largest)[:, None]))
 
