@@ -61,6 +61,7 @@ def look(
     *,
     floor: float,
     number: int,
+    closely: bool,
     mixed: bool = False,
     alone: Callable[[Tree], Tree] | None = None,
 ) -> tuple[Any, Any]:
@@ -76,6 +77,7 @@ def look(
         largest: the largest absolute value of a component.
         floor: a component of y counts as this at least, relative to the largest one.
         number: of directions, in which the derivative is compared.
+        closely: else nothing is asked, and where something has to be, the change is NaN.
         mixed: the step is that of F and something else, enough to see that it is small. Where it is
             not, that of F alone is taken.
         alone: takes the most of that something else out of the step; None: nothing does.
@@ -83,6 +85,8 @@ def look(
     most = largest(at.v)
     units = Units.of(at, limits, most)
     size = largest(in_units(at.step, units.near))
+    if not closely:
+        return size, jnp.where(size > limits.negligible, jnp.nan, jnp.zeros_like(size))
     if alone is not None:
         at, size = _alone(alone, at, size, limits, most, largest)
     if not limits.negligible < limits.step:  # `tol`: whatever the derivative does

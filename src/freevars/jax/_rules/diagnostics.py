@@ -42,6 +42,7 @@ class Diagnostics(NamedTuple):
     good: Any  # bool
     figures: Figures
     step: Tree  # the Newton step, to be subtracted from x
+    final: Any = True  # bool: else `good` says what it will be if a closer look finds no fault
 
     def unless(self, finite: Any) -> Diagnostics:
         """The same, refused unless x was finite before something took its place."""
@@ -89,6 +90,8 @@ def measure(
     f: Tree,
     again: Callable[[Tree], Tree],
     along: Along | None = None,
+    *,
+    closely: bool = True,
 ) -> Diagnostics:
     """The verdict on x, where F is f and the system is dF/dx.
 
@@ -100,19 +103,26 @@ def measure(
         along: `along(v, d, number)` is the direction of F at v, for the direction d of x and one,
             of this number, of what F is differentiated by; None: not known. Then a step has to be
             certain.
+        closely: take a closer look at a step that is not negligible, which makes most of the
+            program. Else the verdict is not final there.
     """
     f = jax.lax.stop_gradient(f)
     if not system.operator.size:
         nothing = jnp.zeros(())
         return Diagnostics(jnp.asarray(True), _unmeasured(nothing), f)
     if system.scaled is None:
-        figures, step = _applied(system, unknown, f, again, along)
+        figures, step = _applied(system, unknown, f, again, along, closely=closely)
     else:
-        figures, step = _written_out(system, unknown, f, again, along)
+        figures, step = _written_out(system, unknown, f, again, along, closely=closely)
     if system.least_squares:
         figures = figures._replace(conserved=_conserved(system))
-    good = accepted(figures, unknown.limits, least_squares=system.least_squares)
-    return jax.lax.stop_gradient(Diagnostics(good, figures, step))
+    asked, final = figures, jnp.asarray(True)
+    if not closely:
+        final = ~jnp.isnan(figures.change)
+        step_asked, change = (jnp.where(final, a, 0) for a in (figures.step, figures.change))
+        asked = figures._replace(step=step_asked, change=change)
+    good = accepted(asked, unknown.limits, least_squares=system.least_squares)
+    return jax.lax.stop_gradient(Diagnostics(good, figures, step, final))
 
 
 def newton(
@@ -139,6 +149,8 @@ def _written_out(
     f: Tree,
     again: Callable[[Tree], Tree],
     along: Along | None,
+    *,
+    closely: bool,
 ) -> tuple[Figures, Tree]:
     operator = system.operator
     v, far = map(operator.ravel, unknown[:2])
@@ -159,6 +171,7 @@ def _written_out(
         operator.ravel(f),
         by_vector,
         along and by_vectors,
+        closely=closely,
         least_squares=system.least_squares,
         symmetric=operator.symmetric,
     )
@@ -171,6 +184,8 @@ def _applied(
     f: Tree,
     again: Callable[[Tree], Tree],
     along: Along | None,
+    *,
+    closely: bool,
 ) -> tuple[Figures, Tree]:
     operator, space, limits = system.operator, system.space, unknown.limits
     v, d = unknown.v, unknown.d
@@ -239,6 +254,7 @@ def _applied(
         space.max,
         floor=_SHARE,
         number=1,
+        closely=closely,
         alone=alone if operator.fixed_point else None,
         mixed=True,
     )

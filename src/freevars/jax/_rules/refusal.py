@@ -140,7 +140,9 @@ def diagnosis(
 ) -> Diagnosis:
     """What is measured of a solution, with the error that a derivative would raise."""
     leaves, tree = jax.tree.flatten(rule.read(problem, x0))
-    found, step = rule.compiled_verdict(tree, leaves, x, x0, captured)
+    types = enumerate(map(jnp.result_type, leaves))
+    smooth = tuple(i for i, dtype in types if jnp.issubdtype(dtype, jnp.inexact))
+    found, step = rule.compiled_verdict(tree, smooth, leaves, x, x0, captured)
     if isinstance(found.good, _compat.Tracer):
         message = (
             f"{rule.name}.diagnose: it returns Python numbers, which are not known inside"

@@ -67,17 +67,14 @@ class Rule:
     def _inlined_tangent(self) -> Any:
         return jax.jit(self.tangent, static_argnums=(0, 1), inline=True)
 
-    def tangent_of(self, *, traced: bool) -> Any:
-        """`tangent`; inside a program that is traced a part of that, where XLA does more with its
-        constants than in a function that is called. A caller's method stays in a function of its
-        own: the infinities that lineax works with are nothing that `jax_debug_infs` should see."""
-        inlined = traced and self.method.linear_solve is None
-        return self._inlined_tangent if inlined else self.compiled_tangent
+    @functools.cached_property
+    def _quick_tangent(self) -> Any:
+        return jax.jit(functools.partial(self.tangent, closely=False), static_argnums=(0, 1))
 
     @functools.cached_property
     def compiled_verdict(self) -> Any:
         """`verdict`."""
-        return jax.jit(self.verdict, static_argnums=0)
+        return jax.jit(self.verdict, static_argnums=(0, 1))
 
     @functools.cached_property
     def compiled_kept(self) -> Any:
@@ -167,11 +164,17 @@ class Rule:
         moved, _ = diagnostics.newton(system, unknown, point.f, point.at)
         return point.coordinates.from_real(moved)
 
-    def verdict(self, tree: Any, leaves: list[Any], x: Any, x0: Any, captured: Any) -> Any:
-        """The verdict on x, and the Newton step."""
-        types = enumerate(map(jnp.result_type, leaves))
-        smooth = (i for i, dtype in types if jnp.issubdtype(dtype, jnp.inexact))
-        point, unknown, system = self.system(tree, leaves, x, x0, tuple(smooth), captured)
+    def verdict(
+        self,
+        tree: Any,
+        moving: tuple[int, ...],
+        leaves: list[Any],
+        x: Any,
+        x0: Any,
+        captured: Any,
+    ) -> Any:
+        """The verdict on x for a derivative by the moving leaves, and the Newton step."""
+        point, unknown, system = self.system(tree, leaves, x, x0, moving, captured)
         found = diagnostics.measure(system, unknown, point.f, point.at, point.along)
         return found, point.coordinates.from_real(found.step)
 
@@ -179,6 +182,37 @@ class Rule:
         """Of a singular system: whether it is so because it keeps totals."""
         point = self.linearise(tree, leaves, x, ())
         return diagnostics.kept(point.by_x, point.space)
+
+    def derivative(
+        self,
+        tree: Any,
+        moving: tuple[int, ...],
+        leaves: list[Any],
+        x: Any,
+        x0: Any,
+        dots: list[Any],
+        others: list[Any],
+        captured: Any,
+    ) -> Any:
+        """`tangent`, by what is compiled for all calls.
+
+        Where values are known, and a verdict is told by an error, a program without the closer look
+        is enough for most solutions, and compiled in a third of the time. Inside a program that is
+        traced it is a part of that, where XLA does more with its constants than in a function that
+        is called. But a caller's method stays in a function of its own: the infinities that lineax
+        works with are nothing that `jax_debug_infs` should see.
+        """
+        told = self.check and self.on_failure in {"raise", "least_squares"}
+        known = not any(isinstance(a, _compat.Tracer) for a in jax.tree.leaves((x, leaves, x0)))
+        arguments = tree, moving, leaves, x, x0, dots, others, captured
+        if told and known and _compat.computes_now():
+            dx, found = self._quick_tangent(*arguments)
+            if not found.final:
+                found, _ = self.compiled_verdict(*arguments[:5], captured)
+            return dx, found
+        traced = any(isinstance(leaf, _compat.Tracer) for leaf in jax.tree.leaves(x))
+        inlined = traced and self.method.linear_solve is None
+        return (self._inlined_tangent if inlined else self.compiled_tangent)(*arguments)
 
     def tangent(
         self,
@@ -190,10 +224,12 @@ class Rule:
         dots: list[Any],
         others: list[Any],
         captured: Any,
+        *,
+        closely: bool = True,
     ) -> Any:
         """The direction x' for the direction `dots` of the moving leaves, which is linear in
-        `dots`, and what tells whether to trust it. `others` are directions of what the solution
-        does not depend on, if it is one."""
+        `dots`, and what tells whether to trust it, `closely` or not. `others` are directions of
+        what the solution does not depend on, if it is one."""
         finite = True
         if self.check:
             # A member of a batch that is not asked for contributes 0, and not 0 times infinity.
@@ -203,7 +239,8 @@ class Rule:
         point, unknown, system = self.system(tree, leaves, x, x0, moving, captured)
         found, good = None, True
         if self.check:
-            found = diagnostics.measure(system, unknown, point.f, point.at, point.along)
+            measured = system, unknown, point.f, point.at, point.along
+            found = diagnostics.measure(*measured, closely=closely)
             found = found.unless(finite)
             good = found.good
         dv = jax.tree.map(jnp.zeros_like, point.v)

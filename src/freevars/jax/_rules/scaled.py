@@ -169,11 +169,13 @@ def measure(
     again: Callable[[Vector], Vector],
     along: Callable[[Vector, Vector, Any], Vector] | None,
     *,
+    closely: bool,
     least_squares: bool = False,
     symmetric: bool = False,
 ) -> tuple[Figures, Vector]:
     """The figures of a system at x, where F is f, and the Newton step; F is `again`, and `along`
-    its direction for one of x and one, of a number, of what it is differentiated by."""
+    its direction for one of x and one, of a number, of what it is differentiated by. `closely`
+    as in `look`."""
     size = jnp.abs(x)
     largest = max_abs(x)
     if len(x) == 1 and not least_squares:
@@ -196,6 +198,7 @@ def measure(
         max_abs,
         floor=limits.column,
         number=_DIRECTIONS,
+        closely=closely,
     )
     if least_squares:
         # What no step removes is no rounding either: x is not a solution.

@@ -282,9 +282,8 @@ class ImplicitSolver(DecoratedSolver[P, R]):
         if moving or others:
             directions = [dots[i] for i in moving]
             directions = refusal.tell_backwards(self._rule, directions, (x, leaves, x0))
-            traced = any(isinstance(leaf, _compat.Tracer) for leaf in jax.tree.leaves(x))
-            tangent = self._rule.tangent_of(traced=traced)
-            dx, found = tangent(tree, moving, leaves, x, x0, directions, others, captured)
+            given = leaves, x, x0, directions, others, captured
+            dx, found = self._rule.derivative(tree, moving, *given)
             if self._rule.check and self._rule.on_failure != "nan":
                 at = (x, x0, options, (tree, leaves))
                 refusal.tell_failure(self._rule, found, at, dx, by_options=not moving)
