@@ -77,7 +77,7 @@ def look(
         largest: the largest absolute value of a component.
         floor: a component of y counts as this at least, relative to the largest one.
         number: of directions, in which the derivative is compared.
-        closely: else nothing is asked, and where something has to be, the change is NaN.
+        closely: else nothing is asked. Where something has to be, the change is NaN.
         mixed: the step is that of F and something else, enough to see that it is small. Where it is
             not, that of F alone is taken.
         alone: takes the most of that something else out of the step; None: nothing does.
@@ -85,14 +85,16 @@ def look(
     most = largest(at.v)
     units = Units.of(at, limits, most)
     size = largest(in_units(at.step, units.near))
-    if not closely:
-        return size, jnp.where(size > limits.negligible, jnp.nan, jnp.zeros_like(size))
-    if alone is not None:
+    if alone is not None and closely:
         at, size = _alone(alone, at, size, limits, most, largest)
-    if not limits.negligible < limits.step:  # `tol`: whatever the derivative does
-        return size, jnp.zeros_like(size)
-    reach = largest(in_units(at.step, jax.tree.map(jnp.maximum, units.wide, units.whole)))
-    needed = (size > limits.negligible) & (reach <= limits.step)
+    needed = size > limits.negligible
+    if alone is None or closely:  # it is the step of F
+        if not limits.negligible < limits.step:  # `tol`: whatever the derivative does
+            return size, jnp.zeros_like(size)
+        reach = largest(in_units(at.step, jax.tree.map(jnp.maximum, units.wide, units.whole)))
+        needed &= reach <= limits.step
+    if not closely:
+        return size, jnp.where(needed, jnp.nan, jnp.zeros_like(size))
 
     def turn(state: tuple[Any, Any, Any, Tree]) -> tuple[Any, Any, Any, Tree]:
         needed, size, change, step = state

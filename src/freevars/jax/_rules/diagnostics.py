@@ -122,7 +122,7 @@ def measure(
         step_asked, change = (jnp.where(final, a, 0) for a in (figures.step, figures.change))
         asked = figures._replace(step=step_asked, change=change)
     good = accepted(asked, unknown.limits, least_squares=system.least_squares)
-    return jax.lax.stop_gradient(Diagnostics(good, figures, step, final))
+    return jax.lax.stop_gradient(Diagnostics(good, figures, step, final | ~good))
 
 
 def newton(
