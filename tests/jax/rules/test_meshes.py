@@ -48,3 +48,25 @@ def test_members_of_a_batch_that_send_to_each_other_are_one_unknown(send):
 
     got = jax.jacrev(jax.vmap(one, axis_name="b"))(jnp.array([1.0, 2.0, 3.0]))
     np.testing.assert_allclose(got, np.linalg.inv(np.eye(n) + 0.3 * matrix), atol=1e-5)
+
+
+def test_coupled_members_have_second_derivatives():
+    """x_i = (a_i x_i + mean of x^2 + a_i) / 4: of the fixed point against that of a loop."""
+    a = jnp.array([0.5, -0.3, 0.2])
+    find = fv.fixed_point(lambda fun, x: jax.lax.fori_loop(0, 60, lambda _, x: fun(x), x))
+
+    def one(a):
+        f = lambda x: (a * x + jnp.mean(jax.lax.pmean(x**2, "b")) + a) / 4
+        return find(f, jnp.zeros(2) * a)
+
+    def by_steps(a):
+        step = lambda _, x: (a * x + jnp.mean(x**2) + a) / 4
+        return jax.lax.fori_loop(0, 60, step, jnp.zeros(3))
+
+    with jax.enable_x64(True):
+        coupled = lambda a: jnp.sum(jax.vmap(one, axis_name="b")(a)[:, 0] ** 2)
+        alone = lambda a: jnp.sum(by_steps(a) ** 2)
+        np.testing.assert_allclose(coupled(a), alone(a), rtol=1e-6)
+        right = jax.hessian(alone)(a)
+        for second in (jax.hessian(coupled), jax.jacrev(jax.grad(coupled))):
+            np.testing.assert_allclose(second(a), right, rtol=1e-5, atol=1e-7)

@@ -144,8 +144,8 @@ class Space:
         return scale * jnp.sqrt(self.dot(unit, unit))
 
     def max(self, v: Tree) -> Any:
-        """The largest absolute value of an entry; infinity where one is NaN."""
-        leaves = jax.tree.leaves(v)
+        """The largest absolute value of an entry, a constant; infinity where one is NaN."""
+        leaves = jax.tree.leaves(jax.lax.stop_gradient(v))
         axes = self._axes or [frozenset[str]()] * len(leaves)
         found = [
             jax.lax.pmax(largest, tuple(sorted(names))) if names else largest
