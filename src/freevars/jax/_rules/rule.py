@@ -183,18 +183,8 @@ class Rule:
         point = self.linearise(tree, leaves, x, ())
         return diagnostics.kept(point.by_x, point.space)
 
-    def derivative(
-        self,
-        tree: Any,
-        moving: tuple[int, ...],
-        leaves: list[Any],
-        x: Any,
-        x0: Any,
-        dots: list[Any],
-        others: list[Any],
-        captured: Any,
-    ) -> Any:
-        """`tangent`, by what is compiled for all calls.
+    def derivative(self, *arguments: Any) -> Any:
+        """`tangent` of the same arguments, by what is compiled for all calls.
 
         Where values are known, and a verdict is told by an error, a program without the closer look
         is enough for most solutions, and compiled in a third of the time. Inside a program that is
@@ -202,13 +192,13 @@ class Rule:
         is called. But a caller's method stays in a function of its own: the infinities that lineax
         works with are nothing that `jax_debug_infs` should see.
         """
+        tree, moving, leaves, x, x0, *_, captured = arguments
         told = self.check and self.on_failure in {"raise", "least_squares"}
         known = not any(isinstance(a, _compat.Tracer) for a in jax.tree.leaves((x, leaves, x0)))
-        arguments = tree, moving, leaves, x, x0, dots, others, captured
         if told and known and _compat.computes_now():
             dx, found = self._quick_tangent(*arguments)
             if not found.final:
-                found, _ = self.compiled_verdict(*arguments[:5], captured)
+                found, _ = self.compiled_verdict(tree, moving, leaves, x, x0, captured)
             return dx, found
         traced = any(isinstance(leaf, _compat.Tracer) for leaf in jax.tree.leaves(x))
         inlined = traced and self.method.linear_solve is None
