@@ -288,7 +288,9 @@ def main() -> None:
             traceback.print_exc()
             break  # the processes are out of step now
     dist.destroy_process_group()
-    sys.exit(failed)
+    sys.stdout.flush()
+    # An interpreter that ends by itself aborts now and then on the threads of gloo.
+    os._exit(failed)
 
 
 if __name__ == "__main__":
