@@ -39,6 +39,7 @@ from freevars.jax._compat.linear_map import (
 )
 from freevars.jax._compat.params import (
     JAXPR_TYPES,
+    has_parts,
     map_programs,
     nested_programs,
     take_apart,
@@ -177,6 +178,7 @@ __all__ = [
     "function_beside",
     "function_parts",
     "has_custom_vjp",
+    "has_parts",
     "held_by_operation",
     "host_call",
     "is_array",

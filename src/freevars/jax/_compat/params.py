@@ -18,11 +18,16 @@ from jax import tree_util
 
 from freevars.jax._compat.private import core
 
-__all__ = ["JAXPR_TYPES", "map_programs", "nested_programs", "take_apart"]
+__all__ = ["JAXPR_TYPES", "has_parts", "map_programs", "nested_programs", "take_apart"]
 
 JAXPR_TYPES = tuple({core.Jaxpr, getattr(core, "ClosedJaxpr", core.Jaxpr)})
 
 PyTreeDef = tree_util.PyTreeDef
+
+
+def has_parts(eqn: Any) -> bool:
+    """Whether a parameter of an equation may hold anything; most are numbers, names and dtypes."""
+    return not _PLAIN.issuperset(map(type, eqn.params.values()))
 
 
 def nested_programs(eqn: Any) -> list[Any]:

@@ -110,6 +110,8 @@ def held_by_operation(eqn: Eqn) -> list[Any]:
     """The arrays and traced values that an operation of a class of the user's holds."""
     # The name of the parameter is private.
     operations = [p for p in eqn.params.values() if isinstance(p, _HIGH_PRIMITIVES)]
+    if not operations:
+        return []
     held = [vars(operation) for operation in operations if not _is_jax_operation(operation)]
     return [x for x in jax.tree.leaves(held) if isinstance(x, ARRAY_TYPES)]
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.lax import convert_element_type_p as _convert_p
 
-from freevars.jax._compat.params import nested_programs
+from freevars.jax._compat.params import has_parts, nested_programs
 from freevars.jax._compat.private import convert_element_type
 
 __all__ = ["cast", "converts_weak_values", "is_weak", "keeps_dtype", "kind", "strong"]
@@ -50,7 +50,7 @@ def converts_weak_values(jaxpr: Any) -> bool:
         for eqn in jaxpr.eqns:
             if _is_promotion(eqn):
                 return True
-            for nested in nested_programs(eqn) if eqn.params else ():
+            for nested in nested_programs(eqn) if has_parts(eqn) else ():
                 if converts(getattr(nested, "jaxpr", nested)):
                     return True
         return False

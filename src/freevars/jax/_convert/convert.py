@@ -136,9 +136,14 @@ def share(
         _arg_spec_key(inputs),
         _arg_spec_key(outputs),
     )
+
+    def make() -> Program:
+        runnable = with_rules(jaxpr) if jaxpr_key.has_rules else jaxpr
+        return Program(runnable, fixed, value_types, inputs, outputs, name, jaxpr)
+
     return Program.intern(
         key,
-        lambda: Program(with_rules(jaxpr), fixed, value_types, inputs, outputs, name, jaxpr),
+        make,
         keep=not jaxpr_key.foreign and not fixed and inputs.is_plain and outputs.is_plain,
     )
 

@@ -65,7 +65,7 @@ class JaxprKey:
         # By the identity of parameters: these, and their key. JAX shares those of equal calls.
         self._plain: dict[Any, tuple[Any, Hashable]] = {}
         self.functions = 0  # how many of the user's were met that run later
-        self._has_rules = False
+        self.has_rules = False  # whether it has equations that stand for traced rules
         self._open: list[Rule] = []  # rules whose keys are being made
         self._lowest = 0  # the first of these that one inside comes back to
         self.key: Hashable = self._program(jaxpr)
@@ -123,7 +123,7 @@ class JaxprKey:
         drop = "name" if name in _NAMED else _WEAK.get(name)
         before, functions = self._mark(), self.functions
         key = Key(tuple([(k, self._param(v, look)) for k, v in params.items() if k != drop]))
-        if not (self.foreign or self._has_rules or self.functions > functions):
+        if not (self.foreign or self.has_rules or self.functions > functions):
             self._plain[same] = (params, key)
         self._restore(before)
         return key
@@ -198,24 +198,24 @@ class JaxprKey:
             key = self._program(opened)
             if opened is not jaxpr:
                 key = Key((key, tuple([self._array(c) for c in jaxpr.consts])))
-            if not (self.foreign or self._has_rules):
+            if not (self.foreign or self.has_rules):
                 _NESTED[jaxpr] = key
             self._restore(before)
         self._programs[id(jaxpr)] = (jaxpr, key)
         return key
 
     def _mark(self) -> tuple[bool, bool]:
-        before = self.foreign, self._has_rules
-        self.foreign = self._has_rules = False
+        before = self.foreign, self.has_rules
+        self.foreign = self.has_rules = False
         return before
 
     def _restore(self, before: tuple[bool, bool]) -> None:
         self.foreign |= before[0]
-        self._has_rules |= before[1]
+        self.has_rules |= before[1]
 
     def _rule(self, rule: Rule) -> Hashable:
         """The key of a traced rule. One that comes back to a rule around it says how far out."""
-        self._has_rules = True
+        self.has_rules = True
         if id(rule) in self._rules:
             return self._rules[id(rule)]
         if rule in self._open:

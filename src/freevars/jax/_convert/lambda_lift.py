@@ -127,19 +127,16 @@ class _Lifter:
 
     def whole(self, closed: Any) -> tuple[Any, list[Any]]:
         """The open program with its constants as leading inputs, and these."""
-        constants = Constants(self.copies)
-        jaxpr = self.open(closed, constants)
-        if constants.variables:
-            jaxpr = _compat.replace(jaxpr, invars=[*constants.variables, *jaxpr.invars])
+        jaxpr, constants = self.open(closed)
         return jaxpr, constants.values
 
     def _lift_rule(self, closed: Any) -> tuple[Any, list[Any]]:
         jaxpr, values = self.whole(closed)
         return _compat.close(jaxpr), values
 
-    def open(self, closed: Any, constants: Constants) -> Any:
-        """The open program with every concrete array read from a variable of `constants`; these
-        variables are not among its inputs yet."""
+    def open(self, closed: Any) -> tuple[Any, Constants]:
+        """The open program with every concrete array read from a leading input, and these."""
+        constants = Constants(self.copies)
         jaxpr, values = _opened(closed), list[Any]()
         if _consts(closed):
             jaxpr, values = _compat.separate_constants(closed)
@@ -150,18 +147,18 @@ class _Lifter:
         outvars = [_lift_literal(v, constants) for v in jaxpr.outvars]
         before, after = [*jaxpr.eqns, *jaxpr.outvars], [*eqns, *outvars]
         if any(map(operator.is_not, before, after)):
-            jaxpr = _compat.replace(jaxpr, eqns=eqns, outvars=outvars)
-        return _compat.replace(jaxpr, invars=jaxpr.invars[len(values) :]) if values else jaxpr
+            more = constants.variables[len(values) :]
+            invars = [*jaxpr.invars[: len(values)], *more, *jaxpr.invars[len(values) :]]
+            jaxpr = _compat.replace(jaxpr, invars=invars, eqns=eqns, outvars=outvars)
+        return jaxpr, constants
 
     def nested(self, closed: Any) -> tuple[Any, Constants]:
         """The closed program without constants, with one more leading input for each that it
         had; the same object where nothing had to change."""
         known = self._memo.get(id(closed))
         if known is None:
-            inner = Constants(self.copies)
-            jaxpr = self.open(closed, inner)
-            same = jaxpr is _opened(closed) and not inner.variables
-            made = closed if same else _with_inputs(jaxpr, inner)
+            jaxpr, inner = self.open(closed)
+            made = closed if jaxpr is _opened(closed) else _compat.close(jaxpr)
             known = self._memo[id(closed)] = (closed, made, inner)
         return known[1:]
 
@@ -169,7 +166,7 @@ class _Lifter:
         visited = eqn
         if any(map(_is_array, eqn.invars)):
             eqn = eqn.replace(invars=[_lift_literal(v, constants) for v in eqn.invars])
-        if not eqn.params:
+        if not _compat.has_parts(eqn):
             return eqn
         name = eqn.primitive.name
         if name in _compat.RULED:
@@ -210,8 +207,7 @@ class _Lifter:
             return jaxpr if made is jaxpr else _compat.close(_opened(made), inner.values)
         known = self._memo.get(id(jaxpr))
         if known is None:
-            inner = Constants(self.copies)
-            opened = self.open(jaxpr, inner)
+            opened, inner = self.open(jaxpr)
             known = self._memo[id(jaxpr)] = (jaxpr, jaxpr if inner.variables else opened, inner)
         return known[1]
 
@@ -222,10 +218,6 @@ def _is_array(v: Any) -> bool:
 
 def _lift_literal(v: Any, constants: Constants) -> Any:
     return constants.variable(v.val, v.aval) if _is_array(v) else v
-
-
-def _with_inputs(jaxpr: Any, inner: Constants) -> Any:
-    return _compat.close(_compat.replace(jaxpr, invars=[*inner.variables, *jaxpr.invars]))
 
 
 Handler: TypeAlias = Callable[[_Lifter, Eqn, Constants], Eqn]

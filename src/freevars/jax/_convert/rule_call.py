@@ -61,7 +61,7 @@ class _Maker:
     def _eqn(self, eqn: Eqn) -> Eqn:
         if eqn.primitive is rule_p:
             return _native(eqn)
-        if not eqn.params:
+        if not _compat.has_parts(eqn):
             return eqn
         params = {k: _compat.map_programs(v, self._nested) for k, v in eqn.params.items()}
         same = all(params[k] is v for k, v in eqn.params.items())

@@ -121,7 +121,7 @@ class RuleTracer:
         still: set[Any] = set()
         for eqn in jaxpr.eqns:
             _add_literals(eqn.invars, values)
-            if not eqn.params:
+            if not _compat.has_parts(eqn):
                 continue
             if eqn.primitive.name in _compat.RULED:
                 rule = self._of(eqn, still)

@@ -23,8 +23,10 @@ def twins(first: Iterable[Any], second: Iterable[Any]) -> dict[Any, Any]:
     A body and its rule that each convert or slice the same NumPy array read two objects for one.
     Of several candidates with the same content the next one is taken each time.
     """
-    one = {identity(v): v for v in first if not isinstance(v, Tracer)}
     two = {identity(v): v for v in second if not isinstance(v, Tracer)}
+    if not two:
+        return {}
+    one = {identity(v): v for v in first if not isinstance(v, Tracer)}
     alone = [v for key, v in one.items() if key not in two]
     copies = [(key, v) for key, v in two.items() if key not in one]
     if not alone or not copies:
