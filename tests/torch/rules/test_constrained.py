@@ -114,6 +114,47 @@ def test_one_sided() -> None:
     assert torch.autograd.grad(x, t)[0] == 1.0
 
 
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("n", [6, 600])
+def test_the_system_of_a_constrained_minimum_is_not_symmetric(n, own) -> None:
+    """Beside the gradient stand a sum that is kept and the bounds of every third component: forward
+    mode takes products with the system and not with its transpose."""
+    rng = np.random.default_rng(0)
+    half = rng.normal(size=(n, n)) / n**0.5
+    hessian, b = half @ half.T + 2 * np.eye(n), rng.normal(size=n)
+    on_bound = np.arange(n) % 3 == 0
+    system, right = np.zeros((n + 1, n + 1)), np.append(b, 0.3)
+    system[:n, :n], system[n, :n] = hessian, 1
+    system[:n, n] = -1
+    system[:n][on_bound] = np.eye(n + 1)[:n][on_bound]
+    right[:n][on_bound] = 0.0
+    lower = np.where(on_bound, 0.0, -np.inf)
+    exact = np.linalg.solve(system, right)
+    b[on_bound] = (hessian @ exact[:n] - exact[n])[on_bound] - 1  # pulls towards the bound
+    q, x, low = _array(hessian), _array(exact[:n]), _array(lower)
+
+    def applied(operator, b):
+        rows = [operator.matvec(e) for e in torch.eye(n + 1, dtype=F64)]
+        return torch.linalg.solve(torch.stack(rows, 1), b)
+
+    options = {"linear_solve": applied} if own else {}
+    minimize = fv.argmin(lambda fun, x0, bounds, equality: x, **options)
+
+    def found(b):
+        return minimize(
+            lambda x: x @ q @ x / 2 - b @ x,
+            torch.zeros(n, dtype=F64),
+            bounds=(low, None),
+            equality=lambda x: x.sum() - 0.3,
+        )
+
+    w = torch.arange(n, dtype=F64).cos()
+    moved = torch.cat([torch.where(_array(on_bound) > 0, 0, w), torch.zeros(1, dtype=F64)])
+    expected = torch.linalg.solve(_array(system), moved)[:n]
+    _, tangent = torch.func.jvp(found, (_array(b),), (w,))
+    torch.testing.assert_close(tangent, expected)
+
+
 def test_bounds_have_derivatives() -> None:
     top = torch.tensor([0.5, 2.0], dtype=F64, requires_grad=True)
     x = MINIMIZE(lambda x: ((x - 1) ** 2).sum(), torch.zeros(2, dtype=F64), bounds=(None, top))

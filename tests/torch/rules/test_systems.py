@@ -216,6 +216,46 @@ def test_beyond_the_dense_limit(kind: str) -> None:
         torch.autograd.grad(x.sum(), t)
 
 
+class _Crooked(torch.autograd.Function):
+    """Its "gradient" is x + 0.3 (x shifted by one), which is none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square().sum() / 2
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return g * (x + 0.3 * x.roll(1))
+
+
+@pytest.mark.parametrize("forward", [False, True])
+@pytest.mark.parametrize(("n", "own"), [(2, True), (5, False), (5, True), (600, False)])
+def test_an_objective_whose_backward_pass_is_no_gradient(n: int, own: bool, forward: bool) -> None:  # noqa: FBT001
+    """What holds at x is what the backward pass says, and its derivative is not symmetric."""
+    eye = torch.eye(n, dtype=F64)
+    inverse = torch.linalg.inv(eye + 0.3 * eye.roll(1, 0))
+    t, w = torch.linspace(0.5, 1.5, n, dtype=F64), torch.arange(n, dtype=F64).cos()
+
+    def applied(operator: Any, b: Tensor) -> Tensor:
+        return torch.linalg.solve(torch.stack([operator(e) for e in eye], 1), b)
+
+    minimize = argmin(returning(inverse @ t), linear_solve=applied if own else None)
+
+    def found(t: Tensor) -> Tensor:
+        return minimize(lambda x: _Crooked.apply(x) - x @ t, torch.zeros_like(t))
+
+    if forward:
+        with torch.autograd.forward_ad.dual_level():
+            dual = found(torch.autograd.forward_ad.make_dual(t, w))
+            tangent = torch.autograd.forward_ad.unpack_dual(dual).tangent
+        torch.testing.assert_close(tangent, inverse @ w)
+    else:
+        t.requires_grad_()
+        torch.testing.assert_close(torch.autograd.grad(found(t) @ w, t)[0], inverse.T @ w)
+
+
 # --- options
 
 

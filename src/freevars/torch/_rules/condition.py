@@ -289,8 +289,12 @@ class Condition:
         comparison.compare(now, recorded, self.rule.name)
 
     def _derivative(self, leaf: Tensor, f: Tensor) -> Derivative:
-        symmetric = is_minimum(self.rule.kind) and self.rule.conserved is None
-        return Derivative(leaf, f, symmetric=symmetric)
+        # With constraints, F is no gradient: these stand in it as they are.
+        return Derivative(leaf, f, symmetric=self._minimum and not self.constrained)
+
+    @property
+    def _minimum(self) -> bool:
+        return is_minimum(self.rule.kind) and self.rule.conserved is None
 
     def _system(self, derivative: Derivative, values: Sequence[Tensor]) -> System:
         return system_of(
@@ -299,6 +303,7 @@ class Condition:
             self.unknown.structure,  # a method of this object would hold the system in a circle
             own=self.own_linear_solve(values),
             least_squares=self.rule.on_failure == "least_squares",
+            minimum=self._minimum,
         )
 
     def _sizes(self, at: Solution, values: tuple[Tensor, ...]) -> Sizes:

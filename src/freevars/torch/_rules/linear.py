@@ -2,7 +2,7 @@
 
 Up to `DENSE_LIMIT` unknowns a problem the matrix is written out, from as many products as one
 problem has unknowns, and factorised once for the whole batch. Beyond, the system is only applied
-to vectors: conjugate gradients where it is symmetric, Richardson's iteration or GMRES elsewhere;
+to vectors: conjugate gradients for a minimum, Richardson's iteration or GMRES elsewhere;
 where an iteration stalls, the matrix after all, while it fits.
 
 Not here: where products come from (`derivative.py`), and what the figures mean (`diagnostics.py`).
@@ -10,7 +10,7 @@ Not here: where products come from (`derivative.py`), and what the figures mean 
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +20,7 @@ from freevars._solvers.verdict import Limits
 from freevars.torch._rules.closer import Inputs, look
 from freevars.torch._rules.dense import Dense
 from freevars.torch._rules.derivative import Derivative, LinearOperator
-from freevars.torch._rules.diagnostics import Figures, units
+from freevars.torch._rules.diagnostics import Figures, limits_of, units
 from freevars.torch._rules.krylov import conjugate_gradients, gmres
 from freevars.torch._rules.sizes import Sizes
 from freevars.torch._rules.truncated import Truncated
@@ -84,14 +84,19 @@ class Iterative:
         dense: Callable[[], System],
         structure: object,
         own: LinearSolve | None,
+        *,
+        minimum: bool,
     ) -> None:
+        """`minimum`: of an objective, so that conjugate gradients are worth a try."""
         self._a = derivative
         self._make_dense = dense
         self._structure = structure
         self._own = own
         self._dense: System | None = None
         self._residual = 0.0
-        self._units = self._symmetric_units() if derivative.symmetric and own is None else None
+        self._minimum = minimum
+        units = self._symmetric_units() if minimum and derivative.f.numel() else None
+        self._units = units if own is None else None
         b, n = derivative.f.shape
         self._fits = own is None and b * n * n <= _LARGEST_MATRIX
         # As many products as one problem has unknowns give the matrix.
@@ -111,7 +116,9 @@ class Iterative:
         return self._dense is not None
 
     def _symmetric_units(self) -> Tensor | None:
-        """D for which the rows of D A D are about of one size; None if those of A are.
+        """D for which the rows of D A D are about of one size; None if those of A are. On the way A
+        may show itself not symmetric, where a custom Function in the objective has a backward pass
+        that is no gradient: from then on it is not taken to be.
 
         The size of a row is estimated by images of vectors without a pattern. A row of D A D is
         scaled by D twice, once as a column; so D takes the root of what is missing, more than once.
@@ -121,12 +128,15 @@ class Iterative:
             limited-memory quasi-Newton methods", chapter 3.
         """
         d = torch.ones_like(self._a.f)
-        operator = LinearOperator(self._a, self._structure, transposed=False)
+        operator = LinearOperator(self._a, self._structure, transposed=True)
         generator = torch.Generator().manual_seed(1)
         for _ in range(_SWEEPS):
-            probes = (d * _signs(d, generator) for _ in range(2))
-            images = [operator(v.reshape(-1)).reshape(d.shape).abs() for v in probes]
-            rows = d * torch.maximum(*images)
+            probes = [d * _probe(d, generator) for _ in range(2)]
+            images = [operator(v.reshape(-1)).reshape(d.shape) for v in probes]
+            crooked = _asymmetry(probes, images) > limits_of(d.dtype).asymmetry
+            if self._a.symmetric and bool(crooked.any()):
+                self._a = Derivative(self._a.at, self._a.f, symmetric=False)
+            rows = d * torch.maximum(*(v.abs() for v in images))
             missing = rows.amax(1, keepdim=True) / torch.where(rows > 0, rows, 1)
             wide = (rows > 0) & (missing > _ALIKE) & torch.isfinite(missing)
             if not bool(wide.any()):
@@ -214,7 +224,7 @@ class Iterative:
             return image.to(dtype)
 
         found = False
-        if self._a.symmetric:
+        if self._minimum:
             u, found = conjugate_gradients(matvec, right.to(dtype), relative, self._steps)
         if not found:
             u, found = gmres(matvec, right.to(dtype), relative, self._steps)
@@ -235,6 +245,28 @@ def _size(v: Tensor) -> float:
     return float(v.square().mean().sqrt())
 
 
+def _asymmetry(probes: Sequence[Tensor], images: Sequence[Tensor]) -> Tensor:
+    """|A - A^T| / 2|A| of each problem, about: u^T A w is w^T A u where A is symmetric. Both
+    products are of vectors without a pattern: about 1 / sqrt(n) of what they may be."""
+    (u, w), (au, aw) = map(_about_one, (probes, images))
+    norm = functools.partial(torch.linalg.vector_norm, dim=1)
+    scale = norm(u) * norm(aw) + norm(w) * norm(au)
+    apart = ((u * aw).sum(1) - (w * au).sum(1)).abs()
+    return apart / torch.where(scale > 0, scale, 1) * math.sqrt(u.shape[1])
+
+
+def _about_one(vectors: Sequence[Tensor]) -> list[Tensor]:
+    """Two vectors next to the largest number in them: squares of small numbers are no numbers."""
+    largest = torch.maximum(*(v.abs() for v in vectors)).amax(1, keepdim=True)
+    return [v / torch.where(largest > 0, largest, 1) for v in vectors]
+
+
+def _probe(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Random numbers of about 1, the same from run to run."""
+    sizes = torch.rand(like.shape, generator=generator, device="cpu").to(like) + 0.5
+    return sizes * _signs(like, generator)
+
+
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
     """Random signs, the same from run to run."""
     return torch.randint(0, 2, like.shape, generator=generator).to(like) * 2 - 1
@@ -247,8 +279,10 @@ def system_of(
     *,
     own: LinearSolve | None,
     least_squares: bool,
+    minimum: bool,
 ) -> System:
-    """The system of a derivative, by the method that suits its size."""
+    """The system of a derivative (`minimum`: of an objective), by the method that suits its
+    size."""
     f = derivative.f.detach()
 
     def dense() -> Dense:
@@ -256,4 +290,4 @@ def system_of(
 
     if own is None and f.shape[1] <= DENSE_LIMIT:
         return dense()
-    return Iterative(derivative, dense, structure, own)
+    return Iterative(derivative, dense, structure, own, minimum=minimum)
