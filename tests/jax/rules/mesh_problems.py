@@ -162,6 +162,63 @@ def batch_on_explicit():
             np.testing.assert_allclose(got, a @ inverse.T @ inverse, atol=1e-8)
 
 
+def spread_and_whole():
+    """Values in parts and whole ones, joined by what wants one vector: scipy's solvers, constraints
+    with their multipliers, integrators that take arrays."""
+    mesh = jax.make_mesh((2, 2), ("b", "c"), axis_types=(AxisType.Explicit,) * 2)
+    put = lambda v, *spec: jax.device_put(v, NamedSharding(mesh, P(*spec)))
+    A = np.arange(1.0, 9.0).reshape(4, 2)
+    w = np.array([1.0, 2.0])
+    ts = jnp.linspace(0.0, 1.0, 3)
+    sp, total = fv.scipy, jnp.sum
+
+    def root(a):  # u^3 = a sum(w)
+        start = {"u": jnp.ones_like(a), "w": put(np.ones(2))}
+        fun = lambda x: {"u": x["u"] ** 3 - a * total(x["w"]), "w": x["w"] - w}
+        return total(sp.root(fun, start).x["u"] ** 2)
+
+    near = lambda a: lambda x: total((x - a) ** 2)
+    zero = {"type": "eq", "fun": total}
+    losses = {
+        root: 3 ** (2 / 3) * 2 / 3 * A ** (-1 / 3),
+        lambda a: total(sp.root(lambda x: x**3 - a, np.ones((4, 2))).x ** 2): 2 / 3 * A ** (-1 / 3),
+        lambda a: total(sp.minimize(near(a), jnp.ones_like(a)).x ** 2): 2 * A,
+        lambda a: total(sp.minimize(near(a), jnp.ones_like(a), bounds=[(0, 4.5)] * 8).x): 1.0
+        * (A < 4.5),
+        lambda a: total(
+            w * sp.minimize(near(a), jnp.ones_like(a), method="SLSQP", constraints=zero).x
+        ): np.broadcast_to(w - 1.5, A.shape),
+        lambda a: total(sp.least_squares(lambda x: x - a, jnp.ones_like(a)).x ** 2): 2 * A,
+        lambda a: total(sp.fixed_point(lambda x: x / 2 + a, jnp.ones_like(a))): 2 + 0 * A,
+        lambda a: sp.quad(lambda t: total(jnp.exp(-a * t)), 0.0, 1.0)[0]: (1 + A)
+        * np.exp(-A)
+        / A**2
+        - 1 / A**2,
+        **{
+            lambda a, start=start, how=how: total(
+                sp.solve_ivp(lambda t, y: -a * y, (0.0, 1.0), start(a), t_eval=ts, reverse=how).y
+            ): -np.exp(-A / 2) / 2 - np.exp(-A)
+            for start in (jnp.ones_like, lambda a: np.ones((4, 2)))
+            for how in ("adjoint", "sensitivities")
+        },
+        lambda a: (
+            sp.linprog(
+                -jnp.ravel(jax.sharding.reshard(a, P())), A_ub=jnp.ones((1, 8)), b_ub=jnp.ones(1)
+            ).fun
+        ): -1.0 * (A == 8),
+    }
+    with jax.set_mesh(mesh):
+        a = put(A, "b", "c")
+        for loss, wanted in losses.items():
+            got = jax.grad(loss)(a)
+            np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-7)
+            assert jax.typeof(got).sharding == jax.typeof(a).sharding
+        got = jax.jit(jax.grad(root))(a)
+        np.testing.assert_allclose(got, losses[root], rtol=1e-6)
+        x = sp.minimize(near(a), jnp.ones_like(a)).x
+        assert jax.typeof(x).sharding == jax.typeof(a).sharding
+
+
 def refused():
     """What sums over one device only cannot solve a coupled system."""
     import lineax
@@ -180,6 +237,7 @@ CHECKS = {
     "explicit": explicit,
     "passed on": passed_on,
     "a batch, explicit": batch_on_explicit,
+    "spread and whole": spread_and_whole,
     "refused": refused,
 }
 

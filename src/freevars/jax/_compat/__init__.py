@@ -19,11 +19,13 @@ from freevars.jax._compat.axes import (
     manual_axes,
     not_more_varying,
     on_mesh,
+    placed,
     tracks_varying,
     typed_sharding,
     vary_over,
     varying_axes,
     while_loop,
+    whole,
 )
 from freevars.jax._compat.callbacks import (
     CALLBACKS,
@@ -213,6 +215,7 @@ __all__ = [
     "nothing_traced",
     "on_mesh",
     "parts_of",
+    "placed",
     "prepend_operands",
     "program_name",
     "programs_in",
@@ -241,6 +244,7 @@ __all__ = [
     "wait_for",
     "was_computed",
     "while_loop",
+    "whole",
     "with_derived",
     "without_derived",
 ]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from freevars.jax._compat.params import nested_programs
 from freevars.jax._compat.private import config, core
@@ -19,17 +19,20 @@ __all__ = [
     "manual_axes",
     "not_more_varying",
     "on_mesh",
+    "placed",
     "tracks_varying",
     "typed_sharding",
     "vary_over",
     "varying_axes",
     "while_loop",
+    "whole",
 ]
 
 
 def typed_sharding(x: Any) -> Any:
-    """The sharding that is part of a traced value's type, or None where its type has none."""
-    sharding = getattr(jax.typeof(x), "sharding", None)
+    """The sharding that is part of the type of a value, or of a type; None where that has none."""
+    is_type = isinstance(x, (core.AbstractValue, jax.ShapeDtypeStruct))
+    sharding = getattr(x if is_type else jax.typeof(x), "sharding", None)
     return None if sharding is None or sharding.mesh.empty else sharding
 
 
@@ -105,11 +108,32 @@ def is_sharded(x: Any) -> bool:
 
 
 def like_sharding(x: Any, like: Any) -> Any:
-    """`x` with the sharding that is part of the type of `like`, if one is."""
+    """`x` with the sharding that is part of the type of `like`; whole where that has none."""
     wanted, has = typed_sharding(like), typed_sharding(x)
-    if wanted is None or wanted == has:
+    if wanted is None:
+        return whole(x)
+    return x if wanted == has else _reshard(x, wanted.spec, wanted.mesh, like)
+
+
+def placed(x: Any, sharding: Any, lead: int = 0) -> Any:
+    """`x` with this sharding of its type, whole along `lead` axes in front."""
+    return _reshard(x, PartitionSpec(*[None] * lead, *sharding.spec), sharding.mesh)
+
+
+def whole(x: Any) -> Any:
+    """`x`, all of it on every device, where its type says that it is spread over them. Only then
+    does JAX join it with others, or change its shape, without being told how the result lies."""
+    if not is_sharded(x):
         return x
-    return jax.sharding.reshard(x, wanted)
+    return _reshard(x, PartitionSpec(), typed_sharding(x).mesh, x)
+
+
+def _reshard(x: Any, spec: Any, mesh: Any, like: Any = None) -> Any:
+    """`x` as `spec` says, on the devices of `like` where both are known: the mesh of a type has
+    none, and only an enclosing `set_mesh` could say which."""
+    if all(isinstance(a, jax.Array) and not isinstance(a, core.Tracer) for a in (x, like)):
+        return jax.device_put(x, NamedSharding(like.sharding.mesh, spec))
+    return jax.sharding.reshard(x, NamedSharding(mesh, spec))
 
 
 def on_mesh(x: Any) -> Any:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from freevars._sequences import replaced
-from freevars.jax._compat.axes import like_type
+from freevars.jax._compat.axes import like_sharding, like_type
 from freevars.jax._compat.private import ad, batching, core, mlir
 
 __all__ = ["LinearMap", "linear_map"]
@@ -49,7 +49,11 @@ _linear_p.multiple_results = True
 @_linear_p.def_impl  # type: ignore[untyped-decorator]
 def _run(*args: Any, fun: LinearMap, n: int, out: Any) -> list[Any]:
     values = fun.forward(args[:n], args[n:])
-    return [like_type(jnp.asarray(v, t.dtype), t) for v, t in zip(values, out, strict=True)]
+    return [_like(jnp.asarray(v, t.dtype), t) for v, t in zip(values, out, strict=True)]
+
+
+def _like(value: Any, t: Any) -> Any:
+    return like_sharding(like_type(value, t), t)
 
 
 @_linear_p.def_abstract_eval  # type: ignore[untyped-decorator]
@@ -88,12 +92,14 @@ def _is_zero(tangent: Any) -> bool:
 def _transpose(g: Any, *args: Any, fun: LinearMap, n: int, out: Any) -> Any:
     known, x = args[:n], args[n:]
     arrived = [
-        like_type(jnp.zeros(t.shape, t.dtype), t) if type(ct) is ad.Zero else ct
+        _like(jnp.zeros(t.shape, t.dtype), t) if type(ct) is ad.Zero else ct
         for ct, t in zip(g, out, strict=True)
     ]
     found = fun.transposed(known, arrived)
-    wanted = map(ad.is_undefined_primal, x)
-    return [None] * n + [ct if w else None for ct, w in zip(found, wanted, strict=True)]
+    return [None] * n + [
+        _like(ct, of.aval) if ad.is_undefined_primal(of) else None
+        for ct, of in zip(found, x, strict=True)
+    ]
 
 
 @dataclass(frozen=True)

@@ -156,6 +156,7 @@ class HostSolver(DecoratedSolver[P, R]):
             form = PytreeForm(layout)
             v, aux = self._call_eagerly(given, oracle, problem, form.to_vector(x0), arrays)
             x = jax.tree.map(jax.numpy.array, form.to_tree(v))
+        x = jax.tree.map(_compat.like_sharding, x, x0)
         if not self._has_aux:
             return x
         return x, tree_util.tree_unflatten(jax.tree.structure(self.aux), aux)

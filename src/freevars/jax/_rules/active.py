@@ -15,6 +15,7 @@ import numpy as np
 
 from freevars._solvers import kkt
 from freevars._solvers.kkt import Pair
+from freevars.jax import _compat
 from freevars.jax._rules.coordinates import Coordinates, firm_probe, max_abs
 from freevars.jax._solver.problem import Problem
 
@@ -199,10 +200,10 @@ def pairs(tree: Tree) -> list[Pair]:
 
 
 def flat(tree: Tree) -> Any:
-    return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+    return jnp.concatenate([jnp.ravel(_compat.whole(leaf)) for leaf in jax.tree.leaves(tree)])
 
 
 def _vector(tree: Any, dtype: Any) -> Any:
     """What a constraint returns, as a real vector."""
-    parts = jax.tree.leaves(Coordinates(tree).to_real(tree))
+    parts = map(_compat.whole, jax.tree.leaves(Coordinates(tree).to_real(tree)))
     return jnp.concatenate([jnp.zeros(0, dtype), *(jnp.ravel(p).astype(dtype) for p in parts)])

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from freevars.jax import _compat
 from freevars.jax._rules.coordinates import Coordinates
 
 __all__ = ["Flat"]
@@ -21,6 +22,7 @@ class Flat:
     """A list of floating and complex arrays as one real vector, and back; both are linear."""
 
     def __init__(self, types: Sequence[Any]) -> None:
+        self._spread = [_compat.typed_sharding(t) if _compat.is_sharded(t) else None for t in types]
         types = [jax.ShapeDtypeStruct(t.shape, t.dtype) for t in types]
         self._coordinates = Coordinates(types)
         real = jax.eval_shape(self._coordinates.to_real, types)
@@ -33,7 +35,8 @@ class Flat:
     def ravel(self, arrays: Sequence[Any]) -> Any:
         """Float[n]."""
         parts = jax.tree.leaves(self._coordinates.to_real(list(arrays)))
-        return jnp.concatenate([jnp.zeros(0, self.dtype), *map(jnp.ravel, parts)])
+        parts = [jnp.ravel(_compat.whole(p)) for p in parts]
+        return jnp.concatenate([jnp.zeros(0, self.dtype), *parts])
 
     def unravel(self, vector: Any) -> list[Any]:
         """Any axes in front of the vector's own stay in front."""
@@ -42,5 +45,8 @@ class Flat:
             end = start + math.prod(shape)
             parts.append(vector[..., start:end].reshape((*lead, *shape)))
             start = end
-        arrays: list[Any] = self._coordinates.from_real(self._tree.unflatten(parts))
-        return arrays
+        arrays = self._coordinates.from_real(self._tree.unflatten(parts))
+        return [
+            a if sharding is None else _compat.placed(a, sharding, len(lead))
+            for a, sharding in zip(arrays, self._spread, strict=True)
+        ]

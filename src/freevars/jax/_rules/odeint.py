@@ -100,7 +100,9 @@ class OdeintSolver(Integrator[P, R]):
                     f" {found}. {self._order}"
                 )
                 raise StructureError(message)
-            return jax.tree.map(lambda v, y: jnp.asarray(v).astype(y.dtype), value, expected)
+            return jax.tree.map(
+                lambda v, y: _compat.like_sharding(jnp.asarray(v).astype(y.dtype), y), value, y0
+            )
 
         return Problem.of(checked, (jnp.zeros((), ts.dtype), y0), args, kwargs or {})
 

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import tree_util
 from jax.flatten_util import ravel_pytree
 
+from freevars.jax import _compat
+
 __all__ = ["to_vector"]
 
 
@@ -22,6 +24,7 @@ def to_vector(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
 
     It is of float32 at least: no linear algebra is done in half precision.
     """
+    tree = jax.tree.map(_compat.whole, tree)
     is_complex = [jnp.iscomplexobj(x) for x in jax.tree.leaves(tree)]
     if not any(is_complex):
         vector, from_vector = ravel_pytree(tree)

@@ -157,5 +157,6 @@ def least_squares(
             function, x0, args, how=how, bounds=sides
         )
         (value,) = value_at(function, x, args)
-    cost = sum(jnp.vdot(r, r).real for r in map(jnp.asarray, jax.tree.leaves(value))) / 2
+    # Not by `vdot`, which gathers what is sharded, or asks how.
+    cost = sum(jnp.sum(jnp.abs(r) ** 2) for r in map(jnp.asarray, jax.tree.leaves(value))) / 2
     return OptimizeResult(x, value, **status, cost=cost)

@@ -11,6 +11,7 @@ import numpy as np
 from freevars._solvers.scipy_calls import check_pair, dense, pairs_of, refuse_of_linprog
 from freevars._solvers.scipy_results import solver_said
 from freevars._solvers.verdict import OnFailure
+from freevars.jax import _compat
 from freevars.jax._host.on_host import on_host
 from freevars.jax._rules.rules import argmin
 from freevars.jax.scipy._constraints import as_sides
@@ -108,13 +109,13 @@ def linprog(
     """
     name = "linprog"
     refuse_of_linprog(callback=callback, x0=x0, integrality=integrality)
-    c = jnp.asarray(c)
+    c = _compat.whole(jnp.asarray(c))  # a small program: its matrices are multiplied as they are
     c = c.astype(jnp.result_type(float, c))
     functions: dict[str, Any] = {}
     for kind, end, A, b in (("inequality", "ub", A_ub, b_ub), ("equality", "eq", A_eq, b_eq)):
         check_pair(name, end, A, b)
         if A is not None:
-            matrix, vector = jnp.asarray(dense(A), c.dtype), jnp.asarray(b, c.dtype)
+            matrix, vector = (_compat.whole(jnp.asarray(a, c.dtype)) for a in (dense(A), b))
             sign = -1 if end == "ub" else 1
             functions[kind] = functools.partial(_rows, sign * matrix, sign * vector)
     zero = jnp.zeros_like(c)
