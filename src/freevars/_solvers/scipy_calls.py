@@ -23,6 +23,7 @@ __all__ = [
     "check_objective",
     "check_pair",
     "check_span",
+    "check_times",
     "dense",
     "is_open",
     "ivp_options",
@@ -283,6 +284,20 @@ def ivp_options(
         raise TypeError(message)
     given = {name: value for name, value in options.items() if name in _OPTIONS}
     return (_SINGLE if single else _TOLERANCES) | given
+
+
+def check_times(shape: tuple[int, ...]) -> None:
+    """Refuse a `t_eval` that is no vector.
+
+    Raises:
+        TypeError: it has another shape.
+    """
+    if len(shape) != 1:
+        message = (
+            "solve_ivp: t_eval: expected the times at which y is returned as one vector, of shape"
+            f" (n,), got shape {tuple(shape)}."
+        )
+        raise TypeError(message)
 
 
 def check_span(span: Sequence[float], times: Sequence[float]) -> None:

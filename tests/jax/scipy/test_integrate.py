@@ -157,6 +157,7 @@ def test_stiff_equations_go_forwards() -> None:
     ("given", "error", "text"),
     [
         ({"t_eval": None}, TypeError, "t_eval: expected the times"),
+        ({"t_eval": 1.0}, TypeError, r"t_eval: expected the times .* got shape \(\)"),
         ({"t_eval": jnp.array([3.0])}, ValueError, "expected times in t_span"),
         ({"events": lambda t, y: y[0]}, TypeError, "events= has no place"),
         ({"jac": lambda t, y: y}, TypeError, "jac= is not needed"),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from freevars._solvers.integration import OnDoubt, Reverse
-from freevars._solvers.scipy_calls import as_tuple, check_span, ivp_options
+from freevars._solvers.scipy_calls import as_tuple, check_span, check_times, ivp_options
 from freevars.torch._compat import pytree, transforms_active
 from freevars.torch._rules.integrals import odeint
 from freevars.torch.scipy._host import HostFunction
@@ -129,6 +129,7 @@ def solve_ivp(
     of_call = {"dense_output": dense_output, "events": events, "vectorized": vectorized}
     given = ivp_options(t_eval, of_call, options, single=single, times="torch.tensor(t_span)")
     times, first = as_tensor(t_eval), as_tensor(t_span[0])
+    check_times(times.shape)
     dtype = torch.promote_types(first.dtype, times.dtype)
     if not transforms_active():
         check_span([float(as_tensor(t).detach()) for t in t_span], times.detach().tolist())
