@@ -130,6 +130,15 @@ def test_cast() -> None:
         (lambda x: x * 2, False),
         (lambda x: x * jnp.complex64(2), False),
         (lambda x: x.astype(int), False),
+        # A number of the program's own: the dtype of what it meets, whatever x is.
+        (lambda x: x.astype(int) + jnp.uint8(2) * 2, False),
+        (lambda x: jnp.interp(x, jnp.arange(3.0), jnp.arange(3.0)), False),
+        # What a loop carries comes of x at the end, and so the number that it starts from.
+        (lambda x: jax.lax.fori_loop(0, 2, lambda _, c: c + x, 1.0) * jnp.bfloat16(2), True),
+        (
+            lambda x: jax.lax.scan(lambda c, _: (c + x, c * jnp.bfloat16(2)), 1.0, length=2),
+            True,
+        ),
     ],
 )
 def test_converts_weak_values(fun, matters) -> None:

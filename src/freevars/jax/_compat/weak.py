@@ -9,7 +9,7 @@ import numpy as np
 from jax.lax import convert_element_type_p as _convert_p
 
 from freevars.jax._compat.params import has_parts, nested_programs
-from freevars.jax._compat.private import convert_element_type
+from freevars.jax._compat.private import convert_element_type, core
 
 __all__ = ["cast", "converts_weak_values", "is_weak", "keeps_dtype", "kind", "strong"]
 
@@ -37,25 +37,39 @@ def cast(x: Any, expected: Any) -> Any:
     return convert_element_type(x, expected.dtype, weak_type=expected.weak_type)
 
 
-def converts_weak_values(jaxpr: Any) -> bool:
-    """Whether a program, or one nested in it, turns a weakly typed value into a dtype that a value
-    of strong type would not have led to: `1.0 * bfloat16` is computed in bfloat16, and
-    `float32(1) * bfloat16` in float32."""
-    seen: dict[int, Any] = {}  # programs share what they nest
+_CALLS = frozenset({"jit", "pjit"})  # the name of one primitive, older and newer
 
-    def converts(jaxpr: Any) -> bool:
-        if id(jaxpr) in seen:
+
+def converts_weak_values(jaxpr: Any) -> bool:
+    """Whether a program, or one nested in it, turns an input of weak type, or a weak value that
+    comes of one, into a dtype that a value of strong type would not have led to: `1.0 * bfloat16`
+    is computed in bfloat16, and `float32(1) * bfloat16` in float32. The numbers that stand in the
+    program are weak whatever its inputs are."""
+    seen: dict[Any, Any] = {}  # programs share what they nest
+
+    def converts(jaxpr: Any, weak: set[Any]) -> bool:
+        places = tuple(v in weak for v in jaxpr.invars)
+        if (id(jaxpr), places) in seen:
             return False
-        seen[id(jaxpr)] = jaxpr
+        seen[id(jaxpr), places] = jaxpr
         for eqn in jaxpr.eqns:
+            given = [type(v) is not core.Literal and v in weak for v in eqn.invars]
+            if not any(given):
+                continue
             if _is_promotion(eqn):
                 return True
+            weak.update(v for v in eqn.outvars if is_weak(v.aval))
             for nested in nested_programs(eqn) if has_parts(eqn) else ():
-                if converts(getattr(nested, "jaxpr", nested)):
+                inner = getattr(nested, "jaxpr", nested)
+                # In a loop, or where operands are not those of the program, any may come of any.
+                one_by_one = eqn.primitive.name in _CALLS and len(given) == len(inner.invars)
+                each = given if one_by_one else [True] * len(inner.invars)
+                pairs = zip(inner.invars, each, strict=True)
+                if converts(inner, {v for v, told in pairs if told and is_weak(v.aval)}):
                     return True
         return False
 
-    return converts(jaxpr)
+    return converts(jaxpr, {v for v in jaxpr.invars if is_weak(v.aval)})
 
 
 def _is_promotion(eqn: Any) -> bool:
