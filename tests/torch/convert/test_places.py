@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from freevars.torch import CaptureError, Closure, closure_convert
+from freevars.torch import CaptureError, Closure, closure_convert, root
 from freevars.torch._convert.places import Search
 from tests.torch import other_module
 from tests.torch.explicit import fresh, same
@@ -183,6 +183,68 @@ def test_a_constant_that_is_rebound() -> None:
 
 
 # --- what the first run keeps
+
+
+def doubled_once(a: Tensor, how: str) -> Any:
+    """`a` doubled in the first call, and kept."""
+    kept: Any = None
+
+    @functools.lru_cache
+    def cached() -> Tensor:
+        return 2 * a
+
+    def variable() -> Tensor:
+        nonlocal kept
+        if kept is None:
+            kept = 2 * a
+        return kept  # type: ignore[no-any-return]
+
+    class Holder:
+        kept: Any = None
+
+        def __call__(self) -> Tensor:
+            if self.kept is None:
+                self.kept = 2 * a
+            return self.kept  # type: ignore[no-any-return]
+
+    return {"cache": cached, "variable": variable, "object": Holder()}[how]
+
+
+DERIVATIVES: dict[str, Any] = {
+    "backward": lambda g, a: torch.autograd.grad(g(a), a, create_graph=True)[0],
+    "grad": lambda g, a: f.grad(g)(a.detach()),
+    "jvp": lambda g, a: f.jvp(g, (a.detach(),), (torch.ones_like(a),))[1],
+    "vmap": lambda g, a: f.vmap(f.grad(g))(a.detach()[None])[0],
+    "grad_vmap": lambda g, a: f.grad(lambda b: f.vmap(g)(b).sum())(a.detach()[None])[0],
+    "jacfwd": lambda g, a: f.jacfwd(g)(a.detach()),
+}
+
+
+@pytest.mark.parametrize("filled", [False, True])
+@pytest.mark.parametrize("how", ["cache", "variable", "object"])
+@pytest.mark.parametrize("by", DERIVATIVES)
+def test_what_the_first_run_keeps_out_of_sight_is_refused(by: str, how: str, filled: bool) -> None:  # noqa: FBT001
+    """A first run that fills a cache leaves nothing to capture but what the cache was filled
+    from, which later runs do not read."""
+
+    @root
+    def newton(fun: Any, x0: Tensor) -> Tensor:
+        for _ in range(20):
+            x0 = x0 - fun(x0) / f.grad(fun)(x0)
+        return x0
+
+    def found(a: Tensor) -> Tensor:
+        twice = doubled_once(a, how)
+        if filled:
+            twice()
+        return newton(lambda x: x**2 - twice(), torch.ones_like(a))
+
+    a = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    if filled or how == "object":
+        torch.testing.assert_close(DERIVATIVES[by](found, a).detach(), a.detach() * 0 + 0.5)
+    else:
+        with pytest.raises(CaptureError, match=r"keeps.* is kept before, so that it is captured"):
+            DERIVATIVES[by](found, a)
 
 
 class Table(nn.Module):

@@ -137,10 +137,11 @@ def _only(t: Tensor) -> tuple[Tensor]:
 def _not_replaced(t: Tensor, fun: Any) -> str:
     return (
         "expected every read of a captured tensor to go through PyTorch's Python API, got one that "
-        f"does not, of {describe(t, fun)}: in a C++ extension, or, from PyTorch 2.14 on, in a "
-        "custom Function whose `apply` was kept under another name before freevars.torch was "
-        "imported. Pass the tensor as an argument; or import freevars.torch first, or call `apply` "
-        "on the Function itself."
+        f"does not, of {describe(t, fun)}: in a run before, whose result the function keeps "
+        "(functools.lru_cache), in a C++ extension, or, from PyTorch 2.14 on, in a custom Function "
+        "whose `apply` was kept under another name before freevars.torch was imported. Compute "
+        "what is kept before, so that it is captured itself; else pass the tensor as an argument, "
+        "or import freevars.torch first, or call `apply` on the Function itself."
     )
 
 

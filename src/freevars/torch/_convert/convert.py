@@ -8,6 +8,7 @@ another, which gives it the hoisted values (`substitution.py`); Python control f
 here: the conversion as one value (`_closure.py`).
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -153,6 +154,11 @@ def _convert(
     declared = [
         t for t in discovery.captured.values() if id(t) not in hoisted_ids and differentiable(t)
     ]
+    made = discovery.made_and_alive()
+    kept = search.kept(made)
+    by = {k: names for k, t in made.items() if (names := _differentiated_by(t))}
+    left = {k: weakref.ref(made[k]) for k in by}
+    del made
     converted: Converted[..., Any] = Converted(
         fun,
         structure,
@@ -164,11 +170,18 @@ def _convert(
         replay=draws if rng == "replay" and discovery.drew is not None else None,
         normalises=discovery.normalises,
         makes_leaves=discovery.makes_leaves or bool(discovery.leaves),
-        kept=search.kept(discovery.made_and_alive()),
+        kept=kept,
+        left=left,
+        careful=any(names != {"autograd"} for names in by.values()),
         out_struct=out_struct,
         first_reads=[discovery.where.get(id(t)) for t in captured],
     )
     return converted, converted.hoisted
+
+
+def _differentiated_by(t: Tensor) -> set[str]:
+    """The transforms that take a derivative by `t`, and the tape."""
+    return {name for name, by in _compat.layers(t) if by}
 
 
 def discover(

@@ -8,7 +8,8 @@ it is. Not here: finding out what is captured (`convert.py`), which value stands
 import functools
 import inspect
 import uuid
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
@@ -79,6 +80,8 @@ class Converted(Generic[P, R]):
         normalises: bool = False,
         training: tuple[bool, ...] | None = None,
         kept: Kept | None = None,
+        left: Mapping[int, "weakref.ref[Tensor]"] | None = None,
+        careful: bool = False,
         out_struct: Any = None,
         token: str | None = None,
         first_reads: Sequence[Line | None] | None = None,
@@ -100,6 +103,10 @@ class Converted(Generic[P, R]):
         self._makes_leaves = makes_leaves
         self._normalises = normalises
         self._kept = kept or Kept(())
+        # What the first run made, by id, and `fun` keeps out of sight: not to be read. The tape
+        # tells where that happens, but not of what a transform has wrapped: then care is needed.
+        self._left = left or {}
+        self._careful = careful
         # Within a `Closure`, the example, `hoist` and `rng` that it was made with.
         self.origin = origin
         self.in_struct = None if structure is None else structure.struct
@@ -305,9 +312,9 @@ class Converted(Generic[P, R]):
         return stack
 
     def _mode(self, table: dict[int, Tensor], known: Sequence[Tensor]) -> SubstitutionMode:
-        if torch.is_grad_enabled() and not _compat.transforms_active():
+        if torch.is_grad_enabled() and not self._careful and not _compat.transforms_active():
             return SubstitutionMode(self._fun, table, known, self._outside)
-        return CarefulSubstitutionMode(self._fun, table, known, self._outside)
+        return CarefulSubstitutionMode(self._fun, table, known, self._outside, self._left)
 
 
 def _is_detached(t: Any, of: Tensor) -> bool:

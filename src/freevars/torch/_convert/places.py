@@ -176,14 +176,14 @@ class Search:
         try:
             attributes = object.__getattribute__(obj, "__dict__")
         except AttributeError:
-            attributes = {}
+            attributes = None
         if self._is_outside(kind):
-            if "__wrapped__" in attributes:
+            if attributes and "__wrapped__" in attributes:
                 self._link(node, attribute, "__wrapped__", attributes["__wrapped__"])
             return
         if not self._is_searched(kind.__module__, _MOST_STRANGE_OBJECTS):
             return
-        if attributes:
+        if attributes is not None:
             before = dict(attributes)
             for name, x in before.items():
                 self._link(node, attribute, name, x)
@@ -233,8 +233,8 @@ class Search:
         return known
 
     def kept(self, made: Mapping[int, Tensor]) -> "Kept":
-        """What the run has put into attributes, entries and cells, where it is one of the tensors
-        that the run `made`, by id, or holds one."""
+        """What the run has put into attributes and entries, where it is one of the tensors that the
+        run `made`, by id, or holds one."""
         found = []
         for node, follow, now, before in self._dicts:
             if len(now) == len(before) and all(map(operator.is_, now.values(), before.values())):

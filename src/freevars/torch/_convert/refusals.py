@@ -18,6 +18,7 @@ __all__ = [
     "backward_message",
     "change_message",
     "higher_order_message",
+    "kept_message",
     "operator_body",
     "refuse_reads_of_operator",
     "refuse_running_statistics",
@@ -47,6 +48,15 @@ _GIVEN = {
         "or running_mean=None, running_var=None."
     ),
 }
+
+
+def kept_message(t: Tensor, fun: Any) -> str:
+    return (
+        "expected a function that computes anew what it reads, got a tensor that its first run "
+        f"has made and keeps: {describe(t, fun, line_of_caller())}, in a cache (functools.lru_cache"
+        ") or a variable. No derivative leads from it to the values given now. Compute "
+        "what is kept before, so that it is captured itself."
+    )
 
 
 def refuse_running_statistics(

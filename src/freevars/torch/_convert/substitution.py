@@ -8,7 +8,7 @@ Not here: finding out what is captured (`discovery.py`).
 """
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -212,7 +212,8 @@ class SubstitutionMode(CaptureMode):
 
 class CarefulSubstitutionMode(SubstitutionMode):
     """Also refuses to read a tensor that is differentiable and not hoisted, where no tape would
-    tell: without gradient mode, in forward mode, under a torch.func transform."""
+    tell: without gradient mode, in forward mode, under a torch.func transform. `left` are those
+    that the first run has made and `fun` keeps, by id."""
 
     def __init__(
         self,
@@ -220,9 +221,11 @@ class CarefulSubstitutionMode(SubstitutionMode):
         table: dict[int, Tensor],
         known: Iterable[Tensor] = (),
         outside: "ForeignTensors | None" = None,
+        left: "Mapping[int, weakref.ref[Tensor]] | None" = None,
     ) -> None:
         known = list(known)
         super().__init__(fun, table, known, outside)
+        self._left = left or {}
         self._made: dict[int, weakref.ref[Tensor]] = {}
         self._reachable: dict[int, tuple[Tensor, str]] | None = None
         self.note((*known, *table.values()))
@@ -245,6 +248,9 @@ class CarefulSubstitutionMode(SubstitutionMode):
         for t in contents.given_tensors(args, kwargs):
             ref = made(id(t))
             if (ref is None or ref() is not t) and operators.may_carry_derivative(t):
+                ref = self._left.get(id(t))
+                if ref is not None and ref() is t:
+                    self.refuse(refusals.kept_message(t, self.fun))
                 if self._reachable is None:
                     self._reachable = reachable(self.fun)
                 if id(t) in self._reachable:
