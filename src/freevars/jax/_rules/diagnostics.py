@@ -198,7 +198,8 @@ def _applied(
         (step,) = system.apply_inverse([f])
         return figures._replace(step=_largest(space, step, unit)), step
 
-    rows, asymmetry = _sizes_of_equations(system, unknown, figures.asymmetry)
+    every = probe(v, _EVERY)
+    rows, asymmetry = _sizes_of_equations(system, unknown, every, figures.asymmetry)
     figures = figures._replace(asymmetry=asymmetry)
     if system.least_squares:
         (step,) = system.apply_inverse([f])
@@ -232,7 +233,6 @@ def _applied(
 
     relative = jax.tree.map(jnp.divide, f, rows)
     norm = space.norm(relative)
-    every = probe(v, _EVERY)
     share = _SHARE / space.norm(every)
     mixed = jax.tree.map(lambda a, w: divide(a, norm) + share * w, relative, every)
     found, residual = solve(_times(rows, mixed))
@@ -267,11 +267,14 @@ def _applied(
     return figures, step
 
 
-def _sizes_of_equations(system: LinearSystem, unknown: Unknown, zero: Any) -> tuple[Tree, Any]:
-    """Of each equation, per unit of the unknowns; and the asymmetry of a second derivative."""
+def _sizes_of_equations(
+    system: LinearSystem, unknown: Unknown, every: Tree, zero: Any
+) -> tuple[Tree, Any]:
+    """Of each equation, per unit of the unknowns; and the asymmetry of a second derivative.
+    `every` is a vector with a bit of every direction."""
     operator, space, d = system.operator, system.space, unknown.d
     if operator.fixed_point:  # its equations have the units of their unknowns
-        image = system.image(_times(d, probe(d, _EVERY)))
+        image = system.image(_times(d, every))
         return jax.tree.map(lambda a, d: jnp.maximum(jnp.abs(a), d), image, d), zero
     if system.tried is not None:
         _, rows, asymmetry = system.tried
