@@ -233,7 +233,7 @@ def _applied(
 
     relative = jax.tree.map(jnp.divide, f, rows)
     norm = space.norm(relative)
-    share = _SHARE / space.norm(every)
+    share = _SHARE / jnp.sqrt(space.dot(every, every))
     mixed = jax.tree.map(lambda a, w: divide(a, norm) + share * w, relative, every)
     found, residual = solve(_times(rows, mixed))
     step = jax.tree.map(lambda leaf: norm * leaf, found)
