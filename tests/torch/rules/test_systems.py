@@ -125,6 +125,31 @@ def test_a_member_that_was_not_found_matters_where_it_has_a_share() -> None:
     assert g[2].isnan()
 
 
+def _kinked(x: Tensor, a: Tensor) -> Tensor:
+    """Its root follows a, and at x = 1 nothing does while a < 1."""
+    return 3 * x - 1 + torch.relu(a - x)
+
+
+FORWARD = {
+    "jvp": lambda g, a: f.jvp(g, (a,), (torch.ones_like(a),))[1],
+    "jacfwd": lambda g, a: f.jacfwd(g)(a),
+    "vmap": lambda g, a: f.vmap(f.jacfwd(g))(a[None])[0],
+    "forward over reverse": lambda g, a: f.jvp(f.grad(lambda a: g(a).sum()), (a,), (a,))[1],
+}
+
+
+@pytest.mark.parametrize("by", FORWARD)
+def test_forward_mode_asks_for_a_solution_where_nothing_moves(by: str) -> None:
+    """As reverse mode does: 0 is the derivative of a solution alone."""
+    solve, a = root(returning(torch.tensor(1.0, dtype=F64))), torch.tensor(0.5, dtype=F64)
+    start = torch.tensor(0.0, dtype=F64)
+    with pytest.raises(NotASolutionError, match="did not converge"):
+        FORWARD[by](lambda a: solve(lambda x: _kinked(x, a), start), a)
+    found = root(returning(torch.tensor(1 / 3, dtype=F64)))
+    zero = FORWARD[by](lambda a: found(lambda x: _kinked(x, a), start), a * 0)
+    assert zero.tolist() == 0
+
+
 def test_problems_that_are_not_independent_are_refused() -> None:
     a = fresh(3)
     x = root(returning(a.detach()[:, None]), batch_dims=1)(

@@ -138,11 +138,12 @@ class _Implicit(torch.autograd.Function):
 
             r = jvp(residual, [values[i] for i in wanted], some, like=x)
             dx = ctx.condition.system(tuple(saved), -r, transposed=False)
-            # Where a value moves on which a solution does not depend, x must be one.
+            # Where a value moves on which a solution does not depend, x must be one; and where F at
+            # x does not see its values move: elsewhere it may.
             others = [tangents[i + 1] for i in ctx.condition.others]
             others = [primal(t).primal for t in others if t is not None]
-            if others:
-                asked = torch.stack([(t != 0).any() for t in others]).any()
+            asked = (_moves(some, x) & ~_moves([r], x)) | _moves(others, x)
+            if bool([*_compat.unwrap(asked)][-1].any()):
                 asked = asked.to(x.dtype).expand_as(x)
                 dx = dx + 0 * ctx.condition.system(tuple(saved), asked, transposed=False)
             return dx, *(None,) * ctx.n_others
@@ -151,6 +152,13 @@ class _Implicit(torch.autograd.Function):
     def vmap(info: Any, in_dims: Any, condition: Solvable, *values: Tensor) -> Any:
         out = condition.batched(info.batch_size, in_dims[1:]).solve(*values)
         return out, (0,) * len(out)
+
+
+def _moves(tangents: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Whether one of the tangents is not zero: Bool[Tensor, ""] on the device of `like`."""
+    if not tangents:
+        return torch.zeros((), dtype=torch.bool, device=like.device)
+    return torch.stack([(t != 0).any() for t in tangents]).any()
 
 
 def pull_back(
