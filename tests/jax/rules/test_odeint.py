@@ -332,3 +332,25 @@ def test_the_host_is_given_the_jacobian() -> None:
     end = lambda a: radau(lambda t, y: -a * y * jnp.array([1.0, 2.0]), jnp.ones(2), ts)[-1, 1]
     np.testing.assert_allclose(jax.grad(end)(0.3), -2 * np.exp(-0.6), rtol=1e-6)
     assert shapes == [(2, 2), (5, 5)]
+
+
+@pytest.mark.parametrize("outer", [jax.jacfwd, jax.jacrev])
+@pytest.mark.parametrize("inner", [jax.jacfwd, jax.jacrev])
+def test_second_derivatives_of_a_state_with_several_leaves(outer, inner) -> None:
+    """A solver that goes leaf by leaf: of several directions, only the sensitivities differ."""
+
+    def end(rate):
+        field = lambda t, y: {"u": rate * y["u"], "w": -rate * y["w"]}
+        y = SOLVERS["rk4"](
+            field, {"u": jnp.array(1.5), "w": jnp.ones(2)}, jnp.array([0.0, 0.4, 1.0])
+        )
+        return y["u"][-1] + y["w"][-1, 0]
+
+    wanted = 1.5 * np.exp(0.7) + np.exp(-0.7)
+    np.testing.assert_allclose(outer(inner(end))(0.7), wanted, rtol=1e-6)
+
+
+def test_a_tangent_that_is_a_python_number() -> None:
+    direction = lambda f: lambda a: jax.jvp(f, (a,), (1.0,))[1]
+    end = lambda a: SOLVERS["rk4"](lambda t, y: a * y, 1.5, jnp.array([0.0, 1.0]))[-1]
+    np.testing.assert_allclose(direction(direction(end))(0.7), 1.5 * np.exp(0.7), rtol=1e-6)

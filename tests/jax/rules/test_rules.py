@@ -914,3 +914,29 @@ def test_one_unknown_beside_a_leaf_without_entries() -> None:
     )["a"]
     np.testing.assert_allclose(jax.grad(f)(2.0), 0.5 / 2**0.5, rtol=1e-6)
     np.testing.assert_allclose(jax.jit(jax.vmap(jax.grad(f)))(jnp.full(2, 2.0)), 0.5 / 2**0.5)
+
+
+@pytest.mark.parametrize("outer", [lambda f: f, jax.jit])
+def test_an_unknown_that_is_the_same_for_all_of_a_batch_beside_one_that_is_not(outer) -> None:
+    """Where the solver goes leaf by leaf, it finds w = b once: u = a b."""
+
+    @fv.root
+    def richardson(fun, x0):
+        step = lambda _, x: jax.tree.map(lambda x, r: x - r / 2, x, fun(x))
+        return lax.fori_loop(0, 60, step, x0)
+
+    def solve(a, b):
+        fun = lambda x: {"u": x["u"] - a * x["w"], "w": x["w"] - b}
+        return richardson(fun, {"u": 0.0, "w": jnp.float32(0.0)})
+
+    a, b = jnp.array([1.0, 2.0, 3.0]), jnp.float32(2.0)
+    every = outer(jax.vmap(solve, in_axes=(0, None)))
+
+    def total(a, b):
+        x = every(a, b)
+        return jnp.sum(x["u"] ** 2) + jnp.sum(x["w"])
+
+    by_a, by_b = jax.grad(total, (0, 1))(a, b)
+    np.testing.assert_allclose(by_a, 2 * a * b**2, rtol=1e-6)
+    np.testing.assert_allclose(by_b, 2 * b * jnp.sum(a**2) + 3, rtol=1e-6)
+    np.testing.assert_allclose(jax.jvp(total, (a, b), (a, b))[1], by_a @ a + by_b * b, rtol=1e-6)

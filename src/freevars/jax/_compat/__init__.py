@@ -12,6 +12,7 @@ except ImportError as error:  # pragma: no cover (tested in a process of its own
     raise ImportError(message) from error
 
 from freevars.jax._compat.axes import (
+    batched_alike,
     coupled_axes,
     is_sharded,
     like_sharding,
@@ -164,6 +165,7 @@ __all__ = [
     "argument_in",
     "argument_of",
     "as_function",
+    "batched_alike",
     "captured_by_rule",
     "captured_tracers",
     "cast",

@@ -86,7 +86,7 @@ def _jvp(primals: Any, tangents: Any, *, fun: LinearMap, n: int, out: Any) -> An
 
 
 def _is_zero(tangent: Any) -> bool:
-    return type(tangent) is ad.Zero or tangent.dtype == jax.dtypes.float0
+    return type(tangent) is ad.Zero or getattr(tangent, "dtype", None) == jax.dtypes.float0
 
 
 def _transpose(g: Any, *args: Any, fun: LinearMap, n: int, out: Any) -> Any:

@@ -91,8 +91,12 @@ class Integrator(DecoratedSolver[P, R]):
 
     def _forward(self, problem: Problem, at: Any, options: Any, own: Any) -> Any:
         if own is None:
-            return self._run(problem, at, options)
-        return self._run_converted(own, problem, at, options)
+            out = self._run(problem, at, options)
+        else:
+            out = self._run_converted(own, problem, at, options)
+        if not self.has_aux:
+            return _compat.batched_alike(out)
+        return _compat.batched_alike(out[0]), out[1]
 
     def refuse_lost(self, own: Any, tangents: Any) -> None:
         """Refuse a derivative of which a part would be lost.

@@ -238,13 +238,12 @@ class ImplicitSolver(DecoratedSolver[P, R]):
             out = self._run_converted(own, problem, x0, options)
         else:
             out = own(problem, x0, options)
-        if not self._rule.polish:
-            return out
-        leaves, tree = jax.tree.flatten(self._rule.read(problem, x0))
-        if self._rule.has_aux:
-            x, aux = out
-            return self._rule.compiled_polish(tree, leaves, x, x0, linear_captures), aux
-        return self._rule.compiled_polish(tree, leaves, out, x0, linear_captures)
+        x, aux = out if self._rule.has_aux else (out, None)
+        if self._rule.polish:
+            leaves, tree = jax.tree.flatten(self._rule.read(problem, x0))
+            x = self._rule.compiled_polish(tree, leaves, x, x0, linear_captures)
+        x = _compat.batched_alike(x)
+        return (x, aux) if self._rule.has_aux else x
 
     def diagnose(self, /, *args: Any, **kwargs: Any) -> Diagnosis:
         """Solve, and give what is measured of the solution before a derivative is believed.
