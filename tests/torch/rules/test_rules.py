@@ -12,6 +12,7 @@ import scipy.optimize
 import torch
 from torch import Tensor, nn
 
+import freevars.torch as fv
 from freevars.torch import (
     NotASolutionError,
     SingularError,
@@ -621,6 +622,38 @@ def test_compile_around() -> None:
     a = fresh(3)
     fun = torch.compile(lambda a: by_root(a, a).sum() * 2, backend="eager")
     close(torch.autograd.grad(fun(a), a), torch.autograd.grad(2 * by_root(a, a).sum(), a))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_derivatives_inside_of_what_is_compiled() -> None:
+    """The backward pass of a rule, and the rest of its call under a transform, is not compiled.
+    (The rest of a function of the user's under one is, and PyTorch cannot.)"""
+    solve = root(lambda fun, x0: torch.full((2,), 2.0, dtype=F64))
+    one, integrate = (
+        torch.ones((), dtype=F64),
+        fv.integral(lambda fun, a, b: fun((a + b) / 2) * (b - a)),
+    )
+    x: Any = lambda a: solve(lambda x: x**2 - a, torch.ones(2, dtype=F64))
+    ones = torch.ones(2, dtype=F64)
+    programs: dict[str, Any] = {
+        "backward": (lambda a: torch.autograd.grad(x(a).sum(), a)[0] + 0, ones / 4),
+        "second": (
+            lambda a: torch.autograd.grad(
+                torch.autograd.grad(x(a).sum(), a, create_graph=True)[0].sum(), a
+            )[0],
+            -ones / 32,
+        ),
+        "jacrev": (f.jacrev(x), torch.eye(2, dtype=F64) / 4),
+        "jvp": (lambda a: f.jvp(x, (a,), (a,))[1], ones),
+        "of an integral": (
+            f.grad(lambda a: integrate(lambda t: t * a.sum(), 0 * one, one)),
+            ones / 2,
+        ),
+    }
+    for program, expected in programs.values():
+        torch._dynamo.reset()
+        a = torch.full((2,), 4.0, dtype=F64, requires_grad=True)
+        close(torch.compile(program, backend="eager")(a).detach(), expected)
 
 
 def test_the_solution_may_be_written_to() -> None:

@@ -38,6 +38,7 @@ from freevars.torch._compat.running import (
     in_backward,
     transform_level,
     transforms_active,
+    uncompiled,
     unseen,
 )
 from freevars.torch._compat.wrappers import (
@@ -90,6 +91,7 @@ __all__ = [
     "tangents",
     "transform_level",
     "transforms_active",
+    "uncompiled",
     "unseen",
     "unwrap",
     "versions",

@@ -1,7 +1,10 @@
 # ruff: noqa: SLF001 (with `_hooks.py`, `_compat` is all that reaches for private names)
 """What PyTorch does on this thread now: compiles, watches, transforms, or runs backwards."""
 
-from typing import Any
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.utils.checkpoint as _checkpoint
@@ -20,11 +23,47 @@ __all__ = [
     "in_backward",
     "transform_level",
     "transforms_active",
+    "uncompiled",
     "unseen",
 ]
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def eagerly(run: F) -> F:
+    """`run`, to be called while `torch.compile` is at work, which then leaves alone what `run`
+    calls, and from now on the frames around it: after a graph break it would compile the rest of
+    these too, and cannot where a transform is open."""
+
+    def left_alone(*args: Any, **kwargs: Any) -> Any:
+        rules: Any = sys.modules.get("torch._dynamo.trace_rules")
+        if not _left_alone and hasattr(rules, "add"):
+            _left_alone.extend(_OURS)
+            for name in _OURS:
+                rules.add(name)
+        return run(*args, **kwargs)
+
+    return cast("F", _disable(functools.wraps(run)(left_alone)))
+
+
+def uncompiled(run: F) -> F:
+    """`run`, which PyTorch may call also while `torch.compile` is at work (the backward pass that a
+    compiled function asks for): it is not compiled then."""
+    eager = eagerly(run)
+
+    @functools.wraps(run)
+    def chosen(*args: Any) -> Any:
+        return eager(*args) if compiling() else run(*args)
+
+    return cast("F", chosen)
+
+
 # `torch.compiler.disable` without the import of the compiler, which takes seconds.
-eagerly: Any = getattr(torch, "_disable_dynamo")  # noqa: B009 (not exported, says the type checker)
+_disable: Any = getattr(torch, "_disable_dynamo")  # noqa: B009 (not exported, says the type checker)
+
+# What runs on a call's way in and out: by their names, as the compiler's own rules have it.
+_OURS = tuple(f"freevars.torch.{name}" for name in ("_compat", "_convert", "_hooks", "_rules"))
+_left_alone: list[str] = []
 
 
 def compiling() -> bool:

@@ -186,7 +186,7 @@ class Converted(Generic[P, R]):
             result = self._call(args_and_hoisted)
         return result
 
-    @_compat.eagerly  # type: ignore[untyped-decorator]
+    @_compat.eagerly
     def _eagerly(self, *args: Any) -> Any:
         return self._call(args)
 

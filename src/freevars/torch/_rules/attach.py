@@ -80,6 +80,7 @@ class _Attach(torch.autograd.Function):
         return out
 
     @staticmethod
+    @_compat.uncompiled
     def backward(ctx: Any, g: Tensor | None) -> Any:
         if g is None:
             return (None,) * len(ctx.needs_input_grad)
@@ -138,6 +139,7 @@ class _Answer(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None: ...
 
     @staticmethod
+    @_compat.uncompiled
     def vmap(
         info: Any, in_dims: Any, condition: Condition, at: Solution, values: list[Tensor], g: Tensor
     ) -> tuple[Tensor, int]:

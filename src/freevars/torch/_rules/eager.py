@@ -25,6 +25,6 @@ class EagerSolver(DecoratedSolver[P, R]):
             result = super().__call__(*args, **kwargs)
         return result
 
-    @_compat.eagerly  # type: ignore[untyped-decorator]
+    @_compat.eagerly
     def _eagerly(self, *args: Any, **kwargs: Any) -> Any:
         return super().__call__(*args, **kwargs)

@@ -96,6 +96,7 @@ class _Implicit(torch.autograd.Function):
             ctx.save_for_forward(*saved)
 
     @staticmethod
+    @_compat.uncompiled
     def backward(ctx: Any, g: Tensor | None, *_: Any) -> Any:
         if g is None:
             return (None,) * len(ctx.needs_input_grad)
@@ -115,6 +116,7 @@ class _Implicit(torch.autograd.Function):
         return None, *pull_back(ctx.condition, saved, g, ctx.needs_input_grad[1:])
 
     @staticmethod
+    @_compat.uncompiled
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         # PyTorch calls this with forward mode off, which would also lose the tangents of every
         # outer transform. On again, the tangents of this one must be taken off, or this rule
@@ -149,6 +151,7 @@ class _Implicit(torch.autograd.Function):
             return dx, *(None,) * ctx.n_others
 
     @staticmethod
+    @_compat.uncompiled
     def vmap(info: Any, in_dims: Any, condition: Solvable, *values: Tensor) -> Any:
         out = condition.batched(info.batch_size, in_dims[1:]).solve(*values)
         return out, (0,) * len(out)

@@ -180,6 +180,7 @@ class _Operate(torch.autograd.Function):
             ctx.save_for_forward(*tensors, *results)
 
     @staticmethod
+    @_compat.uncompiled
     def backward(ctx: Any, *g: Tensor | None) -> Any:
         given = g[: ctx.results]
         if all(t is None for t in given):
@@ -198,6 +199,7 @@ class _Operate(torch.autograd.Function):
         return None, None, *ctx.operation.pull(tensors, out, whole, needed)
 
     @staticmethod
+    @_compat.uncompiled
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         # As in `implicit`: forward mode is off here, and on again this one's tangents come off.
         primal = _compat.primal_and_tangent
@@ -209,6 +211,7 @@ class _Operate(torch.autograd.Function):
             return (*pushed, *(None for _ in _beside(ctx.operation)))
 
     @staticmethod
+    @_compat.uncompiled
     def vmap(
         info: Any, in_dims: Any, operation: Operation, reads: _OwnReads, *tensors: Tensor
     ) -> Any:
