@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 import weakref
 
 import equinox
@@ -940,3 +941,28 @@ def test_an_unknown_that_is_the_same_for_all_of_a_batch_beside_one_that_is_not(o
     np.testing.assert_allclose(by_a, 2 * a * b**2, rtol=1e-6)
     np.testing.assert_allclose(by_b, 2 * b * jnp.sum(a**2) + 3, rtol=1e-6)
     np.testing.assert_allclose(jax.jvp(total, (a, b), (a, b))[1], by_a @ a + by_b * b, rtol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["raise", "warn"])
+def test_the_rank_promotion_of_a_user_is_not_ours(mode) -> None:
+    """A matrix times a vector's entries inside of a rule is no mistake of theirs; one in the
+    function is."""
+
+    def loss(a):
+        found = fv.scipy.root(lambda x: x**3 + x - a, jnp.ones(2)).x
+        near = lambda x: jnp.sum((x - found) ** 2)
+        sides = [(0, None), (None, 5)]
+        zero = {"type": "eq", "fun": lambda x: x.sum() - 1}
+        x = fv.scipy.minimize(near, jnp.zeros(2), method="SLSQP", constraints=zero, bounds=sides).x
+        decay = lambda t, y: -x[0] * y
+        y = fv.scipy.solve_ivp(decay, (0, 1.0), jnp.ones(2), t_eval=jnp.array([0.5, 1.0])).y
+        return jnp.sum(y) + fv.scipy.quad(lambda t: jnp.sum(jnp.exp(-x * t)), 0, 1.0)[0]
+
+    a = jnp.array([2.0, 1.8])
+    wanted = jax.grad(loss)(a)
+    with jax.numpy_rank_promotion(mode), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_allclose(jax.grad(loss)(a), wanted, rtol=1e-6)
+        matrix = jnp.ones((2, 2))
+        with pytest.raises((ValueError, UserWarning), match="rank_promotion"):
+            jax.grad(lambda a: jnp.sum(fv.scipy.root(lambda x: matrix[0] * x - a * matrix, a).x))(a)

@@ -34,6 +34,7 @@ from freevars.jax._compat.callbacks import (
     host_call,
 )
 from freevars.jax._compat.context import (
+    any_rank,
     trace_context,
 )
 from freevars.jax._compat.linear_map import (
@@ -162,6 +163,7 @@ __all__ = [
     "Primitive",
     "Tracer",
     "Var",
+    "any_rank",
     "argument_in",
     "argument_of",
     "as_function",

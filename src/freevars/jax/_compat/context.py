@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import functools
+from collections.abc import Callable, Hashable
+from typing import ParamSpec, TypeVar
+
+import jax
 
 from freevars.jax._compat.private import config
 
-__all__ = ["trace_context"]
+__all__ = ["any_rank", "trace_context"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def any_rank(fun: Callable[P, R]) -> Callable[P, R]:
+    """`fun`, which multiplies a matrix by a vector's entries whatever `jax_numpy_rank_promotion`
+    says: that is for the code of those who set it."""
+
+    @functools.wraps(fun)
+    def allowed(*args: P.args, **kwargs: P.kwargs) -> R:
+        with jax.numpy_rank_promotion("allow"):
+            return fun(*args, **kwargs)
+
+    return allowed
 
 
 def trace_context() -> Hashable:

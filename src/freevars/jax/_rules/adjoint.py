@@ -125,6 +125,7 @@ class BySolver:
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@_compat.any_rank
 def _forward(by: BySolver, given: Arrays, x: Arrays) -> tuple[Arrays, Any]:
     of = by.recorded(given)
     out, error = _sensitivities(by, of, [dot[None] for dot in x])
@@ -150,6 +151,7 @@ def _sensitivities(by: BySolver, of: Recorded, columns: Arrays) -> tuple[Arrays,
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@_compat.any_rank
 def _by_sensitivities(by: BySolver, given: Arrays, g: Arrays) -> tuple[Arrays, Any]:
     of = by.recorded(given)
     inputs = [*of.p, *of.y0]
@@ -169,6 +171,7 @@ def _by_sensitivities(by: BySolver, given: Arrays, g: Arrays) -> tuple[Arrays, A
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@_compat.any_rank
 def _adjoint(by: BySolver, given: Arrays, g: Arrays) -> tuple[Arrays, Any]:
     of = by.recorded(given)
     m = len(of.y0)

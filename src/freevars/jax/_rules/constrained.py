@@ -19,6 +19,7 @@ from freevars._solvers import kkt
 from freevars._solvers.kkt import Found, Pair
 from freevars._solvers.verdict import Limits
 from freevars.errors import FreevarsError, StructureError
+from freevars.jax import _compat
 from freevars.jax._rules.active import (
     Functions,
     Scaled,
@@ -206,6 +207,7 @@ def _conditions(
     return f
 
 
+@_compat.any_rank
 def with_multipliers(problem: Problem, x: Any, *, has_aux: bool, squares: bool) -> Any:
     """The unknown at x, with the multipliers that its stationarity says."""
     if not problem.constraints:
@@ -236,6 +238,7 @@ def with_multipliers(problem: Problem, x: Any, *, has_aux: bool, squares: bool) 
     return {"x": x, **found}
 
 
+@_compat.any_rank
 def explain(
     problem: Problem, y: Any, *, has_aux: bool, squares: bool, name: str, tol: float | None
 ) -> FreevarsError | None:

@@ -220,6 +220,7 @@ class _ByProblem:
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@_compat.any_rank
 def _forward(by: _ByProblem, given: list[Any], x: list[Any]) -> tuple[list[Any], Any]:
     def pushed(given: list[Any], x: list[Any]) -> Callable[[Any], Any]:
         f, some, *_ = by.parts(given)
@@ -232,6 +233,7 @@ def _forward(by: _ByProblem, given: list[Any], x: list[Any]) -> tuple[list[Any],
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@_compat.any_rank
 def _transposed(by: _ByProblem, given: list[Any], g: list[Any]) -> tuple[list[Any], Any]:
     _, some, problem, at, options = by.parts(given)
     takes, flat = by.solver.takes(problem.struct()), Flat(some)

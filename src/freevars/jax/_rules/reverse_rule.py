@@ -46,6 +46,7 @@ def only_in_reverse(rule: Rule, problem: Problem, x0: Any) -> reverse.Pullback |
     return needed
 
 
+@_compat.any_rank
 def pull_back(
     rule: Rule, by_rows: Any, pullback: reverse.Pullback, saved: Any, cotangent: Any
 ) -> Any:
@@ -88,6 +89,7 @@ def _solve(
     return u
 
 
+@_compat.any_rank
 def solve_by_rows(
     rule: Rule,
     pullback: reverse.Pullback,

@@ -154,6 +154,7 @@ class Rule:
             return None
         return tuple(Closure(solver, leaves, x0, b) for solver in solvers)
 
+    @_compat.any_rank
     def polished(self, tree: Any, leaves: list[Any], x: Any, x0: Any, captured: Any) -> Any:
         """The solution after one more step, of Newton's method.
 
@@ -164,6 +165,7 @@ class Rule:
         moved, _ = diagnostics.newton(system, unknown, point.f, point.at)
         return point.coordinates.from_real(moved)
 
+    @_compat.any_rank
     def verdict(
         self,
         tree: Any,
@@ -178,6 +180,7 @@ class Rule:
         found = diagnostics.measure(system, unknown, point.f, point.at, point.along)
         return found, point.coordinates.from_real(found.step)
 
+    @_compat.any_rank
     def kept(self, tree: Any, leaves: list[Any], x: Any) -> Any:
         """Of a singular system: whether it is so because it keeps totals."""
         point = self.linearise(tree, leaves, x, ())
@@ -204,6 +207,7 @@ class Rule:
         inlined = traced and self.method.linear_solve is None
         return (self._inlined_tangent if inlined else self.compiled_tangent)(*arguments)
 
+    @_compat.any_rank
     def tangent(
         self,
         tree: Any,
