@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from freevars.torch import CaptureError, NotASolutionError, argmin, root
+from freevars.torch import NotASolutionError, argmin, root
 
 f = torch.func
 F64 = torch.float64
@@ -162,17 +162,36 @@ def test_what_the_solver_holds_and_the_function_reads() -> None:
     torch.testing.assert_close(g, number(1.0))
 
 
-def test_totals_that_depend_on_more_than_the_unknown() -> None:
-    w = torch.ones(2, dtype=F64, requires_grad=True)
+def on_its_way(k: Tensor, start: Tensor) -> Tensor:
+    """Where x0 x1 = 1 on the line from `start` along (-k, 1)."""
+    a, b = start
+    half = (a - k * b) / 2
+    s = (half - torch.sqrt(half**2 + k * (a * b - 1))) / k
+    return torch.stack([a - k * s, b + s])
 
-    def reaction(x: Tensor) -> Tensor:
-        return torch.stack([x[0] - x[1], x[1] - x[0]])
 
-    mix = lambda fun, x0: x0.mean().expand(2)
-    start = torch.tensor([0.5, 1.5], dtype=F64)
-    with pytest.raises(CaptureError, match=r"conserved= .*reads .*w.* Detach it"):
-        root(mix, conserved=lambda x: w @ x)(reaction, start)
-    start.requires_grad_()
-    x = root(mix, conserved=lambda x: w.detach() @ x)(reaction, start)
-    (g,) = torch.autograd.grad(x[0], start)
-    torch.testing.assert_close(g, torch.full_like(start, 0.5).detach())
+DERIVATIVES: dict[str, Any] = {
+    "jacrev": f.jacrev,
+    "jacfwd": f.jacfwd,
+    "second": lambda g: f.jacfwd(f.jacrev(g)),
+    "vmap": lambda g: lambda k: f.vmap(f.jacrev(g))(torch.stack([k, k]))[1],
+    "backward": lambda g: lambda k: torch.autograd.functional.jacobian(g, k),
+    "twice": lambda g: lambda k: torch.autograd.functional.hessian(lambda k: g(k)[0], k),
+}
+
+
+@pytest.mark.parametrize("by", DERIVATIVES)
+def test_totals_that_turn_with_a_captured_value(by: str) -> None:
+    """A reaction of which k of one kind make one of the other keeps x0 + k x1."""
+    start = torch.tensor([2.0, 1.0], dtype=F64)
+
+    def solved(k: Tensor) -> Tensor:
+        plain = torch.tensor(0.5, dtype=F64)
+        solve = root(lambda fun, x0: on_its_way(plain, start), conserved=lambda x: x[0] + k * x[1])
+        rate = lambda x: (x[0] * x[1] - 1) * torch.stack([-k, torch.ones_like(k)])
+        out: Tensor = solve(rate, start)
+        return out
+
+    k = torch.tensor(0.5, dtype=F64)
+    expected = DERIVATIVES[by](lambda k: on_its_way(k, start))(k)
+    torch.testing.assert_close(DERIVATIVES[by](solved)(k), expected)

@@ -159,15 +159,16 @@ class BatchedCondition(DifferentiableCondition):
         f: Tensor = fun(self._split(x), *values)
         return f.flatten(0, 1)
 
-    def completed(self, f: Tensor, x: Tensor, x0: Tensor, columns: Tensor) -> Tensor:
+    def completed(self, f: Tensor, x: Tensor, columns: Tensor, /, *values: Tensor) -> Tensor:
         if self.rule.conserved is None:
             return f
-        fun = torch.func.vmap(self.of.completed, (0, 0, self.dims[0], 0))
-        out: Tensor = fun(self._split(f), self._split(x), x0, self._split(columns))
+        fun = torch.func.vmap(self.of.completed, (0, 0, 0, *self.dims), randomness="same")
+        out: Tensor = fun(self._split(f), self._split(x), self._split(columns), *values)
         return out.flatten(0, 1)
 
-    def totals(self, x: Tensor, /) -> Tensor:
-        totals: Tensor = torch.func.vmap(self.of.totals)(self._split(x))
+    def totals(self, x: Tensor, /, *values: Tensor) -> Tensor:
+        fun = torch.func.vmap(self.of.totals, (0, *self.dims), randomness="same")
+        totals: Tensor = fun(self._split(x), *values)
         return totals.flatten(0, 1)
 
     def start(self, x0: Tensor) -> Tensor:

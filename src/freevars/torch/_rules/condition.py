@@ -74,8 +74,8 @@ class Condition:
         """F, differentiable to any order."""
         raise NotImplementedError
 
-    def totals(self, x: Tensor, /) -> Tensor:
-        """Float[Tensor, "problems totals"]: what the solver keeps from x0."""
+    def totals(self, x: Tensor, /, *values: Tensor) -> Tensor:
+        """Float[Tensor, "problems totals"]: what the solver keeps from x0, differentiable."""
         raise NotImplementedError
 
     def run(self, *values: Tensor) -> tuple[Tensor, ...]:
@@ -121,12 +121,12 @@ class Condition:
 
     def residual(self, x: Tensor, columns: Tensor, /, *values: Tensor) -> Tensor:
         """F, completed by the totals that are kept."""
-        return self.completed(self.equations(x, *values), x, values[0], columns)
+        return self.completed(self.equations(x, *values), x, columns, *values)
 
-    def completed(self, f: Tensor, x: Tensor, x0: Tensor, columns: Tensor) -> Tensor:
+    def completed(self, f: Tensor, x: Tensor, columns: Tensor, /, *values: Tensor) -> Tensor:
         if self.rule.conserved is None:
             return f
-        change = self.totals(x) - self.totals(x0)
+        change = self.totals(x, *values) - self.totals(values[0], *values)
         return f + (columns @ change[..., None])[..., 0]
 
     def find(self, *values: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -154,7 +154,7 @@ class Condition:
         at = x.clone().requires_grad_()
         with torch.enable_grad():
             f = self.equations(at, *values)
-            totals = self.totals(at)
+            totals = self.totals(at, *values)
         return completion(
             at, f, totals, diagnostics.units(self._size(x, self.start(values[0]))), self.rule.name
         )

@@ -8,44 +8,18 @@ c(x) = c(x0). Let W be any constant matrix for which L^T W is regular. Then
 
 has the same solution and a regular derivative: multiplied by L^T, it says c(x) = c(x0), and then
 F(x) = 0. It holds around the solution too, so that its derivatives of any order are right, and x0
-is one of the values that x depends on. W is L here, in the units of the equations.
+is one of the values that x depends on. So is what c reads: where L turns with a value, c has to
+read it too. W is L here, in the units of the equations.
 """
-
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from freevars.errors import CaptureError, NotASolutionError
-from freevars.torch._compat import pytree
-from freevars.torch._convert.convert import closure_convert
-from freevars.torch._convert.operators import may_carry_derivative
-from freevars.torch._describe import describe
+from freevars.errors import NotASolutionError
 from freevars.torch._rules.derivative import Derivative
 from freevars.torch._rules.diagnostics import limits_of
 
-__all__ = ["check_constant", "completion"]
-
-
-def check_constant(conserved: Callable[[Any], Any], x0: Any, name: str) -> None:
-    """Refuses totals that read, besides x, something by which a derivative may be asked for."""
-    example = pytree.tree_map_only(
-        Tensor, lambda t: torch.ones(t.shape, dtype=t.dtype, device=t.device), x0
-    )
-    totals = pytree.tree_leaves(conserved(example))
-    if not any(isinstance(t, Tensor) and may_carry_derivative(t) for t in totals):
-        return
-    converted, _ = closure_convert(conserved, example)
-    if not converted.captured:  # torch.func wraps whatever is computed
-        return
-    pairs = zip(converted.captured, converted.first_reads, strict=True)
-    reads = " and ".join(describe(t, conserved, line) for t, line in pairs)
-    message = (
-        f"{name}: conserved= expected a function of x alone, got one that reads {reads}, into "
-        "which a derivative could flow: it would be lost. Detach it there."
-    )
-    raise CaptureError(message)
+__all__ = ["completion"]
 
 
 def completion(at: Tensor, f: Tensor, totals: Tensor, unit: Tensor, name: str) -> Tensor:

@@ -21,7 +21,6 @@ from freevars.torch._convert.operators import may_carry_derivative
 from freevars.torch._convert.structure import Structure, same
 from freevars.torch._describe import function_name
 from freevars.torch._rules.batch import DifferentiableCondition
-from freevars.torch._rules.conserved import check_constant
 from freevars.torch._rules.inputs import Inputs
 from freevars.torch._rules.linear import LinearSolve
 from freevars.torch._rules.optimality import STATED_BY, check_value, optimality
@@ -67,8 +66,6 @@ class Problem(DifferentiableCondition):
         moving = (v for i, v in enumerate(inputs.values) if i not in self.constants)
         if not any(may_carry_derivative(v) for v in moving):
             self.by_options = inputs.names_of_others()
-        if rule.conserved is not None:
-            check_constant(rule.conserved, inputs.x0, rule.name)
         self._aux: tuple[list[Any], Any] | None = None
         if "fun" not in self.stating:  # what `fun` reads moves x where the condition calls it
             self.constants |= inputs.positions("fun")
@@ -105,7 +102,8 @@ class Problem(DifferentiableCondition):
     @contextmanager
     def constants_as_they_are(self) -> Iterator[None]:
         with ExitStack() as stack:
-            for function in self.stating.values():
+            totals = [f for name, f in self.functions.items() if name == "conserved"]
+            for function in (*self.stating.values(), *totals):
                 own = constants_as_they_are(function.__wrapped__, function.constants)
                 stack.enter_context(own)
             yield
@@ -141,9 +139,10 @@ class Problem(DifferentiableCondition):
             name=function_name(function),
         )
 
-    def totals(self, x: Tensor, /) -> Tensor:
-        assert self.rule.conserved is not None  # noqa: S101 (for the type checker)
-        found = self.rule.conserved(self.unknown.unravel(x))
+    def totals(self, x: Tensor, /, *values: Tensor) -> Tensor:
+        args, kwargs, _ = self.inputs.arguments(values)
+        hoisted = self.inputs.hoisted(values, "conserved")
+        found = self.functions["conserved"](self.unknown.unravel(x), args, kwargs, *hoisted)
         leaves = pytree.tree_leaves(found)
         batch = self.unknown.batch
         if not leaves or not all(

@@ -120,6 +120,8 @@ class ImplicitSolver(EagerSolver[P, R]):
         constraints = kkt.take_constraints(rule.kind, options, conserved=rule.conserved is not None)
         if condition is not None:
             as_given["condition"] = _stated(condition, extended)
+        if rule.conserved is not None:
+            as_given["conserved"] = _as_function("conserved", rule.conserved)
         as_given |= {name: _as_function(name, value) for name, value in constraints.items()}
         for name, function in list(as_given.items())[1:]:
             with nullcontext() if converted.replay is None else converted.replay.replayed():
@@ -160,7 +162,7 @@ def _without_functions(options: dict[str, Any], constraints: Mapping[str, Any]) 
 
 
 def _as_function(name: str, constraint: Any) -> Callable[..., Any]:
-    """A constraint as a function of what the extended `fun` takes."""
+    """A constraint, or totals, as a function of what the extended `fun` takes."""
     if name == "bounds":
         return bounds_like(constraint)
 
