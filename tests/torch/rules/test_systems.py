@@ -489,6 +489,13 @@ def test_the_old_vmap_of_forward_mode_is_refused() -> None:
         )
 
 
+def test_a_linearisation_is_refused() -> None:
+    a = torch.tensor(4.0, dtype=F64)
+    solve = root(returning(torch.tensor(2.0, dtype=F64)))
+    with pytest.raises(CaptureError, match=r"expected torch.func.jvp.*got torch.func.linearize"):
+        f.linearize(lambda a: solve(lambda x: x**2 - a, a), a)
+
+
 def test_the_old_vmap_of_reverse_mode_is_for_first_derivatives() -> None:
     a = torch.tensor(4.0, dtype=torch.float64)
     solve = root(lambda fun, x0: x0)

@@ -21,6 +21,7 @@ __all__ = [
     "function_modes",
     "functorch_active",
     "in_backward",
+    "recording",
     "transform_level",
     "transforms_active",
     "uncompiled",
@@ -108,6 +109,12 @@ unseen: Any = torch._C.DisableTorchFunction
 def transforms_active() -> bool:
     """Whether a torch.func transform or a forward-mode level is open on this thread."""
     return functorch_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def recording() -> bool:
+    """Whether `make_fx` writes down what runs on this thread, as `torch.func.linearize` has it."""
+    proxies: Any = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    return proxies is not None and proxies.get_proxy_mode() is not None
 
 
 def functorch_active() -> bool:

@@ -129,6 +129,13 @@ class _Implicit(torch.autograd.Function):
                 "cannot run the linear system."
             )
             raise CaptureError(message)
+        if _compat.recording():
+            message = (
+                "expected torch.func.jvp for a derivative of a rule in forward mode, got "
+                "torch.func.linearize or make_fx, which cannot record a linear system that looks "
+                "at its numbers."
+            )
+            raise CaptureError(message)
         with _compat.forward_mode(True):
             saved = [primal(t).primal for t in ctx.saved_tensors]
             x, _, columns, *values = saved
