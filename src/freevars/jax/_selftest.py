@@ -181,6 +181,18 @@ def _nothing_is_traced() -> bool:
     return inside == [False]
 
 
+def _known_values_are_computed_at_once() -> bool:
+    seen: list[Any] = []
+
+    def look(x: Any) -> Any:
+        with _compat.at_once():
+            seen.append(_compat.nothing_traced())
+        return x
+
+    jax.vmap(look)(jnp.asarray(_X))
+    return seen == [True]
+
+
 # By the entry of `_compat` that each one is about.
 _CHECKS: dict[str, Callable[[], bool]] = {
     "separate_constants": _constants_come_first,
@@ -197,4 +209,5 @@ _CHECKS: dict[str, Callable[[], bool]] = {
     "captured_tracers": _captured_tracers_are_told,
     "remake": _types_are_remade,
     "nothing_traced": _nothing_is_traced,
+    "at_once": _known_values_are_computed_at_once,
 }

@@ -106,6 +106,7 @@ from freevars.jax._compat.source import (
 from freevars.jax._compat.tracers import (
     argument_in,
     argument_of,
+    at_once,
     computes_now,
     is_live,
     is_open,
@@ -167,6 +168,7 @@ __all__ = [
     "argument_in",
     "argument_of",
     "as_function",
+    "at_once",
     "batched_alike",
     "captured_by_rule",
     "captured_tracers",

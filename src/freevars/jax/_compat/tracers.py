@@ -4,6 +4,7 @@ Nothing public tells one kind of tracer from another, or looks inside."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from freevars.jax._compat.values import Tracer, is_symbolic_zero
 __all__ = [
     "argument_in",
     "argument_of",
+    "at_once",
     "computes_now",
     "is_live",
     "is_open",
@@ -148,3 +150,14 @@ def computes_now() -> bool:
     """Whether an operation on known values gives a value, and not a step of a program under way."""
     # Asking by an operation is the public way, and takes a hundred times as long.
     return nothing_traced() or not isinstance(jax.lax.neg(np.float32(0)), Tracer)
+
+
+def at_once() -> AbstractContextManager[None]:
+    """Where `computes_now`, functions of known values run as they do outside of transformations.
+
+    JAX hands a compiled function to each transformation under way, which splits it into what is
+    known and what is not, every time. The public way, `jax.ensure_compile_time_eval`, is a setting
+    that functions are compiled for once more, and leaves that split. Collectives over named axes
+    are known to their transformation alone.
+    """
+    return nullcontext() if core.get_axis_env().axis_sizes else core.eval_context()

@@ -203,6 +203,11 @@ class Program:
         return None if any(x is None for x in fitted) else fitted
 
     @functools.cached_property
+    def has_custom_vjp(self) -> bool:
+        """Whether a rule in it is for reverse mode only."""
+        return _compat.has_custom_vjp(self.jaxpr)
+
+    @functools.cached_property
     def _weak_matters(self) -> bool:
         """Whether a weakly typed input decides the dtype in which something is computed."""
         return _compat.converts_weak_values(self.jaxpr)

@@ -15,13 +15,13 @@ from jax import tree_util
 from freevars._solvers.bounds import Component, on_a_bound
 from freevars._solvers.failures import Context, failure, option_matters
 from freevars._solvers.verdict import Figures, Kind, Limits
-from freevars.errors import FreevarsError
+from freevars.errors import FreevarsError, SingularError
 from freevars.jax._convert.static import from_static
 
 if TYPE_CHECKING:
     from freevars.jax._rules.diagnostics import Diagnostics
 
-__all__ = ["Diagnosis", "explain", "known_figures"]
+__all__ = ["Diagnosis", "explain", "known_figures", "not_finite"]
 
 
 class Diagnosis(NamedTuple):
@@ -127,3 +127,12 @@ def _on_a_bound(x: Any, x0: Any, step: Any, limits: Limits, options: Any, kind: 
         for index in np.ndindex(values.shape)
     )
     return on_a_bound(components, given, kind, limits.step)
+
+
+def not_finite(name: str) -> SingularError:
+    """The error for a derivative by a system that passed for regular."""
+    return SingularError(
+        f"{name}: the derivative is not finite: the iterative linear solver stopped short, or the"
+        " direction of differentiation is not finite itself. Give another linear_solve, or more"
+        " steps."
+    )

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -19,16 +17,16 @@ import numpy as np
 
 from freevars._solvers.failures import Context, failure
 from freevars._solvers.verdict import Figures, Limits
-from freevars.errors import FreevarsError, SingularError
+from freevars.errors import FreevarsError
 from freevars.jax import _compat
 from freevars.jax._rules import constrained, diagnostics
 from freevars.jax._rules.coordinates import Coordinates
 from freevars.jax._rules.diagnostics import Diagnostics
-from freevars.jax._rules.explain import Diagnosis, explain, known_figures
+from freevars.jax._rules.explain import Diagnosis, explain, known_figures, not_finite
 from freevars.jax._rules.rule import Rule
 from freevars.jax._solver.problem import Problem
 
-__all__ = ["diagnosis", "error", "tell_backwards", "tell_failure"]
+__all__ = ["diagnosis", "error", "tell_failure"]
 
 
 def tell_failure(
@@ -46,42 +44,7 @@ def tell_failure(
     leaves = jax.tree.leaves(dx)
     known = not any(isinstance(dot, _compat.Tracer) for dot in leaves)
     if known and not all(np.all(np.isfinite(dot)) for dot in leaves):
-        raise _not_finite(rule.name)
-
-
-def _not_finite(name: str) -> SingularError:
-    return SingularError(
-        f"{name}: the derivative is not finite: the iterative linear solver stopped short, or the"
-        " direction of differentiation is not finite itself. Give another linear_solve, or more"
-        " steps."
-    )
-
-
-@dataclass(frozen=True)
-class _Told:
-    """The identity; where its transpose is given known cotangents that are not finite, an error."""
-
-    name: str  # the solver's
-
-    def forward(self, _: Sequence[Any], x: Sequence[Any]) -> Sequence[Any]:
-        return x
-
-    def transposed(self, _: Sequence[Any], g: Sequence[Any]) -> Sequence[Any]:
-        known = not any(isinstance(ct, _compat.Tracer) for ct in g)
-        if known and not all(jnp.all(jnp.isfinite(ct)) for ct in g):
-            raise _not_finite(self.name)
-        return g
-
-
-def tell_backwards(rule: Rule, dots: list[Any], primals: Any) -> list[Any]:
-    """The same directions. A backward pass outside of any program raises where what it brings back
-    along them is not finite, as a forward one does."""
-    known = not any(isinstance(leaf, _compat.Tracer) for leaf in jax.tree.leaves(primals))
-    forward = not any(isinstance(dot, _compat.Tracer) for dot in dots)
-    quiet = not rule.check or rule.on_failure in {"nan", "warn"}
-    if quiet or forward or not known:
-        return dots
-    return _compat.linear_map(_Told(rule.name), [], dots, [*map(jax.typeof, dots)])
+        raise not_finite(rule.name)
 
 
 def error(

@@ -24,7 +24,7 @@ __all__ = ["only_in_reverse", "pull_back", "solve_by_rows"]
 
 def only_in_reverse(rule: Rule, problem: Problem, x0: Any) -> reverse.Pullback | None:
     """How the condition is pulled back, if that is the only way to a derivative."""
-    if not _compat.has_custom_vjp(problem.fun._program.jaxpr):  # noqa: SLF001 (own package)
+    if not problem.fun._program.has_custom_vjp:  # noqa: SLF001 (own package)
         return None
     types, tree = jax.tree.flatten(
         jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), x0)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from freevars._solvers.verdict import Kind, OnFailure
 from freevars.jax import _compat
 from freevars.jax._closure import Closure
-from freevars.jax._rules import diagnostics, implicit, linear
+from freevars.jax._rules import diagnostics, eager, implicit, linear
 from freevars.jax._rules.constrained import Constrained
 from freevars.jax._rules.coordinates import Coordinates
 from freevars.jax._rules.system import LinearSystem, nothing_if
@@ -68,8 +68,12 @@ class Rule:
         return jax.jit(self.tangent, static_argnums=(0, 1), inline=True)
 
     @functools.cached_property
-    def _quick_tangent(self) -> Any:
-        return jax.jit(functools.partial(self.tangent, closely=False), static_argnums=(0, 1))
+    def _compiled_push(self) -> Any:
+        return jax.jit(self.push, static_argnums=(0, 1))
+
+    @functools.cached_property
+    def _pushes(self) -> tuple[Any, Any]:
+        return jax.jit(eager.pushed), jax.jit(eager.transposed, static_argnums=2)
 
     @functools.cached_property
     def compiled_verdict(self) -> Any:
@@ -186,26 +190,48 @@ class Rule:
         point = self.linearise(tree, leaves, x, ())
         return diagnostics.kept(point.by_x, point.space)
 
-    def derivative(self, *arguments: Any) -> Any:
+    def derivative(self, *arguments: Any, known: bool) -> Any:
         """`tangent` of the same arguments, by what is compiled for all calls.
 
-        Where values are known, and a verdict is told by an error, a program without the closer look
-        is enough for most solutions, and compiled in a third of the time. Inside a program that is
-        traced it is a part of that, where XLA does more with its constants than in a function that
-        is called. But a caller's method stays in a function of its own: the infinities that lineax
-        works with are nothing that `jax_debug_infs` should see.
+        Where values are `known`, outside of any program, and a verdict is told by an error, a
+        program without the closer look is enough for most solutions, and compiled in a third of the
+        time. Inside a program that is traced it is a part of that, where XLA does more with its
+        constants than in a function that is called. But a caller's method stays in a function of
+        its own: the infinities that lineax works with are nothing that `jax_debug_infs` should see.
         """
-        tree, moving, leaves, x, x0, *_, captured = arguments
+        tree, moving, leaves, x, x0, directions, _, captured = arguments
         told = self.check and self.on_failure in {"raise", "least_squares"}
-        known = not any(isinstance(a, _compat.Tracer) for a in jax.tree.leaves((x, leaves, x0)))
-        if told and known and _compat.computes_now():
-            dx, found = self._quick_tangent(*arguments)
-            if not found.final:
-                found, _ = self.compiled_verdict(tree, moving, leaves, x, x0, captured)
-            return dx, found
+        if told and known:
+            at = tree, moving, leaves, x, x0, captured
+            with _compat.at_once():
+                found, push = self._compiled_push(*at)
+                if not found.final:
+                    found, _ = self.compiled_verdict(*at)
+            return eager.derivative_of(self.name, self._pushes, push, x, directions), found
         traced = any(isinstance(leaf, _compat.Tracer) for leaf in jax.tree.leaves(x))
         inlined = traced and self.method.linear_solve is None
         return (self._inlined_tangent if inlined else self.compiled_tangent)(*arguments)
+
+    @_compat.any_rank
+    def push(
+        self, tree: Any, moving: tuple[int, ...], leaves: list[Any], x: Any, x0: Any, captured: Any
+    ) -> Any:
+        """The verdict on x without a closer look, and the map of directions of the moving leaves to
+        one of x: a pytree. What is refused raises, so that the map needs no guard."""
+        x, finite = _where_finite(x, x0)
+        point, unknown, system = self.system(tree, leaves, x, x0, moving, captured)
+        found = diagnostics.measure(
+            system, unknown, point.f, point.at, point.along, closely=False
+        ).unless(finite)
+
+        def linear(dots: list[Any]) -> Any:
+            dv = jax.tree.map(jnp.zeros_like, point.v)
+            if moving:
+                minus = point.space.agree(system.solve(point.by_moved(dots)))
+                dv = jax.tree.map(jnp.negative, minus)
+            return point.to_x(dv)
+
+        return found, jax.linearize(linear, [jnp.zeros_like(leaves[i]) for i in moving])[1]
 
     @_compat.any_rank
     def tangent(
@@ -218,23 +244,18 @@ class Rule:
         dots: list[Any],
         others: list[Any],
         captured: Any,
-        *,
-        closely: bool = True,
     ) -> Any:
         """The direction x' for the direction `dots` of the moving leaves, which is linear in
-        `dots`, and what tells whether to trust it, `closely` or not. `others` are directions of
-        what the solution does not depend on, if it is one."""
+        `dots`, and what tells whether to trust it. `others` are directions of what the solution
+        does not depend on, if it is one."""
         finite = True
         if self.check:
             # A member of a batch that is not asked for contributes 0, and not 0 times infinity.
-            for leaf in jax.tree.leaves(x):
-                finite &= jnp.all(jnp.isfinite(leaf))
-            x = jax.tree.map(lambda x, x0: jnp.where(jnp.isfinite(x), x, x0), x, x0)
+            x, finite = _where_finite(x, x0)
         point, unknown, system = self.system(tree, leaves, x, x0, moving, captured)
         found, good = None, True
         if self.check:
-            measured = system, unknown, point.f, point.at, point.along
-            found = diagnostics.measure(*measured, closely=closely)
+            found = diagnostics.measure(system, unknown, point.f, point.at, point.along)
             found = found.unless(finite)
             good = found.good
         dv = jax.tree.map(jnp.zeros_like, point.v)
@@ -245,3 +266,11 @@ class Rule:
             none = nothing_if(good, point.space, point.v, [*dots, *others])
             dv = jax.tree.map(jnp.add, dv, none)
         return point.to_x(dv), found
+
+
+def _where_finite(x: Any, x0: Any) -> tuple[Any, Any]:
+    """x, or x0 where it is not finite; and whether it is."""
+    finite: Any = True
+    for leaf in jax.tree.leaves(x):
+        finite &= jnp.all(jnp.isfinite(leaf))
+    return jax.tree.map(lambda x, x0: jnp.where(jnp.isfinite(x), x, x0), x, x0), finite

@@ -267,7 +267,13 @@ class ImplicitSolver(DecoratedSolver[P, R]):
     # The rule.
 
     def _push(self, primals: Any, tangents: Any) -> Any:
-        out = self._implicit(*primals)  # the rule again, for higher orders
+        traced = any(isinstance(leaf, _compat.Tracer) for leaf in jax.tree.leaves(primals))
+        known = not traced and _compat.computes_now()
+        if known:
+            with _compat.at_once():
+                out = self._forward(*primals)
+        else:
+            out = self._implicit(*primals)  # the rule again, for higher orders
         x, aux = out if self._rule.has_aux else (out, None)
         problem, x0, options, (_, captured) = primals
         leaves, tree = jax.tree.flatten(self._rule.read(problem, x0))
@@ -280,9 +286,8 @@ class ImplicitSolver(DecoratedSolver[P, R]):
         others = [dot for dot in others if not _compat.is_symbolic_zero(dot)] * self._rule.check
         if moving or others:
             directions = [dots[i] for i in moving]
-            directions = refusal.tell_backwards(self._rule, directions, (x, leaves, x0))
             given = leaves, x, x0, directions, others, captured
-            dx, found = self._rule.derivative(tree, moving, *given)
+            dx, found = self._rule.derivative(tree, moving, *given, known=known)
             if self._rule.check and self._rule.on_failure != "nan":
                 at = (x, x0, options, (tree, leaves))
                 refusal.tell_failure(self._rule, found, at, dx, by_options=not moving)
