@@ -113,6 +113,26 @@ def test_second_and_third_order(square_root):
     close(jax.jit(jax.grad(jax.hessian(square_root)))(A), D3)
 
 
+@ROOTS
+def test_a_map_of_an_eager_derivative_is_one_of_jaxs(square_root):
+    """Batched, compiled, differentiated, transposed, taken apart and put together again."""
+    _, pull = jax.vjp(square_root, A)
+    _, push = jax.linearize(square_root, A)
+    pull_only = lambda ct: pull(ct)[0]
+    leaves, tree = jax.tree.flatten(pull)
+    maps = [pull_only, push, lambda ct: tree.unflatten(leaves)(ct)[0]]
+    maps.append(lambda ct: jax.linear_transpose(push, A)(ct)[0])
+    for linear in maps:
+        close(linear(2.0), 2 * D1)
+        close(jax.jit(linear)(2.0), 2 * D1)
+        close(jax.vmap(linear)(jnp.array([1.0, -3.0])), [D1, -3 * D1])
+        close(jax.jvp(linear, (1.0,), (2.0,))[1], 2 * D1)
+        close(jax.grad(linear)(1.0), D1)
+    with jax.disable_jit():
+        close(jax.grad(square_root)(A), D1)
+    close(jax.vmap(lambda _: jax.grad(square_root)(A), axis_name="i")(jnp.arange(2.0)), [D1, D1])
+
+
 @SLOW
 @ROOTS
 def test_loops_and_checkpoint(square_root):
