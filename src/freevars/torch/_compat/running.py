@@ -62,7 +62,9 @@ def uncompiled(run: F) -> F:
 # `torch.compiler.disable` without the import of the compiler, which takes seconds.
 _disable: Any = getattr(torch, "_disable_dynamo")  # noqa: B009 (not exported, says the type checker)
 
-# What runs on a call's way in and out: by their names, as the compiler's own rules have it.
+# What runs on a call's way in and out: by their names, as the compiler's own rules have it, which
+# are private (https://github.com/pytorch/pytorch/issues/150435). `torch.compiler.disable` is for
+# one function, and not for the rest of a frame that has called it.
 _OURS = tuple(f"freevars.torch.{name}" for name in ("_compat", "_convert", "_hooks", "_rules"))
 _left_alone: list[str] = []
 
