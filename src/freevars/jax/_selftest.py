@@ -187,9 +187,9 @@ def _known_values_are_computed_at_once() -> bool:
     def look(x: Any) -> Any:
         with _compat.at_once():
             seen.append(_compat.nothing_traced())
-        return x
+        return jnp.sum(x)
 
-    jax.vmap(look)(jnp.asarray(_X))
+    jax.grad(look)(jnp.asarray(_X))
     return seen == [True]
 
 

@@ -22,15 +22,15 @@ __all__ = ["derivative_of", "pushed", "transposed"]
 
 
 def derivative_of(
-    name: str, programs: tuple[Any, Any], push: Any, x: Any, directions: list[Any]
+    name: str, programs: tuple[Any, Any], minus: Any, x: Any, directions: list[Any]
 ) -> Any:
-    """The direction of x, by a linear map of directions that is a pytree. `programs` are `pushed`
-    and `transposed`, compiled; `name` is the solver's.
+    """The direction of x, by a linear map of directions to one of -x that is a pytree. `programs`
+    are `pushed` and `transposed`, compiled; `name` is the solver's.
 
     A backward pass outside of any program raises where what it brings back is not finite, as a
     forward one does.
     """
-    given, tree = jax.tree.flatten(push)
+    given, tree = jax.tree.flatten(minus)
     leaves, structure = jax.tree.flatten(x)
     types = tuple(map(jax.typeof, directions))
     fun = _Push(name, *programs, tree, types)
@@ -39,18 +39,23 @@ def derivative_of(
     )
 
 
-def pushed(push: Any, directions: Sequence[Any]) -> list[Any]:
-    """The map, to leaves."""
-    return jax.tree.leaves(push(list(directions)))
+def pushed(minus: Any, directions: Sequence[Any]) -> list[Any]:
+    """The direction of x, its leaves."""
+    return _negated(jax.tree.leaves(minus(list(directions))))
 
 
-def transposed(push: Any, g: Sequence[Any], types: tuple[Any, ...]) -> tuple[list[Any], Any]:
-    """Its transpose, and whether all of what that gives is finite."""
-    (found,) = jax.linear_transpose(lambda dots: pushed(push, dots), [*types])(list(g))
+def transposed(minus: Any, g: Sequence[Any], types: tuple[Any, ...]) -> tuple[list[Any], Any]:
+    """The transpose of that, and whether all of what it gives is finite."""
+    (found,) = jax.linear_transpose(lambda dots: jax.tree.leaves(minus(dots)), [*types])(list(g))
     finite = jnp.asarray(True)
     for leaf in found:
         finite &= jnp.all(jnp.isfinite(leaf))
-    return found, finite
+    return _negated(found), finite
+
+
+def _negated(leaves: Sequence[Any]) -> list[Any]:
+    """Without -0, which nobody expects of a derivative that is zero."""
+    return [0 - leaf for leaf in leaves]
 
 
 @dataclass(frozen=True)

@@ -204,10 +204,10 @@ class Rule:
         if told and known:
             at = tree, moving, leaves, x, x0, captured
             with _compat.at_once():
-                found, push = self._compiled_push(*at)
+                found, minus = self._compiled_push(*at)
                 if not found.final:
                     found, _ = self.compiled_verdict(*at)
-            return eager.derivative_of(self.name, self._pushes, push, x, directions), found
+            return eager.derivative_of(self.name, self._pushes, minus, x, directions), found
         traced = any(isinstance(leaf, _compat.Tracer) for leaf in jax.tree.leaves(x))
         inlined = traced and self.method.linear_solve is None
         return (self._inlined_tangent if inlined else self.compiled_tangent)(*arguments)
@@ -217,21 +217,19 @@ class Rule:
         self, tree: Any, moving: tuple[int, ...], leaves: list[Any], x: Any, x0: Any, captured: Any
     ) -> Any:
         """The verdict on x without a closer look, and the map of directions of the moving leaves to
-        one of x: a pytree. What is refused raises, so that the map needs no guard."""
+        one of -x: a pytree. What is refused raises, so that the map needs no guard."""
         x, finite = _where_finite(x, x0)
         point, unknown, system = self.system(tree, leaves, x, x0, moving, captured)
         found = diagnostics.measure(
             system, unknown, point.f, point.at, point.along, closely=False
         ).unless(finite)
 
-        def linear(dots: list[Any]) -> Any:
-            dv = jax.tree.map(jnp.zeros_like, point.v)
-            if moving:
-                minus = point.space.agree(system.solve(point.by_moved(dots)))
-                dv = jax.tree.map(jnp.negative, minus)
-            return point.to_x(dv)
+        def minus(dots: list[Any]) -> Any:
+            if not moving:
+                return point.to_x(jax.tree.map(jnp.zeros_like, point.v))
+            return point.to_x(point.space.agree(system.solve(point.by_moved(dots))))
 
-        return found, jax.linearize(linear, [jnp.zeros_like(leaves[i]) for i in moving])[1]
+        return found, jax.linearize(minus, [jnp.zeros_like(leaves[i]) for i in moving])[1]
 
     @_compat.any_rank
     def tangent(
