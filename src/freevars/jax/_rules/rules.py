@@ -131,7 +131,8 @@ def root(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]
         polish: True adds a Newton step to x before it is returned or differentiated.
         conserved: `conserved(x)`, an array or pytree of totals of x that the solver keeps as they
             are in x0. They complete equations that repeat each other, and derivatives flow into x0.
-            What it captures has derivatives too.
+            What it captures has derivatives too; a number that it states is a constant, so capture
+            what the totals turn with.
         jit: False runs the solver as it is, for one that cannot be traced; it then needs known
             values.
         one_sided: of `argmin` and `least_squares` with constraints. True: where a constraint is

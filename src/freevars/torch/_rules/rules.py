@@ -190,8 +190,8 @@ def root(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]
         polish: True adds a Newton step to what the solver returns.
         conserved: `conserved(x)` returns real tensors that the solver keeps as they are in `x0`
             (the amounts of the elements in a reaction), where the equations alone do not determine
-            `x`. Then `x0` has a derivative too, and so has what `conserved` reads. Writes out a
-            matrix.
+            `x`. Then `x0` has a derivative too, and so has what `conserved` reads; a number that it
+            states, or a detached tensor, is a constant. Writes out a matrix.
         batch_dims: how many axes in front of each tensor of `x0` count independent problems. The
             system is then one of small blocks, from as many products as one problem has unknowns.
             `fun` of `argmin` returns one number for each problem.
