@@ -12,7 +12,6 @@ except ImportError as error:  # pragma: no cover (tested in a process of its own
     raise ImportError(message) from error
 
 from freevars.jax._compat.axes import (
-    batched_alike,
     coupled_axes,
     is_sharded,
     like_sharding,
@@ -21,6 +20,7 @@ from freevars.jax._compat.axes import (
     not_more_varying,
     on_mesh,
     placed,
+    tied,
     tracks_varying,
     typed_sharding,
     vary_over,
@@ -169,7 +169,6 @@ __all__ = [
     "argument_of",
     "as_function",
     "at_once",
-    "batched_alike",
     "captured_by_rule",
     "captured_tracers",
     "cast",
@@ -234,6 +233,7 @@ __all__ = [
     "strong",
     "symbolic_zero",
     "take_apart",
+    "tied",
     "trace_beside",
     "trace_context",
     "traced_program",

@@ -13,7 +13,6 @@ from freevars.jax._compat.params import nested_programs
 from freevars.jax._compat.private import config, core
 
 __all__ = [
-    "batched_alike",
     "coupled_axes",
     "is_sharded",
     "like_sharding",
@@ -22,6 +21,7 @@ __all__ = [
     "not_more_varying",
     "on_mesh",
     "placed",
+    "tied",
     "tracks_varying",
     "typed_sharding",
     "vary_over",
@@ -147,13 +147,14 @@ def on_mesh(x: Any) -> Any:
     return jax.sharding.reshard(x, PartitionSpec())
 
 
-def batched_alike(tree: Any) -> Any:
-    """The same arrays, each of which depends on all of them: a `vmap` maps all or none.
+def tied(tree: Any) -> Any:
+    """The same arrays, each of which depends on all of them: what a `vmap` maps, or a derivative is
+    taken by, is all of them or none. By terms of 0, which XLA removes; none is of a leaf that
+    varies over more named axes, over which the sum would.
 
-    For the primal results of a `custom_jvp`. JAX 0.10 fails where one of them is the same for all
-    members of a batch, its tangent is not, and the `vmap` lies in a `jit`: the function and its
-    rule then disagree about what is mapped. By terms of 0, which XLA removes; none is of a leaf
-    that varies over more named axes, over which the sum would.
+    For the primal results of a `custom_jvp` as well: JAX 0.10 fails where one of them is the same
+    for all members of a batch, its tangent is not, and the `vmap` lies in a `jit`, because the
+    function and its rule then disagree about what is mapped.
     """
     leaves, structure = jax.tree.flatten(tree)
     if len(leaves) < 2 or not any(isinstance(leaf, core.Tracer) for leaf in leaves):  # noqa: PLR2004
@@ -161,11 +162,11 @@ def batched_alike(tree: Any) -> Any:
     axes = [varying_axes(leaf) for leaf in leaves]
     nothing = [jnp.sum(jnp.where(False, leaf, 0)).real for leaf in leaves]
 
-    def tied(leaf: Any, mine: frozenset[str]) -> Any:
+    def tie(leaf: Any, mine: frozenset[str]) -> Any:
         of = [n.astype(leaf.real.dtype) for n, a in zip(nothing, axes, strict=True) if a <= mine]
         return leaf + sum(of[1:], of[0])
 
-    return structure.unflatten(list(map(tied, leaves, axes)))
+    return structure.unflatten(list(map(tie, leaves, axes)))
 
 
 def while_loop(goes_on: Callable[[Any], Any], step: Callable[[Any], Any], start: Any) -> Any:

@@ -95,8 +95,8 @@ class Integrator(DecoratedSolver[P, R]):
         else:
             out = self._run_converted(own, problem, at, options)
         if not self.has_aux:
-            return _compat.batched_alike(out)
-        return _compat.batched_alike(out[0]), out[1]
+            return _compat.tied(out)
+        return _compat.tied(out[0]), out[1]
 
     def refuse_lost(self, own: Any, tangents: Any) -> None:
         """Refuse a derivative of which a part would be lost.

@@ -242,7 +242,7 @@ class ImplicitSolver(DecoratedSolver[P, R]):
         if self._rule.polish:
             leaves, tree = jax.tree.flatten(self._rule.read(problem, x0))
             x = self._rule.compiled_polish(tree, leaves, x, x0, linear_captures)
-        x = _compat.batched_alike(x)
+        x = _compat.tied(x)
         return (x, aux) if self._rule.has_aux else x
 
     def diagnose(self, /, *args: Any, **kwargs: Any) -> Diagnosis:

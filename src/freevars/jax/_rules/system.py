@@ -54,18 +54,11 @@ def linear_solve(matvec: Solve, b: Tree, solve: Any, transposed: Any) -> Tree:
     """
 
     def tied_matvec(v: Tree) -> Tree:
-        return _tied(matvec(_tied(v)))  # on both sides, so that its transpose is tied too
+        # On both sides, so that its transpose is tied too.
+        return _compat.tied(matvec(_compat.tied(v)))
 
-    return _tied(jax.lax.custom_linear_solve(tied_matvec, _tied(b), solve, transposed))
-
-
-def _tied(tree: Tree) -> Tree:
-    """The same leaves, each of which depends on all of them: by terms of 0, which XLA removes."""
-    leaves = jax.tree.leaves(tree)
-    if len(leaves) < 2:  # noqa: PLR2004
-        return tree
-    nothing = sum(jnp.sum(jnp.where(False, leaf, 0)) for leaf in leaves)
-    return jax.tree.map(lambda leaf: leaf + nothing, tree)
+    b = _compat.tied(b)
+    return _compat.tied(jax.lax.custom_linear_solve(tied_matvec, b, solve, transposed))
 
 
 def guarded(space: Space, good: Any, x: Tree, b: Tree) -> Tree:
