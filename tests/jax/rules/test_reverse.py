@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.custom_batching import custom_vmap
 
 import freevars.jax as fv
 from freevars.errors import NotASolutionError
@@ -85,6 +86,39 @@ def test_options_that_need_forward_mode_are_refused():
             jax.grad(lambda b, how=how: solve(b, **how))(1.5)
     with pytest.raises(NotImplementedError, match="polish=True"):
         solve(1.5, polish=True)
+
+
+@custom_vmap
+def batched_cube(x, b):
+    return b * x**3
+
+
+@batched_cube.def_vmap
+def _(size, is_batched, x, b):
+    x, b = (
+        a if batched else jnp.broadcast_to(a, (size, *jnp.shape(a)))
+        for a, batched in zip((x, b), is_batched, strict=True)
+    )
+    return b * x**3, True
+
+
+def test_a_custom_vmap_is_refused_by_name_and_fine_behind_a_custom_jvp():
+    ruled = jax.custom_jvp(lambda x, b: batched_cube(x, b))
+    slopes = lambda x, b: (3 * b * x**2, x**3)
+    ruled.defjvp(
+        lambda at, dots: (
+            ruled(*at),
+            sum(slope * dot for slope, dot in zip(slopes(*at), dots, strict=True)),
+        )
+    )
+    solver = fv.root(bisect)
+    solve = lambda b, cube: solver(lambda x: cube(x, b) - 8.0, jnp.ones(()))
+    for derivative in (jax.grad, jax.jacfwd, lambda f: jax.jit(jax.jacrev(f))):
+        with pytest.raises(NotImplementedError, match=r"bisect: expected .* custom_vmap") as error:
+            derivative(lambda b: solve(b, batched_cube))(1.5)
+        assert isinstance(error.value.__cause__, ValueError)
+        slope = derivative(lambda b: solve(b, ruled))(1.5)
+        np.testing.assert_allclose(slope, -2 / 3 * 1.5 ** (-4 / 3), rtol=1e-9)  # of (8 / b)^(1/3)
 
 
 @pytest.mark.slow

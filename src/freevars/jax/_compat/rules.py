@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -28,6 +28,7 @@ __all__ = [
     "function_beside",
     "function_parts",
     "has_custom_vjp",
+    "has_custom_vmap",
     "held_by_operation",
     "is_beside",
     "jvp_program",
@@ -262,9 +263,22 @@ def jvp_program(eqn: Eqn, smooth: Sequence[bool]) -> tuple[Any, list[bool]] | No
 
 def has_custom_vjp(jaxpr: Any) -> bool:
     """Whether a program, or one nested in it, has a rule for reverse mode only."""
+    return _holds(
+        jaxpr,
+        lambda eqn: (
+            eqn.primitive.name == "custom_vjp_call"
+            or "CustomVJP" in type(eqn.params.get("_prim")).__name__
+        ),
+    )
+
+
+def has_custom_vmap(jaxpr: Any) -> bool:
+    """Whether a program, or one nested in it, has a rule for batches."""
+    return _holds(jaxpr, lambda eqn: eqn.primitive.name == "custom_vmap_call")
+
+
+def _holds(jaxpr: Any, wanted: Callable[[Any], bool]) -> bool:
     return any(
-        eqn.primitive.name == "custom_vjp_call"
-        or "CustomVJP" in type(eqn.params.get("_prim")).__name__
-        or any(has_custom_vjp(getattr(j, "jaxpr", j)) for j in nested_programs(eqn))
+        wanted(eqn) or any(_holds(getattr(j, "jaxpr", j), wanted) for j in nested_programs(eqn))
         for eqn in jaxpr.eqns
     )

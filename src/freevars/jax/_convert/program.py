@@ -208,6 +208,11 @@ class Program:
         return _compat.has_custom_vjp(self.jaxpr)
 
     @functools.cached_property
+    def has_custom_vmap(self) -> bool:
+        """Whether a rule in it is for batches, whose function JAX cannot linearise."""
+        return _compat.has_custom_vmap(self.jaxpr)
+
+    @functools.cached_property
     def _weak_matters(self) -> bool:
         """Whether a weakly typed input decides the dtype in which something is computed."""
         return _compat.converts_weak_values(self.jaxpr)

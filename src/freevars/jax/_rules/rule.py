@@ -107,14 +107,18 @@ class Rule:
         condition = self.condition(problem)
         implicit.check_equations(condition, problem, x, has_aux=has_aux, name=self.name)
         rebuild = functools.partial(jax.tree.unflatten, tree)
-        return implicit.linearise(
-            condition,
-            rebuild,
-            leaves,
-            x,
-            moving,
-            has_aux=has_aux,
-        )
+        try:
+            return implicit.linearise(condition, rebuild, leaves, x, moving, has_aux=has_aux)
+        except ValueError as error:
+            if not problem.fun._program.has_custom_vmap:  # noqa: SLF001 (own package)
+                raise
+            message = (
+                f"{self.name}: expected a function whose derivative JAX can split into known values"
+                " and a linear part; it calls a jax.custom_batching.custom_vmap, of which JAX can"
+                " do neither that nor reverse mode. Call the custom_vmap from a function with a"
+                " jax.custom_jvp, whose rule states the derivative."
+            )
+            raise NotImplementedError(message) from error
 
     def system(
         self,
