@@ -36,6 +36,17 @@ def test_a_captured_sparse_constant_is_read(layout: Any) -> None:
     check(explicit, [fresh(3)], [fresh(3)])
 
 
+def test_a_sparse_gradient_of_a_hoisted_value() -> None:
+    table, rows = torch.nn.Embedding(5, 3, sparse=True), torch.tensor([1, 3])
+    converted, hoisted = closure_convert(lambda rows: 2 * table(rows), rows)
+    converted(rows, *hoisted).sum().backward()
+    grad = table.weight.grad
+    assert grad is not None
+    assert grad.is_sparse
+    right = torch.zeros(5, 3).index_fill(0, rows, 2.0)
+    torch.testing.assert_close(grad.to_dense(), right)
+
+
 def test_a_branch_of_a_loop_and_a_container_in_an_attribute() -> None:
     def explicit(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
         for k in range(5):

@@ -364,6 +364,21 @@ def test_what_was_made_in_inference_mode_may_be_given() -> None:
     assert torch.equal(slope(*made), slope(zeros(2), ONES))
 
 
+def test_a_solver_may_differentiate_by_its_start_in_inference_mode() -> None:
+    @root
+    def by_autograd(fun: Any, x0: Tensor) -> Tensor:
+        x = x0
+        for _ in range(8):
+            x = x.detach().requires_grad_()
+            value = fun(x)
+            x = x - value / torch.autograd.grad(value.sum(), x)[0]
+        return x.detach()
+
+    with torch.inference_mode():
+        x = by_autograd(lambda x: x**2 - 4, ONES.clone())
+    torch.testing.assert_close(x.clone(), 2 * ONES)
+
+
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_a_reentrant_checkpoint_is_named() -> None:
     scale = fresh(2)

@@ -23,7 +23,10 @@ __all__ = [
 
 def not_inference(t: Tensor) -> Tensor:
     """`t`, or a copy that a graph can save: tensors of inference mode cannot be saved."""
-    return t.clone() if t.is_inference() else t
+    if not t.is_inference():
+        return t
+    with torch.inference_mode(mode=False):  # it may be on
+        return t.clone()
 
 
 def versions(tensors: Sequence[Tensor]) -> list[int]:

@@ -79,7 +79,7 @@ class _Implicit(torch.autograd.Function):
     @staticmethod
     def forward(condition: Solvable, *values: Tensor) -> tuple[Tensor, ...]:
         # The solver may use autograd as it likes: it sees copies without history.
-        plain = tuple(v.detach() for v in values)
+        plain = tuple(_compat.not_inference(v.detach()) for v in values)
         with _modes.solver_running(), torch.inference_mode(mode=False), torch.enable_grad():
             return tuple(t.detach() for t in condition.solve(*plain))
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from freevars._solvers.signature import SolverCall
-from freevars.torch import _modes
+from freevars.torch import _compat, _modes
 from freevars.torch._convert.convert import Converted
 from freevars.torch._rules.attach import attached, record
 from freevars.torch._rules.problem import Problem
@@ -29,7 +29,7 @@ def solve_and_attach(
 ) -> tuple[Tensor, ...]:
     """The root, differentiable in whatever the user's function reads, and what comes with it;
     `given` are the functions of the problem as they were before conversion."""
-    plain = tuple(v.detach() for v in values)
+    plain = tuple(_compat.not_inference(v.detach()) for v in values)
     with (
         _modes.solver_running(),
         torch.inference_mode(mode=False),
