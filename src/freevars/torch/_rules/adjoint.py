@@ -36,6 +36,7 @@ from freevars._solvers.integration import not_solved
 from freevars._solvers.signature import SolverCall
 from freevars.torch import _compat
 from freevars.torch._compat import pytree
+from freevars.torch._rules.asked import Asked
 from freevars.torch._rules.forms import Flat, evaluated, is_smooth, value_and_vjp
 from freevars.torch._rules.implicit import jvp
 from freevars.torch._rules.integrator import Options, operate
@@ -63,20 +64,30 @@ class Trajectory:
         self.end = self.start + states
         self.aux: Any = None
 
-    def run(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    def answer(self, tensors: Sequence[Tensor], point: tuple[Tensor, ...]) -> list[Tensor]:
+        """What the field returns, from a time and the leaves of a state."""
+        values = tensors[self.end :]
+        return evaluated(lambda t, *y: self.fun(t, [*y], values), *point)
+
+    def run(self, tensors: Sequence[Tensor], asked: Asked) -> Sequence[Tensor]:
         """Call the solver, with y_0 and the field in the form in which it takes them."""
-        ts, y0, values = tensors[0], list(tensors[self.start : self.end]), tensors[self.end :]
+        ts, y0 = tensors[0], list(tensors[self.start : self.end])
         start = self.pack(y0)
         spec = pytree.tree_structure(start)
 
         def field(t: Tensor, y: Any) -> Any:
-            leaves = self.solver.leaves_of(y, start, spec)
-            return self.pack(evaluated(lambda t, *y: self.fun(t, [*y], values), t, *leaves))
+            point = (t, *self.solver.leaves_of(y, start, spec))
+            slopes = self.answer(tensors, point)
+            asked.note(point, slopes)
+            return self.pack(slopes)
 
         options = self.options.rebuilt(tensors[1 : self.start])
         call = SolverCall(None, (start, ts), (), {}, options)  # type: ignore[arg-type]
         ys, self.aux = self.solver.solved(field, call)
-        return self.solver.states_of(ys, start, spec, len(ts))  # type: ignore[no-any-return]
+        states: list[Tensor] = self.solver.states_of(ys, start, spec, len(ts))
+        point = (ts[-1], *(y[-1] for y in states))
+        asked.note_if_none(lambda: (point, self.answer(tensors, point)))
+        return states
 
     def _solve(
         self, fun: Fun, ts: Tensor, state: list[Tensor], options: Any, values: Any

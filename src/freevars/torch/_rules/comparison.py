@@ -1,8 +1,10 @@
 """What is evaluated again is compared with what was recorded when the solver returned: F bit for
-bit, a derivative up to rounding.
+bit, a derivative and the integrand of an integral up to rounding.
 
 Not here: when something is evaluated again (`condition.py`, `record.py`).
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch import Tensor
 from freevars.errors import NotASolutionError
 from freevars.torch._rules.norm import norm
 
-__all__ = ["compare", "compare_derivatives"]
+__all__ = ["compare", "compare_derivatives", "compare_values"]
 
 
 def compare(now: Tensor, recorded: Tensor, name: str) -> None:
@@ -21,7 +23,8 @@ def compare(now: Tensor, recorded: Tensor, name: str) -> None:
         return
     k = int((~equal).reshape(-1).nonzero()[0])
     was, is_now = (repr(float(t.reshape(-1)[k])) for t in (recorded, now))
-    raise _changed(f"component {k} of what should be zero was {was} then and is {is_now}", name)
+    what = f"at the solution, component {k} of what should be zero was {was} then and is {is_now}"
+    raise _changed(what, name)
 
 
 def compare_derivatives(now: Tensor, recorded: Tensor, dtype: torch.dtype, name: str) -> None:
@@ -30,16 +33,37 @@ def compare_derivatives(now: Tensor, recorded: Tensor, dtype: torch.dtype, name:
     change, size, after = (float(norm(t.reshape(-1))) for t in (now - recorded, recorded, now))
     eps = float(torch.finfo(dtype).eps)
     if not change <= eps**0.5 * max(size, after):
-        raise _changed(f"a derivative of norm {size:.3e} then has changed by {change:.3e}", name)
+        what = f"a derivative of norm {size:.3e} then has changed by {change:.3e}"
+        raise _changed(f"at the solution, {what}", name)
 
 
-def _changed(what: str, name: str) -> NotASolutionError:
+def compare_values(now: Tensor, recorded: Tensor, name: str, what: str) -> None:
+    """Refuses a value of an integrand or a field that is not what the solver was given, but for
+    rounding."""
+    if now.shape == recorded.shape:
+        equal = (now == recorded) | (now.isnan() & recorded.isnan())
+        if bool(equal.all()):
+            return
+        change, size = (float(norm(t.reshape(-1))) for t in (now - recorded, recorded))
+        changed = f"{what}, of norm {size:.3e} then, has changed by {change:.3e}"
+    else:
+        change, size = math.inf, 1.0
+        changed = f"{what}, of shape {list(recorded.shape)} then, has {list(now.shape)}"
+    if not change <= torch.finfo(recorded.dtype).eps ** 0.5 * size:
+        raise _changed(changed, name, "the derivative of an integral or a differential equation")
+
+
+def _changed(
+    what: str,
+    name: str,
+    derivative: str = "this derivative (a higher order, forward mode, torch.func)",
+) -> NotASolutionError:
     return NotASolutionError(
-        f"{name}: expected the function as it was when the solver returned: this "
-        "derivative (a higher order, forward mode, torch.func) evaluates it again. At the "
-        f"solution, {what} now. What the function reads was changed in between: a tensor in "
-        "place, a variable, an attribute, a module's mode, a random generator. Take the "
-        "derivative before that, or capture a copy."
+        f"{name}: expected the function as it was when the solver returned: {derivative} evaluates "
+        f"it again, and {what} now. What the function reads was changed in between: a tensor in "
+        "place, a variable (of a loop, say), an attribute, a module's mode, a random generator. "
+        "Take the derivative before that, or let the function have a copy of its own (a default "
+        "argument, k=k)."
     )
 
 

@@ -30,6 +30,7 @@ from freevars._solvers.signature import SolverCall
 from freevars.errors import StructureError
 from freevars.torch._compat import pytree
 from freevars.torch._convert.convert import closure_convert
+from freevars.torch._rules.asked import Asked
 from freevars.torch._rules.forms import Flat, evaluated, is_smooth, value_and_vjp
 from freevars.torch._rules.halves import difference, direction
 from freevars.torch._rules.implicit import jvp
@@ -71,7 +72,8 @@ class IntegralSolver(Integrator[P, R]):
             return pytree.tree_map(_inexact, call.fun(t, *args, **kwargs))
 
         extra = (call.args, call.kwargs)
-        converted, hoisted = closure_convert(integrand, torch.zeros((), dtype=dtype), *extra)
+        at = torch.zeros((), dtype=dtype)
+        converted, hoisted = closure_convert(integrand, at, *extra, rng="replay")
         places = Options({"extra": extra})
         leaves, spec = pytree.tree_flatten(converted.out_struct)
         n = places.count
@@ -91,6 +93,8 @@ class IntegralSolver(Integrator[P, R]):
         tensors = [torch.as_tensor(e, dtype=dtype) for e in call.x0]
         values = [*places.tensors, *hoisted]
         value = pack(operate(operation, [*tensors, *options.tensors, *values]))
+        if converted.replay is not None:
+            converted.replay.advance()
         return (value, operation.aux) if self.has_aux else value
 
     def _limits(self, *ends: Any) -> tuple[list[float | None], torch.dtype]:
@@ -129,18 +133,28 @@ class _Integral:
         self.start = 2 + options.count  # of the values
         self.aux: Any = None
 
-    def run(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    def answer(self, tensors: Sequence[Tensor], point: tuple[Tensor, ...]) -> list[Tensor]:
+        values = tensors[self.start :]
+        return evaluated(lambda t: self.fun(t, values), *point)
+
+    def run(self, tensors: Sequence[Tensor], asked: Asked) -> Sequence[Tensor]:
         values = tensors[self.start :]
         seen: list[Any] = []
 
         def integrand(t: Any, *_: Any, **__: Any) -> Any:
-            value = self.pack(evaluated(lambda t: self.fun(t, values), self._point(t)))
+            point = (self._point(t),)
+            leaves = self.answer(tensors, point)
+            asked.note(point, leaves)
+            value = self.pack(leaves)
             seen[:] = [pytree.tree_map(_shape, value)]
             return value
 
         a, b = (t if e is None else e for t, e in zip(tensors, self.infinite, strict=False))
         call = SolverCall(None, (a, b), (), {}, self.options.rebuilt(tensors[2 : self.start]))  # type: ignore[arg-type]
         out, self.aux = self.solver.call_solver(integrand, (a, b), call, "integral")
+        low, high = (_inside(*tensors[:2]), _inside(*tensors[1::-1]))
+        point = (low + 0.6 * (high - low),)
+        asked.note_if_none(lambda: (point, self.answer(tensors, point)))
         return self._checked(out, seen, values, tensors)
 
     def _point(self, t: Any) -> Tensor:
@@ -292,9 +306,9 @@ class _Integral:
 
 
 def _inside(end: Tensor, other: Tensor) -> Tensor:
-    """A point between two limits, the first of which may be infinite."""
-    beside = torch.where(torch.isfinite(other), other + torch.sign(end), torch.zeros_like(end))
-    return torch.where(torch.isfinite(end), end, beside)
+    """One limit, or a point between two where that is infinite."""
+    beside = torch.where(torch.isfinite(other), other, torch.zeros_like(end))
+    return torch.where(torch.isfinite(end), end, beside + torch.sign(end))
 
 
 def _inexact(leaf: Any) -> Tensor:

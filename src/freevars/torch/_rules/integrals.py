@@ -48,7 +48,9 @@ def integral(
     solver passes on to it (what its signature collects in `*args` and `**kwargs`, or a tuple named
     `args`), and into the limits. They are integrals too, by the same solver: it has to be as good
     for the derivative of the integrand as for the integrand. What the solver itself reads, its
-    options included, has no derivative, and one that is asked for is refused.
+    options included, has no derivative, and one that is asked for is refused. A backward pass runs
+    the integrand again, and refuses one that has changed since the call. All evaluations in one
+    call draw the same random numbers.
 
     Args:
         solver: `solver(integrand, a, b, ...)`, which may leave PyTorch. `integrand(t)` takes a real
@@ -72,7 +74,7 @@ def integral(
             its points at random needs more.
 
     Raises:
-        freevars.errors.NotASolutionError: see `on_failure`.
+        freevars.errors.NotASolutionError: see `on_failure`; or the function has changed since.
         freevars.errors.CaptureError: as for `closure_convert`; or a derivative is asked for by what
             the solver reads itself.
         freevars.errors.StructureError: the solver returns another structure or shape than the
@@ -116,6 +118,8 @@ def odeint(solver: Callable[..., Any] | None = None, /, **options: Unpack[OdeOpt
     solver solves for them: forward sensitivities in forward mode, the adjoint equation backwards in
     reverse mode. What the solver itself reads, its options included, has no derivative, and one
     that is asked for is refused. A batch (`torch.func.vmap`) is solved one member after the other.
+    A backward pass runs the field again, and refuses one that has changed since the call. All
+    evaluations in one call draw the same random numbers.
 
     Args:
         solver: `solver(field, y0, ts, ...)`, which may leave PyTorch. `y0` is a pytree of real or
@@ -139,7 +143,7 @@ def odeint(solver: Callable[..., Any] | None = None, /, **options: Unpack[OdeOpt
         tol: the difference that is accepted, relative. None: see `on_failure`.
 
     Raises:
-        freevars.errors.NotASolutionError: see `on_failure`.
+        freevars.errors.NotASolutionError: see `on_failure`; or the function has changed since.
         freevars.errors.CaptureError: as for `closure_convert`; or a derivative is asked for by what
             the solver reads itself.
         freevars.errors.StructureError: the field returns another structure or shape than y0, the

@@ -34,6 +34,8 @@ from freevars.torch._compat import pytree
 from freevars.torch._convert import contents
 from freevars.torch._convert.autograd_graph import leaves_behind
 from freevars.torch._describe import describe
+from freevars.torch._rules.asked import Asked
+from freevars.torch._rules.autocast import Autocast
 from freevars.torch._rules.eager import EagerSolver
 from freevars.torch._rules.inputs import reached_by
 
@@ -76,8 +78,11 @@ class Operation(Protocol):
     first_option: int  # its position among the tensors
     aux: Any  # what the solver returned beside the result, after `run`
 
-    def run(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """From tensors without history."""
+    def run(self, tensors: Sequence[Tensor], asked: Asked) -> Sequence[Tensor]:
+        """From tensors without history; takes note of what the solver asks the function."""
+
+    def answer(self, tensors: Sequence[Tensor], point: tuple[Tensor, ...]) -> Sequence[Tensor]:
+        """What the function returns where the solver asked for it."""
 
     def pull(
         self, tensors: Sequence[Tensor], out: Sequence[Tensor], g: Sequence[Tensor], needed: Any
@@ -121,12 +126,13 @@ class _OwnReads:
     def __init__(self, of_a_transform: Sequence[Tensor]) -> None:
         self._of_a_transform = {id(t) for t in of_a_transform}
         self.found: list[Tensor] = []
+        self.asked = Asked()
 
     def run(self, operation: Operation, plain: Sequence[Tensor]) -> Sequence[Tensor]:
         """`operation.run`, watched."""
         ids = self._of_a_transform
         with _Watch(ids, self.found) if ids else nullcontext():
-            out = operation.run(plain)
+            out = operation.run(plain, self.asked)
         tracked = [t for t in out if t.requires_grad]
         self.found += [*(t for t in tracked if t.is_leaf), *leaves_behind(tracked)]
         return out
@@ -159,6 +165,12 @@ def _refuse(operation: Operation, by: str) -> NoReturn:
     raise no_derivative(solver.__name__, by, solver.leads, "its .detach()")
 
 
+def _compare(operation: Operation, asked: Asked, tensors: Sequence[Tensor]) -> None:
+    """Refuses a function that is not what the solver was given."""
+    solver, plain = operation.solver, [t.detach() for t in tensors]
+    asked.compare(lambda point: operation.answer(plain, point), solver.__name__, solver.leads[0])
+
+
 class _Operate(torch.autograd.Function):
     @staticmethod
     def forward(operation: Operation, reads: _OwnReads, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -169,8 +181,8 @@ class _Operate(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        operation, _, *tensors = inputs
-        ctx.operation = operation
+        operation, reads, *tensors = inputs
+        ctx.operation, ctx.asked, ctx.autocast = operation, reads.asked, Autocast.now(tensors)
         ctx.set_materialize_grads(False)  # a tangent of zero would be one that is asked for
         ctx.n, ctx.results = len(tensors), len(output) - len(_beside(operation))
         results, beside = output[: ctx.results], output[ctx.results :]
@@ -196,7 +208,10 @@ class _Operate(torch.autograd.Function):
         needed = ctx.needs_input_grad[2:]
         _refuse_options(ctx.operation, needed)
         whole = [torch.zeros_like(o) if t is None else t for t, o in zip(given, out, strict=True)]
-        return None, None, *ctx.operation.pull(tensors, out, whole, needed)
+        with ctx.autocast.again():
+            if not _compat.functorch_active():  # else the transform, open still, takes both
+                _compare(ctx.operation, ctx.asked, tensors)
+            return None, None, *ctx.operation.pull(tensors, out, whole, needed)
 
     @staticmethod
     @_compat.uncompiled

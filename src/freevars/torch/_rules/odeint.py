@@ -76,7 +76,7 @@ class OdeintSolver(Integrator[P, R]):
 
         extra = (call.args, call.kwargs)
         example = torch.zeros((), dtype=ts.dtype)
-        converted, hoisted = closure_convert(field, example, y0, *extra)
+        converted, hoisted = closure_convert(field, example, y0, *extra, rng="replay")
         self._like(converted.out_struct, y0, "field", self._order)
         places, options = Options({"extra": extra}), Options(call.options)
         n = places.count
@@ -95,6 +95,8 @@ class OdeintSolver(Integrator[P, R]):
         takes = self.given.get("takes") or ("pytree" if shown == "pytree" else "array")
         operation = Trajectory(self, fun, pack, takes, options, len(states))
         ys = operate(operation, [ts, *options.tensors, *states, *places.tensors, *hoisted])
+        if converted.replay is not None:
+            converted.replay.advance()
         return (pack(ys), operation.aux) if self.has_aux else pack(ys)
 
     def _states(self, y0: Any) -> tuple[list[Tensor], Any]:

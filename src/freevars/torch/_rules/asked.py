@@ -1,0 +1,59 @@
+"""What a function returned where a solver asked for it, compared with what it returns there when a
+derivative runs it again.
+
+A derivative of an integral or of a differential equation is another one, of the same function: it
+runs as Python finds it in the backward pass. A loop variable, an attribute or a module's mode that
+has changed since would give the derivative of another function.
+
+Not here: comparing (`comparison.py`), and what runs again (`integral.py`, `adjoint.py`).
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from freevars.torch import _compat
+from freevars.torch._rules.comparison import compare_values
+
+__all__ = ["Asked"]
+
+Point = tuple[Tensor, ...]
+
+
+class Asked:
+    """The first answer of a function, and the last two whose number is a power of two: so few, and
+    from places all over the way."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._answers: list[tuple[Point, list[Tensor]]] = []
+
+    def note(self, point: Point, answer: Sequence[Tensor]) -> None:
+        """One question of the solver, and the function's answer."""
+        self._count += 1
+        if self._count & (self._count - 1) or not all(map(_is_plain, (*point, *answer))):
+            return
+        if len(self._answers) > 2:  # noqa: PLR2004
+            del self._answers[1]
+        # Copies: the solver may write to both.
+        copies = tuple(t.detach().clone() for t in point), [t.detach().clone() for t in answer]
+        self._answers.append(copies)
+
+    def note_if_none(self, ask: Callable[[], tuple[Point, Sequence[Tensor]]]) -> None:
+        """Ask oneself, of a solver that only asked for many points at once, by `vmap`."""
+        if not self._answers:
+            self._count = 0
+            self.note(*ask())
+
+    def compare(self, fun: Callable[[Point], Sequence[Tensor]], name: str, what: str) -> None:
+        """Refuses a function whose answers are others now; `name` is that of the solver."""
+        with torch.no_grad():
+            for point, before in self._answers:
+                for now, then in zip(fun(point), before, strict=True):
+                    if _is_plain(now):
+                        compare_values(now, then, name, f"the {what} at t = {point[0].item():.6g}")
+
+
+def _is_plain(t: Tensor) -> bool:
+    return not _compat.is_wrapped(t)
