@@ -100,21 +100,25 @@ def evaluate(kind: str, oracle: Oracle, problem: Problem, v: Any, d: Any) -> tup
     return (jax.jacfwd(derivative)(v),)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _evaluate_compiled(kind: str, oracle: Oracle, problem: Any, v: Any, d: Any) -> Any:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _evaluate_compiled(
+    kind: str, oracle: Oracle, tree: Any, leaves: list[Any], v: Any, d: Any
+) -> Any:
     dtype = oracle.layout.struct().dtype
-    return evaluate(kind, oracle, problem, v.astype(dtype), d if d is None else d.astype(dtype))
+    d = d if d is None else d.astype(dtype)
+    return evaluate(kind, oracle, tree.unflatten(leaves), v.astype(dtype), d)
 
 
 def query_compiled(oracle: Oracle, problem: Problem) -> Query:
     """Answer each question by a compiled function, called on the spot."""
     here, x64 = threading.get_ident(), jax.config.jax_enable_x64
+    leaves, tree = jax.tree.flatten(problem)  # once, and not at each question
 
     def query(kind: str, v: Any, d: Any = None) -> tuple[Any, ...]:
         if threading.get_ident() != here:  # a thread of the solver's, where the setting is unknown
             with jax.enable_x64(x64):
-                return tuple(_evaluate_compiled(kind, oracle, problem, v, d))
-        result: tuple[Any, ...] = _evaluate_compiled(kind, oracle, problem, v, d)
+                return tuple(_evaluate_compiled(kind, oracle, tree, leaves, v, d))
+        result: tuple[Any, ...] = _evaluate_compiled(kind, oracle, tree, leaves, v, d)
         return result
 
     return query
@@ -279,4 +283,5 @@ def _copy(a: Any) -> Any:
 
 
 def _number(value: Any) -> Any:
-    return float(value) if np.ndim(value) == 0 else _copy(value)
+    # By way of NumPy: float() of an array of JAX takes as long as a tenth of a short objective.
+    return float(np.asarray(value)) if np.ndim(value) == 0 else _copy(value)

@@ -143,7 +143,9 @@ class ImplicitSolver(DecoratedSolver[P, R]):
         captured = self._captured(problem, x0, options)
         plain = _compat.nothing_traced() and not self._rule.polish  # no derivative is asked for
         pullback = None if plain else self._backwards(problem, x0)
-        if pullback is not None:
+        if plain:
+            out = self._forward(problem, x0, options, captured)
+        elif pullback is not None:
             out = self._in_reverse(pullback, problem, x0, options, (captured[0], None))
         else:
             out = self._implicit(problem, x0, options, captured)
