@@ -1,5 +1,7 @@
 """Minima with constraints in PyTorch."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -105,6 +107,24 @@ def test_what_is_refused(refused) -> None:
     with pytest.raises(getattr(fv, refused.error), match=refused.text):
         slope()
     assert slope(on_failure="nan").isnan()
+
+
+def test_a_refusal_under_vmap_is_in_the_words_of_the_constraints() -> None:
+    """And names the problem; each element has a bound of its own."""
+
+    @fv.argmin
+    def outside(fun: Any, x0: Any, bounds: Any) -> Any:
+        return bounds[0] - 1
+
+    def slope(low: torch.Tensor) -> torch.Tensor:
+        x0 = torch.zeros(2, dtype=F64)
+        return outside(lambda x: ((x - low) ** 2).sum(), x0, bounds=(low * x0 + low, None)).sum()
+
+    lows = torch.tensor([1.0, 2.0, 3.0], dtype=F64)
+    words = r"outside \(problem 0 of 3\): the result violates the lower bound of x\[0\]"
+    for transform in (torch.func.grad, torch.func.jacfwd):
+        with pytest.raises(fv.NotASolutionError, match=words):
+            torch.func.vmap(transform(slope))(lows)
 
 
 def test_one_sided() -> None:

@@ -135,6 +135,17 @@ def test_the_components_on_a_bound_are_named() -> None:
         batch(lambda x: ((x["a"] - c) ** 2).sum(1), far, low)["a"].sum().backward()
 
 
+def test_a_component_on_a_bound_is_named_under_vmap() -> None:
+    def slope(c: Tensor) -> Tensor:
+        far = torch.ones(2, dtype=F64)
+        return argmin(descent)(lambda x: ((x - c) ** 2).sum(), far, number(0.25)).sum()
+
+    words = r"\(problem 1 of 2\).* stopped at x\[0\] = 0\.25, x\[1\] = 0\.25 although"
+    for transform in (f.grad, f.jacfwd):
+        with pytest.raises(NotASolutionError, match=words):
+            f.vmap(transform(slope))(torch.tensor([1.0, -0.5], dtype=F64))
+
+
 def test_a_start_that_has_a_history() -> None:
     """Warm starts: no derivative by the start, and the graph before is not walked again."""
 

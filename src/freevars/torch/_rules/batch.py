@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from freevars.errors import FreevarsError
 from freevars.torch import _compat, _modes
 from freevars.torch._rules.attach import attached, record
 from freevars.torch._rules.condition import Condition, Solution
@@ -177,6 +178,14 @@ class BatchedCondition(DifferentiableCondition):
 
     def compare(self, now: Tensor, recorded: Tensor) -> None:
         self.of.compare(now, recorded)
+
+    def explained(
+        self, k: int, name: str, at: Solution, values: Sequence[Tensor]
+    ) -> FreevarsError | None:
+        n = len(at.x) // self.size
+        member, k = divmod(k, n)
+        own = Solution(*(t[member * n : (member + 1) * n] for t in at))
+        return self.of.explained(k, name, own, _one(values, self.dims, member))
 
     def own_linear_solve(self, values: Sequence[Tensor]) -> LinearSolve | None:
         """Once for each element: it is written for one, and may read a tensor of its own there."""

@@ -97,9 +97,12 @@ class Unknown:
         return leaves
 
     def components(self, k: int, x: Tensor, change: Tensor) -> Iterator[Component]:
-        """The numbers of problem `k`, by name; none of a complex unknown, which has no order."""
-        steps = self._whole(change)
-        named = pytree.tree_unflatten(self._whole(x), self.spec)
+        """The numbers of problem `k`, by name; none of a complex unknown, which has no order. Under
+        `vmap` there are the problems of many unknowns."""
+        member, k = divmod(k, self.problems)
+        rows = slice(member * self.problems, (member + 1) * self.problems)
+        steps = self._whole(change[rows])
+        named = pytree.tree_unflatten(self._whole(x[rows]), self.spec)
         leaves = pytree.tree_flatten_with_path(named)[0]
         at = _index(k, self.batch)
         for (path, leaf), step in zip(leaves, steps, strict=True):
