@@ -1,5 +1,6 @@
 """Integrals and differential equations, whose backward pass runs the function again: one that has
-changed since the call is refused, and modes and random numbers are those of the call."""
+changed since the call is refused, modes and random numbers are those of the call, and PyTorch may
+run the call again too."""
 
 from __future__ import annotations
 
@@ -8,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import freevars.torch as fv
-from freevars.errors import NotASolutionError
+from freevars.errors import CaptureError, NotASolutionError
 from tests.torch.rules.test_integral import gauss
 from tests.torch.rules.test_odeint import rk4
 
@@ -124,3 +126,21 @@ def test_autocast_is_that_of_the_call(of_the_call) -> None:
     with torch.autocast("cpu", enabled=not of_the_call):
         torch.autograd.grad(x, w)
     assert set(ran) == {torch.bfloat16 if of_the_call else torch.float32}
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_inside_a_checkpoint(solve, use_reentrant) -> None:
+    a = torch.tensor(2.0, dtype=F64, requires_grad=True)
+    run = lambda a: solve(lambda t: a**3 * t)
+    checkpoint(run, a, use_reentrant=use_reentrant).backward()
+    assert float(a.grad) == pytest.approx(6, rel=1e-4)
+
+
+def test_what_forward_mode_cannot_record_is_refused_by_name(solve) -> None:
+    a = torch.tensor(2.0, dtype=F64)
+    run = lambda a: solve(lambda t: a**3 * t)
+    with pytest.raises(CaptureError, match=r"expected torch.func.jvp .*got torch.func.linearize"):
+        torch.func.linearize(run, a)
+    jacobian = torch.autograd.functional.jacobian
+    with pytest.raises(CaptureError, match=r"expected torch.func.jacfwd .*forward-mode"):
+        jacobian(run, a, strategy="forward-mode", vectorize=True)

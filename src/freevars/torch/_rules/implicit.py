@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from freevars._sequences import replaced
-from freevars.errors import CaptureError
 from freevars.torch import _compat, _modes
 from freevars.torch._rules.forms import is_smooth
+from freevars.torch._rules.forward_mode import check_forward_mode
 
 __all__ = ["Solvable", "implicit", "jvp", "linearised", "pull_back", "vjp"]
 
@@ -122,20 +122,7 @@ class _Implicit(torch.autograd.Function):
         # outer transform. On again, the tangents of this one must be taken off, or this rule
         # calls itself.
         primal = _compat.primal_and_tangent
-        if any(t is not None and _compat.is_legacy_batched(t) for t in tangents[1:]):
-            message = (
-                "expected torch.func.jacfwd for a derivative of a rule in forward mode, got "
-                'torch.autograd.functional.jacobian(strategy="forward-mode"), whose vmap of old '
-                "cannot run the linear system."
-            )
-            raise CaptureError(message)
-        if _compat.recording():
-            message = (
-                "expected torch.func.jvp for a derivative of a rule in forward mode, got "
-                "torch.func.linearize or make_fx, which cannot record a linear system that looks "
-                "at its numbers."
-            )
-            raise CaptureError(message)
+        check_forward_mode(tangents[1:])
         with _compat.forward_mode(True):
             saved = [primal(t).primal for t in ctx.saved_tensors]
             x, _, columns, *values = saved

@@ -37,6 +37,7 @@ from freevars.torch._describe import describe
 from freevars.torch._rules.asked import Asked
 from freevars.torch._rules.autocast import Autocast
 from freevars.torch._rules.eager import EagerSolver
+from freevars.torch._rules.forward_mode import check_forward_mode
 from freevars.torch._rules.inputs import reached_by
 
 __all__ = ["Integrator", "Operation", "Options", "operate"]
@@ -204,7 +205,8 @@ class _Operate(torch.autograd.Function):
                 " one, or torch.func.vmap of the function that torch.func.vjp returns."
             )
             raise NotImplementedError(message)
-        tensors, out = ctx.saved_tensors[: ctx.n], ctx.saved_tensors[ctx.n :]
+        saved = ctx.saved_tensors  # once: a checkpoint gives them a single time
+        tensors, out = saved[: ctx.n], saved[ctx.n :]
         needed = ctx.needs_input_grad[2:]
         _refuse_options(ctx.operation, needed)
         whole = [torch.zeros_like(o) if t is None else t for t, o in zip(given, out, strict=True)]
@@ -218,6 +220,7 @@ class _Operate(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         # As in `implicit`: forward mode is off here, and on again this one's tangents come off.
         primal = _compat.primal_and_tangent
+        check_forward_mode(tangents)
         with _compat.forward_mode(True):
             saved = [primal(t).primal for t in ctx.saved_tensors]
             dots = [None if t is None else primal(t).primal for t in tangents[2:]]
