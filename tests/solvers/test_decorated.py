@@ -59,6 +59,7 @@ def test_the_parts_put_together_are_the_call():
     ("solver", "text"),
     [
         (3, "a solver is a function solver"),
+        (classmethod(lambda cls, f, x: x), "Decorate the function below @classmethod"),
         (lambda fun: None, r"a function and a starting point .* got <lambda>\(fun\)"),
         (lambda *both: None, "a function and a starting point"),
         (lambda fun, *, x0: None, "a function and a starting point"),

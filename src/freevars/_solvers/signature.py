@@ -38,7 +38,9 @@ class SolverSignature:
         self._leading = len(leads)
         called = "solver(fun, x0, ...)" if leads == LEADS else f"solver({', '.join(leads)}, ...)"
         if not callable(solver):
-            message = f"a solver is a function {called}, got {solver!r}."
+            order = " Decorate the function below @classmethod, not what that returns."
+            hint = order if isinstance(solver, classmethod) else ""
+            message = f"a solver is a function {called}, got {solver!r}.{hint}"
             raise TypeError(message)
         self.name = solver_name(solver)
         try:
