@@ -23,16 +23,19 @@ Point = tuple[Tensor, ...]
 
 class Asked:
     """The first answer of a function, and the last two whose number is a power of two: so few, and
-    from places all over the way."""
+    from places all over the way. None where no derivative can follow, as within another's."""
 
     def __init__(self) -> None:
+        self._wanted = torch.is_grad_enabled()
         self._count = 0
         self._answers: list[tuple[Point, list[Tensor]]] = []
 
     def note(self, point: Point, answer: Sequence[Tensor]) -> None:
         """One question of the solver, and the function's answer."""
         self._count += 1
-        if self._count & (self._count - 1) or not all(map(_is_plain, (*point, *answer))):
+        if not self._wanted or self._count & (self._count - 1):
+            return
+        if not all(map(_is_plain, (*point, *answer))):
             return
         if len(self._answers) > 2:  # noqa: PLR2004
             del self._answers[1]
@@ -42,7 +45,7 @@ class Asked:
 
     def note_if_none(self, ask: Callable[[], tuple[Point, Sequence[Tensor]]]) -> None:
         """Ask oneself, of a solver that only asked for many points at once, by `vmap`."""
-        if not self._answers:
+        if self._wanted and not self._answers:
             self._count = 0
             self.note(*ask())
 
