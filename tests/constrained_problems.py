@@ -14,7 +14,7 @@ import numpy as np
 
 from tests.rule_problems import RuleHost
 
-__all__ = ["PROBLEMS", "REFUSED", "Refused", "active_set", "beside_bounds"]
+__all__ = ["FIXED", "PROBLEMS", "REFUSED", "Refused", "active_set", "beside_bounds", "fixed_by"]
 
 
 class Problem(NamedTuple):
@@ -193,6 +193,17 @@ def _on(x: list[float], **constraints: Any) -> Any:
     return solve
 
 
+# Which side of a box that leaves no choice moves, where the minimum without it is, and by how much.
+FIXED = [("lower", 3.0, 0.0), ("upper", 3.0, 1.0), ("lower", -3.0, 1.0), ("upper", -3.0, 0.0)]
+
+
+def fixed_by(host: RuleHost, options: Any, side: str, goal: float, t: Any) -> Any:
+    """The minimum of (x - goal)^2 between two bounds of 1, of which one is t."""
+    bounds = (t, 1.0) if side == "lower" else (1.0, t)
+    solve = _returning(host, [1.0], options)
+    return solve(lambda x: host.xp.sum((x - goal) ** 2), host.array([0.3]), bounds=bounds)[0]
+
+
 def beside_bounds(host: RuleHost, t: Any) -> Any:
     """The sum of x in their units, as an interior-point method leaves it: t. What lies beside a
     bound of zero has no size of its own, and all have different units."""
@@ -221,6 +232,26 @@ REFUSED = [
         _on([1.0, 1.0], bounds=lambda host: (None, host.array([0.5, 3.0]))),
         "NotASolutionError",
         r"violates the upper bound of x\[0\] by",
+    ),
+    Refused(
+        "crossed",
+        _on(
+            [1.0, 0.5], bounds=lambda host: (host.array([-9.0, 1.0]), 0.5 + host.array([9.0, 0.0]))
+        ),
+        "NotASolutionError",
+        r"nothing lies between the bounds of x\[1\]: expected lower <= upper",
+    ),
+    Refused(
+        "no number",
+        _on([1.0, 0.5], bounds=lambda host: (host.array([np.nan, 0.5]), 9.0)),
+        "NotASolutionError",
+        r"nothing lies between the bounds of x\[0\]",
+    ),
+    Refused(
+        "diverged, between bounds",
+        _on([np.nan, 0.5], bounds=lambda host: (None, 0.5)),
+        "NotASolutionError",
+        "the solver returned a value that is not finite",
     ),
     Refused(
         "violated equality",

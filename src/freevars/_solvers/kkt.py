@@ -58,6 +58,7 @@ __all__ = [
     "WRONG",
     "Found",
     "Pair",
+    "are_crossed",
     "explain",
     "natural_size",
     "on_the_spot",
@@ -132,6 +133,12 @@ def pair(xp: Any, gap: Any, pull: Any, eps: float) -> Pair:
     )
 
 
+def are_crossed(lower: Any, upper: Any, size: Any, near: float) -> Any:
+    """Where nothing lies between two bounds of a component of a size, or one is no number."""
+    is_nan = (lower != lower) | (upper != upper)  # noqa: PLR0124
+    return (upper - lower < -near * size) | is_nan
+
+
 def natural_size(xp: Any, size: Any, coupling: Any, largest: Any, eps: float) -> Any:
     """How large components are, also where the bound that they lie on is zero.
 
@@ -182,6 +189,7 @@ class Found(NamedTuple):
     """What an error looks at, as numbers of Python."""
 
     names: list[str]  # of each bound and inequality
+    crossed: list[str]  # the components whose bounds leave no place between them
     gaps: list[float]
     pulls: list[float]
     certain: list[float]  # as in `Pair`
@@ -193,6 +201,11 @@ class Found(NamedTuple):
 def explain(name: str, found: Found, limits: Limits, eps: float) -> FreevarsError | None:
     """The error in words of the constraints, if these say why there is no derivative."""
     sides = list(zip(found.names, found.gaps, found.pulls, strict=True))
+    if found.crossed:
+        return NotASolutionError(
+            f"{name}: nothing lies between the bounds of {_listed(found.crossed)}: expected lower"
+            " <= upper, and neither of them NaN."
+        )
     outside = [f"{n} by {-gap:.1e}" for n, gap, _ in sides if gap < -limits.certain]
     if found.violated > limits.certain:
         outside.append(f"the equality constraint by {found.violated:.1e}")

@@ -9,7 +9,15 @@ from jax import lax
 
 import freevars.jax as fv
 from freevars.errors import NotASolutionError, StructureError
-from tests.constrained_problems import PROBLEMS, REFUSED, T, active_set, beside_bounds
+from tests.constrained_problems import (
+    FIXED,
+    PROBLEMS,
+    REFUSED,
+    T,
+    active_set,
+    beside_bounds,
+    fixed_by,
+)
 from tests.rule_problems import RuleHost
 
 
@@ -124,6 +132,12 @@ def test_what_is_refused(refused) -> None:
 def test_one_sided() -> None:
     """At the degenerate point, the bound stays active."""
     assert jax.grad(lambda t: REFUSED[1].solve(HOST, {"one_sided": True}, t))(1.0) == 1.0
+
+
+@pytest.mark.parametrize("options", [{}, {"one_sided": True}], ids=str)
+@pytest.mark.parametrize(("side", "goal", "slope"), FIXED)
+def test_the_side_that_holds_a_fixed_component_moves_it(side, goal, slope, options) -> None:
+    assert jax.grad(lambda t: fixed_by(HOST, options, side, goal, t))(1.0) == slope
 
 
 @fv.argmin

@@ -8,7 +8,15 @@ import torch
 
 import freevars.torch as fv
 from freevars.errors import NotASolutionError, StructureError
-from tests.constrained_problems import PROBLEMS, REFUSED, T, active_set, beside_bounds
+from tests.constrained_problems import (
+    FIXED,
+    PROBLEMS,
+    REFUSED,
+    T,
+    active_set,
+    beside_bounds,
+    fixed_by,
+)
 from tests.rule_problems import RuleHost
 
 F64 = torch.float64
@@ -132,6 +140,13 @@ def test_one_sided() -> None:
     t = torch.tensor(1.0, dtype=F64, requires_grad=True)
     x = REFUSED[1].solve(HOST, {"one_sided": True}, t)
     assert torch.autograd.grad(x, t)[0] == 1.0
+
+
+@pytest.mark.parametrize("options", [{}, {"one_sided": True}], ids=str)
+@pytest.mark.parametrize(("side", "goal", "slope"), FIXED)
+def test_the_side_that_holds_a_fixed_component_moves_it(side, goal, slope, options) -> None:
+    t = torch.tensor(1.0, dtype=F64, requires_grad=True)
+    assert torch.autograd.grad(fixed_by(HOST, options, side, goal, t), t)[0] == slope
 
 
 @pytest.mark.parametrize("own", [False, True])

@@ -122,6 +122,14 @@ class Scaled(NamedTuple):
             lower, upper, inequality, (below, above, gap), (pull, force), violated, largest, size
         )
 
+    def crossed(self, at: Functions, near: float) -> Any:
+        """Whether nothing lies between the bounds of a component."""
+        found = jnp.asarray(False)
+        sides = map(jax.tree.leaves, (at.lower, at.upper, self.size))
+        for lower, upper, size in zip(*sides, strict=True):
+            found |= jnp.any(kkt.are_crossed(lower, upper, size, near))
+        return found
+
     def certain(self, at: Functions) -> Any:
         """The least certain of all decisions."""
         least = jnp.asarray(jnp.inf)

@@ -171,7 +171,8 @@ def _conditions(
 
     def row(lower: Pair, upper: Pair, fixed: Any, x: Any, sides: Any, gaps: Any, slope: Any) -> Any:
         below, above = (at_bound(x, *side) for side in zip(sides, gaps, strict=True))
-        at_lower = keeps(lower) | fixed
+        # Of the two sides that fix a component, that which holds it.
+        at_lower = jnp.where(fixed, ~upper.active, keeps(lower))
         return jnp.where(at_lower, below, jnp.where(keeps(upper), above, slope))
 
     leaves, tree = jax.tree.flatten(v)
@@ -201,9 +202,12 @@ def _conditions(
             scaled.pulls[1] > kkt.WRONG,
         )
         f["inequality"] = jnp.where(active, values["inequality"], zero)
-    if of.check and not of.one_sided:
-        degenerate = jax.lax.stop_gradient(scaled.certain(at) <= least)
-        f = jax.tree.map(lambda leaf: jnp.where(degenerate, jnp.nan, leaf), f)
+    if of.check:
+        refused = scaled.crossed(at, near)
+        if not of.one_sided:
+            refused |= scaled.certain(at) <= least
+        refused = jax.lax.stop_gradient(refused)
+        f = jax.tree.map(lambda leaf: jnp.where(refused, jnp.nan, leaf), f)
     return f
 
 
@@ -251,6 +255,7 @@ def explain(
     scaled = Scaled.of(at, v, multipliers, at.gradient(v, multipliers), values)
     limits = limits_of(coordinates, tol)
     names: list[str] = []
+    crossed: list[str] = []
     gaps: list[float] = []
     pulls: list[float] = []
     certain: list[float] = []
@@ -267,14 +272,18 @@ def explain(
         free.append(np.ravel(~np.asarray(holds | fixed)))
         for side, gap, sign, pair in (("lower", low, 1, is_low), ("upper", up, -1, is_up)):
             for index in np.argwhere(np.isfinite(gap) & ~np.asarray(fixed)):
-                where = f"[{', '.join(map(str, index))}]" if index.size else ""
                 opposite = (up if sign > 0 else low)[tuple(index)]
                 force = sign * float(pull[tuple(index)])
-                names.append(f"the {side} bound of x{path}{where}")
+                names.append(f"the {side} bound of x{path}{_place(index)}")
                 gaps.append(float(gap[tuple(index)]))
                 certain.append(float(pair.certain[tuple(index)]))
                 # What pulls away from one side may lean on the other.
                 pulls.append(max(force, 0.0) if opposite < coordinates.eps**0.25 else force)
+    for path, lower, upper, size in zip(
+        paths, *map(jax.tree.leaves, (at.lower, at.upper, scaled.size)), strict=True
+    ):
+        where = np.argwhere(kkt.are_crossed(lower, upper, size, limits.certain))
+        crossed += [f"x{path}{_place(index)}" for index in where]
     if scaled.inequality is not None:
         for i, (gap, pull) in enumerate(zip(scaled.gaps[2], scaled.pulls[1], strict=True)):
             names.append(f"inequality[{i}]")
@@ -283,6 +292,7 @@ def explain(
             pulls.append(float(pull))
     found = Found(
         names,
+        crossed,
         gaps,
         pulls,
         certain,
@@ -291,6 +301,10 @@ def explain(
         _dependent(at, v, scaled, np.concatenate(free), limits.certain),
     )
     return kkt.explain(name, found, limits, coordinates.eps)
+
+
+def _place(index: Any) -> str:
+    return f"[{', '.join(map(str, index))}]" if index.size else ""
 
 
 def _dependent(at: Functions, v: Tree, scaled: Scaled, free: Any, near: float) -> bool:

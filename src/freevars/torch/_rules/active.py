@@ -144,7 +144,8 @@ def system_at(
         active: Tensor = (pair.active | (pair.certain <= least)) if one_sided else pair.active
         return active
 
-    at_lower = keeps(scaled.lower) | at.fixed
+    # Of the two sides that fix a component, that which holds it.
+    at_lower = torch.where(at.fixed, ~scaled.upper.active, keeps(scaled.lower))
     near = Limits.of(eps).certain
     below, above = (
         kkt.on_the_spot(torch, x - bound, (x - bound).detach(), gap.abs() <= near)
@@ -159,10 +160,12 @@ def system_at(
             value = torch.where(keeps(scaled.inequality), value, zero)
         rows.append(value)
     f = torch.cat(rows, 1)
-    if check and not one_sided:
-        degenerate = scaled.certain(at.fixed)[:, None] <= least
+    if check:
+        refused = kkt.are_crossed(at.lower, at.upper, scaled.size, near).any(1, keepdim=True)
+        if not one_sided:
+            refused = refused | (scaled.certain(at.fixed)[:, None] <= least)
         # Added, so that what is refused is not a constant: its derivative is NaN too.
-        f = f + torch.zeros_like(f).masked_fill(degenerate, torch.nan)
+        f = f + torch.zeros_like(f).masked_fill(refused, torch.nan)
     return f
 
 

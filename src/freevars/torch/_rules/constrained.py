@@ -195,8 +195,11 @@ class ConstrainedProblem(Problem):
                 gaps.append(float(scaled.gaps[2][k, i]))
                 pulls.append(float(scaled.pulls[1][k, i]))
                 certain.append(float(scaled.inequality.certain[k, i]))
+        sides = functions.lower[k], functions.upper[k]
+        crossed = kkt.are_crossed(*sides, scaled.size[k], self._limits().certain)
         found = Found(
             names,
+            [components[i] for i in crossed.nonzero()[:, 0].tolist()],
             gaps,
             pulls,
             certain,
