@@ -114,6 +114,14 @@ def test_modules() -> None:
         Closure(net, x)(x[:2])
 
 
+def test_a_closure_without_buffers_has_derivatives_beside_a_batch_norm() -> None:
+    net, x = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).eval(), torch.randn(4, 2)
+    f = Closure(net, x, hoist="differentiable")
+    found = torch.func.grad(lambda f: f(x).square().sum())(f).values
+    right = torch.autograd.grad(net(x).square().sum(), list(net.parameters()))
+    torch.testing.assert_close(found, right)
+
+
 @pytest.mark.parametrize("wrapped", ["no", "yes"])
 def test_what_is_unfrozen_later_gets_its_derivative(wrapped: str) -> None:
     net = nn.Linear(2, 1).requires_grad_(False)
