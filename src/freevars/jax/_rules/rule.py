@@ -8,7 +8,7 @@ be compiled: the tree is static. Not here: JAX's rule around it and the running 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -49,6 +49,8 @@ class Rule:
     polish: bool = False
     conserved: Totals | None = None
     one_sided: bool = False
+    # The problems of which a solution needed a closer look, by hash: the next will mostly need one.
+    _looked: set[int] = field(default_factory=set, init=False)
 
     def condition(self, problem: Problem) -> implicit.Condition:
         """The equations, from the functions of a call."""
@@ -69,7 +71,7 @@ class Rule:
 
     @functools.cached_property
     def _compiled_push(self) -> Any:
-        return jax.jit(self.push, static_argnums=(0, 1))
+        return jax.jit(self.push, static_argnums=(0, 1, 6))
 
     @functools.cached_property
     def _pushes(self) -> tuple[Any, Any]:
@@ -198,19 +200,21 @@ class Rule:
         """`tangent` of the same arguments, by what is compiled for all calls.
 
         Where values are `known`, outside of any program, and a verdict is told by an error, a
-        program without the closer look is enough for most solutions, and compiled in a third of the
-        time. Inside a program that is traced it is a part of that, where XLA does more with its
-        constants than in a function that is called. But a caller's method stays in a function of
-        its own: the infinities that lineax works with are nothing that `jax_debug_infs` should see.
+        program without the closer look is enough for many problems, and compiled in a third of the
+        time; it has the look from the first solution of a problem on that needs one. Inside a
+        program that is traced it is a part of that, where XLA does more with its constants than in
+        a function that is called. But a caller's method stays in a function of its own: the
+        infinities that lineax works with are nothing that `jax_debug_infs` should see.
         """
         tree, moving, leaves, x, x0, directions, _, captured = arguments
         told = self.check and self.on_failure in {"raise", "least_squares"}
         if told and known:
             at = tree, moving, leaves, x, x0, captured
             with _compat.at_once():
-                found, minus = self._compiled_push(*at)
+                found, minus = self._compiled_push(*at, hash(tree) in self._looked)
                 if not found.final:
-                    found, _ = self.compiled_verdict(*at)
+                    self._looked.add(hash(tree))
+                    found, minus = self._compiled_push(*at, True)
             return eager.derivative_of(self.name, self._pushes, minus, x, directions), found
         traced = any(isinstance(leaf, _compat.Tracer) for leaf in jax.tree.leaves(x))
         inlined = traced and self.method.linear_solve is None
@@ -218,14 +222,21 @@ class Rule:
 
     @_compat.any_rank
     def push(
-        self, tree: Any, moving: tuple[int, ...], leaves: list[Any], x: Any, x0: Any, captured: Any
+        self,
+        tree: Any,
+        moving: tuple[int, ...],
+        leaves: list[Any],
+        x: Any,
+        x0: Any,
+        captured: Any,
+        closely: bool,  # noqa: FBT001 (static)
     ) -> Any:
-        """The verdict on x without a closer look, and the map of directions of the moving leaves to
-        one of -x: a pytree. What is refused raises, so that the map needs no guard."""
+        """The verdict on x, by a closer look or without, and the map of directions of the moving
+        leaves to one of -x: a pytree. What is refused raises, so that the map needs no guard."""
         x, finite = _where_finite(x, x0)
         point, unknown, system = self.system(tree, leaves, x, x0, moving, captured)
         found = diagnostics.measure(
-            system, unknown, point.f, point.at, point.along, closely=False
+            system, unknown, point.f, point.at, point.along, closely=closely
         ).unless(finite)
 
         def minus(dots: list[Any]) -> Any:
