@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from freevars.torch import (
     CaptureError,
     NotASolutionError,
+    StructureError,
     argmin,
     closure_convert,
     fixed_point,
@@ -362,6 +363,16 @@ def test_what_was_made_in_inference_mode_may_be_given() -> None:
     with torch.inference_mode():
         made = zeros(2), ONES.clone()
     assert torch.equal(slope(*made), slope(zeros(2), ONES))
+
+
+def test_a_result_of_the_precision_of_autocast_says_how_to_cast_it() -> None:
+    net = nn.Linear(2, 2)
+    with torch.autocast("cpu"):
+        with pytest.raises(StructureError, match=r"got bfloat16\[2\]. Cast it: .to\(torch.float32"):
+            iterate(lambda x: net(x) / 4, torch.zeros(2))
+        x = iterate(lambda x: (net(x) / 4).to(torch.float32), torch.zeros(2))
+    x.sum().backward()
+    assert net.weight.grad is not None
 
 
 def test_a_solver_may_differentiate_by_its_start_in_inference_mode() -> None:

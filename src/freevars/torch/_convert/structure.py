@@ -120,7 +120,17 @@ def _take_apart(x: Any) -> Node | None:
 
 
 def _differ(expected: _Leaf, x: Any) -> tuple[str, str] | None:
-    return None if expected.fits(x) else (str(expected), str(_Leaf(x)))
+    return None if expected.fits(x) else (str(expected), str(_Leaf(x)) + _advice(expected, x))
+
+
+def _advice(expected: _Leaf, x: Any) -> str:
+    """What to do about a tensor that is only of another precision, as autocast makes them."""
+    if not expected.tensor or expected.nested or not isinstance(x, Tensor) or x.is_nested:
+        return ""
+    alike = all(d.is_floating_point for d in (expected.dtype, x.dtype)) or (
+        expected.dtype.is_complex and x.is_complex()
+    )
+    return f". Cast it: .to({expected.dtype})" if alike and x.shape == expected.shape else ""
 
 
 def struct_of(tree: Any) -> Any:
