@@ -9,6 +9,9 @@ solution x that a solver found from x0, and let, component by component,
     d   = max(far, sqrt(eps) max|x|)           the size of a component (1 where all of it is 0)
     S   = R A D,  D = diag(d)                  R makes the largest entry of each row 1.
 
+A complex number is two components, which are both as large as it: it has one unit, and what is
+rounded by the size of it moves both.
+
 *Regular.* The smallest relative change of x that rounding cannot tell from none is about the
 reciprocal condition number of S, times d. Below 10 eps the system is singular. (Columns of S may be
 scaled up to 1 as well where d is below eps^(1/4) max|x|: a component that happens to be zero is no

@@ -175,6 +175,56 @@ def test_components_that_are_zero():
             np.testing.assert_allclose(by(x, x0), np.linalg.inv(A), rtol=1e-12)
 
 
+@pytest.mark.parametrize("dense_limit", [512, 0])
+@pytest.mark.parametrize("mode", ["forward", "reverse"])
+def test_the_parts_of_a_complex_number_are_as_large_as_it(dense_limit, mode):
+    """Imaginary parts that are zero: of the solution, of the start, and of all that they are
+    coupled by. What a solver leaves there is rounding."""
+    solver = fv.root(lambda fun, x0, x: x, dense_limit=dense_limit)
+    exact, one = jnp.array([1.0, 1.5, 2.0]), jnp.ones(3, complex)
+
+    @jax.jit
+    def by(error):
+        def square_root(c):
+            return solver(lambda z: z**2 - c, one, exact + error)
+
+        if mode == "forward":
+            return jax.jvp(square_root, (exact**2 + 0j,), (one,))[1]
+        return jax.vjp(square_root, exact**2 + 0j)[1](one)[0]
+
+    np.testing.assert_allclose(by(1e-16j), 1 / (2 * exact), rtol=1e-12)
+    assert np.all(np.isnan(by(0.1j)))  # no solution is 6 degrees away
+
+
+def test_a_complex_eigenvector_of_a_real_first_entry():
+    def eigenpair(matvec, x):
+        phase = 1j * x["v"][0].imag
+        return matvec(x["v"]) - x["l"] * x["v"], jnp.vdot(x["v"], x["v"]) - 1 + phase
+
+    def matrix(t):
+        return jnp.array([[2.0, 0.3 + 0.2j], [0.3 - 0.2j, 1.0]]) + t * jnp.array(
+            [[0.1, 1j], [-1j, 0.4]]
+        )
+
+    def by_lapack(matvec, x0):
+        values, vectors = jnp.linalg.eigh(jax.vmap(matvec, out_axes=1)(jnp.eye(2) + 0j))
+        v = vectors[:, -1] * jnp.exp(-1j * jnp.angle(vectors[0, -1]))
+        return {"v": v + jnp.array([1e-16j, 0]), "l": values[-1] + 0j}
+
+    solver = fv.implicit(eigenpair, argument=lambda x: x["v"])(by_lapack)
+    x0 = {"v": jnp.ones(2) + 0j, "l": jnp.zeros(()) + 0j}
+
+    def share(t):
+        return jnp.abs(solver(lambda v: matrix(t) @ v, x0)["v"][1]) ** 2
+
+    def exact(t):
+        return jnp.abs(jnp.linalg.eigh(matrix(t))[1][1, -1]) ** 2
+
+    slope = (exact(0.3 + 1e-5) - exact(0.3 - 1e-5)) / 2e-5
+    np.testing.assert_allclose(jax.grad(share)(0.3), slope, rtol=1e-7)
+    np.testing.assert_allclose(jax.jit(jax.jacfwd(share))(0.3), slope, rtol=1e-7)
+
+
 SINGULAR = {
     "a row that depends on others": np.array([[1.0, 2, 3], [0, 1e6, 5e6], [1e-6, 3e-6, 8e-6]]),
     "a column of zeros": np.array([[1.0, 0, 2], [3, 0, 5], [4, 0, 9]]),

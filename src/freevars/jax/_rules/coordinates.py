@@ -52,6 +52,19 @@ class Coordinates:
             return (jnp.real(leaf).astype(self.dtype), jnp.imag(leaf).astype(self.dtype))
         return leaf.astype(self.dtype)
 
+    @property
+    def has_pairs(self) -> bool:
+        """Whether some of the arrays are complex."""
+        return any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in self._dtypes)
+
+    def magnitude(self, v: Tree) -> Tree:
+        """How large each component is; the parts of a complex number are as large as it."""
+        absolute = jax.tree.map(jnp.abs, v)
+        if not self.has_pairs:
+            return absolute
+        parts = zip(self._tree.flatten_up_to(absolute), self._dtypes, strict=True)
+        return self._tree.unflatten([_larger(part, dtype) for part, dtype in parts])
+
     def from_real(self, v: Tree) -> Any:
         """The pytree x of real arrays; linear."""
         parts = zip(self._tree.flatten_up_to(v), self._dtypes, strict=True)
@@ -62,6 +75,12 @@ def _join(part: Any, dtype: Any) -> Any:
     if not jnp.issubdtype(dtype, jnp.complexfloating):
         return part.astype(dtype)
     return jax.lax.complex(*part).astype(dtype)
+
+
+def _larger(part: Any, dtype: Any) -> Any:
+    if not jnp.issubdtype(dtype, jnp.complexfloating):
+        return part
+    return (jnp.maximum(*part),) * 2
 
 
 class Space:

@@ -54,13 +54,23 @@ class Unknown(NamedTuple):
     """A solution in real coordinates, and its sizes; constant."""
 
     v: Tree
+    near: Tree  # how large each component is: |x|
     far: Tree  # what the solver worked with: max(|x|, |x - x0|)
     d: Tree  # the size of each component
     limits: Limits
     largest: Callable[[Tree], Tree]  # of the part that each leaf belongs to
+    has_pairs: bool  # the parts of complex numbers, which count by these
 
     @staticmethod
-    def of(v: Tree, v0: Tree, space: Space, limits: Limits, *, apart: bool = False) -> Unknown:
+    def of(
+        v: Tree,
+        v0: Tree,
+        space: Space,
+        coordinates: Coordinates,
+        limits: Limits,
+        *,
+        apart: bool = False,
+    ) -> Unknown:
         """At x, found from x0. What happens to be zero is as large as a share of the largest
         component, of its own part where x is a dict of parts that are `apart`."""
 
@@ -73,10 +83,12 @@ class Unknown(NamedTuple):
             return jax.tree.map(lambda leaf: most.astype(leaf.dtype), v)
 
         v, v0 = jax.lax.stop_gradient((v, v0))
-        far = jax.tree.map(lambda x, x0: jnp.maximum(jnp.abs(x), jnp.abs(x - x0)), v, v0)
+        near = coordinates.magnitude(v)
+        way = coordinates.magnitude(jax.tree.map(jnp.subtract, v, v0))
+        far = jax.tree.map(jnp.maximum, near, way)
         d = jax.tree.map(lambda a, most: jnp.maximum(a, limits.column * most), far, largest(v))
         d = jax.tree.map(lambda leaf: jnp.where(leaf > 0, leaf, 1), d)
-        return Unknown(v, far, d, limits, largest)
+        return Unknown(v, near, far, d, limits, largest, coordinates.has_pairs)
 
 
 def limits_of(coordinates: Coordinates, tol: float | None) -> Limits:
@@ -153,7 +165,7 @@ def _written_out(
     closely: bool,
 ) -> tuple[Figures, Tree]:
     operator = system.operator
-    v, far = map(operator.ravel, unknown[:2])
+    v, near, far = map(operator.ravel, unknown[:3])
 
     def by_vector(v: Any) -> Any:
         return operator.ravel(again(operator.unravel(v)))
@@ -167,6 +179,7 @@ def _written_out(
         system.scaled,
         unknown.limits,
         v,
+        near,
         far,
         operator.ravel(f),
         by_vector,
@@ -174,6 +187,7 @@ def _written_out(
         closely=closely,
         least_squares=system.least_squares,
         symmetric=operator.symmetric,
+        has_pairs=unknown.has_pairs,
     )
     return figures, operator.unravel(step)
 
@@ -191,7 +205,7 @@ def _applied(
     v, d = unknown.v, unknown.d
     most = unknown.largest(v)
     least = jax.tree.map(lambda a: (limits.column * a).astype(a.dtype), most)
-    unit = jax.tree.map(lambda v, a: jnp.maximum(jnp.abs(v), a), v, least)
+    unit = jax.tree.map(jnp.maximum, unknown.near, least)
     both = space.max(v) + space.max(f)
     figures = _unmeasured(jnp.zeros_like(both))._replace(finite=jnp.isfinite(both))
     if not system.exact:
@@ -249,7 +263,7 @@ def _applied(
         lambda v: jax.lax.stop_gradient(again(v)),
         along,
         # How far the solver came, and rounding, count by the largest component.
-        Step(v, step, least, unknown.largest(unknown.far), most),
+        Step(v, step, unit if unknown.has_pairs else least, unknown.largest(unknown.far), most),
         limits,
         space.max,
         floor=_SHARE,

@@ -102,7 +102,7 @@ def solve_by_rows(
     """The solution of the system or its transpose, by the matrix, and the verdict on v."""
     space = Space()
     limits = diagnostics.limits_of(pullback.coordinates, rule.tol)
-    unknown = diagnostics.Unknown.of(v, v0, space, limits)
+    unknown = diagnostics.Unknown.of(v, v0, space, pullback.coordinates, limits)
     at = functools.partial(pullback.at, leaves=leaves)
     operator = LinearOperator(
         functools.partial(pullback.by_x, v, leaves, transposed=False),

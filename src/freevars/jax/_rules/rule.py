@@ -136,7 +136,9 @@ class Rule:
         limits = diagnostics.limits_of(point.coordinates, self.tol)
         v0 = point.coordinates.to_real(x0)
         apart = jax.tree.unflatten(tree, leaves)[0].constrained
-        unknown = diagnostics.Unknown.of(point.v, v0, point.space, limits, apart=apart)
+        unknown = diagnostics.Unknown.of(
+            point.v, v0, point.space, point.coordinates, limits, apart=apart
+        )
         bound = None
         if captured is not None:
             # An exact solve has its derivatives from the system, a truncated series its own.

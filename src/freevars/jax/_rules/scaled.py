@@ -164,6 +164,7 @@ def measure(
     system: Scaled,
     limits: Limits,
     x: Vector,
+    size: Vector,
     far: Vector,
     f: Vector,
     again: Callable[[Vector], Vector],
@@ -172,11 +173,12 @@ def measure(
     closely: bool,
     least_squares: bool = False,
     symmetric: bool = False,
+    has_pairs: bool = False,
 ) -> tuple[Figures, Vector]:
-    """The figures of a system at x, where F is f, and the Newton step; F is `again`, and `along`
+    """The figures of a system at x, whose components are of a `size`: |x|, unless x has the parts
+    of complex numbers (`has_pairs`). F there is f, and the Newton step; F is `again`, and `along`
     its direction for one of x and one, of a number, of what it is differentiated by. `closely`
     as in `look`."""
-    size = jnp.abs(x)
     largest = max_abs(x)
     if len(x) == 1 and not least_squares:
         step = f / system.matrix[0]
@@ -189,6 +191,8 @@ def measure(
     among = jnp.maximum(size, limits.column * largest)
     least = jnp.minimum(limits.column * rounding, among)
     least = jnp.maximum(least, limits.rounding * rounding)
+    if has_pairs:
+        least = jnp.maximum(least, size)
     relative, change = look(
         system.of,
         again,
