@@ -30,8 +30,8 @@ from freevars.jax._rules.active import (
     size_of,
 )
 from freevars.jax._rules.coordinates import Coordinates, max_abs, probe
-from freevars.jax._rules.diagnostics import limits_of
 from freevars.jax._rules.scaled import power_of_two
+from freevars.jax._rules.sizes import limits_of
 from freevars.jax._solver.problem import Problem, count
 
 __all__ = ["Constrained", "bounds_like", "explain", "unknown", "with_multipliers"]

@@ -17,16 +17,17 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from freevars._solvers.verdict import Figures, Limits, accepted
+from freevars._solvers.verdict import Figures, accepted
 from freevars.jax._rules import scaled
 from freevars.jax._rules.closer import Step, look
-from freevars.jax._rules.coordinates import Coordinates, Space, known_size, probe
+from freevars.jax._rules.coordinates import Space, known_size, probe
 from freevars.jax._rules.iterative import DENSE_FALLBACK
 from freevars.jax._rules.krylov import combine, divide
 from freevars.jax._rules.operator import LinearOperator
+from freevars.jax._rules.sizes import Unknown
 from freevars.jax._rules.system import LinearSystem
 
-__all__ = ["Diagnostics", "Unknown", "kept", "limits_of", "measure", "newton"]
+__all__ = ["Diagnostics", "kept", "measure", "newton"]
 
 Tree: TypeAlias = Any  # a pytree of real arrays
 Along: TypeAlias = Callable[[Tree, Tree, Any], Tree]
@@ -48,52 +49,6 @@ class Diagnostics(NamedTuple):
         """The same, refused unless x was finite before something took its place."""
         figures = self.figures._replace(finite=self.figures.finite & finite)
         return self._replace(good=self.good & finite, figures=figures)
-
-
-class Unknown(NamedTuple):
-    """A solution in real coordinates, and its sizes; constant."""
-
-    v: Tree
-    near: Tree  # how large each component is: |x|
-    far: Tree  # what the solver worked with: max(|x|, |x - x0|)
-    d: Tree  # the size of each component
-    limits: Limits
-    largest: Callable[[Tree], Tree]  # of the part that each leaf belongs to
-    has_pairs: bool  # the parts of complex numbers, which count by these
-
-    @staticmethod
-    def of(
-        v: Tree,
-        v0: Tree,
-        space: Space,
-        coordinates: Coordinates,
-        limits: Limits,
-        *,
-        apart: bool = False,
-    ) -> Unknown:
-        """At x, found from x0. What happens to be zero is as large as a share of the largest
-        component, of its own part where x is a dict of parts that are `apart`."""
-
-        def largest(v: Tree) -> Tree:
-            if apart:
-                return {name: alike(v[name], space.max(_only(name, v))) for name in v}
-            return alike(v, space.max(v)) if jax.tree.leaves(v) else v
-
-        def alike(v: Tree, most: Any) -> Tree:
-            return jax.tree.map(lambda leaf: most.astype(leaf.dtype), v)
-
-        v, v0 = jax.lax.stop_gradient((v, v0))
-        near = coordinates.magnitude(v)
-        way = coordinates.magnitude(jax.tree.map(jnp.subtract, v, v0))
-        far = jax.tree.map(jnp.maximum, near, way)
-        d = jax.tree.map(lambda a, most: jnp.maximum(a, limits.column * most), far, largest(v))
-        d = jax.tree.map(lambda leaf: jnp.where(leaf > 0, leaf, 1), d)
-        return Unknown(v, near, far, d, limits, largest, coordinates.has_pairs)
-
-
-def limits_of(coordinates: Coordinates, tol: float | None) -> Limits:
-    """The limits for an unknown of these coordinates."""
-    return Limits.of(coordinates.eps, float(jnp.finfo(coordinates.dtype).eps), tol=tol)
 
 
 def measure(
@@ -343,11 +298,6 @@ def kept(operator: LinearOperator, space: Space) -> Any:
 
 def _largest(space: Space, v: Tree, unit: Tree) -> Any:
     return space.max(jax.tree.map(lambda a, u: jnp.where(a == 0, 0, a / u), v, unit))
-
-
-def _only(name: str, v: dict[str, Tree]) -> dict[str, Tree]:
-    """The parts, and zeros for the others."""
-    return {k: v[k] if k == name else jax.tree.map(jnp.zeros_like, v[k]) for k in v}
 
 
 def _at_least(v: Tree, least: Any) -> Tree:

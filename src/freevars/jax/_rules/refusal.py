@@ -19,11 +19,12 @@ from freevars._solvers.failures import Context, failure
 from freevars._solvers.verdict import Figures, Limits
 from freevars.errors import FreevarsError
 from freevars.jax import _compat
-from freevars.jax._rules import constrained, diagnostics
+from freevars.jax._rules import constrained
 from freevars.jax._rules.coordinates import Coordinates
 from freevars.jax._rules.diagnostics import Diagnostics
 from freevars.jax._rules.explain import Diagnosis, explain, known_figures, not_finite
 from freevars.jax._rules.rule import Rule
+from freevars.jax._rules.sizes import limits_of
 from freevars.jax._solver.problem import Problem
 
 __all__ = ["diagnosis", "error", "tell_failure"]
@@ -33,7 +34,7 @@ def tell_failure(
     rule: Rule, found: Diagnostics, at: tuple[Any, Any, Any, Any], dx: Any, *, by_options: bool
 ) -> None:
     """Tell what can be told now: inside a compiled program NaN tells."""
-    limits = diagnostics.limits_of(Coordinates(at[0]), rule.tol)
+    limits = limits_of(Coordinates(at[0]), rule.tol)
     if rule.on_failure == "warn":
         jax.debug.callback(functools.partial(_warn, rule, limits), found.good, found.figures)
         return
@@ -112,7 +113,7 @@ def diagnosis(
             ' jit, vmap or grad. on_failure="warn" reports failures there.'
         )
         raise TypeError(message)
-    limits = diagnostics.limits_of(Coordinates(x), rule.tol)
+    limits = limits_of(Coordinates(x), rule.tol)
     given = (rule, found, limits, x, x0, options, (tree, leaves))
     refused = None if found.good else error(*given)
     return Diagnosis(bool(found.good), refused, known_figures(found.figures), limits, x, step)

@@ -16,6 +16,7 @@ from freevars.jax._rules import diagnostics, implicit, refusal, reverse
 from freevars.jax._rules.coordinates import Space
 from freevars.jax._rules.operator import LinearOperator
 from freevars.jax._rules.rule import Rule
+from freevars.jax._rules.sizes import Unknown, limits_of
 from freevars.jax._rules.system import guarded
 from freevars.jax._solver.problem import Problem, count
 
@@ -101,8 +102,8 @@ def solve_by_rows(
 ) -> Any:
     """The solution of the system or its transpose, by the matrix, and the verdict on v."""
     space = Space()
-    limits = diagnostics.limits_of(pullback.coordinates, rule.tol)
-    unknown = diagnostics.Unknown.of(v, v0, space, pullback.coordinates, limits)
+    limits = limits_of(pullback.coordinates, rule.tol)
+    unknown = Unknown.of(v, v0, space, pullback.coordinates, limits)
     at = functools.partial(pullback.at, leaves=leaves)
     operator = LinearOperator(
         functools.partial(pullback.by_x, v, leaves, transposed=False),

@@ -20,6 +20,7 @@ from freevars.jax._closure import Closure
 from freevars.jax._rules import diagnostics, eager, implicit, linear
 from freevars.jax._rules.constrained import Constrained
 from freevars.jax._rules.coordinates import Coordinates
+from freevars.jax._rules.sizes import Unknown, limits_of
 from freevars.jax._rules.system import LinearSystem, nothing_if
 from freevars.jax._rules.totals import Totals
 from freevars.jax._solver.problem import Problem, count
@@ -130,15 +131,13 @@ class Rule:
         x0: Any,
         moving: tuple[int, ...] = (),
         captured: Any = None,
-    ) -> tuple[implicit.Linearised, diagnostics.Unknown, LinearSystem]:
+    ) -> tuple[implicit.Linearised, Unknown, LinearSystem]:
         """The condition at x to first order, x with its sizes, and the system dF/dx."""
         point = self.linearise(tree, leaves, x, moving)
-        limits = diagnostics.limits_of(point.coordinates, self.tol)
+        limits = limits_of(point.coordinates, self.tol)
         v0 = point.coordinates.to_real(x0)
         apart = jax.tree.unflatten(tree, leaves)[0].constrained
-        unknown = diagnostics.Unknown.of(
-            point.v, v0, point.space, point.coordinates, limits, apart=apart
-        )
+        unknown = Unknown.of(point.v, v0, point.space, point.coordinates, limits, apart=apart)
         bound = None
         if captured is not None:
             # An exact solve has its derivatives from the system, a truncated series its own.
