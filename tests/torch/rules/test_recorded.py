@@ -188,6 +188,28 @@ def test_modes_are_those_of_the_forward_pass() -> None:
     assert not seen
 
 
+@pytest.mark.parametrize("batched", [False, True])
+def test_what_is_evaluated_again_runs_under_the_autocast_of_the_call(batched) -> None:
+    def solve(a: Tensor) -> Tensor:
+        def cell(x: Tensor) -> Tensor:
+            return (0.5 if torch.is_autocast_enabled("cpu") else 0.25) * x + a**3
+
+        return iterate(cell, torch.zeros(a.shape, dtype=F64))
+
+    run = f.vmap(solve) if batched else solve
+    for on, scale in ((True, 0.5), (False, 0.25)):
+        a = fresh(2)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
+            x, (value, pull) = run(a), f.vjp(run, a.detach())
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not on):
+            (first,) = torch.autograd.grad(x.sum(), a, create_graph=True)
+            (second,) = torch.autograd.grad(first.sum(), a)
+            pulled = pull(torch.ones_like(value))[0]
+        torch.testing.assert_close(first, 3 * a**2 / (1 - scale))
+        torch.testing.assert_close(second, 6 * a / (1 - scale))
+        torch.testing.assert_close(pulled, first.detach())
+
+
 def test_a_function_without_a_second_derivative_and_its_check() -> None:
     class Cube(torch.autograd.Function):
         @staticmethod

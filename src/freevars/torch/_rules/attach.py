@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from freevars.torch import _compat
+from freevars.torch._rules.autocast import Autocast
 from freevars.torch._rules.comparison import compare_derivatives
 from freevars.torch._rules.condition import Condition, Solution
 from freevars.torch._rules.implicit import pull_back
@@ -73,7 +74,7 @@ class _Attach(torch.autograd.Function):
         columns: Tensor,
         *values: Tensor,
     ) -> Tensor:
-        ctx.condition = condition
+        ctx.condition, ctx.autocast = condition, Autocast.now([leaf])
         ctx.set_materialize_grads(False)
         out = leaf.detach().clone()
         ctx.save_for_backward(out, leaf, f, columns, *values[:n])
@@ -90,7 +91,8 @@ class _Attach(torch.autograd.Function):
         behind = (None,) * (len(needed) - n)
         if torch.is_grad_enabled():
             saved = (x, f.detach(), columns, *values)
-            grads = pull_back(condition, saved, g, needed[:n])
+            with ctx.autocast.again():
+                grads = pull_back(condition, saved, g, needed[:n])
             with torch.no_grad():
                 _compare(condition, Solution(leaf, f, columns), values, g, grads)
             return None, None, None, no_gradient(f), None, *grads, *behind

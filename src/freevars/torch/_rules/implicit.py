@@ -24,6 +24,7 @@ from torch import Tensor
 
 from freevars._sequences import replaced
 from freevars.torch import _compat, _modes
+from freevars.torch._rules.autocast import Autocast
 from freevars.torch._rules.forms import is_smooth
 from freevars.torch._rules.forward_mode import check_forward_mode
 
@@ -86,6 +87,7 @@ class _Implicit(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.condition, *values = inputs
+        ctx.autocast = Autocast.now(values)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[1:])
         ctx.n_others = len(output) - 1
@@ -113,7 +115,8 @@ class _Implicit(torch.autograd.Function):
             # The pullback of `torch.func.vjp` runs when its transform is over. While a conversion
             # looks on, what a wrapper holds would be a tensor that nobody was seen to make.
             saved = [_compat.without_ended(t) for t in saved]
-        return None, *pull_back(ctx.condition, saved, g, ctx.needs_input_grad[1:])
+        with ctx.autocast.again():
+            return None, *pull_back(ctx.condition, saved, g, ctx.needs_input_grad[1:])
 
     @staticmethod
     @_compat.uncompiled

@@ -149,8 +149,8 @@ def root(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]
     own reverse mode takes vector-Jacobian products of that graph and sends the result into it:
     `fun` never runs again, so that loop variables, attributes, modes (autocast, `eval()`) and
     random numbers are those of the call, under `torch.func.vmap` as well. Higher orders, forward
-    mode and the derivatives of torch.func evaluate it again, and compare the result with what was
-    recorded, bit for bit.
+    mode and the derivatives of torch.func evaluate it again, under the autocast of the call, and
+    compare the result with what was recorded, bit for bit.
 
     The solver sees tensors without history, so its own use of autograd touches no `.grad` of the
     caller. The `.grad` of a tensor that the solver can reach itself, by an optimizer that it holds,
