@@ -301,6 +301,9 @@ def test_a_solver_in_jax_sees_closures() -> None:
         ({"bounds": 3.0}, TypeError, "bounds: expected a pair"),
         ({"equality": 3.0}, TypeError, "equality: expected a function of x, whose result is 0"),
         ({"bounds": (jnp.zeros(3), None)}, StructureError, "bounds: expected each side like x0"),
+        ({"inequality": lambda x: x > 0}, StructureError, r"inequality: .* floating arrays, got"),
+        ({"inequality": lambda x: x + 0j}, StructureError, r"inequality: .* floating arrays, got"),
+        ({"equality": lambda x: "0"}, StructureError, r"equality: .* floating or complex .* '0'"),
     ],
 )
 def test_mistakes(given, error, text) -> None:

@@ -202,6 +202,8 @@ def test_bounds_have_derivatives() -> None:
         ({"bounds": 3.0}, TypeError, "bounds: expected a pair"),
         ({"equality": 3.0}, TypeError, "equality: expected a function of x, whose result is 0"),
         ({"bounds": (torch.zeros(3), None)}, StructureError, "bounds: expected each side like x0"),
+        ({"inequality": lambda x: x > 0}, StructureError, "to return real or complex tensors, got"),
+        ({"inequality": lambda x: x + 0j}, StructureError, "inequality: complex numbers have no"),
     ],
 )
 def test_mistakes(given, error, text) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from freevars._contract import check_callable
 from freevars._solvers.signature import SolverCall
@@ -67,7 +68,23 @@ def constrained_problem(
     bounds = constraints.get("bounds")
     if bounds is not None:
         bounds = constrained.bounds_like(bounds, x0, name)
-    return Problem.of_parts(functions, dict.fromkeys(functions, x0), args, kwargs, bounds)
+    problem = Problem.of_parts(functions, dict.fromkeys(functions, x0), args, kwargs, bounds)
+    for kind in problem.constraints:
+        _check_constraint(kind, problem.struct(kind), name)
+    return problem
+
+
+def _check_constraint(kind: str, value: Any, name: str) -> None:
+    """Refuse a constraint whose value has no derivative, or no sign."""
+    wanted, shown = (jnp.inexact, " or complex") if kind == "equality" else (jnp.floating, "")
+    for leaf in jax.tree.leaves(value):
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, wanted):
+            message = (
+                f"{name}: {kind}: expected a function of x that returns floating{shown} arrays, got"
+                f" {leaf!r}."
+            )
+            raise StructureError(message)
 
 
 def call_of(problem: Problem, x0: Any, options: dict[str, Any]) -> SolverCall:

@@ -76,6 +76,9 @@ def unknown_of(x0: Any, functions: Mapping[str, Converted[..., Any]], of_x: Unkn
         if name in functions:
             function = functions[name]
             leaves = check_parts(name, function.out_struct, of_x.batch, function_name(function))
+            if name == "inequality" and any(t.is_complex() for t in leaves):
+                message = "inequality: complex numbers have no order, got a complex value."
+                raise StructureError(message)
             count = sum(numbers_in(t, of_x) * (2 if t.is_complex() else 1) for t in leaves)
             shape = (*of_x.batch, count)
             parts.append(torch.zeros(shape, dtype=of_x.dtype, device=like.device))
