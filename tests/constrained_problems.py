@@ -14,7 +14,18 @@ import numpy as np
 
 from tests.rule_problems import RuleHost
 
-__all__ = ["FIXED", "PROBLEMS", "REFUSED", "Refused", "active_set", "beside_bounds", "fixed_by"]
+__all__ = [
+    "FIXED",
+    "LEFT",
+    "PROBLEMS",
+    "REFUSED",
+    "Refused",
+    "active_set",
+    "all_at_zero",
+    "beside_bounds",
+    "fixed_by",
+    "free_and_small",
+]
 
 
 class Problem(NamedTuple):
@@ -214,6 +225,32 @@ def beside_bounds(host: RuleHost, t: Any) -> Any:
     return host.xp.sum(x / size)
 
 
+# What a solver leaves of a component that lies on a bound of zero.
+LEFT = [0.0, 1e-300, 1e-17, 1e-12, 1e-9]
+
+
+def all_at_zero(host: RuleHost, left: float, bend: float, t: Any) -> Any:
+    """The sum of x, all of which is what a solver leaves at bounds of t - 1, for t = 1: 2 (t - 1).
+    That is no size, and only the way from the start tells that it is small."""
+    solve = _returning(host, [left, left], {})
+    objective = lambda x: host.xp.sum((1 + t) * x + bend * x**2)
+    return host.xp.sum(solve(objective, host.array([0.3, 0.3]), bounds=(t - 1.0, None)))
+
+
+def free_and_small(host: RuleHost, size: float, t: Any) -> Any:
+    """The sum of x over its size, which is small beside the start, and off the bounds: 2 t."""
+    solve = _returning(host, [size, size], {})
+    objective = lambda x: host.xp.sum((x - size * t) ** 2)
+    return host.xp.sum(solve(objective, host.array([1.0, 1.0]), bounds=(0.0, None))) / size
+
+
+def _none_of_it(host: RuleHost, options: Any, t: Any) -> Any:
+    """The minimum of t x^2 for x >= 0, about."""
+    solve = _returning(host, [1e-300, 1e-300], options)
+    objective = lambda x: host.xp.sum(t * x**2)
+    return host.xp.sum(solve(objective, host.array([0.3, 0.3]), bounds=(0.0, None)))
+
+
 REFUSED = [
     Refused(
         "degenerate, from inside",
@@ -226,6 +263,12 @@ REFUSED = [
         _on([1.0, 1.0], bounds=lambda host: (None, host.array([1.0, 3.0]))),
         "NotASolutionError",
         r"degenerate: the upper bound of x\[0\] is reached with a multiplier of zero",
+    ),
+    Refused(
+        "degenerate, where all is zero",
+        _none_of_it,
+        "NotASolutionError",
+        r"degenerate: the lower bound of x\[0\]",
     ),
     Refused(
         "violated",

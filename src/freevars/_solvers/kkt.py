@@ -23,7 +23,8 @@ leaves is the product of the two.
 
 *Size.* A component that lies on a bound of zero has no size of its own: its value there is an error
 of the solver. It is as large as what changes the equations by their terms: `natural_size`. Bounds
-tell the size too, unless they are so far away that they stand for none: `reach`.
+tell the size too, unless they are so far away that they stand for none: `reach`. Where all of x is
+zero, what a solver leaves of it is no size either: `least_size`.
 
 *Degenerate.* Where both are zero the minimum has a derivative on each side, and they differ. Both
 count as zero below eps^(2/3), or below ten times what the solver leaves of the other equations; and
@@ -60,6 +61,7 @@ __all__ = [
     "Pair",
     "are_crossed",
     "explain",
+    "least_size",
     "natural_size",
     "on_the_spot",
     "pair",
@@ -143,12 +145,18 @@ def natural_size(xp: Any, size: Any, coupling: Any, largest: Any, eps: float) ->
     """How large components are, also where the bound that they lie on is zero.
 
     `coupling` is what a change of the component changes of all equations, relative to their terms:
-    a change of 1 / coupling counts. Where it does not count next to the `largest` size either, the
-    equations are linear and do not tell; then the component is as large as it is.
+    a change of 1 / coupling counts. Where it does not count next to the `largest` size, or to how
+    far the solver came, the equations are linear and do not tell; then the component is as large as
+    it is.
     """
     tells = coupling * largest > eps**0.5
     by_equations = 1 / xp.where(tells, coupling, xp.ones_like(coupling))
     return xp.where(tells, xp.maximum(size, by_equations), size)
+
+
+def least_size(way: Any, eps: float) -> Any:
+    """How large x is at least, from how far the solver came: what is smaller is an error of it."""
+    return eps**0.5 * way
 
 
 def reach(xp: Any, largest: Any, eps: float) -> Any:

@@ -11,12 +11,15 @@ import freevars.jax as fv
 from freevars.errors import NotASolutionError, StructureError
 from tests.constrained_problems import (
     FIXED,
+    LEFT,
     PROBLEMS,
     REFUSED,
     T,
     active_set,
+    all_at_zero,
     beside_bounds,
     fixed_by,
+    free_and_small,
 )
 from tests.rule_problems import RuleHost
 
@@ -119,6 +122,14 @@ def test_objective_and_constraints_in_any_units(
 
 def test_a_result_beside_its_bounds_in_any_units() -> None:
     np.testing.assert_allclose(jax.grad(lambda t: beside_bounds(HOST, t))(T), 1.0)
+
+
+@pytest.mark.parametrize("bend", [0.0, 1.0])
+def test_what_a_solver_leaves_of_zero_is_no_size(bend) -> None:
+    for left in LEFT if bend else LEFT[:3]:
+        assert jax.grad(lambda t: all_at_zero(HOST, left, bend, t))(1.0) == 2.0
+    for size in (1e-6, 1e-10, 1e-14):
+        np.testing.assert_allclose(jax.grad(lambda t: free_and_small(HOST, size, t))(1.0), 2.0)
 
 
 @pytest.mark.slow

@@ -10,12 +10,15 @@ import freevars.torch as fv
 from freevars.errors import NotASolutionError, StructureError
 from tests.constrained_problems import (
     FIXED,
+    LEFT,
     PROBLEMS,
     REFUSED,
     T,
     active_set,
+    all_at_zero,
     beside_bounds,
     fixed_by,
+    free_and_small,
 )
 from tests.rule_problems import RuleHost
 
@@ -77,6 +80,16 @@ def test_a_result_beside_its_bounds_in_any_units() -> None:
     t = torch.tensor(T, dtype=F64, requires_grad=True)
     (slope,) = torch.autograd.grad(beside_bounds(HOST, t), t)
     torch.testing.assert_close(slope, torch.ones((), dtype=F64))
+
+
+@pytest.mark.parametrize("bend", [0.0, 1.0])
+def test_what_a_solver_leaves_of_zero_is_no_size(bend) -> None:
+    t = torch.tensor(1.0, dtype=F64, requires_grad=True)
+    for left in LEFT if bend else LEFT[:3]:
+        assert torch.autograd.grad(all_at_zero(HOST, left, bend, t), t)[0] == 2.0
+    for size in (1e-6, 1e-10, 1e-14):
+        (slope,) = torch.autograd.grad(free_and_small(HOST, size, t), t)
+        torch.testing.assert_close(slope, torch.tensor(2.0, dtype=F64))
 
 
 def test_a_batch_of_problems() -> None:

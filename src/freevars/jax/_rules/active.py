@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -19,7 +20,7 @@ from freevars.jax import _compat
 from freevars.jax._rules.coordinates import Coordinates, firm_probe, max_abs
 from freevars.jax._solver.problem import Problem
 
-__all__ = ["Functions", "Scaled", "flat", "pairs", "positive", "rows_of", "size_of"]
+__all__ = ["Functions", "Scaled", "flat", "pairs", "positive", "rows_of"]
 
 Tree: TypeAlias = Any  # a pytree of real arrays
 
@@ -31,10 +32,14 @@ class Functions(NamedTuple):
     constraints: Callable[[Tree], dict[str, Any]]  # vectors, by name
     lower: Tree  # infinite where there is no bound
     upper: Tree
+    way: Any  # how far x is from where the solver began
 
     @staticmethod
-    def of(problem: Problem, x: Any, *, has_aux: bool, squares: bool) -> Functions:
+    def of(problem: Problem, x: Any, x0: Any, *, has_aux: bool, squares: bool) -> Functions:
+        """At x, found from x0."""
         of_x = Coordinates(x)
+        way = jax.tree.map(jnp.subtract, of_x.to_real(x), of_x.to_real(x0))
+        way = max_abs(flat(jax.lax.stop_gradient(way)))
 
         def objective(v: Tree) -> Any:
             value = problem.parts_at(of_x.from_real(v))["fun"]
@@ -48,12 +53,16 @@ class Functions(NamedTuple):
             values = problem.parts_at(of_x.from_real(v))
             return {name: _vector(values[name], of_x.dtype) for name in problem.constraints}
 
-        return Functions(objective, constraints, *_sides(problem, x))
+        return Functions(objective, constraints, *_sides(problem, x), way)
 
     @property
     def fixed(self) -> Tree:
         """The components that the bounds leave no choice."""
         return jax.tree.map(lambda low, up: low == up, self.lower, self.upper)
+
+    def size(self, v: Tree) -> Tree:
+        """How large the components of x are, also where one of them happens to be zero."""
+        return jax.tree.map(functools.partial(_size, self.way), v, self.lower, self.upper)
 
     def gradient(self, v: Tree, multipliers: dict[str, Any]) -> Tree:
         """Of the Lagrangian."""
@@ -81,7 +90,7 @@ class Scaled(NamedTuple):
         at: Functions, v: Tree, multipliers: dict[str, Any], gradient: Tree, values: Any
     ) -> Scaled:
         """At a point, with the gradient of the Lagrangian and the constraints' values there."""
-        size = jax.tree.map(size_of, v, at.lower, at.upper)
+        size = at.size(v)
         along = jax.tree.map(jnp.multiply, size, firm_probe(v, 11))
         plain = jax.grad(at.objective)(v)
         change = jax.jvp(lambda v: at.gradient(v, multipliers), (v,), (along,))[1]
@@ -157,7 +166,7 @@ def _natural(
     coupling = jax.jvp(lambda v: at.gradient(v, multipliers), (v,), (by_terms,))[1]
     rows = positive(jnp.sum(jnp.abs(matrix) * flat(size), axis=1))
     by_rows = matrix.T @ (firm_probe(rows, 13) / rows)
-    largest = jnp.max(flat(size), initial=0)
+    largest = jnp.max(flat(size), initial=at.way)
     parts = jnp.split(by_rows, np.cumsum([leaf.size for leaf in jax.tree.leaves(v)])[:-1])
     leaves, tree = jax.tree.flatten(size)
     found = [
@@ -191,12 +200,13 @@ def _sides(problem: Problem, x: Any) -> tuple[Tree, Tree]:
     return jax.tree.map(jnp.negative, none), none
 
 
-def size_of(x: Any, lower: Any, upper: Any) -> Any:
-    """How large the components of an array are, also where one of them happens to be zero."""
-    farthest = kkt.reach(jnp, jnp.max(jnp.abs(x), initial=0), float(jnp.finfo(x.dtype).eps))
+def _size(way: Any, x: Any, lower: Any, upper: Any) -> Any:
+    eps = float(jnp.finfo(x.dtype).eps)
+    least = kkt.least_size(way, eps).astype(x.dtype)
+    farthest = kkt.reach(jnp, jnp.max(jnp.abs(x), initial=least), eps)
     ends = [jnp.where(jnp.abs(b) <= farthest, jnp.abs(b), 0) for b in (lower, upper)]
     largest = jnp.maximum(jnp.abs(x), jnp.maximum(*ends))
-    return positive(jnp.maximum(largest, 1e-3 * jnp.max(largest, initial=0)))
+    return positive(jnp.maximum(largest, jnp.maximum(1e-3 * jnp.max(largest, initial=0), least)))
 
 
 def positive(size: Any) -> Any:

@@ -27,7 +27,6 @@ from freevars.jax._rules.active import (
     pairs,
     positive,
     rows_of,
-    size_of,
 )
 from freevars.jax._rules.coordinates import Coordinates, max_abs, probe
 from freevars.jax._rules.scaled import power_of_two
@@ -79,12 +78,12 @@ class Units(NamedTuple):
     multipliers: dict[str, Any]
 
     @staticmethod
-    def at(problem: Problem, x: Any, *, has_aux: bool, squares: bool) -> Units:
-        """At an unknown: by what changes over the size of x."""
-        at = Functions.of(problem, x["x"], has_aux=has_aux, squares=squares)
+    def at(problem: Problem, x: Any, x0: Any, *, has_aux: bool, squares: bool) -> Units:
+        """At an unknown, found from x0: by what changes over the size of x."""
+        at = Functions.of(problem, x["x"], x0, has_aux=has_aux, squares=squares)
         v = Coordinates(x["x"]).to_real(x["x"])
         multipliers = {name: x[name] for name in problem.constraints}
-        size = jax.tree.map(size_of, v, at.lower, at.upper)
+        size = at.size(v)
         largest = jnp.max(flat(size), initial=0)
         along = [jax.tree.map(jnp.multiply, size, probe(v, seed)) for seed in (14, 15)]
 
@@ -130,14 +129,16 @@ class Constrained:
     squares: bool  # the objective is half the sum of squares
     one_sided: bool
     check: bool
+    x0: Any = None  # from which x was found
     units: Units | None = None  # those of the problem
 
     def in_units(
-        self, problem: Problem, x: Any, *, has_aux: bool
+        self, problem: Problem, x: Any, x0: Any, *, has_aux: bool
     ) -> tuple[Constrained, Coordinates]:
         """The same in units in which x and its multipliers are about of one size, and these."""
-        units = Units.at(problem, x, has_aux=has_aux, squares=self.squares)
-        return replace(self, units=units), InUnits(x, units)
+        start = x0["x"]
+        units = Units.at(problem, x, start, has_aux=has_aux, squares=self.squares)
+        return replace(self, x0=start, units=units), InUnits(x, units)
 
     def __call__(
         self, problem: Problem, coordinates: Coordinates, y: Tree, *, has_aux: bool
@@ -150,7 +151,8 @@ def _conditions(
     of: Constrained, problem: Problem, coordinates: Coordinates, y: Tree, *, has_aux: bool
 ) -> Tree:
     x = coordinates.from_real(y)
-    at = Functions.of(problem, x["x"], has_aux=has_aux, squares=of.squares)
+    start = x["x"] if of.x0 is None else of.x0
+    at = Functions.of(problem, x["x"], start, has_aux=has_aux, squares=of.squares)
     v, multipliers = y["x"], {name: x[name] for name in problem.constraints}
     one = jnp.ones((), coordinates.dtype)
     ones = dict.fromkeys(problem.constraints, one)
@@ -212,13 +214,13 @@ def _conditions(
 
 
 @_compat.any_rank
-def with_multipliers(problem: Problem, x: Any, *, has_aux: bool, squares: bool) -> Any:
-    """The unknown at x, with the multipliers that its stationarity says."""
+def with_multipliers(problem: Problem, x: Any, x0: Any, *, has_aux: bool, squares: bool) -> Any:
+    """The unknown at x, found from x0, with the multipliers that its stationarity says."""
     if not problem.constraints:
         return {"x": x}
-    at = Functions.of(problem, x, has_aux=has_aux, squares=squares)
+    at = Functions.of(problem, x, x0, has_aux=has_aux, squares=squares)
     v = Coordinates(x).to_real(x)
-    size = jax.tree.map(size_of, v, at.lower, at.upper)
+    size = at.size(v)
     gap = jax.tree.map(
         lambda x, low, up, d: jnp.minimum(jnp.abs(x - low), jnp.abs(up - x)) / d,
         *(v, at.lower, at.upper, size),
@@ -244,11 +246,18 @@ def with_multipliers(problem: Problem, x: Any, *, has_aux: bool, squares: bool) 
 
 @_compat.any_rank
 def explain(
-    problem: Problem, y: Any, *, has_aux: bool, squares: bool, name: str, tol: float | None
+    problem: Problem,
+    y: Any,
+    y0: Any,
+    *,
+    has_aux: bool,
+    squares: bool,
+    name: str,
+    tol: float | None,
 ) -> FreevarsError | None:
     """The error in words of the constraints, for known values."""
     coordinates = Coordinates(y)
-    at = Functions.of(problem, y["x"], has_aux=has_aux, squares=squares)
+    at = Functions.of(problem, y["x"], y0["x"], has_aux=has_aux, squares=squares)
     v = Coordinates(y["x"]).to_real(y["x"])
     multipliers = {name: y[name] for name in problem.constraints}
     values = at.constraints(v)

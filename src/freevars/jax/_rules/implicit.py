@@ -177,17 +177,18 @@ def linearise(
     rebuild: Callable[[list[Any]], tuple[Problem, Any]],
     leaves: list[Any],
     x: Any,
+    x0: Any,
     moving: tuple[int, ...],
     *,
     has_aux: bool,
 ) -> Linearised:
-    """The condition at x, to first order in x and in the moving ones of the leaves, which are of
-    the problem and, where the solver keeps totals of it, of x0."""
+    """The condition at x, found from x0, to first order in x and in the moving ones of the leaves,
+    which are of the problem and, where the solver keeps totals of it, of x0."""
     coordinates = Coordinates(x)
     totals = rebuild(leaves)[0].totals
     symmetric = condition in MINIMA and totals is None
     if isinstance(condition, Constrained):
-        condition, coordinates = condition.in_units(rebuild(leaves)[0], x, has_aux=has_aux)
+        condition, coordinates = condition.in_units(rebuild(leaves)[0], x, x0, has_aux=has_aux)
     v = coordinates.to_real(x)
 
     def plain(v: Tree, leaves: list[Any]) -> Tree:

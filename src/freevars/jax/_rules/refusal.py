@@ -66,6 +66,7 @@ def error(
         reason = constrained.explain(
             stated,
             x,
+            x0,
             has_aux=rule.fun_has_aux(stated, 1),
             squares=rule.kind == "least_squares",
             name=rule.name,

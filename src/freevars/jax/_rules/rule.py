@@ -103,7 +103,7 @@ class Rule:
         return problem, x0 if self.conserved else ()
 
     def linearise(
-        self, tree: Any, leaves: list[Any], x: Any, moving: tuple[int, ...]
+        self, tree: Any, leaves: list[Any], x: Any, x0: Any, moving: tuple[int, ...]
     ) -> implicit.Linearised:
         problem, _ = jax.tree.unflatten(tree, leaves)
         has_aux = self.fun_has_aux(problem, count(x))
@@ -111,7 +111,7 @@ class Rule:
         implicit.check_equations(condition, problem, x, has_aux=has_aux, name=self.name)
         rebuild = functools.partial(jax.tree.unflatten, tree)
         try:
-            return implicit.linearise(condition, rebuild, leaves, x, moving, has_aux=has_aux)
+            return implicit.linearise(condition, rebuild, leaves, x, x0, moving, has_aux=has_aux)
         except ValueError as error:
             if not problem.fun._program.has_custom_vmap:  # noqa: SLF001 (own package)
                 raise
@@ -133,7 +133,7 @@ class Rule:
         captured: Any = None,
     ) -> tuple[implicit.Linearised, Unknown, LinearSystem]:
         """The condition at x to first order, x with its sizes, and the system dF/dx."""
-        point = self.linearise(tree, leaves, x, moving)
+        point = self.linearise(tree, leaves, x, x0, moving)
         limits = limits_of(point.coordinates, self.tol)
         v0 = point.coordinates.to_real(x0)
         apart = jax.tree.unflatten(tree, leaves)[0].constrained
@@ -156,7 +156,7 @@ class Rule:
         leaves, tree = jax.tree.flatten(self.read(problem, x0))
 
         def solve(leaves: list[Any], x: Any, b: Any, *, which: int) -> Any:
-            found = self.linearise(tree, leaves, x, ())
+            found = self.linearise(tree, leaves, x, x0, ())
             return self.method.methods(found.by_x, found.space, found.coordinates.eps)[which](b)
 
         b = Coordinates(x0).to_real(x0)
@@ -194,7 +194,7 @@ class Rule:
     @_compat.any_rank
     def kept(self, tree: Any, leaves: list[Any], x: Any) -> Any:
         """Of a singular system: whether it is so because it keeps totals."""
-        point = self.linearise(tree, leaves, x, ())
+        point = self.linearise(tree, leaves, x, x, ())
         return diagnostics.kept(point.by_x, point.space)
 
     def derivative(self, *arguments: Any, known: bool) -> Any:

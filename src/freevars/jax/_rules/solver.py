@@ -196,7 +196,9 @@ class ImplicitSolver(DecoratedSolver[P, R]):
             out = self._run_plain(problem, x0["x"], options)
             x, *aux = out if self._rule.has_aux else (out,)
             how = {"has_aux": self._rule.fun_has_aux(problem, 1)}
-            y = self._multipliers(problem, x, squares=self._rule.kind == "least_squares", **how)
+            y = self._multipliers(
+                problem, x, x0["x"], squares=self._rule.kind == "least_squares", **how
+            )
             return (y, *aux) if aux else y
         return self._run_plain(problem, x0, options)
 

@@ -38,6 +38,12 @@ class Functions(NamedTuple):
     constraints: dict[str, Vectors]  # equality, inequality
     lower: Tensor  # infinite where there is no bound
     upper: Tensor
+    moved: Tensor  # from where the solver began
+
+    @property
+    def way(self) -> Tensor:
+        """How far the solver came, Float[Tensor, "problems 1"]."""
+        return _largest(self.moved.abs())[:, None]
 
     @property
     def fixed(self) -> Tensor:
@@ -85,7 +91,9 @@ class Scaled(NamedTuple):
         by_rows = matrix * (firm_probe(matrix.shape[1], x) / variation)[:, :, None]
         coupling = coupling.abs() + by_rows.sum(1).abs()
         eps = float(torch.finfo(x.dtype).eps)
-        size = kkt.natural_size(torch, size, coupling, _largest(size)[:, None], eps)
+        size = kkt.natural_size(
+            torch, size, coupling, torch.maximum(_largest(size)[:, None], at.way), eps
+        )
         below, above = (x - at.lower) / size, (at.upper - x) / size
         lower, upper = kkt.pair(torch, below, pull, eps), kkt.pair(torch, above, -pull, eps)
         left = [lower.left, upper.left]
@@ -132,8 +140,10 @@ def system_at(
     eps: float,
     one_sided: bool,
     check: bool,
+    nan: bool,
 ) -> Tensor:
-    """F at x and its multipliers; NaN where a problem is degenerate."""
+    """F at x and its multipliers; NaN where a problem is degenerate. `nan`: by what it reads where
+    it was decided the other way, too, its derivative is NaN then."""
     gradient = at.gradient(x, multipliers)
     with torch.no_grad():
         fixed = {name: m.detach() for name, m in multipliers.items()}
@@ -165,7 +175,11 @@ def system_at(
         if not one_sided:
             refused = refused | (scaled.certain(at.fixed)[:, None] <= least)
         # Added, so that what is refused is not a constant: its derivative is NaN too.
-        f = f + torch.zeros_like(f).masked_fill(refused, torch.nan)
+        lost = torch.zeros_like(f).masked_fill(refused, torch.nan)
+        if nan:
+            sides = (torch.where(b.isfinite(), b, 0) for b in (at.lower, at.upper))
+            lost = lost * sum(sides, gradient).sum(1, keepdim=True)
+        f = f + lost
     return f
 
 
@@ -210,10 +224,13 @@ def constraints_at(at: Functions, x: Tensor) -> tuple[Multipliers, Tensor]:
 
 def _size(x: Tensor, at: Functions) -> Tensor:
     """How large the components are, also where one of them happens to be zero."""
-    farthest = kkt.reach(torch, _largest(x.abs())[:, None], float(torch.finfo(x.dtype).eps))
+    eps = float(torch.finfo(x.dtype).eps)
+    least = kkt.least_size(at.way, eps)
+    farthest = kkt.reach(torch, torch.maximum(_largest(x.abs())[:, None], least), eps)
     ends = [torch.where(b.abs() <= farthest, b.abs(), 0) for b in (at.lower, at.upper)]
     largest = torch.maximum(x.abs(), torch.maximum(*ends))
-    return _positive(torch.maximum(largest, 1e-3 * _largest(largest)[:, None]))
+    share = torch.maximum(1e-3 * _largest(largest)[:, None], least)
+    return _positive(torch.maximum(largest, share))
 
 
 def _positive(size: Tensor) -> Tensor:

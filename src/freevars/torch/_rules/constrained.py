@@ -106,7 +106,9 @@ class ConstrainedProblem(Problem):
     def stating(self) -> Mapping[str, Converted[..., Any]]:
         return self.functions
 
-    def _functions(self, functions: Mapping[str, Callable[[Any], Any]], x: Tensor) -> Functions:
+    def _functions(
+        self, functions: Mapping[str, Callable[[Any], Any]], x: Tensor, x0: Tensor
+    ) -> Functions:
         of_x, has_aux = self.of_x, self._fun_has_aux
 
         def objective(x: Tensor) -> Tensor:
@@ -123,7 +125,8 @@ class ConstrainedProblem(Problem):
         else:
             lower, upper = lower.expand_as(x), upper.expand_as(x)
         names = [name for name in CONSTRAINTS[1:] if name in functions]
-        return Functions(objective, {name: vectors(name) for name in names}, lower, upper)
+        way = (x - self._split(x0)[0]).detach()
+        return Functions(objective, {name: vectors(name) for name in names}, lower, upper, way)
 
     def _split(self, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         sizes = [self.of_x.n]
@@ -133,15 +136,18 @@ class ConstrainedProblem(Problem):
         x, *parts = torch.split(y, sizes, 1)
         return x, dict(zip(names, parts, strict=True))
 
-    def optimality(self, functions: Mapping[str, Callable[[Any], Any]], x: Tensor) -> Tensor:
+    def optimality(
+        self, functions: Mapping[str, Callable[[Any], Any]], x: Tensor, x0: Tensor
+    ) -> Tensor:
         point, multipliers = self._split(x)
         return system_at(
-            self._functions(functions, point),
+            self._functions(functions, point, x0),
             point,
             multipliers,
             eps=float(torch.finfo(self.unknown.dtype).eps),
             one_sided=self.rule.one_sided,
             check=self.rule.check,
+            nan=self.rule.on_failure == "nan",
         )
 
     def run_many(
@@ -159,7 +165,7 @@ class ConstrainedProblem(Problem):
 
     def _found(self, out: Any, values: Sequence[Tensor]) -> Tensor:
         x = self.of_x.ravel(out, f"the result of {self.rule.name}").detach()
-        multipliers = multipliers_at(self._functions(self.views(values), x), x)
+        multipliers = multipliers_at(self._functions(self.views(values), x, values[0]), x)
         return torch.cat([x, *multipliers.values()], 1).detach()
 
     def _check_value(self, out: Any) -> None:
@@ -172,7 +178,7 @@ class ConstrainedProblem(Problem):
     ) -> FreevarsError | None:
         y = at.x.detach()
         x, multipliers = self._split(y)
-        functions = self._functions(self.views(values), x)
+        functions = self._functions(self.views(values), x, values[0])
         scaled = Scaled.of(functions, x, multipliers)
         eps = float(torch.finfo(self.unknown.dtype).eps)
         names: list[str] = []

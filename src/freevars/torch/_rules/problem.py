@@ -125,10 +125,13 @@ class Problem(DifferentiableCondition):
         return {name: view(name) for name in self.stating}
 
     def equations(self, x: Tensor, /, *values: Tensor) -> Tensor:
-        return self.optimality(self.views(values), x)
+        return self.optimality(self.views(values), x, values[0])
 
-    def optimality(self, functions: Mapping[str, Callable[[Any], Any]], x: Tensor) -> Tensor:
-        """F, from the functions that state it."""
+    def optimality(
+        self, functions: Mapping[str, Callable[[Any], Any]], x: Tensor, x0: Tensor
+    ) -> Tensor:
+        """F at x, found from x0, from the functions that state it."""
+        del x0
         (function,) = self.stating.values()
         return optimality(
             self.rule.kind,

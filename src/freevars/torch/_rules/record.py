@@ -43,7 +43,7 @@ def solve_and_attach(
     stated = {name: _as_it_is(given[name], of, call) for name, of in problem.stating.items()}
 
     def equations(x: Tensor) -> Tensor:
-        return problem.completed(problem.optimality(stated, x), x, columns, *values)
+        return problem.completed(problem.optimality(stated, x, values[0]), x, columns, *values)
 
     record(problem, equations, x, plain[0])
     return attached(problem, columns, *problem.inputs.attached()), *others
