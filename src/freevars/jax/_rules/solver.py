@@ -120,7 +120,7 @@ class ImplicitSolver(DecoratedSolver[P, R]):
         self._multipliers = jax.jit(
             constrained.with_multipliers, static_argnames=("has_aux", "squares")
         )
-        self._implicit = jax.custom_jvp(self._forward)
+        self._implicit = jax.custom_jvp(_named(self.__name__, self._forward))
         self._implicit.defjvp(self._push, symbolic_zeros=True)
         self._in_reverse = jax.custom_vjp(self._forward_in_reverse, nondiff_argnums=(0,))
         by_rows = jax.jit(
@@ -315,6 +315,16 @@ class ImplicitSolver(DecoratedSolver[P, R]):
         places = reverse.moving(told[0]), reverse.moving(told[1:])
         # The structure of a dict is known where its values are not.
         return out, (primals, out, [dict.fromkeys(some, ()) for some in places])
+
+
+def _named(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method by the name of the solver, which errors and printed programs show."""
+
+    def call(*args: Any) -> Any:
+        return method(*args)
+
+    call.__name__ = call.__qualname__ = name
+    return call
 
 
 def _call(own: Callable[..., Any], problem: Problem, x0: Any, options: dict[str, Any]) -> Any:
