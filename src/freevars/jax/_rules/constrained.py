@@ -173,8 +173,9 @@ def _conditions(
 
     def row(lower: Pair, upper: Pair, fixed: Any, x: Any, sides: Any, gaps: Any, slope: Any) -> Any:
         below, above = (at_bound(x, *side) for side in zip(sides, gaps, strict=True))
-        # Of the two sides that fix a component, that which holds it.
-        at_lower = jnp.where(fixed, ~upper.active, keeps(lower))
+        # Of the two sides that fix a component, that which holds it. No `where`: x may be sharded
+        # where its bounds are not.
+        at_lower = (fixed & ~upper.active) | (~fixed & keeps(lower))
         return jnp.where(at_lower, below, jnp.where(keeps(upper), above, slope))
 
     leaves, tree = jax.tree.flatten(v)
