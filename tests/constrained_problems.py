@@ -225,7 +225,8 @@ def beside_bounds(host: RuleHost, t: Any) -> Any:
     return host.xp.sum(x / size)
 
 
-# What a solver leaves of a component that lies on a bound of zero.
+# What a solver leaves of a component that lies on a bound of zero. The last is small where the
+# equations tell how large x is, which linear ones do not.
 LEFT = [0.0, 1e-300, 1e-17, 1e-12, 1e-9]
 
 

@@ -50,6 +50,15 @@ class DecoratedSolver(Generic[P, R]):
         functools.update_wrapper(self, solver, updated=())
         self.__name__ = solver_name(solver)
 
+    def _by_its_name(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """A method under the name of the solver, which errors and printed programs show."""
+
+        def call(*args: Any) -> Any:
+            return method(*args)
+
+        call.__name__ = call.__qualname__ = self.__name__
+        return call
+
     @property
     def _solver(self) -> Callable[P, R]:
         return self.__wrapped__

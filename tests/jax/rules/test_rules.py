@@ -123,6 +123,12 @@ def test_a_program_and_an_error_name_the_solver():
     with pytest.raises(pickle.PicklingError, match="the custom derivative rule of by_halving"):
         pickle.dumps(fv.Closure(solve, A))
 
+    @fv.integral
+    def midpoint(f, a, b):
+        return (b - a) * f((a + b) / 2)
+
+    assert "name=midpoint" in str(jax.make_jaxpr(lambda a: midpoint(lambda t: a * t, 0.0, a))(A))
+
 
 @ROOTS
 def test_a_map_of_an_eager_derivative_is_one_of_jaxs(square_root):

@@ -85,7 +85,7 @@ def test_a_result_beside_its_bounds_in_any_units() -> None:
 @pytest.mark.parametrize("bend", [0.0, 1.0])
 def test_what_a_solver_leaves_of_zero_is_no_size(bend) -> None:
     t = torch.tensor(1.0, dtype=F64, requires_grad=True)
-    for left in LEFT if bend else LEFT[:3]:
+    for left in LEFT if bend else LEFT[:-1]:
         assert torch.autograd.grad(all_at_zero(HOST, left, bend, t), t)[0] == 2.0
     for size in (1e-6, 1e-10, 1e-14):
         (slope,) = torch.autograd.grad(free_and_small(HOST, size, t), t)

@@ -95,7 +95,7 @@ class HostSolver(DecoratedSolver[P, R]):
     def _use(self, solver: Callable[P, R]) -> None:
         super()._use(solver)
         self._program = jax.jit(self._traced, static_argnums=(0, 1))
-        self._without_rule = jax.custom_jvp(self._solve_without_rule)
+        self._without_rule = jax.custom_jvp(self._by_its_name(self._solve_without_rule))
         self._without_rule.defjvp(self._refuse_derivative, symbolic_zeros=True)
 
     @overload

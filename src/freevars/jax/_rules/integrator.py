@@ -56,7 +56,7 @@ class Integrator(DecoratedSolver[P, R]):
         self._on_host = isinstance(solver, HostSolver)
         self._run = self._run_solver if self._on_host else jax.jit(self._run_solver)
         self._run_converted = jax.jit(_call)
-        self._operation = jax.custom_jvp(self._forward)
+        self._operation = jax.custom_jvp(self._by_its_name(self._forward))
         self._operation.defjvp(self._push, symbolic_zeros=True)
 
     @overload

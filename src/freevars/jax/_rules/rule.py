@@ -113,7 +113,7 @@ class Rule:
         try:
             return implicit.linearise(condition, rebuild, leaves, x, x0, moving, has_aux=has_aux)
         except ValueError as error:
-            if not problem.fun._program.has_custom_vmap:  # noqa: SLF001 (own package)
+            if not problem.has_custom_vmap:
                 raise
             message = (
                 f"{self.name}: expected a function whose derivative JAX can split into known values"

@@ -120,9 +120,10 @@ class ImplicitSolver(DecoratedSolver[P, R]):
         self._multipliers = jax.jit(
             constrained.with_multipliers, static_argnames=("has_aux", "squares")
         )
-        self._implicit = jax.custom_jvp(_named(self.__name__, self._forward))
+        self._implicit = jax.custom_jvp(self._by_its_name(self._forward))
         self._implicit.defjvp(self._push, symbolic_zeros=True)
-        self._in_reverse = jax.custom_vjp(self._forward_in_reverse, nondiff_argnums=(0,))
+        in_reverse = self._by_its_name(self._forward_in_reverse)
+        self._in_reverse = jax.custom_vjp(in_reverse, nondiff_argnums=(0,))
         by_rows = jax.jit(
             functools.partial(reverse_rule.solve_by_rows, rule), static_argnums=(0, 1)
         )
@@ -141,9 +142,10 @@ class ImplicitSolver(DecoratedSolver[P, R]):
     def _solve(self, call: SolverCall) -> Any:
         problem, x0, options = self._convert(call)
         captured = self._captured(problem, x0, options)
-        plain = _compat.nothing_traced() and not self._rule.polish  # no derivative is asked for
-        pullback = None if plain else self._backwards(problem, x0)
-        if plain:
+        known = _compat.nothing_traced()  # no derivative is asked for
+        # Polishing takes one, in forward mode, and is refused where there is none.
+        pullback = None if known and not self._rule.polish else self._backwards(problem, x0)
+        if known:
             out = self._forward(problem, x0, options, captured)
         elif pullback is not None:
             out = self._in_reverse(pullback, problem, x0, options, (captured[0], None))
@@ -315,16 +317,6 @@ class ImplicitSolver(DecoratedSolver[P, R]):
         places = reverse.moving(told[0]), reverse.moving(told[1:])
         # The structure of a dict is known where its values are not.
         return out, (primals, out, [dict.fromkeys(some, ()) for some in places])
-
-
-def _named(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    """The method by the name of the solver, which errors and printed programs show."""
-
-    def call(*args: Any) -> Any:
-        return method(*args)
-
-    call.__name__ = call.__qualname__ = name
-    return call
 
 
 def _call(own: Callable[..., Any], problem: Problem, x0: Any, options: dict[str, Any]) -> Any:

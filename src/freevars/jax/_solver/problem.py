@@ -98,6 +98,12 @@ class Problem(NamedTuple):
         pair = isinstance(out, tuple) and len(out) == 2  # noqa: PLR2004
         return pair and (wanted is None or count(out[0]) == wanted)
 
+    @property
+    def has_custom_vmap(self) -> bool:
+        """Whether a function holds a rule for batches."""
+        closures = [self.fun] if self.totals is None else [self.fun, self.totals]
+        return any(f._program.has_custom_vmap for f in closures)  # noqa: SLF001 (own package)
+
     def value(self, x: Any, *, has_aux: bool) -> Any:
         """The value of the function, without its aux."""
         args, kwargs = self.extra()

@@ -125,8 +125,8 @@ class ConstrainedProblem(Problem):
         else:
             lower, upper = lower.expand_as(x), upper.expand_as(x)
         names = [name for name in CONSTRAINTS[1:] if name in functions]
-        way = (x - self._split(x0)[0]).detach()
-        return Functions(objective, {name: vectors(name) for name in names}, lower, upper, way)
+        moved = (x - self._split(x0)[0]).detach()
+        return Functions(objective, {name: vectors(name) for name in names}, lower, upper, moved)
 
     def _split(self, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         sizes = [self.of_x.n]
