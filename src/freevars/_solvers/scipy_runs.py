@@ -1,7 +1,8 @@
 """scipy's solvers, run on functions of NumPy that bring exact derivatives; the same in both hosts.
 
 Of the shared files this one alone imports NumPy and scipy. Not here: where such functions come from
-(a `HostFunction` in each host), and what becomes of a result.
+(a `HostFunction` in each host), and what becomes of a result. Such a function has the extra
+arguments in it: `args` is there for the signature, from which a host knows what to pass on to it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ from scipy import integrate, optimize
 from freevars._solvers.scipy_calls import HESSIAN, IMPLICIT, JACOBIAN, NO_GRADIENT, PRODUCTS
 from freevars._solvers.scipy_results import Said, ivp_said, root_said, solver_said
 
-__all__ = ["inside", "linprog", "minimize", "quad", "root", "root_scalar", "solve_ivp"]
+__all__ = [
+    "inside",
+    "least_squares",
+    "linprog",
+    "minimize",
+    "quad",
+    "root",
+    "root_scalar",
+    "solve_ivp",
+]
 
 
 class _Curvature(optimize.BFGS):  # type: ignore[misc]
@@ -31,15 +41,20 @@ class _Curvature(optimize.BFGS):  # type: ignore[misc]
 def minimize(
     fun: Any,
     x0: Any,
+    args: tuple[Any, ...] = (),
     *,
     method: Any,
-    bounds: Any,
+    tol: Any,
+    callback: Any,
+    options: Any,
     keep_feasible: Any,
-    equality: Any,
-    inequality: Any,
-    **how: Any,
+    bounds: Any = None,
+    equality: Any = None,
+    inequality: Any = None,
 ) -> tuple[Any, Said]:
-    """`bounds` are two vectors, and the constraints equations and what is not negative, or None."""
+    """`bounds` are two vectors; `equality` is zero, and `inequality` is not negative."""
+    del args
+    how = {"tol": tol, "callback": callback, "options": options}
     name = method.lower() if isinstance(method, str) else method
     if name not in NO_GRADIENT:
         how["jac"] = True
@@ -59,11 +74,32 @@ def minimize(
     return result.x, solver_said(result)
 
 
-def root(fun: Any, x0: Any, *, method: Any, **how: Any) -> tuple[Any, Said]:
+def root(
+    fun: Any,
+    x0: Any,
+    args: tuple[Any, ...] = (),
+    *,
+    method: Any,
+    tol: Any,
+    callback: Any,
+    options: Any,
+) -> tuple[Any, Said]:
     """With the exact Jacobian, where the method takes one."""
+    del args
+    how = {"tol": tol, "callback": callback, "options": options}
     if callable(method) or str(method).lower() in JACOBIAN:
         how["jac"] = fun.jacobian
     result = optimize.root(fun, x0, method=method, **how)
+    return result.x, solver_said(result)
+
+
+def least_squares(
+    fun: Any, x0: Any, args: tuple[Any, ...] = (), *, how: dict[str, Any], bounds: Any = None
+) -> tuple[Any, Said]:
+    """With the exact Jacobian; `bounds` are two vectors."""
+    del args
+    sides = (-np.inf, np.inf) if bounds is None else bounds
+    result = optimize.least_squares(fun, x0, jac=fun.jacobian, bounds=sides, **how)
     return result.x, solver_said(result)
 
 
@@ -89,9 +125,17 @@ def root_scalar(
 
 
 def linprog(
-    fun: Any, zero: Any, *, bounds: Any, equality: Any, inequality: Any, **how: Any
+    fun: Any,
+    zero: Any,
+    *,
+    method: Any,
+    options: Any,
+    bounds: Any,
+    equality: Any = None,
+    inequality: Any = None,
 ) -> tuple[Any, Said]:
     """With the matrices of the functions, which are linear, taken at `zero`; else as `minimize`."""
+    how = {"method": method, "options": options}
     if inequality is not None:  # b - A x >= 0
         how |= {"A_ub": -inequality.jacobian(zero), "b_ub": inequality(zero)}
     if equality is not None:  # A x - b = 0

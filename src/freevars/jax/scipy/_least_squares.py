@@ -8,20 +8,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from freevars._solvers.scipy_calls import as_tuple, is_open, refuse_loss
-from freevars._solvers.scipy_results import solver_said
 from freevars._solvers.verdict import OnFailure
-from freevars.jax._host.on_host import on_host
 from freevars.jax._rules.rules import least_squares as least_squares_rule
 from freevars.jax.scipy._constraints import as_sides
-from freevars.jax.scipy._result import OptimizeResult, as_arrays
+from freevars.jax.scipy._result import OptimizeResult
 from freevars.jax.scipy._scipy import (
     as_start,
     converted,
-    optimize,
+    on_host_as,
     refuse_derivatives,
+    runs,
     tracing,
     value_at,
 )
@@ -29,29 +27,12 @@ from freevars.jax.scipy._scipy import (
 __all__ = ["least_squares"]
 
 
-def _run(
-    fun: Any,
-    x0: Any,
-    args: tuple[Any, ...],
-    *,
-    how: dict[str, Any],
-    bounds: Any = None,
-) -> tuple[Any, dict[str, Any]]:
-    """Run scipy on the host."""
-    sides = (-np.inf, np.inf) if bounds is None else bounds
-    result = optimize.least_squares(fun, x0, jac=fun.jacobian, bounds=sides, args=args, **how)
-    return result.x, as_arrays(solver_said(result))
-
-
-_run.__name__ = "least_squares"  # what errors call it
-
-
 @functools.cache
 def _solver(on_failure: OnFailure, one_sided: bool, polish: bool) -> Any:  # noqa: FBT001
     rule = least_squares_rule(
         has_aux=True, on_failure=on_failure, one_sided=one_sided, polish=polish
     )
-    return rule(on_host(_run, aux=as_arrays(solver_said())))
+    return rule(on_host_as(runs.least_squares))
 
 
 def least_squares(

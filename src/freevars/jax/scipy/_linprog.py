@@ -6,51 +6,22 @@ import functools
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from freevars._solvers.scipy_calls import check_pair, dense, pairs_of, refuse_of_linprog
-from freevars._solvers.scipy_results import solver_said
 from freevars._solvers.verdict import OnFailure
 from freevars.jax import _compat
-from freevars.jax._host.on_host import on_host
 from freevars.jax._rules.rules import argmin
 from freevars.jax.scipy._constraints import as_sides
-from freevars.jax.scipy._result import OptimizeResult, as_arrays
-from freevars.jax.scipy._scipy import runs
+from freevars.jax.scipy._result import OptimizeResult
+from freevars.jax.scipy._scipy import on_host_as, runs
 
 __all__ = ["linprog"]
-
-
-def _run(
-    fun: Any,
-    x0: Any,
-    *,
-    method: Any,
-    options: Any,
-    bounds: Any,
-    equality: Any = None,
-    inequality: Any = None,
-) -> tuple[Any, dict[str, Any]]:
-    """Run scipy on the host."""
-    x, said = runs.linprog(
-        fun,
-        np.zeros_like(x0),
-        method=method,
-        options=options,
-        bounds=bounds,
-        equality=equality,
-        inequality=inequality,
-    )
-    return x, as_arrays(said)
-
-
-_run.__name__ = "linprog"  # what errors call it
 
 
 @functools.cache
 def _solver(on_failure: OnFailure, one_sided: bool) -> Any:  # noqa: FBT001
     rule = argmin(has_aux=True, on_failure=on_failure, one_sided=one_sided)
-    return rule(on_host(_run, aux=as_arrays(solver_said())))
+    return rule(on_host_as(runs.linprog))
 
 
 def linprog(

@@ -10,15 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from freevars._solvers.scipy_calls import as_tuple, check_objective
-from freevars._solvers.scipy_results import solver_said
 from freevars._solvers.verdict import OnFailure
-from freevars.jax._host.on_host import on_host
 from freevars.jax._rules.rules import argmin
 from freevars.jax.scipy._constraints import as_functions, as_sides
-from freevars.jax.scipy._result import OptimizeResult, as_arrays
+from freevars.jax.scipy._result import OptimizeResult
 from freevars.jax.scipy._scipy import (
     as_start,
     converted,
+    on_host_as,
     refuse_derivatives,
     runs,
     tracing,
@@ -28,44 +27,10 @@ from freevars.jax.scipy._scipy import (
 __all__ = ["minimize"]
 
 
-def _run(
-    fun: Any,
-    x0: Any,
-    args: tuple[Any, ...],
-    *,
-    method: Any,
-    tol: Any,
-    callback: Any,
-    options: Any,
-    keep_feasible: Any,
-    bounds: Any = None,
-    equality: Any = None,
-    inequality: Any = None,
-) -> tuple[Any, dict[str, Any]]:
-    """Run scipy on the host."""
-    del args
-    x, said = runs.minimize(
-        fun,
-        x0,
-        method=method,
-        tol=tol,
-        callback=callback,
-        options=options,
-        bounds=bounds,
-        keep_feasible=keep_feasible,
-        equality=equality,
-        inequality=inequality,
-    )
-    return x, as_arrays(said)
-
-
-_run.__name__ = "minimize"  # what errors call it
-
-
 @functools.cache
 def _solver(on_failure: OnFailure, one_sided: bool, polish: bool) -> Any:  # noqa: FBT001
     rule = argmin(has_aux=True, on_failure=on_failure, one_sided=one_sided, polish=polish)
-    return rule(on_host(_run, aux=as_arrays(solver_said())))
+    return rule(on_host_as(runs.minimize))
 
 
 def _as_number(fun: Callable[..., Any], *args: Any) -> Any:

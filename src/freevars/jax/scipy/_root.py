@@ -7,14 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 from freevars._solvers.scipy_calls import as_tuple
-from freevars._solvers.scipy_results import solver_said
 from freevars._solvers.verdict import OnFailure
-from freevars.jax._host.on_host import on_host
 from freevars.jax._rules.rules import root as root_rule
-from freevars.jax.scipy._result import OptimizeResult, as_arrays
+from freevars.jax.scipy._result import OptimizeResult
 from freevars.jax.scipy._scipy import (
     as_start,
     converted,
+    on_host_as,
     refuse_derivatives,
     runs,
     tracing,
@@ -24,29 +23,10 @@ from freevars.jax.scipy._scipy import (
 __all__ = ["root"]
 
 
-def _run(
-    fun: Any,
-    x0: Any,
-    args: tuple[Any, ...],
-    *,
-    method: Any,
-    tol: Any,
-    callback: Any,
-    options: Any,
-) -> tuple[Any, dict[str, Any]]:
-    """Run scipy on the host."""
-    del args
-    x, said = runs.root(fun, x0, method=method, tol=tol, callback=callback, options=options)
-    return x, as_arrays(said)
-
-
-_run.__name__ = "root"  # what errors call it
-
-
 @functools.cache
 def _solver(on_failure: OnFailure, polish: bool) -> Any:  # noqa: FBT001
     rule = root_rule(has_aux=True, on_failure=on_failure, polish=polish)
-    return rule(on_host(_run, aux=as_arrays(solver_said())))
+    return rule(on_host_as(runs.root))
 
 
 def root(

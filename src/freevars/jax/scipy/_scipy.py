@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,10 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from freevars._solvers import scipy_calls
+from freevars._solvers.scipy_results import solver_said
 from freevars._solvers.signature import solver_name
 from freevars.jax import _compat
 from freevars.jax._closure import Closure
+from freevars.jax._host.on_host import on_host
 from freevars.jax._solver.unknown import as_unknown
+from freevars.jax.scipy._result import as_arrays
 
 try:
     from scipy import optimize
@@ -27,6 +31,7 @@ except ImportError as error:  # pragma: no cover (tested in a process of its own
 __all__ = [
     "as_start",
     "converted",
+    "on_host_as",
     "optimize",
     "refuse_derivatives",
     "runs",
@@ -41,6 +46,17 @@ _ASKS_FOR_NUMBERS = (
     jax.errors.TracerArrayConversionError,  # np.exp(x)
     jax.errors.TracerIntegerConversionError,
 )
+
+
+def on_host_as(run: Callable[..., Any]) -> Any:
+    """A function of `scipy_runs` as a solver on the host, with what scipy said as aux."""
+
+    @functools.wraps(run)
+    def solver(*args: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
+        x, said = run(*args, **options)
+        return x, as_arrays(said)
+
+    return on_host(solver, aux=as_arrays(solver_said()))
 
 
 def refuse_derivatives(name: str, **given: Any) -> None:

@@ -5,6 +5,7 @@ A vector is float64; a complex unknown takes two places for each number. Not her
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +17,28 @@ from freevars.torch._compat import pytree
 from freevars.torch._rules.complex_pairs import as_real
 from freevars.torch._rules.constrained import bounds_like
 from freevars.torch._rules.ravel import Unknown
+from freevars.torch.scipy._result import as_tensors
 
-__all__ = ["HostFunction"]
+__all__ = ["HostFunction", "on_tensors"]
+
+
+def on_tensors(run: Callable[..., Any], *, equations: bool) -> Callable[..., Any]:
+    """A function of `scipy_runs` as a solver on tensors, with what scipy said as aux."""
+
+    @functools.wraps(run)
+    def solver(fun: Any, x0: Any, args: tuple[Any, ...] = (), **options: Any) -> tuple[Any, Any]:
+        host = HostFunction(fun, x0, args, equations=equations)
+        as_vectors = {
+            "bounds": host.sides,
+            "equality": host.constraint,
+            "inequality": host.constraint,
+        }
+        for name in as_vectors.keys() & options.keys():
+            options[name] = as_vectors[name](options[name])
+        x, said = run(host, host.vector(x0), **options)
+        return host.x(x), as_tensors(said)
+
+    return solver
 
 
 class HostFunction:

@@ -6,44 +6,22 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-from torch import Tensor
-
 from freevars._solvers.scipy_calls import as_tuple, is_open, refuse_loss
-from freevars._solvers.scipy_results import solver_said
 from freevars.torch._compat import pytree
 from freevars.torch._rules.rule import OnFailure
 from freevars.torch._rules.rules import least_squares as least_squares_rule
 from freevars.torch.scipy._constraints import as_sides
-from freevars.torch.scipy._host import HostFunction
-from freevars.torch.scipy._result import OptimizeResult, as_tensors
-from freevars.torch.scipy._scipy import as_start, optimize, refuse_derivatives, value_in_pytorch
+from freevars.torch.scipy._host import on_tensors
+from freevars.torch.scipy._result import OptimizeResult
+from freevars.torch.scipy._scipy import as_start, refuse_derivatives, runs, value_in_pytorch
 
 __all__ = ["least_squares"]
-
-
-def _run(
-    fun: Any,
-    x0: Any,
-    args: tuple[Any, ...],
-    *,
-    how: dict[str, Any],
-    bounds: Any = None,
-) -> tuple[Any, dict[str, Tensor]]:
-    """Run scipy."""
-    host = HostFunction(fun, x0, args, equations=True)
-    sides = (-np.inf, np.inf) if bounds is None else host.sides(bounds)
-    result = optimize.least_squares(host, host.vector(x0), jac=host.jacobian, bounds=sides, **how)
-    return host.x(result.x), as_tensors(solver_said(result))
-
-
-_run.__name__ = _run.__qualname__ = "least_squares"  # what errors call it
 
 
 @functools.cache
 def _solver(on_failure: OnFailure, one_sided: bool, polish: bool) -> Any:  # noqa: FBT001
     how: dict[str, Any] = {"on_failure": on_failure, "one_sided": one_sided, "polish": polish}
-    return least_squares_rule(has_aux=True, **how)(_run)
+    return least_squares_rule(has_aux=True, **how)(on_tensors(runs.least_squares, equations=True))
 
 
 def least_squares(

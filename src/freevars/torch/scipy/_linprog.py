@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,43 +12,18 @@ from freevars._solvers.scipy_calls import check_pair, dense, pairs_of, refuse_of
 from freevars.torch._rules.rule import OnFailure
 from freevars.torch._rules.rules import argmin
 from freevars.torch.scipy._constraints import as_sides
-from freevars.torch.scipy._host import HostFunction
-from freevars.torch.scipy._result import OptimizeResult, as_tensors
+from freevars.torch.scipy._host import on_tensors
+from freevars.torch.scipy._result import OptimizeResult
 from freevars.torch.scipy._scipy import as_tensor, runs
 
 __all__ = ["linprog"]
 
 
-def _run(
-    fun: Any,
-    x0: Any,
-    *,
-    method: Any,
-    options: Any,
-    bounds: Any,
-    equality: Any = None,
-    inequality: Any = None,
-) -> tuple[Any, dict[str, Tensor]]:
-    """Run scipy."""
-    host = HostFunction(fun, x0, equations=False)
-    x, said = runs.linprog(
-        host,
-        np.zeros(x0.numel()),
-        method=method,
-        options=options,
-        bounds=host.sides(bounds),
-        equality=host.constraint(equality),
-        inequality=host.constraint(inequality),
-    )
-    return host.x(x), as_tensors(said)
-
-
-_run.__name__ = _run.__qualname__ = "linprog"  # what errors call it
-
-
 @functools.cache
 def _solver(on_failure: OnFailure, one_sided: bool) -> Any:  # noqa: FBT001
-    return argmin(has_aux=True, on_failure=on_failure, one_sided=one_sided)(_run)
+    return argmin(has_aux=True, on_failure=on_failure, one_sided=one_sided)(
+        on_tensors(runs.linprog, equations=False)
+    )
 
 
 def linprog(

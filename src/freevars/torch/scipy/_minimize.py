@@ -6,14 +6,12 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
 from freevars._solvers.scipy_calls import as_tuple, check_objective
 from freevars.torch._rules.rule import OnFailure
 from freevars.torch._rules.rules import argmin
 from freevars.torch.scipy._constraints import as_functions, as_sides
-from freevars.torch.scipy._host import HostFunction
-from freevars.torch.scipy._result import OptimizeResult, as_tensors
+from freevars.torch.scipy._host import on_tensors
+from freevars.torch.scipy._result import OptimizeResult
 from freevars.torch.scipy._scipy import (
     as_number,
     as_start,
@@ -26,44 +24,10 @@ from freevars.torch.scipy._scipy import (
 __all__ = ["minimize"]
 
 
-def _run(
-    fun: Any,
-    x0: Any,
-    args: tuple[Any, ...],
-    *,
-    method: Any,
-    tol: Any,
-    callback: Any,
-    options: Any,
-    keep_feasible: Any,
-    bounds: Any = None,
-    equality: Any = None,
-    inequality: Any = None,
-) -> tuple[Any, dict[str, Tensor]]:
-    """Run scipy."""
-    host = HostFunction(fun, x0, args, equations=False)
-    x, said = runs.minimize(
-        host,
-        host.vector(x0),
-        method=method,
-        tol=tol,
-        callback=callback,
-        options=options,
-        bounds=host.sides(bounds),
-        keep_feasible=keep_feasible,
-        equality=host.constraint(equality),
-        inequality=host.constraint(inequality),
-    )
-    return host.x(x), as_tensors(said)
-
-
-_run.__name__ = _run.__qualname__ = "minimize"  # what errors call it
-
-
 @functools.cache
 def _solver(on_failure: OnFailure, one_sided: bool, polish: bool) -> Any:  # noqa: FBT001
     how: dict[str, Any] = {"on_failure": on_failure, "one_sided": one_sided, "polish": polish}
-    return argmin(has_aux=True, **how)(_run)
+    return argmin(has_aux=True, **how)(on_tensors(runs.minimize, equations=False))
 
 
 def minimize(

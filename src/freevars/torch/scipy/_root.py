@@ -6,37 +6,14 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
 from freevars._solvers.scipy_calls import as_tuple
 from freevars.torch._rules.rule import OnFailure
 from freevars.torch._rules.rules import implicit
-from freevars.torch.scipy._host import HostFunction
-from freevars.torch.scipy._result import OptimizeResult, as_tensors
+from freevars.torch.scipy._host import on_tensors
+from freevars.torch.scipy._result import OptimizeResult
 from freevars.torch.scipy._scipy import as_start, refuse_derivatives, runs, value_in_pytorch
 
 __all__ = ["root"]
-
-
-def _run(
-    fun: Any,
-    x0: Any,
-    args: tuple[Any, ...],
-    *,
-    method: Any,
-    tol: Any,
-    callback: Any,
-    options: Any,
-) -> tuple[Any, dict[str, Tensor]]:
-    """Run scipy."""
-    host = HostFunction(fun, x0, args, equations=True)
-    x, said = runs.root(
-        host, host.vector(x0), method=method, tol=tol, callback=callback, options=options
-    )
-    return host.x(x), as_tensors(said)
-
-
-_run.__name__ = _run.__qualname__ = "root"  # what errors call it
 
 
 def _value(fun: Callable[..., Any], x: Any) -> Any:
@@ -49,7 +26,9 @@ _value.__name__ = _value.__qualname__ = "the function of root"  # what errors ca
 
 @functools.cache
 def _solver(on_failure: OnFailure, polish: bool) -> Any:  # noqa: FBT001
-    return implicit(_value, has_aux=True, on_failure=on_failure, polish=polish)(_run)
+    return implicit(_value, has_aux=True, on_failure=on_failure, polish=polish)(
+        on_tensors(runs.root, equations=True)
+    )
 
 
 def root(
