@@ -47,6 +47,7 @@ from freevars.jax._host.solver_thread import Solve
 from freevars.jax._host.staged import call_staged
 from freevars.jax._solver.problem import Problem
 from freevars.jax._solver.ravel import to_vector
+from freevars.jax._solver.tangents import dots_of, zero_tangents
 from freevars.jax._solver.unknown import is_array
 
 __all__ = ["HostSolver", "Options"]
@@ -120,8 +121,7 @@ class HostSolver(DecoratedSolver[P, R]):
         return self.solve(problem, x0, options, equations=equations, has_aux=False)
 
     def _refuse_derivative(self, primals: Any, tangents: Any) -> Any:
-        moving = jax.tree.leaves(tangents, is_leaf=_compat.is_symbolic_zero)
-        if not all(map(_compat.is_symbolic_zero, moving)):
+        if dots_of(tangents)[0]:
             message = (
                 f"{self.__name__}: a solver on the host has no derivative of its own. Say what"
                 " holds at its result: put fv.root (fun(x) = 0), fv.argmin (a minimum of fun),"
@@ -130,7 +130,7 @@ class HostSolver(DecoratedSolver[P, R]):
             )
             raise TypeError(message)
         out = self._without_rule(*primals)
-        return out, jax.tree.map(_compat.symbolic_zero, out)
+        return out, zero_tangents(out)
 
     def __repr__(self) -> str:
         return f"<{self.__name__} on the host>"

@@ -36,8 +36,9 @@ from freevars.jax._convert.static import as_static, from_static
 from freevars.jax._rules.forms import Flat
 from freevars.jax._rules.halves import difference, direction
 from freevars.jax._rules.hosted import Hosted
-from freevars.jax._rules.integrator import Integrator, accepted, dots_of
+from freevars.jax._rules.integrator import Integrator, accepted
 from freevars.jax._solver.problem import Problem
+from freevars.jax._solver.tangents import dots_of
 
 __all__ = ["IntegralSolver"]
 
@@ -126,7 +127,7 @@ class IntegralSolver(Integrator[P, R]):
         self.refuse_lost(own, tangents)
         out = self._operation(*primals)
         value = out[0] if self.has_aux else out
-        types, tree = jax.tree.flatten(jax.tree.map(jax.typeof, value))
+        types = jax.tree.leaves(jax.tree.map(jax.typeof, value))
         terms = []
         moving, dots = dots_of(tangents[0])
         if moving:
@@ -140,13 +141,7 @@ class IntegralSolver(Integrator[P, R]):
             change = sign * moved[i]
             there = jax.tree.leaves(_value_at(problem, ends[i], ends[1 - i]))
             terms.append([(f * change).astype(t.dtype) for f, t in zip(there, types, strict=True)])
-        if terms:
-            dot = tree.unflatten([sum(each[1:], each[0]) for each in zip(*terms, strict=True)])
-        else:
-            dot = jax.tree.map(_compat.symbolic_zero, value)
-        if not self.has_aux:
-            return out, dot
-        return out, (dot, jax.tree.map(_compat.symbolic_zero, out[1]))
+        return self.with_tangent(out, terms)
 
     def integrate(self, integrand: Callable[[Any], Any], t: Any, at: Any, options: Any) -> Any:
         """Another integral between the same limits; `t`: the type of a point."""

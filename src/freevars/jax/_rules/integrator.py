@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar, overload
 
 import jax
@@ -28,9 +28,10 @@ from freevars.jax._closure import Closure
 from freevars.jax._convert.static import as_static, from_static
 from freevars.jax._host.host_solver import HostSolver
 from freevars.jax._solver.problem import Problem
+from freevars.jax._solver.tangents import zero_tangents
 from freevars.jax._solver.unknown import is_array
 
-__all__ = ["Integrator", "Told", "accepted", "dots_of"]
+__all__ = ["Integrator", "Told", "accepted"]
 
 P = ParamSpec("P")
 Q = ParamSpec("Q")
@@ -128,6 +129,16 @@ class Integrator(DecoratedSolver[P, R]):
     def _push(self, primals: Any, tangents: Any) -> Any:
         raise NotImplementedError
 
+    def with_tangent(self, out: Any, terms: Sequence[Sequence[Any]]) -> tuple[Any, Any]:
+        """What the solver returned and its tangent, the sum of some terms, leaf by leaf."""
+        result = out[0] if self.has_aux else out
+        if terms:
+            leaves = [sum(each[1:], each[0]) for each in zip(*terms, strict=True)]
+            dot = jax.tree.structure(result).unflatten(leaves)
+        else:
+            dot = zero_tangents(result)
+        return out, (dot, zero_tangents(out[1])) if self.has_aux else dot
+
     def call_solver(self, fun: Any, at: tuple[Any, Any], problem: Problem, options: Any) -> Any:
         """Call the user's solver for `fun` with the extra arguments of the problem."""
         call = SolverCall(fun, at, *problem.extra(), from_static(options))
@@ -173,13 +184,6 @@ def accepted(out: list[Any], asked: list[Any], good: Any) -> list[Any]:
 def _warn(limit: float, told: Told, error: Any) -> None:
     if not error <= limit:
         warnings.warn(str(told(error=float(error), limit=limit)), stacklevel=2)
-
-
-def dots_of(tangents: Any) -> tuple[tuple[int, ...], list[Any]]:
-    """Which leaves move, and their tangents."""
-    leaves = tree_util.tree_leaves(tangents, is_leaf=_compat.is_symbolic_zero)
-    moving = tuple(i for i, dot in enumerate(leaves) if not _compat.is_symbolic_zero(dot))
-    return moving, [leaves[i] for i in moving]
 
 
 def _moves(tangents: Any) -> bool:

@@ -32,8 +32,9 @@ from freevars.jax._convert.static import from_static
 from freevars.jax._rules.adjoint import BySolver
 from freevars.jax._rules.forms import Flat
 from freevars.jax._rules.hosted import Hosted
-from freevars.jax._rules.integrator import Integrator, dots_of
+from freevars.jax._rules.integrator import Integrator
 from freevars.jax._solver.problem import Problem
+from freevars.jax._solver.tangents import dots_of, full
 from freevars.jax._solver.unknown import as_unknown, like
 
 __all__ = ["OdeintSolver"]
@@ -150,20 +151,13 @@ class OdeintSolver(Integrator[P, R]):
         self.refuse_lost(own, tangents)
         out = self._operation(*primals)
         ys = out[0] if self.has_aux else out
-        types, tree = jax.tree.flatten(jax.tree.map(jax.typeof, ys))
+        types = jax.tree.leaves(jax.tree.map(jax.typeof, ys))
         d_start, dts = tangents[1]
         moves = not _compat.is_symbolic_zero(dts)
         moving, dots = dots_of(tangents[0])
         terms = []
         if moving or moves or dots_of(d_start)[0]:
-            start = [
-                jnp.zeros(y.shape, y.dtype) if _compat.is_symbolic_zero(d) else d
-                for y, d in zip(
-                    jax.tree.leaves(y0),
-                    jax.tree.leaves(d_start, is_leaf=_compat.is_symbolic_zero),
-                    strict=True,
-                )
-            ]
+            start = jax.tree.leaves(full(d_start))
             if moves:
                 slopes = jax.tree.leaves(problem.value((ts[0], y0), has_aux=False))
                 start = [
@@ -175,13 +169,7 @@ class OdeintSolver(Integrator[P, R]):
         if moves:
             every = jax.vmap(lambda t, y: problem.value((t, y), has_aux=False))(ts, ys)
             terms.append([_each(f, dts) for f in jax.tree.leaves(every)])
-        if terms:
-            dot = tree.unflatten([sum(each[1:], each[0]) for each in zip(*terms, strict=True)])
-        else:
-            dot = jax.tree.map(_compat.symbolic_zero, ys)
-        if not self.has_aux:
-            return out, dot
-        return out, (dot, jax.tree.map(_compat.symbolic_zero, out[1]))
+        return self.with_tangent(out, terms)
 
     @property
     def reverse(self) -> Reverse:

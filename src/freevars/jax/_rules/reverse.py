@@ -34,8 +34,9 @@ from freevars.jax import _compat
 from freevars.jax._rules import implicit
 from freevars.jax._rules.coordinates import Coordinates
 from freevars.jax._solver.problem import Problem
+from freevars.jax._solver.tangents import full
 
-__all__ = ["Pullback", "adjoint", "full", "moving", "values"]
+__all__ = ["Pullback", "adjoint", "moving", "values"]
 
 Tree: TypeAlias = Any  # a pytree of real arrays
 Leaves: TypeAlias = list[Any]  # of the problem
@@ -157,16 +158,6 @@ def moving(told: Any) -> Places:
 
 def _is_told(x: Any) -> bool:
     return isinstance(x, CustomVJPPrimal)
-
-
-def full(cotangent: Any) -> Any:
-    """A cotangent with arrays of zeros for symbolic ones."""
-    zero = _compat.is_symbolic_zero
-    return jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype) if zero(leaf) else leaf,
-        cotangent,
-        is_leaf=zero,
-    )
 
 
 def adjoint(

@@ -19,6 +19,7 @@ from freevars.jax._rules.rule import Rule
 from freevars.jax._rules.sizes import Unknown, limits_of
 from freevars.jax._rules.system import guarded
 from freevars.jax._solver.problem import Problem, count
+from freevars.jax._solver.tangents import full
 
 __all__ = ["only_in_reverse", "pull_back", "solve_by_rows"]
 
@@ -55,7 +56,7 @@ def pull_back(
     x, g = (out[0], cotangent[0]) if rule.has_aux else (out, cotangent)
     coordinates = pullback.coordinates
     v, v0 = coordinates.to_real(x), coordinates.to_real(x0)
-    (g,) = jax.linear_transpose(coordinates.from_real, v)(reverse.full(g))
+    (g,) = jax.linear_transpose(coordinates.from_real, v)(full(g))
     leaves, structure = jax.tree.flatten(problem)
     u, found = reverse.adjoint(
         pullback, functools.partial(_solve, rule, by_rows), v, leaves, v0, g, tuple(places)

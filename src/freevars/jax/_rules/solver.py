@@ -39,6 +39,7 @@ from freevars.jax._rules.explain import Diagnosis
 from freevars.jax._rules.rule import Rule
 from freevars.jax._rules.totals import Totals
 from freevars.jax._solver.problem import Problem
+from freevars.jax._solver.tangents import dots_of, zero_tangents
 from freevars.jax._solver.unknown import as_unknown, is_array
 
 __all__ = ["ImplicitSolver", "Options"]
@@ -143,8 +144,9 @@ class ImplicitSolver(DecoratedSolver[P, R]):
         problem, x0, options = self._convert(call)
         captured = self._captured(problem, x0, options)
         known = _compat.nothing_traced()  # no derivative is asked for
-        # Polishing takes one, in forward mode, and is refused where there is none.
-        pullback = None if known and not self._rule.polish else self._backwards(problem, x0)
+        pullback = None
+        if not known or self._rule.polish:  # which takes one, in forward mode, or is refused
+            pullback = reverse_rule.only_in_reverse(self._rule, problem, x0)
         if known:
             out = self._forward(problem, x0, options, captured)
         elif pullback is not None:
@@ -283,30 +285,22 @@ class ImplicitSolver(DecoratedSolver[P, R]):
         x, aux = out if self._rule.has_aux else (out, None)
         problem, x0, options, (_, captured) = primals
         leaves, tree = jax.tree.flatten(self._rule.read(problem, x0))
-        read = (tangents[0], tangents[1] if self._rule.conserved else ())
-        dots = jax.tree.leaves(read, is_leaf=_compat.is_symbolic_zero)
-        moving = tuple(i for i, dot in enumerate(dots) if not _compat.is_symbolic_zero(dot))
-        others = jax.tree.leaves(
-            tangents[2 if self._rule.conserved else 1 :], is_leaf=_compat.is_symbolic_zero
-        )
-        others = [dot for dot in others if not _compat.is_symbolic_zero(dot)] * self._rule.check
+        n = 2 if self._rule.conserved else 1  # parts that the solution depends on
+        moving, directions = dots_of(tangents[:n])
+        others = dots_of(tangents[n:])[1] if self._rule.check else []
         if moving or others:
-            directions = [dots[i] for i in moving]
             given = leaves, x, x0, directions, others, captured
             dx, found = self._rule.derivative(tree, moving, *given, known=known)
             if self._rule.check and self._rule.on_failure != "nan":
                 at = (x, x0, options, (tree, leaves))
                 refusal.tell_failure(self._rule, found, at, dx, by_options=not moving)
         else:
-            dx = jax.tree.map(_compat.symbolic_zero, x)
+            dx = zero_tangents(x)
         if not self._rule.has_aux:
             return x, dx
-        return out, (dx, jax.tree.map(_compat.symbolic_zero, aux))
+        return out, (dx, zero_tangents(aux))
 
     # The rule for reverse mode alone.
-
-    def _backwards(self, problem: Problem, x0: Any) -> reverse.Pullback | None:
-        return reverse_rule.only_in_reverse(self._rule, problem, x0)
 
     def _forward_in_reverse(self, _: reverse.Pullback, *primals: Any) -> Any:
         return self._forward(*primals)
