@@ -18,6 +18,7 @@ from freevars.torch import (
     fixed_point,
     root,
 )
+from freevars.torch._rules.derivative import Derivative
 from tests.torch.explicit import fresh
 
 f = torch.func
@@ -413,6 +414,84 @@ def test_the_operator_of_a_linear_solve() -> None:
     assert seen[0].structure().shape == (3,)
     with pytest.raises(TypeError, match="linear_solve"):
         root(newton_of_one, linear_solve=3)
+
+
+def test_a_linear_solve_of_ones_own_counts_by_each_vector() -> None:
+    torch.manual_seed(0)
+    n = 600
+    a = torch.eye(n, dtype=F64) + 0.3 * torch.randn(n, n, dtype=F64) / n**0.5
+    b = torch.ones(n, dtype=F64, requires_grad=True)
+    share = 1.0
+
+    def own(operator: Any, b: Tensor) -> Tensor:
+        return share * torch.linalg.solve(operator.as_matrix(), b)
+
+    solver = root(lambda fun, x0: torch.linalg.solve(a, b.detach()), linear_solve=own)
+    x = solver(lambda x: a @ x - b, torch.zeros(n, dtype=F64))
+    inverse = torch.linalg.inv(a)
+    for i in range(2):
+        (row,) = torch.autograd.grad(x[i], b, retain_graph=True)
+        torch.testing.assert_close(row, inverse[i])
+    share = 0.9
+    with pytest.raises(SingularError, match=r"residual of 1\.0e-01"):
+        torch.autograd.grad(x[2], b, retain_graph=True)
+    share = 1.0
+    (row,) = torch.autograd.grad(x[3], b)
+    torch.testing.assert_close(row, inverse[3])
+
+
+def test_a_contraction_is_checked_by_the_products_of_the_derivative(monkeypatch: Any) -> None:
+    torch.manual_seed(0)
+    n = 600
+    m = 0.1 * torch.randn(n, n, dtype=F64) / n**0.5
+    b = torch.randn(n, dtype=F64, requires_grad=True)
+    transposed, count = Derivative.transposed, 0
+
+    def counted(self: Derivative, u: Tensor) -> Tensor:
+        nonlocal count
+        count += 1
+        return transposed(self, u)
+
+    def iterate(fun: Any, x: Tensor) -> Tensor:
+        for _ in range(12):
+            x = fun(x)
+        return x
+
+    monkeypatch.setattr(Derivative, "transposed", counted)
+    counts = []
+    for check in (True, False):
+        count = 0
+        x = fixed_point(iterate, check=check)(lambda x: m @ x + b, torch.zeros(n, dtype=F64))
+        (grad,) = torch.autograd.grad(x.sum(), b)
+        torch.testing.assert_close(grad, torch.linalg.inv(torch.eye(n, dtype=F64) - m).sum(0))
+        counts.append(count)
+    assert counts[0] == counts[1]
+
+
+def test_a_slow_part_counts_for_whatever_hears_of_it() -> None:
+    torch.manual_seed(0)
+    n, k = 600, 300
+    m = torch.zeros(n, n, dtype=F64)
+    m[:k] = 0.1 * torch.randn(k, n, dtype=F64) / n**0.5
+    m[0] = 0
+    m[0, 0] = 0.1  # and this one hears of nothing else
+    m[k:, k:] = torch.eye(n - k, dtype=F64) * (1 - 1e-9)
+    eye = torch.eye(n, dtype=F64)
+
+    def stopped_early(fun: Any, x0: Tensor) -> Tensor:
+        b = fun(x0)
+        x = 0.7 * torch.linalg.solve(eye - m, b)
+        x[:k] = torch.linalg.solve(eye[:k, :k] - m[:k, :k], b[:k] + m[:k, k:] @ x[k:])
+        return x
+
+    b = torch.randn(n, dtype=F64, requires_grad=True)
+    x = fixed_point(stopped_early)(lambda x: m @ x + b, torch.zeros(n, dtype=F64))
+    for _ in range(2):
+        (grad,) = torch.autograd.grad(x[0], b, retain_graph=True)
+        torch.testing.assert_close(grad, torch.linalg.inv(eye - m)[0])
+        for part in (x[1], x[n - 1], x.sum()):
+            with pytest.raises(NotASolutionError):
+                torch.autograd.grad(part, b, retain_graph=True)
 
 
 def test_a_linear_solve_of_ones_own_in_a_batch() -> None:

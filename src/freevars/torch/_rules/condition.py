@@ -10,7 +10,7 @@ Not here: the user's function and solver (`problem.py`), derivatives (`record.py
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -68,7 +68,8 @@ class Condition:
     nearby: Sequence[Tensor] = ()  # F nearby, recorded where x is tiny next to x - x0
 
     def __init__(self) -> None:
-        self._known: tuple[tuple[Tensor, ...], _Judged] | None = None
+        self._known: tuple[tuple[Tensor, ...], Derivative, System] | None = None
+        self._measured: tuple[System, Hashable, diagnostics.Figures] | None = None
 
     def equations(self, x: Tensor, /, *values: Tensor) -> Tensor:
         """F, differentiable to any order."""
@@ -174,12 +175,9 @@ class Condition:
             return b
         plain = Solution(*(t.detach() for t in at)), tuple(v.detach() for v in values)
         with naming_reentrant_checkpoints(at.f, self.rule.name):
-            judged = self._judged(*plain)
-            applied = not judged.system.written_out
-            u = judged.system.solve(b, transposed=transposed)
-        if applied and judged.system.written_out:  # then the matrix has more to say
-            self._known = None
-            judged = self._judged(*plain, judged.system)
+            derivative, system = self._system_at(*plain)
+            u = system.solve(b, transposed=transposed)
+            judged = self._judge(system, derivative, *plain)
         if judged.all_good:
             return u
         wanted = (b != 0).any(-1)
@@ -230,29 +228,33 @@ class Condition:
     def _limits(self) -> Limits:
         return diagnostics.limits_of(self.unknown.dtype, self.rule.tol)
 
-    def _judged(
-        self, at: Solution, values: tuple[Tensor, ...], system: System | None = None
-    ) -> _Judged:
-        """The system at a solution, if it is not given; the backward passes of one call share
-        it."""
+    def _system_at(self, at: Solution, values: tuple[Tensor, ...]) -> tuple[Derivative, System]:
+        """The system at a solution; the backward passes of one call share it."""
         key = (*at, *values)
-        if self._known is not None and all(map(torch.equal, self._known[0], key)):
-            return self._known[1]
-        leaf, f = self._evaluated(at, values)
-        derivative = self._derivative(leaf, f)
-        if system is None:
-            system = self._system(derivative, values)
+        if self._known is None or not all(map(torch.equal, self._known[0], key)):
+            leaf, f = self._evaluated(at, values)
+            derivative = self._derivative(leaf, f)
+            if self.rule.check:
+                check_independent(leaf, f, self.rule.name)
+            self._known = (key, derivative, self._system(derivative, values))
+        return self._known[1:]
+
+    def _judge(
+        self, system: System, derivative: Derivative, at: Solution, values: tuple[Tensor, ...]
+    ) -> _Judged:
         figures = diagnostics.Figures.unmeasured(at.x)
-        good = torch.ones_like(figures.finite)
-        if self.rule.check:
-            check_independent(leaf, f, self.rule.name)
+        if not self.rule.check:
+            return _Judged(system, figures, torch.ones_like(figures.finite), all_good=True)
+        known, evidence = self._measured, system.evidence
+        if known is None or known[:2] != (system, evidence):
             inputs = functools.partial(self._with_inputs, at, values)
             figures = system.figures(derivative, self._sizes(at, values), self._limits(), inputs)
-            least_squares = self.rule.on_failure == "least_squares"
-            good = figures.good(self._limits(), least_squares=least_squares)
-        judged = _Judged(system, figures, good, bool(good.all()))
-        self._known = (key, judged)
-        return judged
+            self._measured = known = (system, evidence, figures)
+        figures = known[2]
+        figures = figures._replace(residual=figures.residual.clamp(min=system.residual))
+        least_squares = self.rule.on_failure == "least_squares"
+        good = figures.good(self._limits(), least_squares=least_squares)
+        return _Judged(system, figures, good, bool(good.all()))
 
     def _evaluated(self, at: Solution, values: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """F at a leaf: what was recorded, or evaluated again and compared with it."""

@@ -1,5 +1,5 @@
-"""Krylov methods on one real vector: conjugate gradients, and restarted GMRES after Richardson's
-iteration.
+"""Krylov methods on one real vector: conjugate gradients, Richardson's iteration, and restarted
+GMRES.
 
 Both stop at a residual relative to the norm of `b`, so that neither the units of the system nor
 zeros in `b` matter, and say whether they got there: by the residual of what they return. Not here:
@@ -13,10 +13,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["conjugate_gradients", "gmres"]
+__all__ = ["Contraction", "conjugate_gradients", "gmres", "richardson"]
 
 MatVec = Callable[[Tensor], Tensor]
 Column = list[float]
+
+
+class Contraction(NamedTuple):
+    """How far Richardson's iteration went while it was quick."""
+
+    u: Tensor
+    residual: Tensor
+    solved: bool
+    reach: float  # then |u| is at most this times |b|, about
 
 
 class _Cycle(NamedTuple):
@@ -34,14 +43,14 @@ def _restarted(
     relative: float,
     steps: int,
     cycle: Callable[[Tensor, float, float, int], _Cycle],
-    start: tuple[Tensor, Tensor] | None = None,
+    start: Contraction | None = None,
 ) -> tuple[Tensor, bool]:
     """Runs `cycle(r, |r|, target, steps)` until the residual itself is small: what a method tells
     of it leaves out how much the products round. Where it is told to be small, rounding explains
     that it is not, and it is below the root of eps, a direct solver does no better. Gives up early
-    where a cycle gains less than a factor of two. `start` is a `u` and its residual."""
+    where a cycle gains less than a factor of two."""
     eps = float(torch.finfo(b.dtype).eps)
-    u, r = start or (torch.zeros_like(b), b)
+    u, r = (torch.zeros_like(b), b) if start is None else start[:2]
     whole, beta = _norm(b), _norm(r)
     target, most, size = relative * whole, eps**0.5 * whole, 0.0
     while beta > target and steps > 0:
@@ -85,9 +94,15 @@ def conjugate_gradients(
 
 
 def gmres(
-    matvec: MatVec, b: Tensor, relative: float, steps: int, restart: int = 50
+    matvec: MatVec,
+    b: Tensor,
+    relative: float,
+    steps: int,
+    restart: int = 50,
+    start: Contraction | None = None,
 ) -> tuple[Tensor, bool]:
-    """Saad and Schultz 1986. A contraction is not worth a basis: see `_richardson`."""
+    """Saad and Schultz 1986. A contraction is not worth a basis: see `richardson`, from where it
+    starts."""
 
     def cycle(r: Tensor, beta: float, target: float, steps: int) -> _Cycle:
         basis, triangle, right = _arnoldi(matvec, r, beta, min(restart, steps), target)
@@ -96,27 +111,30 @@ def gmres(
         size = max(math.hypot(*column) for column in triangle)
         return _Cycle(u, size, len(triangle), abs(right[-1]) <= target)
 
-    return _restarted(matvec, b, relative, steps, cycle, _richardson(matvec, b, relative))
+    start = start or richardson(matvec, b, relative)
+    return _restarted(matvec, b, relative, steps, cycle, start)
 
 
-def _richardson(matvec: MatVec, b: Tensor, relative: float) -> tuple[Tensor, Tensor]:
-    """`u` and its residual, by Richardson's iteration while each step leaves a quarter at most, as
-    where A is a multiple of the identity and a contraction. There it takes about as many products
-    as GMRES, and a product is nearly all that a step costs. The length of the steps makes the
-    first residual least, so that neither the sign nor the scale of A matters. The residual that
-    the first step leaves is told by its product; those after it are computed anew."""
+def richardson(matvec: MatVec, b: Tensor, relative: float) -> Contraction:
+    """Richardson's iteration while each step leaves a quarter at most, as where A is a multiple of
+    the identity and a contraction. There it takes about as many products as GMRES, and a product
+    is nearly all that a step costs. The length of the steps makes the first residual least, so
+    that neither the sign nor the scale of A matters. The residual that the first step leaves is
+    told by its product; those after it are computed anew."""
     product = matvec(b)
     length = torch.dot(b, product) / torch.dot(product, product)
     u, r = length * b, b - length * product
     whole = before = _norm(b)
     beta = _norm(r)
-    while beta <= before / 4:
+    solved = False
+    while beta <= before / 4 and not solved:
         u = u + length * r
         r = b - matvec(u)
         before, beta = beta, _norm(r)
-        if beta <= relative * whole:
-            break
-    return (u, r) if beta < whole else (torch.zeros_like(b), b)
+        solved = beta <= relative * whole
+    if not beta < whole:
+        u, r = torch.zeros_like(b), b
+    return Contraction(u, r, solved, abs(float(length)) * 4 / 3)  # the sum of the steps
 
 
 def _norm(v: Tensor) -> float:

@@ -10,7 +10,7 @@ Not here: where products come from (`derivative.py`), and what the figures mean 
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +21,7 @@ from freevars.torch._rules.closer import Inputs, look
 from freevars.torch._rules.dense import Dense
 from freevars.torch._rules.derivative import Derivative, LinearOperator
 from freevars.torch._rules.diagnostics import Figures, limits_of, units
-from freevars.torch._rules.krylov import conjugate_gradients, gmres
+from freevars.torch._rules.krylov import conjugate_gradients, gmres, richardson
 from freevars.torch._rules.sizes import Sizes
 from freevars.torch._rules.truncated import Truncated
 
@@ -62,14 +62,19 @@ class System(Protocol):
     """A u = b, or its transpose, for any b: Float[Tensor, "... problems n"]."""
 
     @property
-    def written_out(self) -> bool:
-        """Whether the matrix is there, and factorised."""
+    def evidence(self) -> Hashable:
+        """What figures rest on by now: those from before another one are out of date."""
+
+    @property
+    def residual(self) -> float:
+        """What was left of the vectors solved for last, relative, where that is too much."""
 
     def solve(self, b: Tensor, *, transposed: bool) -> Tensor: ...
 
     def figures(
         self, derivative: Derivative, sizes: Sizes, limits: Limits, inputs: Inputs
-    ) -> Figures: ...
+    ) -> Figures:
+        """To trust what was solved for last."""
 
     def newton_step(self) -> Tensor:
         """A^-1 F."""
@@ -93,7 +98,8 @@ class Iterative:
         self._structure = structure
         self._own = own
         self._dense: System | None = None
-        self._residual = 0.0
+        self.residual = 0.0
+        self._reach = math.inf  # how far A^-T carried what was solved for last, at most
         self._minimum = minimum
         units = self._symmetric_units() if minimum and derivative.f.numel() else None
         self._units = units if own is None else None
@@ -103,17 +109,20 @@ class Iterative:
         self._steps = max(50, n // 4) if self._fits else 2000
 
     def solve(self, b: Tensor, *, transposed: bool) -> Tensor:
-        if b.dim() > self._a.f.dim():
-            return torch.stack([self.solve(one, transposed=transposed) for one in b])
-        return self._solve(b, transposed, float(torch.finfo(b.dtype).eps ** 0.75))
+        relative = float(torch.finfo(b.dtype).eps ** 0.75)
+        several = b if b.dim() > self._a.f.dim() else b[None]
+        self.residual = 0.0
+        solved = [self._solved(one, transposed, relative) for one in several]
+        self._reach = max(reach for _, reach in solved) if transposed else math.inf
+        return torch.stack([u for u, _ in solved]).reshape(b.shape)
 
     def newton_step(self) -> Tensor:
         return self.solve(self._a.f.detach(), transposed=False)
 
     @property
-    def written_out(self) -> bool:
-        """Whether an iteration stalled, so that the matrix solves since."""
-        return self._dense is not None
+    def evidence(self) -> Hashable:
+        """The matrix, if an iteration stalled, so that it solves since."""
+        return self._reach if self._dense is None else "matrix"
 
     def _symmetric_units(self) -> Tensor | None:
         """D for which the rows of D A D are about of one size; None if those of A are. On the way A
@@ -150,17 +159,36 @@ class Iterative:
     ) -> Figures:
         """The Newton step is measured against each tensor of the unknown, in units in which the
         equations are alike: in full where a product with A is one with A^T, and by its components
-        along two random directions elsewhere, which products of A^T give."""
+        along two random directions elsewhere, which products of A^T give.
+
+        These are not asked for where A^T contracts quickly along all that was solved for last, and
+        F is so small that the step is negligible then: what A^-1 may add to that is an error of x
+        in which what was asked for does not change."""
+        left = self.residual
+        figures = self._by_products(derivative, sizes, limits, inputs)
+        self.residual = left
+        if self._dense is not None:
+            return self._dense.figures(derivative, sizes, limits, inputs)
+        return figures
+
+    def _by_products(
+        self, derivative: Derivative, sizes: Sizes, limits: Limits, inputs: Inputs
+    ) -> Figures:
+        self.residual = 0.0
         f = self._a.f.detach()
+        measured = Figures.unmeasured(f)
+        if self._dense is not None:
+            return measured
         near, far = sizes.by_leaf(self._units)
         near = units(near)
-        measured = Figures.unmeasured(f)
 
         def measure(v: Tensor, error: Tensor) -> Tensor:
             size = _size(v / torch.where(error, units(far), near))
             return torch.full_like(measured.step, size)
 
-        size = self._size_of_step(f, near)
+        size = self._reach * float(f.abs().max()) / float(near.min())
+        if not size <= limits.negligible:
+            size = self._size_of_step(f, near)
         step, change = torch.full_like(measured.step, size), measured.change
         if size > limits.negligible and self._size_of_step(f, units(far)) <= limits.step:
             step, change = look(
@@ -175,13 +203,11 @@ class Iterative:
                 directions=1,
                 floor=_SHARE,
             )
-        if self._dense is not None:
-            return self._dense.figures(derivative, sizes, limits, inputs)
         return measured._replace(
             finite=measured.finite & torch.isfinite(self._a.at.detach()).all(1),
             step=step,
             change=change.amax().expand_as(step),
-            residual=torch.full_like(measured.residual, self._residual),
+            residual=torch.full_like(measured.residual, self.residual),
         )
 
     def _size_of_step(self, f: Tensor, unit: Tensor) -> float:
@@ -200,20 +226,26 @@ class Iterative:
         return max(sizes)
 
     def _solve(self, b: Tensor, transposed: bool, relative: float) -> Tensor:  # noqa: FBT001
+        return self._solved(b, transposed, relative)[0]
+
+    def _solved(
+        self,
+        b: Tensor,
+        transposed: bool,  # noqa: FBT001
+        relative: float,
+    ) -> tuple[Tensor, float]:
+        """`u`, and how far A^-1, or A^-T, carries along `b`; infinite where that is not known."""
         if self._dense is not None:
-            return self._dense.solve(b, transposed=transposed)
+            return self._dense.solve(b, transposed=transposed), math.inf
         if not bool(b.any()):
-            return torch.zeros_like(b)
+            return torch.zeros_like(b), 0.0
+        operator = LinearOperator(self._a, self._structure, transposed=transposed)
+        if self._own is not None:
+            return self._by_own(self._own, operator, b), math.inf
         d = self._units
         right = b if d is None else d * b
         scale = right.abs().max()  # squares of small numbers are no numbers
         right = (right / scale).reshape(-1)
-        operator = LinearOperator(self._a, self._structure, transposed=transposed)
-        if self._own is not None:
-            u = self._own(operator, right)
-            if not isinstance(self._own, Truncated):  # which does not solve, on purpose
-                self._measure(operator, u, right)
-            return u.reshape(b.shape) * scale
         dtype = torch.promote_types(right.dtype, torch.float32)
 
         flat = None if d is None else d.reshape(-1)
@@ -223,22 +255,33 @@ class Iterative:
             image = operator(v) if flat is None else flat * operator(flat * v)
             return image.to(dtype)
 
-        found = False
+        found, reach = False, math.inf
         if self._minimum:
             u, found = conjugate_gradients(matvec, right.to(dtype), relative, self._steps)
         if not found:
-            u, found = gmres(matvec, right.to(dtype), relative, self._steps)
+            first = richardson(matvec, right.to(dtype), relative)
+            if first.solved and d is None:
+                reach = first.reach
+            u, found = gmres(matvec, right.to(dtype), relative, self._steps, start=first)
         if not found and self._fits:
             self._dense = self._make_dense()
-            return self._dense.solve(b, transposed=transposed)
+            return self._dense.solve(b, transposed=transposed), math.inf
         if not found:
             self._measure(matvec, u, right)
         u = u.to(b.dtype).reshape(b.shape) * scale
-        return u if d is None else d * u
+        return (u if d is None else d * u), reach
+
+    def _by_own(self, own: LinearSolve, operator: LinearOperator, b: Tensor) -> Tensor:
+        scale = b.abs().max()
+        right = (b / scale).reshape(-1)
+        u = own(operator, right)
+        if not isinstance(own, Truncated):  # which does not solve, on purpose
+            self._measure(operator, u, right)
+        return u.reshape(b.shape) * scale
 
     def _measure(self, operator: Callable[[Tensor], Tensor], u: Tensor, b: Tensor) -> None:
         left = float(torch.linalg.vector_norm(operator(u) - b) / torch.linalg.vector_norm(b))
-        self._residual = max(self._residual, left) if left == left else float("inf")  # noqa: PLR0124
+        self.residual = max(self.residual, left) if left == left else float("inf")  # noqa: PLR0124
 
 
 def _size(v: Tensor) -> float:
