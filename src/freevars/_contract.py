@@ -1,5 +1,4 @@
-"""What both hosts promise in the same words: the policies of `hoist=`, and the mistakes that a call
-of the public functions can make.
+"""What the public functions of both hosts share: `hoist=` policies, and errors for wrong calls.
 
 Not here: what a policy means for the values of one host.
 """

@@ -1,6 +1,6 @@
 """Compare two nested structures and name the first path that differs.
 
-A host says how to take a structure apart; this file only walks two of them side by side. Not here:
+Each host says how to take a structure apart; this file walks two of them side by side. Not here:
 what a host accepts as equal types.
 """
 
@@ -20,7 +20,7 @@ class Node(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Where two structures part: the path as Python would write it, and what stands there."""
+    """Where two structures differ: the path as Python would write it, and what is there in each."""
 
     path: str
     expected: str

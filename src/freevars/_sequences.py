@@ -1,4 +1,4 @@
-"""A list with some of its values replaced: what a derivative by some of many values needs."""
+"""Replace some of the values in a list, as a derivative with respect to some of them does."""
 
 from __future__ import annotations
 

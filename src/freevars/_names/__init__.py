@@ -1,1 +1,1 @@
-"""Who is called what: names and paths of values, as a person would write them."""
+"""Names and paths of values, as a person would write them."""

@@ -1,4 +1,4 @@
-"""Where a walk over objects does not go: into libraries, which hold much and name nothing of the
+"""Where the search over objects stops: at libraries, which hold many objects but no names of the
 user's. Not here: what an object that is entered leads to (`object_graph`)."""
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a callable is made of: its name, its code, the function under its wrappers, its parameters.
 
-Methods, partials, wrapped and callable objects are looked through without running any of their
-code. Not here: what the code reads.
+Methods, partials, wrapped and callable objects are unwrapped without running any of their code. Not
+here: what the code reads.
 """
 
 import functools

@@ -1,9 +1,8 @@
-"""How one object leads to the next: each kind of link, and how a person writes it.
+"""The kinds of links between objects, and how a person would write each of them.
 
 A link adds its ``name`` to the name of what it starts from, and its ``path`` to the path. A
-variable goes by its own name, so that the name starts there. Nothing is put together before
-somebody asks.
-Not here: finding the links.
+variable starts a name with its own. Names and paths are built only when asked for. Not here:
+finding the links.
 """
 
 from collections.abc import Iterator

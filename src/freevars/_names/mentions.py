@@ -1,7 +1,7 @@
 """Members of modules and classes, followed where some code mentions their names.
 
-A module or class holds much that a function never reads. A member is followed once both are known:
-the module or class that holds it, and code in which its name stands; whichever comes later.
+A module or class has many members that a function never reads. A member is followed once the search
+has met both its owner and code that mentions its name, in either order.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

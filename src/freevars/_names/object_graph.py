@@ -1,9 +1,9 @@
 """What is inside an object that code can read: the links from one object to the next.
 
 A function leads to its cells, the globals that its code mentions, and its defaults; a bound method
-to its ``self``; an instance to its attributes; a container to its entries. Each link says how a
-person writes it. Nothing here runs code of what it looks at (see ``introspection``). Not here: in
-which order the links are followed, how far, and what is looked for (see ``search``).
+to its ``self``; an instance to its attributes; a container to its entries. Each link knows how a
+person would write it. No code of the objects runs (see ``introspection``). Not here: the order of
+the search, its limits and its targets (see ``search``).
 """
 
 import functools

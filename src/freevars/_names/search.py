@@ -1,8 +1,8 @@
-"""Who is called what: find the names under which a function can reach given objects.
+"""Find the names under which a function can reach given objects.
 
 The walk starts at a function and follows what its code can read (see ``object_graph``), breadth
-first, so that the shortest way comes first, and compares objects by identity alone. It runs no code
-of what it meets, looks at a bounded number of objects, and stays out of framework internals. Not
+first, so that the shortest path comes first, and compares objects by identity alone. It runs no
+code of the objects, visits a bounded number of them, and stays out of framework internals. Not
 here: which values a function captures (the host finds them by running it) and how a report shows
 the names.
 """

@@ -1,4 +1,4 @@
-"""Which components of a result seem to lie on a bound that stopped the solver.
+"""Find the components of a result that seem to lie on a bound that stopped the solver.
 
 A solver that stops early leaves numbers of many digits; one that a bound stops leaves the bound:
 one among its options or, of a minimum, a round number. Not here: what follows (`failures.py`).

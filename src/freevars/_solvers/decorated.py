@@ -1,11 +1,10 @@
-"""A function with something attached to it that is a function still: called, bound, copied and
-pickled as the one it was made from.
+"""A decorated function: called, bound, copied and pickled like the one it was made from.
 
 A solver that is defined in a class body, or whose first parameter is called self or cls, is bound
 like a function: `thing.solve(fun, x0)` calls it with `thing` first. The object is then part of the
-solver: it decides how x is found and not what x is, so that no derivative flows into what it holds,
-except where `fun` captures it. A copy of an object has a method of its own, and so has one that was
-pickled. Not here: what is attached.
+solver: it decides how x is found, not what x is, so no derivative flows into what it holds, unless
+`fun` captures it. A copy of the object, pickled or not, has its own method. Not here: what is
+attached.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ R = TypeVar("R")
 class DecoratedSolver(Generic[P, R]):
     """What a host's decorated solvers have in common.
 
-    A subclass is made by `cls(solver, *how, **options)`, from parts that can be pickled, and says
-    in `leads` what a solver takes first, in `_solve` what a call does.
+    A subclass is constructed as `cls(solver, *how, **options)`, from parts that can be pickled. Its
+    `leads` name the first arguments of a solver, and its `_solve` handles a call.
     """
 
     leads: ClassVar[tuple[str, ...]] = LEADS
@@ -41,8 +40,8 @@ class DecoratedSolver(Generic[P, R]):
         self._made_from: Callable[[], tuple[Any, Any, Any]] = lambda: (solver, how, options)
         self._bound_to: tuple[Self, Any] | None = None
         self._use(solver)
-        # A function by which picklers decide (see `__reduce__`): by name where its name leads to
-        # it, as for the solver itself, or by value, where a pickler does that for functions.
+        # A function, so that picklers treat it like the solver (see `__reduce__`): by name where
+        # its name leads to it, or by value where the pickler supports that.
         self._made_from.__module__ = self.__module__
 
     def _use(self, solver: Callable[P, R]) -> None:
@@ -80,8 +79,8 @@ class DecoratedSolver(Generic[P, R]):
     # --- a method
 
     def __get__(self, instance: Any, owner: Any = None, /) -> Any:
-        # As the solver does it itself: an object that is called, say, is not bound. Nor is a
-        # function from elsewhere that takes no object: in a class it stays what it is.
+        # As Python binds the solver itself: a callable object is not bound. Neither is a function
+        # that was defined elsewhere and takes no object; as a class attribute it stays as it is.
         if instance is None or not hasattr(type(self._solver), "__get__"):
             return self
         if not (self._signature.is_method or _is_defined_in_a_class(self._solver)):

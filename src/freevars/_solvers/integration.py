@@ -1,9 +1,9 @@
 """What solvers of integrals and differential equations have in common in both hosts.
 
 Their derivatives are integrals and differential equations again, and the same solver solves them.
-What these integrate has another structure than what a call gives, so that a solver says, or shows
-by a call, which structures it takes. And they come with a measure of themselves: the state is
-solved for once more along with its derivative, and compared with what the solver returned.
+Their integrands and states have other structures than those of the original call, so a solver
+declares which structures it takes, or the call shows it. The derivatives come with a check: the
+state is solved for again together with its derivative, and compared with what the solver returned.
 
 A solver whose result is y_i at the times t_i gives other states z_i when it solves for y and a
 derivative at once, or for y backwards, from each t_i to the one before. Its own tolerance, and how
@@ -12,13 +12,13 @@ the equation lets an error grow, both show in
     error = max over i and components k of |z_ik - y_ik| / u_k
     u_k   = max over j of |y_jk| and a tenth of |t_j+1 - t_j| min(|f_k(t_j)|, |f_k(t_j+1)|)
 
-which is a relative size: 1% is accepted, and 1.9% in float32, as of a Newton step of an implicit
-rule. A component may happen to be zero at all times that were asked for, as an oscillation is after
-whole periods; what moves it at both ends of an interval then tells how large it was on the way. A
-dissipative equation is unstable backwards: there the error grows between two times.
+which is a relative size: up to 1% is accepted, or 1.9% in float32, the same as for the Newton step
+of an implicit rule. A component may happen to be zero at all requested times, as an oscillation is
+after whole periods; its slope at both ends of an interval then shows how large it was in between. A
+dissipative equation is unstable backwards: its error grows between two times.
 
-An integral is no state of its own derivative, and df/dp may be harder to integrate than f. So the
-derivative is integrated over both halves as well,
+The derivative of an integral does not contain the integral itself, and df/dp may be harder to
+integrate than f. So the derivative is integrated over both halves as well,
 
     error = |I(a, b) - I(a, m) - I(m, b)| / u,    m = (a + b) / 2
     u     = max of |I(a, b)|, |I(a, m)| + |I(m, b)|, and |b - a| times the mean of |df/dp dp| at
@@ -26,10 +26,10 @@ derivative is integrated over both halves as well,
 
 which a rule that is exact for polynomials passes, as does one with evenly spaced points: the halves
 have twice as many. In reverse mode this is asked of one combination of all components, each
-relative to what is differentiated by, so that it costs two integrals however many there are. No
-points at all see what lies between them: that a derivative passes is no proof. Where a limit is
-infinite there are no halves, and nothing is asked. Not here: the mathematics (`integral`, `adjoint`
-of a host).
+relative to what is differentiated by, so that it costs two integrals however many there are. No set
+of points sees what lies between them, so passing this check is not a proof. Where a limit is
+infinite there are no halves, and nothing is checked. Not here: the mathematics (`integral`,
+`adjoint` of a host).
 """
 
 from __future__ import annotations

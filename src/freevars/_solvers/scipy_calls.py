@@ -1,4 +1,4 @@
-"""What scipy's solvers take, and what a caller need not give them; the same in both hosts.
+"""The arguments of scipy's solvers: which are needed, which are refused; the same in both hosts.
 
 Not here: scipy itself, which only `freevars.jax.scipy` and `freevars.torch.scipy` need.
 """

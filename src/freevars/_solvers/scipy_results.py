@@ -1,4 +1,4 @@
-"""What scipy says of its own run, in Python's numbers and one text; the same in both hosts.
+"""What scipy reports of its own run, as Python numbers and one string; the same in both hosts.
 
 The text crosses a transformation as bytes of a fixed length. Not here: the arrays or tensors that a
 host makes of these, and the classes that hold them.

@@ -1,8 +1,8 @@
-"""scipy's solvers, run on functions of NumPy that bring exact derivatives; the same in both hosts.
+"""scipy's solvers, run on NumPy functions with exact derivatives; the same in both hosts.
 
-Of the shared files this one alone imports NumPy and scipy. Not here: where such functions come from
-(a `HostFunction` in each host), and what becomes of a result. Such a function has the extra
-arguments in it: `args` is there for the signature, from which a host knows what to pass on to it.
+This is the only shared file that imports NumPy and scipy. The functions are `HostFunction`s of a
+host and already contain the extra arguments; `args` is in the signatures because the host reads off
+them what a call passes on to the function. Not here: those functions, and what becomes of a result.
 """
 
 from __future__ import annotations

@@ -3,9 +3,10 @@
 An integrator takes two values after the function, `solver(integrand, a, b, ...)`, and they are a
 pair where a solver has `x0`.
 
-The signature of the solver decides. What it collects in `*args` and `**kwargs`, or takes as a tuple
-named `args` as scipy's solvers do, it passes on to the function; what it names otherwise is an
-option of its own. Not here: what is done with the parts, and how a method is bound (`decorated`).
+The solver's signature decides what each argument is for. Those collected in `*args` and `**kwargs`,
+or in a tuple named `args` as in scipy, are passed on to the function; all other parameters are the
+solver's own options. Not here: what is done with the parts, and how a method is bound
+(`decorated`).
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ class SolverSignature:
 
 
 def solver_name(solver: Any) -> str:
-    """What to call a solver; a partial goes by its function's name, an object by its class's."""
+    """The name of a solver: for a partial that of its function, for an object that of its class."""
     name = getattr(solver, "__name__", None) or getattr(
         getattr(solver, "func", None), "__name__", None
     )

@@ -1,5 +1,4 @@
-"""What a decorator says of a solver's result: one of the kinds by name, or a condition of the
-user's.
+"""What a decorator states about a solver's result: a kind, by name, or a condition of the user's.
 
 Not here: what each kind means for the values of a host.
 """

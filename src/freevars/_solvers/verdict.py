@@ -1,4 +1,4 @@
-"""When the derivative of a solution counts: the figures that are looked at, and their limits.
+"""When the derivative at a solution can be trusted: the figures measured, and their limits.
 
 The implicit function theorem gives a number for any x, solution or not, regular or not. What tells
 them apart is asked in the problem's own units, so that equations multiplied by numbers of their
@@ -46,8 +46,8 @@ by e r, where e is a relative error in the terms of F. If s is no longer than 4 
 nearer, and the step counts by min(r, max|x|). What e explains of a change of the derivative is not
 counted as one.
 
-This costs values of F, and is asked for only where the step is not negligible. Where
-the derivative cannot be had at x - s, a step that is not `certain` to be small is refused.
+This costs values of F, so it is done only where the step is not negligible. Where the derivative
+cannot be computed at x - s, a step that is not `certain` to be small is refused.
 
 Sources: r is the condition of Skeel 1979, "Scaling for numerical stability in Gaussian
 elimination"; the second step is the natural monotonicity test of Deuflhard 2004, "Newton Methods

@@ -1,7 +1,7 @@
 """Closures as values in JAX: ``import freevars.jax as fv``.
 
-What takes long to import and few programs need (reports, integrals, `fv.testing`, and `fv.scipy`,
-which alone needs scipy) is imported at its first use.
+What is slow to import and rarely needed (reports, integrals, `fv.testing`, and `fv.scipy`, the only
+part that needs scipy) is imported at its first use.
 """
 
 import importlib

@@ -1,9 +1,8 @@
-"""On a release of JAX that is newer than any that was tested: does it still do what is relied on?
+"""On a release of JAX newer than any that was tested, check that it still does what is relied on.
 
-What is private to JAX may change in any release. Each check takes one entry of `_compat` and
-compares it with what it must give; they run once, at the first conversion, and only where the
-release is unknown. What fails is named in a warning, so that a result that is wrong later does not
-come without a word. Not here: the entries themselves.
+Private parts of JAX may change in any release. Each check compares one entry of `_compat` with its
+expected result; they run once, at the first conversion, and only on an unknown release. A warning
+names what fails, so that no wrong result comes without one. Not here: the entries themselves.
 """
 
 from __future__ import annotations

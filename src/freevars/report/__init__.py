@@ -1,4 +1,4 @@
-"""What a function captures, as a value that people read: text, HTML, plain data, error messages."""
+"""Capture reports: what a function captures, as text, HTML or plain data."""
 
 from freevars.report._data import CapturedValue
 from freevars.report._report import CaptureReport

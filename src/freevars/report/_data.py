@@ -1,6 +1,6 @@
-"""What a report says: plain data about captured values, which holds no array and no function.
+"""The contents of a report: plain data about captured values, without any array or function.
 
-Not here: how it looks (`_text`, `_html`), and where the facts come from.
+Not here: how it looks (`_text`, `_html`), and how the values are found.
 """
 
 from dataclasses import asdict, dataclass, replace

@@ -1,8 +1,8 @@
 """A capture report as HTML: the table with bars and badges, and the source with its captured names.
 
-Every string is escaped, for a name or a source can hold anything. There is no script and nothing is
-loaded from elsewhere. Class names start with ``fvr-``, so a notebook around it keeps its own looks.
-Not here: what the report says.
+Every string is escaped, since names and sources can contain anything. There are no scripts and no
+external resources. Class names start with ``fvr-``, so that the styles do not affect the notebook.
+Not here: the contents of the report.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""Who reads a captured value: how many operations, and on which lines.
+"""The reads of a captured value: how many operations, and on which lines.
 
 Not here: finding them (a host does).
 """

@@ -1,4 +1,4 @@
-"""A capture report as people use it: printed, shown in a notebook, saved, queried.
+"""The public capture report, which can be printed, shown in a notebook, saved and queried.
 
 Not here: what it says (`_data`), and how it looks (`_text`, `_html`).
 """

@@ -1,8 +1,8 @@
-"""Where a function is written, and which places of its text read a value from outside.
+"""The source of a function, and the places in it that read a value from outside.
 
-The text comes from the line cache, so functions of files, notebook cells and doctests are found
-alike, and no code of the function's module runs. Not here: which of those places read a *captured*
-value; a report finds that out by their names.
+The text comes from the line cache, so functions in files, notebook cells and doctests are all
+found, and no code of the function's module runs. Not here: which of those places read a *captured*
+value; a report decides that by name.
 """
 
 import ast

@@ -1,4 +1,4 @@
-"""Text for people: sizes, and strings that may hold anything made safe to print and cut to a width.
+"""Format sizes, and make arbitrary strings safe to print and short enough for a width.
 
 Not here: what is said.
 """

@@ -1,7 +1,7 @@
 """The PyTorch host: the tensors that a function captures become explicit, differentiable
 arguments.
 
-`fv.scipy` is imported at its first use: nothing else here needs scipy.
+`fv.scipy`, the only part that needs scipy, is imported at its first use.
 """
 
 import importlib as _importlib

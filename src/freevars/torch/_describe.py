@@ -1,8 +1,8 @@
-"""What a person would call a captured tensor, and what else is known of it, for reports and errors.
+"""Describe captured tensors, with their names, for reports and error messages.
 
-Runs only when somebody asks. Names come from the walk over what a function can reach
-(`_names.search`); here stand the three things that the walk has to be told of PyTorch. Not here:
-finding the captured tensors (`discovery.py`), and counting their reads (`_captures.py`).
+Runs only when asked for. Names come from searching what the function can reach (`_names.search`);
+this file tells the search the three things that it has to know about PyTorch. Not here: finding the
+captured tensors (`discovery.py`), and counting their reads (`_captures.py`).
 """
 
 import sys

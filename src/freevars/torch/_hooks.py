@@ -3,13 +3,13 @@
 
 Function modes see the Python API of PyTorch, but not all of it. The gaps are closed here by
 *stateless hooks*: wrappers around a few of PyTorch's own functions that look at the calling
-thread's stack of function modes and do nothing unless one of ours (a `CaptureMode`) is on it. They
-hold no state but which custom Functions run now, so there is nothing to undo when a function fails,
-and threads do not see each other. `_selftest.py` tries each of them once, at first use. What a new
-release of PyTorch has broken is refused by name where a function needs it.
+thread's stack of function modes and do nothing unless one of ours (a `CaptureMode`) is on it. Their
+only state is which custom Functions are running, so there is nothing to undo when a function fails,
+and threads do not affect each other. `_selftest.py` tries each of them once, at first use. A hook
+that a new release of PyTorch has broken is refused by name where a function needs it.
 
-A first derivative of a rule needs none of them: it comes from a graph that was recorded. A
-conversion needs them, also that with which a rule finds out what is captured:
+A first derivative of a rule needs none of them: it comes from a recorded graph. A conversion does,
+including the one by which a rule finds what is captured:
 
 - `Function.apply` (torch/autograd/function.py) calls C++ at once. What a custom Function is given,
   and what its backward reads (`_forward_cls.backward` in `BackwardCFunction.apply`, there too), is

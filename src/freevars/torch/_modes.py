@@ -1,7 +1,7 @@
-"""The function mode that watches a run of `fun`, and which of them watch now.
+"""The function mode that watches a run of `fun`, and the modes that are active now.
 
-What no function mode sees, the hooks tell it (`_hooks.py`). Not here: what a mode does with what it
-sees (`discovery.py`, `substitution.py`).
+The hooks report to it what no function mode sees (`_hooks.py`). Not here: what a mode does with
+what it sees (`discovery.py`, `substitution.py`).
 """
 
 import functools

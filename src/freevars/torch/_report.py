@@ -1,10 +1,10 @@
 """The report of what a function captures: run it once under a capture mode, like a conversion, then
 describe.
 
-A report is a look and changes nothing: it holds no tensor and leaves no mode behind. A read that a
-conversion would refuse, because it comes past PyTorch's Python API, is listed with the reason; what
-would change a captured tensor raises, as it does in a conversion. Not here: finding the tensors
-(`discovery.py`), naming them (`_describe.py`), and how a report looks.
+A report has no side effects: it holds no tensor and leaves no mode behind. A read that a conversion
+would refuse, because it bypasses PyTorch's Python API, is listed with the reason; what would change
+a captured tensor raises, as in a conversion. Not here: finding the tensors (`discovery.py`), naming
+them (`_describe.py`), and how a report looks.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Tries every private touch point of `_compat` and `_hooks.py`, and says what a release of
+"""Try every private name that `_compat` and `_hooks.py` rely on, and report what a release of
 PyTorch has broken.
 
 `check_release` does it once, at first use, in milliseconds: it starts no compiler and no transform
-of torch.func, which take PyTorch seconds to import. `broken` tries everything at length: run by the
-tests, and by a user with a new release, `python -m freevars.torch._selftest`.
+of torch.func, which take PyTorch seconds to import. `broken` tries everything thoroughly: it is run
+by the tests, and with a new release by `python -m freevars.torch._selftest`.
 """
 
 import inspect

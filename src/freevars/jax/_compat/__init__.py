@@ -1,4 +1,4 @@
-"""Everything here leans on a part of JAX that is private or differs between releases.
+"""Everything here relies on a part of JAX that is private or differs between releases.
 
 Each entry says why it is needed. `tests/jax/test_compat.py` checks each one alone, so that a new
 release of JAX that changes something fails there first, with the name of what changed. Not here:

@@ -1,4 +1,4 @@
-"""Named axes and shardings, as far as types tell them."""
+"""Named axes and shardings, as far as types show them."""
 
 from __future__ import annotations
 

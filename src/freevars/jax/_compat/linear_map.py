@@ -1,10 +1,10 @@
 """A linear map in a program whose transpose is given, and not derived from its own program.
 
-JAX transposes what a program computes, and a solver's loop has no transpose. Two of its own ways to
-give one do not serve: `jax.custom_derivatives.linear_call` has no derivative by the values that the
-map depends on, and `jax.lax.custom_linear_solve` takes them for constants in the transpose. Here
-both are functions that JAX can trace, whenever it comes to them: derivatives of any order are those
-of the functions. Private, because what is registered with a primitive has no public place.
+JAX transposes what a program computes, and a solver's loop has no transpose. Its own two ways to
+provide one do not fit: `jax.custom_derivatives.linear_call` has no derivative by the values that
+the map depends on, and `jax.lax.custom_linear_solve` treats them as constants in the transpose.
+Here the map and its transpose are both traceable functions, so derivatives of any order follow from
+them. It is private because JAX has no public way to register rules for a primitive.
 """
 
 from __future__ import annotations

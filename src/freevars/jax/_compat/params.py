@@ -1,9 +1,8 @@
-"""Programs among the parameters of equations, however deep they are held.
+"""Find the programs among the parameters of equations, however deeply they are nested.
 
-JAX's own primitives hold programs as they are or in tuples. A library that makes primitives of its
-own hands on whole pytrees: equinox keeps the structure of the operands as one parameter, the leaves
-that are no arrays as another, and in both of them there can be programs, whose rules are rules of
-the function as any others are.
+JAX's own primitives hold programs as they are or in tuples. A library with its own primitives may
+pass on whole pytrees: equinox keeps the structure of the operands in one parameter and the leaves
+that are not arrays in another. Both can hold programs, whose rules count like any others.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The modules of JAX that are private, by what each buys.
+"""The private modules of JAX, and what each of them is needed for.
 
-That JAX has no public place for most of it, and which of its modules are meant for extensions, is
+Which of JAX's modules are meant for extensions is discussed in
 https://github.com/jax-ml/jax/issues/11951.
 """
 
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import jax
 
-# What is private, by what it buys. That JAX has no public place for most of it, and which of its
-# modules are meant for extensions, is https://github.com/jax-ml/jax/issues/11951.
 try:
     # Programs as data: their classes without Pallas, dead code, constants, weak types. Public
     # partial evaluation was declined, for interpreters on `jax.extend.core` (issue 3617), and

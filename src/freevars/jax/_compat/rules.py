@@ -1,4 +1,4 @@
-"""What JAX keeps of a custom derivative rule, and around any function that it keeps for later."""
+"""What JAX keeps of a custom derivative rule, and wraps around functions that it calls later."""
 
 from __future__ import annotations
 

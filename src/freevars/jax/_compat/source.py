@@ -1,4 +1,4 @@
-"""The lines that a user wrote, tracebacks, and the frames of JAX's own in them."""
+"""The user's source lines, tracebacks, and JAX's own frames in them."""
 
 from __future__ import annotations
 

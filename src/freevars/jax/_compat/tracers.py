@@ -1,6 +1,6 @@
 """What a tracer is made of, and which transformation made it.
 
-Nothing public tells one kind of tracer from another, or looks inside."""
+No public name tells one kind of tracer from another, or gives access to its parts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What JAX takes as a value, and what its type says."""
+"""What JAX accepts as a value, and what its type says."""
 
 from __future__ import annotations
 

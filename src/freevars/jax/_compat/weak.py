@@ -1,4 +1,4 @@
-"""Weak types: the dtype of a Python number gives way to that of what it meets."""
+"""Weak types: a Python number takes the dtype of the arrays that it is combined with."""
 
 from __future__ import annotations
 

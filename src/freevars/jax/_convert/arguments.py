@@ -1,9 +1,9 @@
 """Arguments as an array part and a static part, and what a call may bring in their place.
 
 The leaves of a pytree that JAX takes as arrays are traced; every other leaf (a string, a function,
-a dtype, an enum) is static: the function sees it as it is and a call must bring an equal one, which
-one that was changed in place is not. Not here: tracing, and what happens to the values once they
-fit.
+a dtype, an enum) is static: the function sees it as it is, and a call must bring an equal one. A
+leaf that was changed in place is not equal. Not here: tracing, and what happens to the values once
+they fit.
 """
 
 from __future__ import annotations

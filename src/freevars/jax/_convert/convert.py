@@ -1,12 +1,12 @@
 """Closure conversion: run a function once on types, and find every value that it reads from
 outside.
 
-JAX traces the function to a program; whatever came in by another way than the arguments is a
-constant of that program, however it was reached. The steps from there are each in a file of their
-own: bring nested constants up (`lambda_lift`), drop what nothing needs, and give the rest a key
-(`jaxpr_key`) under which the program is shared (`program`). What JAX itself has traced is not
-traced again (`from_jit`). Nothing else is remembered from one conversion to the next, so nothing
-goes stale and nothing is kept.
+JAX traces the function to a program; every value that did not come in through the arguments is a
+constant of that program, however it was reached. Each of the following steps has its own file:
+bring nested constants up (`lambda_lift`), drop what nothing needs, and give the rest a key
+(`jaxpr_key`) under which the program is shared (`program`). What JAX has already traced is not
+traced again (`from_jit`). Nothing else is remembered between conversions, so nothing goes stale and
+nothing is kept alive.
 """
 
 from __future__ import annotations

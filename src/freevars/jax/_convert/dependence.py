@@ -1,7 +1,7 @@
-"""Which results of a program may depend on some of its inputs.
+"""Find the results of a program that may depend on some of its inputs.
 
-It looks into nested programs, since an equation that calls one has operands that it does not read,
-and declares constants inside. What is not known to be independent depends. Not here: derivatives.
+Nested programs are searched too, since they may not read all of their operands. What is not known
+to be independent counts as dependent. Not here: derivatives.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""What JAX has traced already is not traced again: a jitted function, or a partial of one.
+"""A jitted function, or a partial of one, is not traced again if JAX has traced it already.
 
-`jitted.trace(...)` gives the program that `jax.jit` keeps, the very same object for arguments of
-the same types. So a conversion is known once one of the same program was made: all that is left is
-to say which of the bound values is which captured one. When to trace anew is then JAX's own
-contract: a jitted function is pure, and an array that it read when it was traced stays that array.
-Nothing is kept for longer than JAX keeps its program. Not here: the first conversion, which is made
-as every other.
+`jitted.trace(...)` gives the program that `jax.jit` keeps, the same object for arguments of the
+same types. So the conversion of a program that was converted before is known: all that remains is
+to match the bound values with the captured ones. When to trace again is then JAX's own contract: a
+jitted function is pure, and an array that it read when it was traced stays that array. Nothing is
+kept for longer than JAX keeps its program. Not here: the first conversion, which is like any other.
 """
 
 from __future__ import annotations

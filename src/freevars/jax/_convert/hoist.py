@@ -1,6 +1,6 @@
 """Which captured values become arguments: the policies of `hoist=`, for tracers and arrays.
 
-Not here: what else happens to a value, hoisted or not.
+Not here: what is done with hoisted values.
 """
 
 from __future__ import annotations

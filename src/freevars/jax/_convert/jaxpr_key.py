@@ -1,13 +1,12 @@
-"""When do two traced programs compute the same thing? Turn a program into a key that decides it.
+"""Turn a traced program into a key: two programs with equal keys compute the same thing.
 
 The key holds every equation: its primitive, what it reads, its parameters down to the bits of a
 literal, nested programs, and the programs of custom derivative rules. Names and source lines stay
 out. Types of intermediate results stay out too: primitive, operands and parameters decide them.
-That a type is weak stays out everywhere: it has done its work once a program is traced, and what
-is left of it are conversions that change no dtype. No function of the user's is looked into: one
-that the program keeps for later, a callback or a rule that could not be traced, counts by identity,
-and by the types that it will see, weak or not. Not here: the types of arguments and results as the
-user sees them.
+Weak types stay out everywhere: they matter only while a program is traced, and leave at most
+conversions that change no dtype. No function of the user's is inspected: one that the program calls
+later, a callback or a rule that could not be traced, counts by identity and by the types that it
+will see, weak or not. Not here: the types of arguments and results as the user sees them.
 """
 
 from __future__ import annotations

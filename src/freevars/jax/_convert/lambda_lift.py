@@ -1,11 +1,11 @@
 """Bring constants that sit inside nested programs up to the outermost one.
 
-JAX hoists a captured tracer through every nested program by itself, but leaves a concrete array
-where it was met: among the constants of an inner `jit`, or as a literal when
-`jax_use_simplified_jaxpr_constants` is on. To list the same captured values inside and outside a
-transformation, a concrete array has to travel the way a tracer would: as one more operand of each
-program on its path. Programs of a kind that is not known here keep their constants. Not here: which
-of the lifted values are then hoisted.
+JAX itself hoists a captured tracer through every nested program, but leaves a concrete array where
+it was met: among the constants of an inner `jit`, or as a literal when
+`jax_use_simplified_jaxpr_constants` is on. So that the captured values are the same inside and
+outside a transformation, a concrete array has to travel as a tracer would: as an additional operand
+of each program on its path. Programs of an unknown kind keep their constants. Not here: which of
+the lifted values are then hoisted.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A program as plain data.
 
-What JAX tells by identity, its primitives above all, goes by the module and the name under which it
-lies. A function in the program, a callback say, is left to the pickler; what no pickler takes is
-refused. Not here: captured values (`stored`).
+What JAX compares by identity, above all its primitives, is stored by module and name. A function in
+the program, such as a callback, is left to the pickler; what no pickler accepts is refused. Not
+here: captured values (`stored`).
 """
 
 from __future__ import annotations

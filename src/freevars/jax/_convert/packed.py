@@ -1,7 +1,7 @@
-"""What a program is as plain data, which any pickler takes.
+"""The plain data that stand for a program, which any pickler accepts.
 
-A program becomes a table of all that are nested in it, each a list of equations over numbered
-variables. Not here: making it (`pack`), and what it becomes again (`unpack`).
+A program becomes a table of the programs nested in it, each a list of equations over numbered
+variables. Not here: the way there (`pack`) and back (`unpack`).
 """
 
 from __future__ import annotations

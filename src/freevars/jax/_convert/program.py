@@ -1,10 +1,10 @@
 """A traced function without its captured values: the static part of every closure.
 
-Programs are interned: two that compute the same thing are one object, so that they compare and hash
-by identity, as fast as anything can, and share one compiled version. The table holds them weakly.
-The last few that hold nothing of the user's, neither an array nor a function, are kept beside it,
-so that a loop which makes, calls and drops a closure in each turn compiles once. Not here: tracing
-a user's function, and who holds the captured values.
+Programs are interned: two that compute the same thing are one object, so they compare and hash by
+identity and share one compiled version. The table holds them weakly. The most recent ones that hold
+no array or function of the user's are also held strongly, so that a loop which creates, calls and
+drops a closure in each iteration compiles once. Not here: tracing a user's function, and who holds
+the captured values.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A custom derivative rule as programs, and the equation that stands for a function with one.
+"""A custom derivative rule as programs, and the equation that represents a function with a rule.
 
 Not here: how it is traced (`traced_rules`, `rule_programs`), and how it runs (`rule_call`).
 """

@@ -1,7 +1,7 @@
-"""Run traced rules: make a function of JAX's, with a custom rule, of each equation that has one.
+"""Run traced rules: turn each equation that has one into a JAX function with a custom rule.
 
-The rule covers the arguments. What the body and the rule capture are operands as well, so that
-other values can stand for them. Along these the derivative is that of the body, as JAX takes it of
+The rule covers the arguments. What the body and the rule capture are operands as well, so that they
+can be replaced by other values. With respect to these, the derivative is that of the body, as for
 any function without a rule: with c captured,
 
     d f(x; c) = rule(x; c) dx + df/dc dc.

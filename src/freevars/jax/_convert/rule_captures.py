@@ -1,8 +1,8 @@
-"""The derivative along what a function with a custom rule captures: that of its body.
+"""The derivative with respect to what a function with a custom rule captures: that of its body.
 
-Such a body is often one without a derivative (an open-ended loop, code on the host, a bisection):
-that is what the rule is for. A derivative that is asked for is refused then. Not here: the rule
-itself (`rule_call`).
+Such a body often has no derivative (an open-ended loop, code on the host, a bisection), which is
+what the rule is for. Asking for the derivative is then refused. Not here: the rule itself
+(`rule_call`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The programs of one rule, traced the way a derivative would make it run.
+"""The programs of one rule, traced as a derivative would run it.
 
 Not here: which rules are traced, and what they hold (`traced_rules`).
 """

@@ -1,11 +1,10 @@
-"""Programs go to other processes, and come back.
+"""Programs are pickled, and recognised when they come back.
 
-What a closure computes is its program, so a closure travels as that and its values, and never as
-the Python function that it was made from: the function may be gone, may read other things by now,
-or other things where it arrives.
+A closure is sent as its program and its values, never as the Python function that it was made from:
+that function may no longer exist, or may read other things by now or in the other process.
 
-A program carries a mark. The one that comes back to a process where it lives is that same object,
-so that the gradient which another process returns is of one structure with the closure that went
+A program carries a mark. One that comes back to a process where it still lives becomes that same
+object, so a gradient returned by another process has the structure of the closure that was sent
 there. Not here: what a program is as data (`packed`).
 """
 

@@ -1,8 +1,8 @@
 """A pytree in which only arrays are leaves: everything else is a static part of its structure.
 
-JAX compiles once for each structure of what a function is given, so a string, a function or a
-Python number that is static counts as part of the program. Two static values are equal only if they
-are of one type and mean the same *now*, as Python itself tells it:
+JAX compiles once for each structure of its arguments, so a static string, function or Python number
+is part of the program. Two static values are equal only if they have the same type and are equal
+*now*, by Python's own rules:
 
 - numbers, and containers and dataclasses by what is in them: 1, 1.0 and True differ, and so do 0.0
   and -0.0;

@@ -1,4 +1,4 @@
-"""An array as plain data, with its type and with where it lies; and the array again.
+"""Arrays as plain data, with their type and device, and back.
 
 JAX pickles the numbers of an array. Which devices it lay on is lost, 64 bits become 32 without a
 word where those are switched off, and not every release takes an array of random keys. What is kept

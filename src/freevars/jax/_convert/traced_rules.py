@@ -1,21 +1,20 @@
 """Custom derivative rules as programs: traced with the function that they belong to.
 
-A rule is Python that JAX runs later, whenever a derivative is asked for, and reads then whatever
-Python can read. Here it runs once, at conversion, the way a derivative would make it run: the
-equation that has the rule is a program of its own, whose `jax.jvp` is the rule of a `custom_jvp`,
-and whose `jax.vjp` and the pullback of that are the two halves of a `custom_vjp`. What the rule
-reads from outside shows up as constants of these programs, like anything else that a function
-captures. A rule that calls its own function again meets itself there: the trace ends where a rule
-comes round that is being traced already.
+A rule is Python code that JAX runs later, whenever a derivative is needed, and it can read anything
+then. Here it runs once, at conversion, as a derivative would run it: the equation that has the rule
+is a program of its own, whose `jax.jvp` is the rule of a `custom_jvp`, and whose `jax.vjp` and the
+pullback of that are the two halves of a `custom_vjp`. What the rule reads from outside becomes
+constants of these programs, like anything else that a function captures. A rule may call its own
+function: a rule that is already being traced is not traced again.
 
-A rule that asks which tangents are zero is traced for none: being linear in them, that program says
-what it makes of fewer. Only what cannot move is left out: the results of a function whose rule
-raises, which is how a library says that no derivative goes through. Such a rule has no program, and
-counts by what it raises. A few rules stay functions: JAX's own and this library's, which are
-compared by identity and read no state; and those that fail where they are traced alone. The rule of
-a `custom_vmap` and the transpose of a `linear_call` stay functions too; these run once, to see what
-they read on their own.
-Not here: how a traced rule runs (`rule_call`), and who compares programs (`jaxpr_key`).
+A rule that asks which tangents are zero is traced with none of them zero: a rule is linear in its
+tangents, so this program covers all cases. Only tangents that cannot move are zero: those of the
+results of a function whose rule raises, which is how a library says that no derivative passes
+through. Such a rule has no program, and counts by what it raises. A few rules stay functions: JAX's
+own and this library's, which are compared by identity and read no state; and those that fail where
+they are traced alone. The rule of a `custom_vmap` and the transpose of a `linear_call` stay
+functions too; these run once, to see what they read on their own. Not here: how a traced rule runs
+(`rule_call`), and who compares programs (`jaxpr_key`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which of two captured arrays are copies of one: that of a body, and that of its rule.
+"""Recognise two captured arrays, one of a body and one of its rule, as copies of the same array.
 
 JAX converts a NumPy array that is not of one of its own dtypes in each trace, and a function may
 slice or scale one wherever it reads it. Not here: what makes two arrays the same object.
@@ -18,7 +18,7 @@ __all__ = ["twins"]
 
 
 def twins(first: Iterable[Any], second: Iterable[Any]) -> dict[Any, Any]:
-    """For values of the second that are none of the first, the value there that they are a copy of.
+    """The values of `second` that are not in `first`, with those in `first` that they copy.
 
     A body and its rule that each convert or slice the same NumPy array read two objects for one.
     Of several candidates with the same content the next one is taken each time.

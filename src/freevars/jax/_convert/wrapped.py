@@ -1,9 +1,9 @@
-"""What decides the meaning of the objects that JAX puts around a function that it keeps for later.
+"""What identifies the wrappers that JAX puts around a function that it calls later.
 
-JAX makes them afresh in each trace, so that their identity says nothing. They are looked through,
-down to what they are made of: functions of JAX's and of this library's, which read no state and
-count by identity, plain values, and whatever the user put in, which counts by identity and is never
-looked into. Not here: what follows from that.
+JAX creates them anew in each trace, so their identity says nothing. They are taken apart, down to
+functions of JAX and of this library, which read no state and count by identity; plain values; and
+whatever the user put in, which counts by identity and is never inspected. Not here: what follows
+from that.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Captured values with their names: what reports and error messages say of them.
+"""Describe captured values, with their names, for reports and error messages.
 
-Runs only when somebody asks. Names come from walking what the function can reach
+Runs only when asked for. Names come from searching what the function can reach
 (`freevars._names.search`), lines from the traced program (`reads`), the rest from the value itself
 (`tracers`). Not here: finding the values.
 """

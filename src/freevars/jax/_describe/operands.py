@@ -1,4 +1,4 @@
-"""Which operand of an equation is which input of the programs that the equation calls.
+"""Match the operands of an equation with the inputs of the programs that it calls.
 
 Not here: who reads an input (`reads`).
 """

@@ -1,4 +1,4 @@
-"""Who reads an input of a program: which operations, on which lines of the user's source.
+"""Find the operations that read an input of a program, and their lines in the user's source.
 
 An operation that calls a nested program reads what the nested program reads. Not here: what the
 inputs are called.

@@ -1,4 +1,4 @@
-"""What a captured value tells of itself: what traces it, whether a derivative can flow to it.
+"""What can be told from a captured value: what traces it, whether a derivative can flow to it.
 
 Tracers nest: `grad` inside `vmap` inside `jit` wraps a value three times. Nothing here computes
 with a value, waits for it, or keeps it. Not here: how each kind of tracer is built (`_compat`).

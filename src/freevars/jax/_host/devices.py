@@ -1,19 +1,19 @@
-"""Which devices run a solver, and how the others come to what it says.
+"""Which devices run a solver, and how the others get its result.
 
-A program over several devices has one solver for one problem: it runs on one of them, all answer
-what it asks, and all have its result. Where JAX spreads a program over a mesh, the call itself says
-so (`_compat.host_call`). Inside `shard_map` a program is one for each device, and the axes of the
+A program over several devices has one solver for each problem: it runs on one of them, all answer
+its queries, and all get its result. Where JAX spreads a program over a mesh, the call itself says
+so (`_compat.host_call`). Inside `shard_map` each device has its own program, and the axes of the
 mesh are of three kinds:
 
-- axes along which the function joins the devices (by a `psum`, say) are one problem, whose unknown
-  all of them share;
-- axes along which the problem varies are a problem each;
-- along the rest all are copies.
+- along axes over which the function joins the devices (by a `psum`, say) there is one problem,
+  whose unknown they share;
+- along axes over which the problem varies, each device has its own problem;
+- along the rest, all are copies.
 
-Only along those of the second kind are there several solvers. What varies is part of the types with
-`check_vma=True`. Without, copies cannot be told from problems that differ, and count as such; what
-the function joins stands in its program, and whether the unknown is the same there is looked up
-when it runs. Not here: the loop between the solver and the program (`staged`).
+Only along axes of the second kind are there several solvers. With `check_vma=True` the types say
+what varies. Without it, copies cannot be told from different problems, and are treated as
+different; the program shows what the function joins, and whether the unknown is the same there is
+checked when it runs. Not here: the loop between the solver and the program (`staged`).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Solvers that are not JAX code: scipy's, or any C or Fortran library that takes callbacks.
 
-Where all values are known the solver is simply called. Inside a program (`jit`, `vmap`, `scan`) it
-runs in a thread beside the program, which answers its questions (`staged`). Arrays that lie on the
-devices of several processes are computed with in programs alone, which all processes run. Not here:
-derivatives; the decorators `root`, `argmin` and `fixed_point` above add them.
+Where all values are known, the solver is simply called. Inside a program (`jit`, `vmap`, `scan`) it
+runs in a thread beside the program, which answers its queries (`staged`). Arrays on the devices of
+several processes are used only in programs, which all processes run. Not here: derivatives; the
+decorators `root`, `argmin` and `fixed_point` above add them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A function of JAX as a solver on the host sees it: NumPy in, NumPy out, with its derivatives.
 
-What the solver asks for is always one of a few kinds of question about a real vector, each compiled
-once for all closures of the same structure. Who answers is left open: a compiled function called on
-the spot, or a program that waits in the middle of its own run. Not here: running the solver.
+A solver makes a few kinds of queries about a real vector, each compiled once for all closures of
+the same structure. They are answered by a compiled function called on the spot, or by a program
+that waits in the middle of its own run. Not here: running the solver.
 """
 
 from __future__ import annotations

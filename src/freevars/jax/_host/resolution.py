@@ -1,11 +1,11 @@
-"""Whether a solver on the host differences a function by steps that its dtype does not see.
+"""Detect a solver on the host that takes finite differences too small for the function's dtype.
 
-A solver works in float64, and where the unknown is of float32 the function rounds what it is asked.
-Steps of finite differences that scipy takes by default, 1.5e-8 relative, then vanish: all slopes
-are zero, and a solver that trusts them returns its start and reports success. Points that are two
-in float64 and one for the function happen at the end of every search too. What tells is that the
-solver asked for no derivative, came back with its start, and that the start is no solution. Not
-here: what a solver is given to call (`oracle`).
+A solver works in float64, and where the unknown is float32 the function rounds its argument.
+scipy's default steps for finite differences, 1.5e-8 relative, then vanish: all slopes are zero, and
+a solver that trusts them returns its start and reports success. At the end of any search, too, two
+points may differ in float64 and not for the function. The sign of trouble is a solver that asked
+for no derivative and returned its start, which is not a solution. Not here: what a solver is given
+to call (`oracle`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What scipy's results say of their own success, as an aux of `on_host`."""
+"""What a scipy result reports about its own success, as an aux of `on_host`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """A solver on the host in a thread of its own, which asks a program questions.
 
-The thread hands a question over and sleeps until it has the answer; whoever answers sleeps
-meanwhile. Only NumPy arrays pass from one to the other. Not here: the program (`staged`), and what
-a question means (`oracle`).
+The thread hands over a query and sleeps until it has the answer; the answering side sleeps in
+between. Only NumPy arrays pass between them. Not here: the program (`staged`), and what a question
+means (`oracle`).
 """
 
 from __future__ import annotations

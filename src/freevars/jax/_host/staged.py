@@ -1,15 +1,15 @@
 """A solver on the host inside a compiled program, without calling JAX from a callback.
 
-A callback that itself runs compiled code can wait for a thread that waits for the callback. So the
-roles are exchanged here. The solver runs in a Python thread of its own and never touches JAX
-(`solver_thread`); the compiled program is a loop that fetches the solver's next question, answers
-it with its own compiled code, and brings the answer along when it fetches the next. A callback only
-hands arrays from one thread to another, the captured values never leave the device, and a solve
-inside a solve is just a loop inside a loop.
+A callback that itself runs compiled code can deadlock: it may wait for a thread that waits for the
+callback. So the roles are exchanged here. The solver runs in a Python thread of its own and never
+touches JAX (`solver_thread`); the compiled program is a loop that fetches the solver's next
+question, answers it with its own compiled code, and brings the answer along when it fetches the
+next. A callback only hands arrays from one thread to another, the captured values never leave the
+device, and a solve inside a solve is just a loop inside a loop.
 
-No callback raises: one device that stops would leave others waiting for it. A failure is one more
-thing that can come next; it ends the loop on every device, and each of them raises it then. Not
-here: when to use this at all (`on_host`), and which devices there are (`devices`).
+No callback raises: one device that stops would leave others waiting for it. A failure is passed on
+like a query; it ends the loop on every device, and each of them raises it then. Not here: when to
+use this at all (`on_host`), and which devices there are (`devices`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The report of what a function captures: run it once on types, like a conversion, then describe.
 
-A report is a look and changes nothing: it holds no array, forces no value, and what a conversion
-would refuse (a mutable reference, a traced value that a custom rule holds) is listed, with the
-reason. Not here: finding the values (`convert`), naming them (`describe`), and how a report looks.
+A report has no side effects: it holds no array and forces no value, and what a conversion would
+refuse (a mutable reference, a traced value that a custom rule holds) is listed, with the reason.
+Not here: finding the values (`convert`), naming them (`describe`), and how a report looks.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What a traceback's frames show: the functions that ran, and the traced values that these reach.
+"""Read a traceback's frames: the functions that ran, and the traced values that they reach.
 
-A frame has no function object, but it has the code and the captured variables, which is all that
-naming needs. Functions that JAX holds for later, the rules of a custom derivative, say, stand in
-its own frames. Nothing here keeps a frame: what is returned dies with the caller. Not here: which
-of the values is at fault, and what to say of it.
+A frame has no function object, but it has the code and the captured variables, which suffice for
+naming. Functions that JAX calls later, such as custom derivative rules, are in JAX's own frames.
+Nothing here keeps a frame alive beyond the caller. Not here: which value is at fault, and what to
+say about it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The hunt for a leak: say in JAX's errors about traced values which value it was, and whose.
+"""Name the leaked value in JAX's errors about traced values, and the function that captures it.
 
-JAX refuses a value that reached a rule by another way than its arguments, but knows only its type.
-Its traceback knows more: the functions that ran are in the frames, and the value is among what they
-capture. Only the error and its frames are looked at, after the fact; nothing is recorded before.
-Not here: looking into frames (`frames`), and naming (`describe`).
+JAX refuses a value that did not reach a rule through its arguments, but knows only its type. Its
+traceback knows more: the frames contain the functions that ran, and these capture the value. Only
+the error and its frames are examined, after the fact; nothing is recorded before. Not here: looking
+into frames (`frames`), and naming (`describe`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Which constraints are active at a point, on pytrees as they are.
 
-`freevars._solvers.kkt` says what is decided, and why. Not here: the system that holds there
+`freevars._solvers.kkt` explains the decision. Not here: the system that holds there
 (`constrained`).
 """
 

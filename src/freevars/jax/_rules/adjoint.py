@@ -9,11 +9,12 @@ start as g_N at the last time, be solved for backwards, and jump by g_i at each 
 
     sum_i <g_i, d_i> = <l(t_0), dy_0> + int_{t_0}^{t_N} <f_p^T l, dp> dt         adjoint equation
 
-Both are solved by the solver itself, together with y: backwards from the recorded y_i each time, in
-s = -t, so that a solver that takes increasing times is given increasing times. At equal times
-nothing is solved for. Where an equation is unstable backwards, the transpose can instead be taken
-of the sensitivities by every number of p and y_0, solved for at once and forwards. What is solved
-for again is compared with the recorded y_i (`freevars._solvers.integration`).
+Both are solved by the solver itself, together with y: backwards from each recorded y_i, in s = -t,
+so that the solver is always given increasing times. Between equal times there is nothing to solve.
+Where an equation is unstable backwards, the transpose can instead be computed from the
+sensitivities with respect to every number of p and y_0, solved for forwards, all at once. The
+states that are solved for again are compared with the recorded y_i
+(`freevars._solvers.integration`).
 
 Sources: Pontryagin et al. 1962, "The Mathematical Theory of Optimal Processes"; Chen et al. 2018,
 "Neural Ordinary Differential Equations", appendix B; Cao, Li, Petzold and Serban 2003, "Adjoint

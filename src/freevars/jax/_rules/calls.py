@@ -1,4 +1,4 @@
-"""One call of a decorated solver: a problem is made of it, and the solver is given that.
+"""One call of a decorated solver: turned into a problem, and passed on to the solver.
 
 Not here: what the derivative of a call is (`solver`).
 """

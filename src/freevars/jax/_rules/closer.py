@@ -1,23 +1,23 @@
 """A closer look at a Newton step that is not small next to the solution.
 
-Such a step has four reasons. It is short, and the derivative is the same at both of its ends: x is
-good enough. The solution has a component that is zero, so that all of what a solver leaves there is
-an error: the next iterate is zero up to what is known of it. Or x is as near as rounding allows:
-the function does not see a change of x by a part of the step. In these two the step counts by how
-far the solver came. Or F is computed in fewer digits than x has, as products of matrices are on a
-GPU: it is not straight along half of the step, by as much as the step is long. Then the step counts
-by the largest component. In any other case it counts by the component itself, however small that is
-next to the start.
+Such a step has four harmless causes. It may be short, with the same derivative at both ends: x is
+good enough. A component of the solution may be zero, so that everything the solver leaves there is
+error: the next iterate is zero to within its own error. Or x may be as near as rounding allows: the
+function does not notice when x changes by a part of the step. In these two cases the step is
+measured by how far the solver came. Or F may be computed in fewer digits than x has, as matrix
+products are on a GPU: along half of the step it deviates from a straight line by as much as the
+step is long. Then the step is measured by the largest component. In all other cases it is measured
+by the component itself, however small that is next to the start.
 
-The derivative is compared in a few directions p of what it is asked by, each of which changes every
-entry of that relative to itself. At x it is y = -A^-1 dF/dt p. At x - s it leaves a residual in its
-own equation, dF/dx y + dF/dt p, that moves it by A^-1 of that, to first order. A component counts
-relative to the largest that it is in these directions.
+The derivative is compared in a few directions p of what it is taken with respect to, each of which
+changes every entry of that relative to itself. At x it is y = -A^-1 dF/dt p. At x - s it leaves a
+residual in its own equation, dF/dx y + dF/dt p, that moves it by A^-1 of that, to first order. A
+component counts relative to the largest that it is in these directions.
 
-It takes values of F, solves with four right-hand sides, and for each direction takes three of its
-derivatives and solves twice. All of it is computed only where asked for, and one after the other:
-what lies in memory beside one solve is the step, the second one, and two bits of each component.
-Not here: the values of F (`seen`), and the figures that need no closer look.
+This takes values of F, solves with four right-hand sides, and for each direction three derivatives
+of F and two solves. It is computed only where needed, one solve after the other: besides the
+current one, memory holds only the step, the second step, and two bits for each component. Not here:
+the values of F (`seen`), and the figures that need no closer look.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The Karush-Kuhn-Tucker system of a minimum with constraints, on pytrees as they are.
 
-The unknown is x with the multipliers of `equality` and `inequality`. What is active is decided at
-the unknown itself and is a constant of the system; `freevars._solvers.kkt` says how, and why. Not
-here: the derivative of the system's root (`implicit`), and who is told about a refusal (`refusal`).
+The unknown is x with the multipliers of `equality` and `inequality`. The active set is decided at
+the unknown itself and is a constant of the system; `freevars._solvers.kkt` explains how. Not here:
+the derivative of the system's root (`implicit`), and refusals (`refusal`).
 """
 
 from __future__ import annotations

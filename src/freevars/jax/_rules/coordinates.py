@@ -1,16 +1,15 @@
 """The real coordinates of an unknown, and its inner product over all devices that it lies on.
 
-What is solved for need not be holomorphic, so that a complex number counts as two real ones: a
-complex array becomes a pair of real arrays. Nothing else changes: no leaf is reshaped, joined with
-another or gathered from devices. No linear algebra is done in half precision.
+The equations need not be holomorphic, so a complex number counts as two real ones: a complex array
+becomes a pair of real arrays. Nothing else changes: no leaf is reshaped, joined with another or
+gathered from devices. No linear algebra is done in half precision.
 
 Inside `shard_map`, `vmap(axis_name=...)` and `pmap` each device holds a part of the unknown. Where
 the system couples the parts, by a `psum` in the function, all of them are one unknown, and sums go
-over the named axes as well. Which these are stands in the program of the system itself; over which
-of them a leaf varies is part of its type (`check_vma=True`). Where JAX does not track that, a leaf
-may be one part of many, or a copy of one that all devices share. The equations tell: those of a
-copy are the same on every device, whatever is put in for the unknown. A copy counts once. Not here:
-anything about solving.
+over the named axes as well. The program of the system shows which axes these are; the type of a
+leaf says over which of them it varies (`check_vma=True`). Where JAX does not track that, a leaf may
+be one part of many, or a copy that all devices share. The equations decide: those of a copy are the
+same on every device for any unknown. A copy counts once. Not here: anything about solving.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""What is measured of a solution before its derivative is believed.
+"""What is measured at a solution before its derivative is trusted.
 
-What the figures mean, and what they may be, stands in `freevars._solvers.verdict`; where the system
-is written out they come from its factors (`scaled`). Where it is only applied, a solve is what a
-derivative costs, and a rough one has to do for all of them: its right-hand side is the optimality
-F, in units of the equations, with a bit of every direction added. What it gives is a Newton step of
-the right size, and an estimate of the inverse; on a singular system it stands still or runs away.
-Each figure depends on values alone, not on directions, so that it costs no derivative itself. Not
-here: what is done about a failure.
+`freevars._solvers.verdict` defines the figures and their limits; where the system is written out
+they come from its factors (`scaled`). Where it is only applied, a solve costs as much as a
+derivative, and one rough solve has to do for all figures: its right-hand side is the optimality F,
+in units of the equations, with a small share of every direction added. It gives a Newton step of
+the right size, and an estimate of the inverse; on a singular system it stalls or diverges. Each
+figure depends on values alone, not on directions, so it needs no derivative itself. Not here: what
+is done about a failure.
 """
 
 from __future__ import annotations

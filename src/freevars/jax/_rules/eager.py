@@ -1,9 +1,9 @@
 """The derivative at a solution whose values are known, outside of any program.
 
-JAX splits a compiled derivative into what is known and what is linear whenever a solver is
-differentiated, which takes longer than to compute it. Here it is split once, in the program: that
-gives the verdict, and the linear map as data. The map is one operation then, and its transpose
-another program. Not here: what the programs compute (`rule`).
+Whenever a solver is differentiated, JAX splits a compiled derivative into a known and a linear
+part, which takes longer than computing it. Here it is split once, in the program, which gives the
+verdict and the linear map as data. The map is then one operation, and its transpose another
+program. Not here: what the programs compute (`rule`).
 """
 
 from __future__ import annotations

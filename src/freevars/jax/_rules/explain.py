@@ -1,6 +1,6 @@
 """The error for a solution that is refused, where all values are known.
 
-Here nothing is in a hurry: what a figure leaves open is looked at once more. Not here: the figures
+Time does not matter here: what a figure leaves open is examined once more. Not here: the figures
 (`diagnostics`), and the texts, which both hosts share (`freevars._solvers.failures`).
 """
 

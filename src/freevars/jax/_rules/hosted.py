@@ -1,8 +1,8 @@
 """A NumPy integrator on the host, as `on_host` runs solvers.
 
-A solver there finds an x like its x0, and what else it returns is its aux. An integrator returns
-what has no x0: its result is the aux of a solver whose x nobody looks at. Not here: how a solver
-runs inside a program (`freevars.jax._host`).
+A host solver finds an x like its x0, and returns anything else as aux. An integrator's result has
+no x0, so it is the aux of a solver whose x is ignored. Not here: how a solver runs inside a program
+(`freevars.jax._host`).
 """
 
 from __future__ import annotations

@@ -10,11 +10,10 @@ This holds for the exact solution of a regular system, however it was found. F i
 because I - dfun/dx has an inverse that is the sum of the powers of dfun/dx where the iteration
 converges. A condition of the user's is a root of what it returns.
 
-Both sides are maps of pytrees in real coordinates: x for the unknown, and F of the same structure
-and shapes, so that the system is a map of a space to itself and its transpose has an inner product
-to refer to. The conditions of a root may come in any structure with as many numbers; only those are
-joined and cut. For a minimum, F is the gradient by real coordinates: then its derivative is
-symmetric also where x is complex.
+x and F are pytrees in real coordinates, of the same structure and shapes, so that the system maps a
+space to itself and its transpose is defined by one inner product. The equations of a root may have
+any structure with as many numbers; only these are concatenated and split. For a minimum, F is the
+gradient by real coordinates: then its derivative is symmetric also where x is complex.
 
 Source: the implicit function theorem; in this form Blondel et al. 2022, "Efficient and Modular
 Implicit Differentiation". Not here: how the linear system is solved (`linear`), when the result

@@ -8,11 +8,11 @@ The integral in it is linear in dp. Its transpose takes a cotangent g of I to
 
     int_a^b (df/dp)^T g dt
 
-a list of arrays like p, integrated at once where the solver takes pytrees or arrays, and else
+a list of arrays like p, integrated at once where the solver takes pytrees or arrays, otherwise
 number by number, as a batch of scalar integrals. Both are calls of the decorated solver for another
-integrand, so that they have derivatives themselves, to any order. A limit that is infinite does not
-move, and its derivative is zero. Source: Leibniz 1697; Courant 1936, "Differential and Integral
-Calculus" II, chapter IV. Not here: differential equations (`odeint`).
+integrand, so they have derivatives of any order themselves. An infinite limit does not move, and
+its derivative is zero. Source: Leibniz 1697; Courant 1936, "Differential and Integral Calculus" II,
+chapter IV. Not here: differential equations (`odeint`).
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""Systems that are only ever applied, to pytrees as they are.
+"""Solve systems that are only applied to pytrees, never written out.
 
 By default conjugate gradients for a second derivative, and BiCGStab(2) otherwise, for a fixed point
-after Richardson's iteration; where these stand still, the matrix while it fits, then least squares.
-What a method returns is put back into the system; what does not solve it is NaN. Not here: the
-methods (`krylov`).
+after Richardson's iteration; where these stall, the matrix if it fits, then least squares. Results
+are checked in the system; those that do not solve it become NaN. Not here: the methods (`krylov`).
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""Krylov methods on pytrees: a system is applied to vectors, and a vector is a pytree as it is.
+"""Krylov methods on pytrees: a vector is a pytree, kept as it is.
 
 No method here reshapes, joins or gathers a leaf. All that it needs besides additions is an inner
-product, which its caller brings: summed leaf by leaf, and over devices where a vector is spread
-over them. Steps stop where |r| <= tol |b| in the norm of that product, so zeros in b play no part;
-nor do units, as long as A and b come in units in which both are about 1: here all norms are
-squares. What a method tells of itself is checked with the residual of its result, and where that is
-at the level of rounding, |r| <= 10 eps |A| |x|, a direct solver could not do better.
+product, provided by its caller: summed leaf by leaf, and over devices where a vector is spread over
+them. Steps stop where |r| <= tol |b| in the norm of that product, so zeros in b do not matter; nor
+do units, as long as A and b are scaled to about 1: all norms here are squares. Each method verifies
+the residual of its result, and where that is at the level of rounding, |r| <= 10 eps |A| |x|, a
+direct solver could not do better.
 
 Among methods for general systems BiCGStab(2) was chosen by measurement: on contractions it applies
 the system as often as restarted GMRES does, with 8 vectors instead of 31, and it solves grids
-(convection and diffusion, 100 x 100) on which GMRES(30) stands still. Where a step of Richardson's
-iteration takes much of the residual away, that is faster: it does next to nothing besides applying
-the system.
+(convection and diffusion, 100 x 100) on which GMRES(30) stalls. Where a step of Richardson's
+iteration removes much of the residual, that is faster: it does almost nothing besides applying the
+system.
 
 Sources: Richardson 1910; Hestenes and Stiefel 1952 (conjugate gradients, also for the normal
 equations); Sleijpen and Fokkema 1993 (BiCGStab(l)). Not here: which method solves what (`linear`),

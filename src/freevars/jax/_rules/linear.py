@@ -1,14 +1,14 @@
 """The linear system of an implicit derivative: which method solves it, and how a failure shows.
 
 One unknown is a division. A small system on one device is written out as a matrix and factorised
-once, for all right-hand sides and for the transpose. Everything else is only ever applied to
-pytrees as they are: conjugate gradients for a second derivative, BiCGStab(2) otherwise, for a fixed
-point after the iteration that its own system is; where these stand still, the matrix while it fits,
-then least squares. A caller's own method takes the place of all of that. An exact solve sits in
+once, for all right-hand sides and for the transpose. Everything else is only applied to pytrees as
+they are: conjugate gradients for a second derivative, BiCGStab(2) otherwise, for a fixed point
+after the iteration that its own system defines; where these stall, the matrix if it fits, then
+least squares. A caller's own method replaces all of this. An exact solve sits in
 `jax.lax.custom_linear_solve`, so that its derivatives of any order and its transpose come from the
-system and not from the steps of a method. What a method returns is put back into the system; what
-does not solve it is NaN. Not here: the methods (`krylov`), where the system comes from
-(`implicit`), and what is done about a failure.
+system and not from the steps of a method. Results are checked in the system; those that do not
+solve it become NaN. Not here: the methods (`krylov`), where the system comes from (`implicit`), and
+what is done about a failure.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The linear operator of an implicit derivative, as what solves its system is given it.
+"""The linear operator of an implicit derivative, as a linear solver is given it.
 
-It is dF/dx at the solution, as a map of pytrees: of x in real coordinates, where a complex array is
-a pair of real ones and everything else is as it is in x. Not here: where the map comes from.
+It is dF/dx at the solution, as a map of pytrees like x in real coordinates: a complex array becomes
+a pair of real ones, and everything else is as in x. Not here: where the map comes from.
 """
 
 from __future__ import annotations

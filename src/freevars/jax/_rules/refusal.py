@@ -1,8 +1,7 @@
 """What is done about a solution that is refused.
 
-Where values are known, an error; inside a compiled program NaN tells, and with
-`on_failure="warn"` a callback says why. Not here: the figures (`diagnostics`), and what the error
-says (`explain`).
+Where values are known, an error; inside a compiled program, NaN, and with `on_failure="warn"` a
+callback that says why. Not here: the figures (`diagnostics`), and what the error says (`explain`).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The implicit function theorem in reverse mode alone, by vector-Jacobian products alone.
+"""The implicit function theorem in reverse mode only, by vector-Jacobian products.
 
-JAX makes reverse mode by transposing forward mode. A function that holds a `jax.custom_vjp` has no
-forward mode, and where the backward pass of that cannot be transposed either (it calls an adaptive
-ODE solver, an adjoint code behind a callback, or loops until it is done), a rule for forward mode
-has nothing to stand on. Then the solution has a rule for reverse mode: for a cotangent g
+JAX derives reverse mode by transposing forward mode. A function that holds a `jax.custom_vjp` has
+no forward mode, and where its backward pass cannot be transposed either (it calls an adaptive ODE
+solver, adjoint code behind a callback, or loops until it is done), a rule for forward mode is
+impossible. Then the solution has a rule for reverse mode: for a cotangent g
 
     (dF/dx)^T u = g,    the cotangent of t is -(dF/dt)^T u,
 

@@ -1,6 +1,6 @@
-"""JAX's rule for a solver whose function has no forward mode: reverse mode alone.
+"""JAX's rule for a solver whose function has no forward mode: reverse mode only.
 
-The mathematics stands in `reverse`; here it meets the solver's call and the verdict.
+`reverse` has the mathematics; this file connects it with the solver's call and the verdict.
 """
 
 from __future__ import annotations

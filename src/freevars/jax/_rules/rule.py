@@ -1,8 +1,8 @@
 """The implicit rule of one decorated solver: what it states, and its derivative at a solution.
 
-The parts of a problem are leaves here, with the tree that they are rebuilt by, so that the maps can
-be compiled: the tree is static. Not here: JAX's rule around it and the running of the solver
-(`solver`), and what is done about a failure (`refusal`).
+Problems are passed as leaves and a static tree, so that the maps can be compiled. Not here: JAX's
+rule around it and the running of the solver (`solver`), and what is done about a failure
+(`refusal`).
 """
 
 from __future__ import annotations

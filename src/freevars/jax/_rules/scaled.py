@@ -1,9 +1,9 @@
 """A dense system in the units of its unknowns: its factors, and the figures of the verdict.
 
-The mathematics, and what each figure may be, stands in `freevars._solvers.verdict`. Rows and
-columns are scaled by powers of two, which round nothing, before the matrix is factorised: partial
-pivoting compares the entries of a column, which have to be of one unit for that. Everything here is
-on vectors and constant. Not here: systems that are not written out.
+`freevars._solvers.verdict` defines the figures and their limits. Rows and columns are scaled by
+powers of two, which round nothing, before the matrix is factorised: partial pivoting compares the
+entries of a column, which must have the same unit. Everything here is a vector and a constant. Not
+here: systems that are not written out.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A Newton step, the units that it counts by, and what values of F say of it.
 
-They are asked one after the other, each by one solve. What lies in memory beside that is the step,
-the second one, and two bits of each component. Not here: what follows from it (`closer`).
+Each question takes one solve, one after the other. Besides the current one, memory holds only the
+step, the second step, and two bits for each component. Not here: what follows from it (`closer`).
 """
 
 from __future__ import annotations

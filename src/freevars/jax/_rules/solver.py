@@ -1,10 +1,10 @@
-"""A solver with a rule of JAX's: a call of it is a function of everything that its `fun` reads.
+"""A solver with a JAX rule: each call is a differentiable function of everything that `fun` reads.
 
-A direction of what `fun` reads goes to the direction of x. That map is linear, JAX transposes it
-for reverse mode, and since the rule calls the decorated solver again for x, it differentiates
-itself to any order. Not here: the map (`rule`), reverse mode alone (`reverse_rule`), what is done
-about a failure (`refusal`), how a call is taken apart (`signature`), and what problem it is
-(`calls`).
+The rule maps a tangent of what `fun` reads to the tangent of x. The map is linear, so JAX
+transposes it for reverse mode, and since the rule calls the decorated solver again for x,
+derivatives of any order follow. Not here: the map (`rule`), reverse mode alone (`reverse_rule`),
+what is done about a failure (`refusal`), how a call is taken apart (`signature`), and what problem
+it is (`calls`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Totals that a solver keeps: what completes equations that repeat each other.
+"""Totals that a solver conserves, which complete linearly dependent equations.
 
-The equations of a steady state, of chemistry say, keep totals of the unknowns: w.F(x) = 0 whatever
-x is, for a row w of the conservation law. Then dF/dx is singular, and which of the solutions a
-solver finds is decided by what it keeps from its start, c(x) = c(x0). So x(t, x0) is a solution of
+The equations of a steady state, as in chemistry, conserve totals of the unknowns: w.F(x) = 0 for
+every x, for a row w of the conservation law. Then dF/dx is singular, and which solution a solver
+finds depends on the totals of its start, c(x) = c(x0). So x(t, x0) is a solution of
 
     F(x, t) + W (c(x) - c(x0)) = 0
 

@@ -1,8 +1,8 @@
 """What a solver is given: a converted function with its extra arguments.
 
-Mostly one function, and its closure. Where a call is about several (a function and a condition that
-is stated by it; an objective and its constraints) one closure has them all as its parts: what they
-capture in common is one value of it, and whoever asks for one part has the others removed as dead
+Usually this is one function, as a closure. Where a call has several (a function and a condition
+stated in terms of it; an objective and its constraints) one closure contains them all as parts: a
+value that several capture is one of its values, and evaluating one part removes the others as dead
 code. Not here: what the solver does with it, and what its result satisfies.
 """
 

@@ -1,7 +1,7 @@
 """A pytree of floating and complex arrays as one real vector, and back.
 
-A complex number counts as two real ones, because what is solved for need not be holomorphic. Not
-here: anything about solving.
+A complex number counts as two real ones, because the equations need not be holomorphic. Not here:
+anything about solving.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # ruff: noqa: SLF001 (with `_hooks.py`, `_compat` is all that reaches for private names)
-"""Where the numbers of a tensor lie, and how often they were written to."""
+"""Where a tensor's data are in memory, and how often they were written to."""
 
 import sys
 from collections.abc import Iterable, Sequence

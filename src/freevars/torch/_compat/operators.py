@@ -1,5 +1,6 @@
 # ruff: noqa: SLF001 (with `_hooks.py`, `_compat` is all that reaches for private names)
-"""Operators, custom Functions and checkpoints, told apart by what PyTorch calls, or by a node."""
+"""Recognise operators, custom Functions and checkpoints, by what PyTorch calls or by a graph
+node."""
 
 from typing import Any
 

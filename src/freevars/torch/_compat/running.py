@@ -1,5 +1,5 @@
 # ruff: noqa: SLF001 (with `_hooks.py`, `_compat` is all that reaches for private names)
-"""What PyTorch does on this thread now: compiles, watches, transforms, or runs backwards."""
+"""What PyTorch is doing on this thread: compiling, dispatching to modes, transforming, backward."""
 
 import functools
 import sys

@@ -1,8 +1,7 @@
 """Which constraints are active at a point, and the system that holds there.
 
-Vectors are Float[Tensor, "problems n"], a row for each problem of a batch.
-`freevars._solvers.kkt` says what is decided, and why. Not here: whose functions these are
-(`constrained.py`).
+Vectors are Float[Tensor, "problems n"], a row for each problem of a batch. `freevars._solvers.kkt`
+explains the decision. Not here: whose functions these are (`constrained.py`).
 """
 
 import math

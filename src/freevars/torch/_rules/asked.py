@@ -1,9 +1,9 @@
-"""What a function returned where a solver asked for it, compared with what it returns there when a
-derivative runs it again.
+"""Compare what a function returned to a solver with what it returns when a derivative runs it
+again.
 
-A derivative of an integral or of a differential equation is another one, of the same function: it
-runs as Python finds it in the backward pass. A loop variable, an attribute or a module's mode that
-has changed since would give the derivative of another function.
+The derivative of an integral or of a differential equation is another integral or equation, which
+runs the same Python function again in the backward pass. If a loop variable, an attribute or a
+module's mode has changed since, it would be the derivative of a different function.
 
 Not here: comparing (`comparison.py`), and what runs again (`integral.py`, `adjoint.py`).
 """

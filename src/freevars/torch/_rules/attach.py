@@ -1,9 +1,10 @@
 """A solution as a function of what a recorded F reads.
 
-F is evaluated once at the solution with a graph, at a leaf of its own, as a deep-equilibrium layer
-by hand does. In the backward pass, A^T u = g is solved with vector-Jacobian products of that graph,
-and -u is sent into it: the derivative flows into whatever the graph reaches, under the modes and
-with the random numbers of the forward pass, and the function does not run again.
+F is evaluated once at the solution with a graph, at a leaf of its own, as in a handwritten
+deep-equilibrium layer. In the backward pass, A^T u = g is solved with vector-Jacobian products of
+that graph, and -u is sent into it: the derivative flows into everything that the graph reaches,
+under the modes and with the random numbers of the forward pass, and the function does not run
+again.
 
 With `create_graph=True` the values get the cotangents in place of the graph, by a second
 evaluation (`implicit.py`): there x depends on the values, while the recorded leaf does not.

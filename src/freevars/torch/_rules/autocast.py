@@ -1,4 +1,4 @@
-"""Autocast as it was in the forward pass, for a backward pass that runs a function again."""
+"""Restore the forward pass's autocast in a backward pass that runs a function again."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager

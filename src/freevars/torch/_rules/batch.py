@@ -1,11 +1,11 @@
-"""Linear systems of a condition as conditions, and many conditions at once: what higher orders and
-`torch.func.vmap` make of one.
+"""Linear systems as conditions, for higher orders, and many conditions at once, for
+`torch.func.vmap`.
 
-Many problems at once are one condition with a row for each: F is `torch.func.vmap` of theirs, and
-its system block-diagonal. The user's solver runs once for all where it can: where its problems
-have an axis in front already (`batch_dims=`), or where it holds operations of PyTorch alone, so
-that vmap can run it too; else once for each. Where nothing but PyTorch's own reverse mode looks on,
-F of all is recorded once.
+A batch of problems is one condition with a row for each: F is `torch.func.vmap` of theirs, and its
+system is block-diagonal. The user's solver runs once for all of them where it can: where its
+problems already have a leading axis (`batch_dims=`), or where it consists of PyTorch operations, so
+that vmap can run it too; otherwise once for each. Where only PyTorch's own reverse mode is active,
+F of all of them is recorded once.
 """
 
 from collections.abc import Iterable, Sequence

@@ -1,8 +1,8 @@
 """A closer look at a Newton step that is not small next to the solution.
 
-`freevars._solvers.verdict` says what is asked. A component counts by its own size, wherever the
-solver came from: the derivative of the root of x^2 = a is off by as much as x is, relative. Two
-kinds of components are all error, and count by how far the solver came with them:
+`freevars._solvers.verdict` defines the criteria. A component is measured by its own size, wherever
+the solver started: the relative error of the derivative of the root of x^2 = a is that of x. Two
+kinds of components are nothing but error, and are measured by how far the solver moved them:
 
 - one that is zero. Newton's iterate tells: x - s is zero, up to rounding and up to what the
   curvature of F adds along the step, s2 = A^-1 F''[s, s] / 2, which must itself be small next to s;
@@ -15,11 +15,11 @@ y = -A^-1 F_t p, changes by A^-1 (F_xx[s] y + F_xt[s] p), to first order; it is 
 directions p, each of which changes every entry of t relative to itself, and a component counts
 relative to the largest that it is in these.
 
-F'' comes from what was recorded, and so does F nearby, where x is tiny next to the way: what it
-gives back tells how much F rounds. The user's function is not run again. (The JAX host evaluates F
-at both ends of the step in place of F''.) A graph that cannot be differentiated three times leaves
-the question open, and so does one that may do so wrongly without a word: custom Functions are in
-it, or hooks of captured tensors, which are not to run for a question either.
+F'' comes from the recorded graph, and so does F nearby, where x is tiny next to how far the solver
+moved it: that shows how much F rounds. The user's function is not run again. (The JAX host
+evaluates F at both ends of the step instead of F''.) A graph that cannot be differentiated three
+times leaves the question open, and so does one whose derivatives may be silently wrong: one with
+custom Functions, or with hooks of captured tensors, which must not run for a check either.
 
 Not here: the measure of a step itself (`dense.py`, `linear.py`).
 """

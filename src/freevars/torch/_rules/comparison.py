@@ -1,5 +1,5 @@
-"""What is evaluated again is compared with what was recorded when the solver returned: F bit for
-bit, a derivative and the integrand of an integral up to rounding.
+"""Compare a second evaluation with what was recorded when the solver returned: F bit for bit,
+derivatives and integrands up to rounding.
 
 Not here: when something is evaluated again (`condition.py`, `record.py`).
 """

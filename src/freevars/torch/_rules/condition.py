@@ -1,9 +1,8 @@
-"""The condition at a solution, F(x, values) = 0, with its linear systems and what they say.
+"""The condition at a solution, F(x, values) = 0, with its linear systems and their verdict.
 
-A condition says how F is computed and how a root is found; here that becomes what the rule needs:
-a solution with what was recorded there, and trustworthy solutions of systems with A = dF/dx. The
-unknown is Float[Tensor, "problems n"], each row a problem of its own; the first of the values is
-x0.
+A condition says how F is computed and how a root is found; this file derives what the rule needs: a
+solution with its recorded graph, and trustworthy solutions of systems with A = dF/dx. The unknown
+is Float[Tensor, "problems n"], each row a problem of its own; the first of the values is x0.
 
 Not here: the user's function and solver (`problem.py`), derivatives (`record.py`, `implicit.py`).
 """

@@ -7,9 +7,9 @@ c(x) = c(x0). Let W be any constant matrix for which L^T W is regular. Then
     F(x) + W (c(x) - c(x0)) = 0
 
 has the same solution and a regular derivative: multiplied by L^T, it says c(x) = c(x0), and then
-F(x) = 0. It holds around the solution too, so that its derivatives of any order are right, and x0
-is one of the values that x depends on. So is what c reads: where L turns with a value, c has to
-read it too. W is L here, in the units of the equations.
+F(x) = 0. This also holds around the solution, so derivatives of any order are right, and x0 is one
+of the values that x depends on. So is what c reads: where L depends on a value, c has to read it
+too. W is L here, in the units of the equations.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """One call of a solver with constraints, as a condition: its Karush-Kuhn-Tucker system.
 
-The unknown is x with the multipliers of `equality` and `inequality`, side by side. Not here: what
-holds, and which constraints are active (`active.py`).
+The unknown is x with the multipliers of `equality` and `inequality`, side by side. Not here: the
+equations, and which constraints are active (`active.py`).
 """
 
 import math

@@ -1,9 +1,9 @@
 """The derivative A of an optimality function at a solution, by products with what was recorded.
 
 `f` was computed once, with a graph, at the leaf `at`. Products of A^T are vector-Jacobian products
-of that graph; nothing runs the function again. Products of A itself are those of a symmetric A, or
-the derivative of the product of A^T, which is linear: only who asks for them needs `f` to be
-differentiable twice.
+of that graph; nothing runs the function again. Products of A are the same where A is symmetric;
+otherwise they are the derivative of the product of A^T, which is linear, and only these need `f` to
+be twice differentiable.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,14 +1,14 @@
-"""The figures of a derivative in this host: one for each problem of a batch.
+"""The figures of the verdict in this host: one for each problem of a batch.
 
-`freevars._solvers.verdict` says what they are and how far they are trusted. The step is measured in
-a way of this host. With s = A^-1 F, the Newton step, and d, the size of a component (`sizes.py`),
+`freevars._solvers.verdict` defines them and their limits. This host measures the step differently.
+With s = A^-1 F, the Newton step, and d, the size of a component (`sizes.py`),
 
     step = max |A_ki s_i| / sum_j |A_kj| d_j   over equations k and components i:
 
-by how much of all that an equation adds up the step changes one of its terms. Multiplying an
-equation by a number, or measuring an unknown in another unit, changes nothing. A component that is
-small by chance among others (a feature of a deep-equilibrium layer) counts by what it does in the
-equations; one that an equation rests on counts relative to itself.
+the change of one term of an equation by the step, relative to the sum of its terms. Multiplying an
+equation by a number, or measuring an unknown in another unit, changes nothing. A component that
+happens to be small (a feature of a deep-equilibrium layer) is measured by its effect in the
+equations; one that dominates an equation is measured relative to itself.
 
 Not here: how the figures are computed (`linear.py`, `closer.py`).
 """

@@ -1,4 +1,4 @@
-"""A decorated solver of this host: inside a compiled program it is called eagerly.
+"""The base of this host's decorated solvers, which run eagerly inside a compiled program.
 
 Not here: what a call does (`solver.py`, `integrator.py`).
 """

@@ -1,4 +1,4 @@
-"""A vector without a pattern, for what is read off component by component."""
+"""A vector without a pattern, for what is measured component by component."""
 
 import torch
 from torch import Tensor

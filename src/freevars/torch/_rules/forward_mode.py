@@ -1,4 +1,4 @@
-"""Ways of PyTorch to take a derivative in forward mode that a rule cannot follow, by name."""
+"""Refuse, by name, the kinds of forward mode in PyTorch that a rule does not support."""
 
 from collections.abc import Iterable
 from typing import Any

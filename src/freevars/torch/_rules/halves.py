@@ -1,7 +1,7 @@
 """How well a solver integrates a derivative: its integral against the sum over both halves.
 
-`freevars._solvers.integration` says what is compared and why. Not here: the derivative
-(`integral`), and what is done about one that is not good (`integrator`).
+`freevars._solvers.integration` explains the comparison. Not here: the derivative (`integral`), and
+what is done about one that is not good (`integrator`).
 """
 
 from collections.abc import Callable, Sequence

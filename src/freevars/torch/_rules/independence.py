@@ -1,4 +1,4 @@
-"""Whether the problems of a batch are problems of their own, as `batch_dims=` says.
+"""Check that the problems of a batch are independent, as `batch_dims=` states.
 
 Not here: what is done with a batch (`batch.py`, `dense.py`).
 """

@@ -1,11 +1,11 @@
-"""What one call of a solver brings, as one list of tensors: the values of its condition.
+"""The inputs of one call of a solver, as one list of tensors: the values of its condition.
 
 In this order: x0; the tensors among the arguments of `fun` and among the solver's options; the
 hoisted values of `fun`, and of the user's condition if there is one; and what the solver and the
 `linear_solve` can reach themselves (the object of a method, a closure) and a derivative could flow
-into. The solution depends
-on the arguments and the hoisted values. It does not depend on the rest, if it is one: where a
-derivative by the rest is asked for, that is checked, and the derivative is zero.
+into. The solution depends on the arguments and the hoisted values. If it is a solution, it does not
+depend on the rest: where a derivative with respect to the rest is needed, that is checked, and the
+derivative is zero.
 
 Not here: what is done with the values (`problem.py`).
 """

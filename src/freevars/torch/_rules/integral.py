@@ -8,9 +8,9 @@ The integral in it is linear in dp. Its transpose takes a cotangent g of I to
 
     int_a^b (df/dp)^T g dt
 
-tensors like p, integrated at once where the solver takes pytrees or tensors, and else number by
-number. Both are calls of the decorated solver for another integrand. A limit that is infinite does
-not move, and its derivative is zero. Source: Leibniz 1697; Courant 1936, "Differential and Integral
+tensors like p, integrated at once where the solver takes pytrees or tensors, otherwise number by
+number. Both are calls of the decorated solver for another integrand. An infinite limit does not
+move, and its derivative is zero. Source: Leibniz 1697; Courant 1936, "Differential and Integral
 Calculus" II, chapter IV. Not here: differential equations (`odeint`).
 """
 

@@ -2,8 +2,8 @@
 GMRES.
 
 Both stop at a residual relative to the norm of `b`, so that neither the units of the system nor
-zeros in `b` matter, and say whether they got there: by the residual of what they return. Not here:
-which one is taken, and what happens where neither converges (`linear.py`).
+zeros in `b` matter, and report whether they reached it, by the residual of their result. Not here:
+the choice between them, and what happens where neither converges (`linear.py`).
 """
 
 import math

@@ -1,8 +1,8 @@
-"""What holds at a solution, as F(x) = 0 on real vectors.
+"""The optimality condition of a solution, as F(x) = 0 on real vectors.
 
-Each kind of solver says it in its own words: `fun` is zero, its gradient is, it returns x, it is as
-small as it can be, or a condition of the user's that is stated by it. The signs are those of the
-JAX host. Not here: whose functions these are (`problem.py`).
+Each kind of solver has its own: `fun` is zero, its gradient is zero, `fun` returns x, the sum of
+its squares is stationary, or a condition of the user's holds. The signs are those of the JAX host.
+Not here: whose functions these are (`problem.py`).
 """
 
 import math

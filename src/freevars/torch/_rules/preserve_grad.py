@@ -1,7 +1,7 @@
 """The caller's `.grad` while a solver runs.
 
 A solver may call `.backward()`, also through tensors that it captures itself or whose optimizer it
-holds. Their `.grad` is the caller's: it is put aside before, and back after. Not here: which
+holds. Their `.grad` belongs to the caller: it is saved before, and restored after. Not here: which
 tensors these are (`inputs.py`), and those that `fun` captures, which the solver is given without
 history (`implicit.py`).
 """

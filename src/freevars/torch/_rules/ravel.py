@@ -1,7 +1,7 @@
 """An unknown of any structure as real vectors, one for each problem of a batch, and back.
 
-Complex parts become two real ones, since what is solved for need not be holomorphic. DTensors
-become whole tensors (`sharded.py`).
+A complex number becomes two real ones, since the equations need not be holomorphic. DTensors become
+whole tensors (`sharded.py`).
 """
 
 import math

@@ -1,7 +1,7 @@
 """A first derivative in PyTorch's own reverse mode, from what was recorded once.
 
 The forward pass evaluates F at the solution, from the user's functions as they are. A tensor that
-was changed in place until the backward pass raises PyTorch's own error, small constants excepted
+is changed in place before the backward pass raises PyTorch's own error, except for small constants
 (`snapshot.py`). Not here: what follows from the recorded F (`attach.py`).
 """
 

@@ -1,4 +1,4 @@
-"""What is said when a solver is decorated. Not here: what follows from it (`condition.py`)."""
+"""What is stated when a solver is decorated. Not here: what follows from it (`condition.py`)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,8 +1,9 @@
 """A DTensor as a whole tensor, the same in every process of its mesh, and back.
 
 The vectors of a rule are whole: each process solves the same system, so that norms, products and
-decisions are the same everywhere, and no process waits for one that has raised an error. What `fun`
-is given, and what the solver returns, keeps its placements. Both directions are differentiable.
+decisions are the same everywhere, and no process waits for one that has raised an error. The
+arguments of `fun` and the solver's result keep their placements. Both directions are
+differentiable.
 
 Not here: the unknown as a vector (`ravel.py`).
 """

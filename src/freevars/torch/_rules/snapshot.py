@@ -1,10 +1,10 @@
 """Constants as they were when F was recorded.
 
-A loop over solves that fills one buffer anew each time is a common program, and the graph of F
-saves that buffer by reference. Inside `constants_as_they_are`, the function reads a copy of each
-small constant. Everything else is saved as PyTorch does: if it has been changed in place when it is
-needed, that is an error. (Hooks on what a graph saves would copy less; inside of them, no transform
-of torch.func runs.)
+Programs often fill one buffer anew for each of many solves, and the graph of F saves that buffer by
+reference. Inside `constants_as_they_are`, the function reads a copy of each small constant.
+Everything else is saved as usual in PyTorch: if it has been changed in place by the time it is
+needed, that is an error. (Hooks for saved tensors would copy less, but no torch.func transform runs
+inside them.)
 """
 
 from collections.abc import Callable, Iterable

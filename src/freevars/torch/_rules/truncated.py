@@ -1,7 +1,7 @@
 """Truncated backward passes: a few terms of the Neumann series in place of a solve.
 
 For a fixed point the system is A = I - dfun/dx, and its inverse the sum of all powers of dfun/dx.
-A few terms of that are cheaper and biased, on purpose: their residual says nothing, and is not
+Taking only a few terms is cheaper and deliberately biased: the residual says nothing, and is not
 checked.
 """
 
