@@ -24,6 +24,7 @@ __all__ = [
     "function_name",
     "home_name",
     "partial_parts",
+    "plain_name",
     "positional",
     "scope",
     "unwrapped",
@@ -55,6 +56,15 @@ def _named(fun: object, depth: int) -> str:
     if type(fun) is BuiltinFunctionType:
         return fun.__name__
     return class_name(fun) if is_a(fun, type) else f"<{class_name(type(fun))} object>"
+
+
+def plain_name(fun: Any) -> str:
+    """The ``__name__`` of a callable, seen through partials; for an object, that of its class."""
+    name = getattr(fun, "__name__", None)
+    if isinstance(name, str):
+        return name
+    inner = getattr(fun, "func", None)
+    return plain_name(inner) if callable(inner) else type(fun).__name__
 
 
 def home_name(fun: object) -> str:

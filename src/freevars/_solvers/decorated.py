@@ -16,7 +16,8 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Generic, ParamSpec, Self, TypeVar
 
-from freevars._solvers.signature import LEADS, SolverCall, SolverSignature, solver_name
+from freevars._names.callables import plain_name
+from freevars._solvers.signature import LEADS, SolverCall, SolverSignature
 
 __all__ = ["DecoratedSolver"]
 
@@ -47,7 +48,7 @@ class DecoratedSolver(Generic[P, R]):
     def _use(self, solver: Callable[P, R]) -> None:
         self._signature = SolverSignature(solver, self.leads)
         functools.update_wrapper(self, solver, updated=())
-        self.__name__ = solver_name(solver)
+        self.__name__ = plain_name(solver)
 
     def _by_its_name(self, method: Callable[..., Any]) -> Callable[..., Any]:
         """A method under the name of the solver, which errors and printed programs show."""

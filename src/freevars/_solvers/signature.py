@@ -15,7 +15,9 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-__all__ = ["LEADS", "SolverCall", "SolverSignature", "solver_name"]
+from freevars._names.callables import plain_name
+
+__all__ = ["LEADS", "SolverCall", "SolverSignature"]
 
 LEADS = ("a function", "a starting point")  # what a solver takes first
 
@@ -43,7 +45,7 @@ class SolverSignature:
             hint = order if isinstance(solver, classmethod) else ""
             message = f"a solver is a function {called}, got {solver!r}.{hint}"
             raise TypeError(message)
-        self.name = solver_name(solver)
+        self.name = plain_name(solver)
         try:
             self._signature = inspect.signature(solver)
         except ValueError:
@@ -108,14 +110,6 @@ class SolverSignature:
                 given[name] = call.args
         bound = inspect.BoundArguments(self._signature, given)
         return solver(*bound.args, **bound.kwargs)
-
-
-def solver_name(solver: Any) -> str:
-    """The name of a solver: for a partial that of its function, for an object that of its class."""
-    name = getattr(solver, "__name__", None) or getattr(
-        getattr(solver, "func", None), "__name__", None
-    )
-    return name if isinstance(name, str) else type(solver).__name__
 
 
 def _is_passed_on(parameter: inspect.Parameter) -> bool:

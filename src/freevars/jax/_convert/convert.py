@@ -18,6 +18,7 @@ import jax
 from jax import tree_util
 
 from freevars._contract import check_callable
+from freevars._names.callables import plain_name
 from freevars.errors import CaptureError, LeakError
 from freevars.jax import _compat
 from freevars.jax._convert.arguments import ArgSpec, insert, partition
@@ -31,14 +32,7 @@ from freevars.jax._describe.operands import captured_by_rules
 from freevars.jax._describe.tracers import can_flow, identity
 from freevars.jax._selftest import check_release
 
-__all__ = ["Conversion", "convert", "described", "name_of", "share", "trace"]
-
-
-class Conversion(NamedTuple):
-    """What one conversion finds: the program, and the captured values in order of first use."""
-
-    program: Program
-    values: tuple[Any, ...]
+__all__ = ["convert", "described", "share", "trace"]
 
 
 class Traced(NamedTuple):
@@ -92,12 +86,15 @@ def _statics(leaves: Sequence[tuple[int, Any]]) -> tuple[tuple[int, Static], ...
     return tuple([(i, Static(leaf)) for i, leaf in leaves])
 
 
-def convert(fun: Callable[..., Any], example_args: Sequence[Any]) -> Conversion:
-    """Trace `fun`, and share the program with every other function that computes the same."""
+def convert(
+    fun: Callable[..., Any], example_args: Sequence[Any]
+) -> tuple[Program, tuple[Any, ...]]:
+    """The program of `fun`, shared with every other function that computes the same, and its
+    captured values in order of first use."""
     call = JittedCall.of(fun, example_args)
     known = None if call is None else call.known()
     if known is not None:
-        return Conversion(*known)
+        return known
     traced = trace(fun, example_args)
     inputs, outputs, met = traced.inputs, traced.outputs, traced.values
     _refuse_refs(fun, traced.jaxpr, met)
@@ -105,10 +102,10 @@ def convert(fun: Callable[..., Any], example_args: Sequence[Any]) -> Conversion:
     jaxpr, values, fixed = _keep_what_rules_hold(fun, traced)
     free = set(map(identity, values)) if fixed else set()
     places = [(i, array_key(v)) for i, v in enumerate(met) if fixed and identity(v) not in free]
-    program = share(jaxpr, jaxpr_key, fixed, tuple(places), inputs, outputs, name_of(fun))
+    program = share(jaxpr, jaxpr_key, fixed, tuple(places), inputs, outputs, plain_name(fun))
     if call is not None:
         call.keep(program, values)
-    return Conversion(program, tuple(values))
+    return program, tuple(values)
 
 
 def share(
@@ -203,14 +200,14 @@ def _keep_what_rules_hold(
     jaxpr, values, kept = traced.jaxpr, traced.values, traced.kept
     for x in [x for x in values if isinstance(x, _compat.Tracer) and not _compat.is_open(x)]:
         message = (
-            f"{described(fun, x, jaxpr, values)}: {name_of(fun)} uses this value outside the"
+            f"{described(fun, x, jaxpr, values)}: {plain_name(fun)} uses this value outside the"
             " transformation that it belongs to. If it was stored by a side effect, return it from"
             " the transformed function instead; if it was in a cache, compute it again."
         )
         raise LeakError(message)
     for x in [x for x in kept if isinstance(x, _compat.Tracer)]:
         message = (
-            f"{name_of(fun)}: a function in it that has a rule of its own (a custom derivative,"
+            f"{plain_name(fun)}: a function in it that has a rule of its own (a custom derivative,"
             " custom_vmap, linear_call), or the rule, captures the traced value"
             f" {described(fun, x, jaxpr, values)}, and does not give its derivative. Pass"
             " the value to the function that has the rule as an argument, and read it from there"
@@ -235,7 +232,7 @@ def _refuse_refs(fun: Callable[..., Any], jaxpr: Any, values: Sequence[Any]) -> 
     for var, value in zip(jaxpr.invars, values, strict=False):
         if isinstance(var.aval, _compat.REF_TYPE):
             message = (
-                f"{name_of(fun)} captures the mutable reference"
+                f"{plain_name(fun)} captures the mutable reference"
                 f" {described(fun, value, jaxpr, values)}."
                 " Reading or writing it is an effect that an argument list cannot carry: pass the"
                 " reference as an argument, or read it before and capture the array."
@@ -253,11 +250,3 @@ def described(*told: Any) -> str:
 
 def _arg_spec_key(spec: ArgSpec) -> Any:
     return (tree_key(spec.tree), spec.types, spec.statics)
-
-
-def name_of(fun: Callable[..., Any]) -> str:
-    name = getattr(fun, "__name__", None)
-    if isinstance(name, str):
-        return name
-    inner = getattr(fun, "func", None)
-    return name_of(inner) if callable(inner) else type(fun).__name__

@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, Generic, ParamSpec, Self, TypeVar
 
 from freevars._contract import Hoist
+from freevars._names.callables import plain_name
 from freevars._sequences import replaced
 from freevars.errors import StructureError
 from freevars.jax._convert.arguments import describe
-from freevars.jax._convert.convert import convert, described, name_of, trace
+from freevars.jax._convert.convert import convert, described, trace
 from freevars.jax._convert.hoist import policy_of
 from freevars.jax._convert.program import Program
 from freevars.jax._convert.stored import restore, store
@@ -47,7 +48,7 @@ class Converted(Generic[P, R]):
         values: tuple[Any, ...],
         hoisted: tuple[int, ...],
     ) -> None:
-        self.__name__ = self.__qualname__ = name_of(fun)
+        self.__name__ = self.__qualname__ = plain_name(fun)
         self.__doc__ = getattr(fun, "__doc__", None)
         self.__module__ = getattr(fun, "__module__", __name__)
         self.__wrapped__ = fun
@@ -183,4 +184,4 @@ def add_name(error: StructureError, fun: Callable[..., Any], args: Sequence[Any]
     except Exception:  # noqa: BLE001 (what is being raised matters more than its name)
         return
     _, colon, rest = str(error).partition(": expected ")
-    error.args = (f"captured value {error.captured} of {name_of(fun)}, {text}{colon}{rest}",)
+    error.args = (f"captured value {error.captured} of {plain_name(fun)}, {text}{colon}{rest}",)

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from freevars._names.callables import plain_name
 from freevars._solvers import scipy_calls
 from freevars._solvers.scipy_results import solver_said
-from freevars._solvers.signature import solver_name
 from freevars.jax import _compat
 from freevars.jax._closure import Closure
 from freevars.jax._host.on_host import on_host
@@ -105,7 +105,7 @@ def tracing(name: str, fun: Any) -> Iterator[None]:
         where = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
         said = str(error).partition("\n")[0].rstrip(".")
         message = (
-            f"{name}: expected a function in JAX, got {solver_name(fun)}{where}, which asks for the"
+            f"{name}: expected a function in JAX, got {plain_name(fun)}{where}, which asks for the"
             f" numbers of a traced array ({said}). Write it, what it calls and the constraints with"
             " jax.numpy: jnp.exp(x) for np.exp(x) or math.exp(x), jnp.where or jax.lax.cond for an"
             " `if` on a value. A function that has to stay in NumPy goes through"

@@ -7,20 +7,18 @@ derivative (`freevars._solvers.kkt`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from freevars._solvers.scipy_calls import are_pairs, as_tuple, check_constraint, listed
+from freevars._solvers.scipy_calls import are_pairs, listed
+from freevars._solvers.scipy_constraints import Function, sorted_constraints
 from freevars.torch._compat import pytree
 from freevars.torch.scipy._scipy import optimize, refuse_derivatives
 
 __all__ = ["as_functions", "as_sides"]
-
-Function = Callable[[Any], Any]
 
 
 def as_sides(bounds: Any, x0: Any, name: str, *, pairs: bool = True) -> tuple[Any, Any]:
@@ -73,42 +71,9 @@ def _like(values: Tensor, x0: Any) -> Any:
 
 def as_functions(constraints: Any, name: str) -> tuple[Function | None, Function | None]:
     """What is zero, and what is not negative, as functions of x; None where there is nothing."""
-    one = isinstance(constraints, (dict, optimize.NonlinearConstraint, optimize.LinearConstraint))
-    given = [constraints] if one else list(constraints or ())
-    equal: list[Function] = []
-    positive: list[Function] = []
-    for i, constraint in enumerate(given):
-        _add(constraint, f"{name}: constraints[{i}]", equal, positive)
-    return _together(equal), _together(positive)
-
-
-def _together(functions: Sequence[Function]) -> Function | None:
-    return (lambda x: [f(x) for f in functions]) if functions else None
-
-
-def _add(constraint: Any, where: str, equal: list[Function], positive: list[Function]) -> None:
-    if isinstance(constraint, dict):
-        check_constraint(where, constraint)
-        kind, fun = str(constraint["type"]).lower(), constraint["fun"]
-        refuse_derivatives(where, jac=constraint.get("jac"))
-        args = as_tuple(constraint.get("args", ()))
-        (equal if kind == "eq" else positive).append(lambda x: fun(x, *args))
-        return
-    if isinstance(constraint, optimize.LinearConstraint):
-        A = constraint.A if isinstance(constraint.A, np.ndarray) else constraint.A.toarray()
-        _add_limits(lambda x: _times(A, x), constraint, where, equal, positive)
-    elif isinstance(constraint, optimize.NonlinearConstraint):
-        jac, hess = constraint.jac, constraint.hess
-        refuse_derivatives(
-            where, jac=None if isinstance(jac, str) else jac, hess=hess if callable(hess) else None
-        )
-        _add_limits(constraint.fun, constraint, where, equal, positive)
-    else:
-        message = (
-            f"{where}: expected a dict, a NonlinearConstraint or a LinearConstraint of scipy, got"
-            f" {constraint!r}."
-        )
-        raise TypeError(message)
+    return sorted_constraints(
+        constraints, name, refuse_derivatives=refuse_derivatives, times=_times, between=_between
+    )
 
 
 def _vector(values: Any) -> Tensor:
@@ -120,35 +85,22 @@ def _times(A: Any, x: Any) -> Tensor:
     return _tensor(A).to(vector) @ vector
 
 
-def _add_limits(
-    fun: Function, constraint: Any, where: str, equal: list[Function], positive: list[Function]
-) -> None:
-    """The rows of lb <= fun(x) <= ub, each where it belongs."""
-    if np.any(constraint.keep_feasible):
-        message = (
-            f"{where}: keep_feasible: expected False, got {constraint.keep_feasible!r}. Bounds may"
-            " have it."
-        )
-        raise TypeError(message)
-    lower, upper = constraint.lb, constraint.ub
+def _between(fun: Function, lower: Any, upper: Any) -> tuple[list[Function], list[Function]]:
+    """The rows of lower <= fun(x) <= upper: equations, and inequalities."""
     low, up = map(_known, (lower, upper))
     is_equal = np.equal(low, up)
 
-    def rows(which: Any, sign: float, side: Any) -> Function:
+    def rows(which: Any, sign: float, side: Any) -> list[Function]:
         def part(x: Any) -> Any:
             value = _vector(fun(x))
             keep = torch.as_tensor(np.broadcast_to(which, tuple(value.shape)).copy())
             return (sign * (value - _tensor(side).to(value)))[keep.to(value.device)]
 
-        return part
+        return [part] if np.any(which) else []
 
-    for which, sign, side, found in (
-        (is_equal, 1, lower, equal),
-        (~is_equal & np.isfinite(low), 1, lower, positive),
-        (~is_equal & np.isfinite(up), -1, upper, positive),
-    ):
-        if np.any(which):
-            found.append(rows(which, sign, side))
+    above = rows(~is_equal & np.isfinite(low), 1, lower)
+    below = rows(~is_equal & np.isfinite(up), -1, upper)
+    return rows(is_equal, 1, lower), above + below
 
 
 def _tensor(side: Any) -> Tensor:

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from freevars._names.callables import plain_name
 from freevars._solvers import scipy_calls
-from freevars._solvers.signature import solver_name
 from freevars.torch import _compat
 from freevars.torch._compat import pytree
 
@@ -89,7 +89,7 @@ def not_in_pytorch(name: str, fun: Any, said: str) -> TypeError:
     code = getattr(getattr(fun, "func", fun), "__code__", None)  # of a partial, its function's
     where = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
     return TypeError(
-        f"{name}: expected a function in PyTorch, got {solver_name(fun)}{where}, {said}. Write it,"
+        f"{name}: expected a function in PyTorch, got {plain_name(fun)}{where}, {said}. Write it,"
         " what it calls and the constraints with torch: torch.exp(x) for np.exp(x) or math.exp(x),"
         " without .item(), .detach() or float(x). A function that has to stay in NumPy goes"
         " through torch.autograd.Function, with a derivative of your own."
