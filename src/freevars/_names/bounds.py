@@ -15,11 +15,11 @@ _STDLIB_CONTAINERS = frozenset({"argparse", "collections", "types"})
 
 
 class Bounds:
-    """What is never entered.
+    """What the search never enters.
 
     Args:
         opaque: the packages whose code and instances stay closed.
-        enters: says of a class from such a package whether its instances are entered all the same.
+        enters: whether instances of a class from such a package are entered nevertheless.
     """
 
     def __init__(self, opaque: frozenset[str], enters: Callable[[type], bool] | None) -> None:

@@ -68,13 +68,13 @@ def plain_name(fun: Any) -> str:
 
 
 def home_name(fun: object) -> str:
-    """How names in the function asked about start; a callable object calls itself ``self``."""
+    """How names inside a function start: a callable object calls itself ``self``."""
     plain = is_a(fun, FunctionType, MethodType, functools.partial)
     return function_name(fun) if plain else "self"
 
 
 def compiled_module(obj: object) -> Any:
-    """The module of layers that a compiled one stands for; `None` for anything else."""
+    """The module of layers that a compiled module wraps; `None` for anything else."""
     parts = module_parts(obj)
     return dict.get(parts[-1], _COMPILED) if parts is not None else None
 

@@ -83,7 +83,7 @@ def is_exactly(obj: object, *classes: type) -> bool:
 
 
 def by_name(items: dict[Any, Any]) -> dict[str, Any]:
-    """The entries of ``items`` under plain strings: any other key may have a mind of its own."""
+    """The entries of ``items`` under plain strings: any other key may run code of its own."""
     found = list(dict.items(items))
     if type(items) is dict and all(type(key) is str for key, _ in found):
         return items
@@ -124,8 +124,8 @@ def slot_values(obj: object) -> Iterator[tuple[str, Any]]:
 def stored_members(classes: Sequence[type]) -> dict[str, Any]:
     """What the attributes of a class lead to, given its bases, itself first.
 
-    A method gives its function, a property the function that computes it. Other descriptors are
-    left out, for what they hold is not what the attribute gives.
+    A method leads to its function, a property to its getter. Other descriptors are left out,
+    because what they hold is not the attribute's value.
     """
     stored = {name: member for cls in reversed(classes) for name, member in class_dict(cls).items()}
     members: dict[str, Any] = {}

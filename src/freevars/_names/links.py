@@ -70,7 +70,7 @@ class Cell(Link):
 
 @dataclass(slots=True)
 class Global(Link):
-    """A variable of a module, which is named where it is another one than the function's own."""
+    """A variable of a module, which is part of the name unless it is the function's own."""
 
     module: str
     variable: str
@@ -170,7 +170,7 @@ class Member(Link):
 
 @dataclass(slots=True)
 class Through(Link):
-    """What is under a wrapper: it goes by the wrapper's name, or by its own, ``home``."""
+    """What a wrapper wraps: it has the wrapper's name, or its own, ``home``."""
 
     attribute: str
     home: str = ""
@@ -199,7 +199,7 @@ class Node:
         self.obj = obj
         self.parent = parent
         self.link = link
-        # The function asked about, or what it wraps: its variables go by bare names.
+        # The function in question, or what it wraps: its variables have bare names.
         self.home = home
 
     def lineage(self) -> Iterator["Node"]:
@@ -209,7 +209,7 @@ class Node:
             node = node.parent
 
     def names(self) -> tuple[str, str]:
-        """What a person calls it, and the whole path."""
+        """Its name as a person would write it, and the whole path."""
         links = [node.link for node in self.lineage()]
         start = next((i for i, link in enumerate(links) if link.starts), len(links) - 1)
         name = "".join(link.name for link in reversed(links[: start + 1]))

@@ -18,7 +18,7 @@ _Holder = tuple[Node, Mapping[str, Any], Mapping[str, object]]
 class Mentions:
     """The names in the code read so far, and the holders of members, by the names of these.
 
-    Both are looked up by name, so that a walk costs what it reads and not holders times names.
+    Both are looked up by name, so the cost of a search is their sum, not their product.
     """
 
     def __init__(self) -> None:

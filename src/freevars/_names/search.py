@@ -20,7 +20,7 @@ from freevars._names.object_graph import ObjectGraph
 
 __all__ = ["FRAMEWORKS", "Name", "ReachableLeaves", "function_name", "name_values"]
 
-# Whose instances and functions are never entered; their containers and wrappers are looked through.
+# Packages whose instances and functions are never entered; their containers and wrappers are.
 FRAMEWORKS = frozenset({"jax", "jaxlib", "torch", "numpy", "scipy", "freevars"})
 
 _BUDGET = 100_000  # objects looked at in one walk
@@ -30,7 +30,7 @@ _MOST_VISITS = 2  # how often one container is opened: a second way to it gives 
 _DEEPEST = 200  # links followed upwards when looking for a cycle
 
 # Types whose values the interpreter shares, so that identity says nothing, and types with nothing
-# inside; by id, for hashing a class can run code.
+# inside; by id, since hashing a class can run code.
 _NO_IDENTITY = frozenset(map(id, (bool, int, str, bytes, type(None))))
 _ATOMS = _NO_IDENTITY | frozenset(
     map(id, (float, complex, range, slice, CodeType, type(...), object))
@@ -96,9 +96,9 @@ def name_values(
 class ReachableLeaves:
     """Every leaf that functions can reach, each once, with its shortest name; sets are entered too.
 
-    The arguments are those of ``name_values``. The walk is the same, and as bounded. It may be
-    asked about one function after the other: what it opened before, it does not open again, but for
-    functions, whose variables may hold something else by then. It holds all that it has opened.
+    The arguments are those of ``name_values``, and the search has the same limits. It can be asked
+    about several functions in turn: what was opened before is not opened again, except for
+    functions, whose variables may have changed. It keeps everything that it has opened alive.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class _Search:
             return
 
     def visit(self, node: Node) -> None:
-        """Take note of one object: whether it is looked for, and whether to look inside."""
+        """Visit one object: record it if it is a target, and decide whether to look inside."""
         self.budget -= 1
         if self.budget < 0:
             raise _ExhaustedError

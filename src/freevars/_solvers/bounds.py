@@ -30,8 +30,8 @@ class Component(NamedTuple):
 def on_a_bound(
     components: Iterable[Component], options: Iterable[float], kind: Kind, limit: float
 ) -> list[str]:
-    """Those that should move by more than `limit`, relative, and have a value that nobody finds by
-    iterating, as `x[1] = 0.0`; the first few."""
+    """The first few that should move by more than `limit`, relative, and have a value that no
+    iteration would produce, such as `x[1] = 0.0`."""
     given = list(options)
     found = []
     for name, value, change, shown, rounded in components:

@@ -150,7 +150,7 @@ class DecoratedSolver(Generic[P, R]):
 
 
 def _decorations(function: Any) -> Iterator[DecoratedSolver[..., Any]]:
-    """What the name of a function leads to, where that is decorated: the outermost first."""
+    """The decorated functions that the name of a function leads to, the outermost first."""
     known = _found_under_name_of(function)
     while isinstance(known, DecoratedSolver):
         yield known
@@ -158,7 +158,7 @@ def _decorations(function: Any) -> Iterator[DecoratedSolver[..., Any]]:
 
 
 def _found_under_name_of(function: Any) -> Any:
-    """What the module of a function holds under its name: mostly itself."""
+    """What the module of a function has under the function's name: usually the function itself."""
     return _found(getattr(function, "__module__", None), getattr(function, "__qualname__", None))
 
 

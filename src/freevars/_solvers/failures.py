@@ -138,7 +138,7 @@ def _not_converged(figures: Figures, limits: Limits, context: Context) -> str:
 def option_matters(
     name: str, kind: Kind, step: float, limit: float, by: Sequence[str] = ()
 ) -> NotASolutionError:
-    """The error for a derivative by an option of the solver that the solution depends on.
+    """The error for a derivative with respect to a solver option on which the solution depends.
 
     `by`: what the derivative is by, where a host can tell.
     """

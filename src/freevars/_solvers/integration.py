@@ -65,7 +65,7 @@ SAMPLES = 8  # points at which the size of an integrand is looked at
 Takes: TypeAlias = Literal[None, "pytree", "array", "scalar"]  # noqa: PYI061 (its values are listed)
 State: TypeAlias = Literal[None, "pytree", "array"]  # noqa: PYI061 (as above)
 
-# How a backward pass of a differential equation is solved, and what happens where it is not good.
+# How the backward pass of a differential equation is solved, and what happens where it fails.
 Reverse: TypeAlias = Literal["adjoint", "sensitivities"]
 OnDoubt: TypeAlias = Literal["raise", "warn", "nan"]
 
@@ -93,7 +93,7 @@ class OdeOptions(TypedDict, total=False):
 
 
 def shown_by(shapes: Sequence[tuple[int, ...]], *, is_leaf: bool) -> Takes:
-    """What a solver takes that was given values of these shapes; `is_leaf`: an array by itself."""
+    """What a solver takes if a call gave it values of these shapes; `is_leaf`: one array."""
     if not is_leaf:
         return "pytree"
     return "scalar" if shapes[0] == () else "array"
@@ -143,7 +143,7 @@ def called_as(*, tfirst: bool) -> str:
 
 
 def no_derivative(name: str, by: str, leads: Sequence[str], constant: str) -> CaptureError:
-    """The error for a derivative by what only the solver reads: nothing tells what it does."""
+    """The error for a derivative with respect to a value that only the solver reads."""
     function, *points = leads
     return CaptureError(
         f"{name}: expected a derivative by what the {function} reads or by {' or '.join(points)},"

@@ -155,14 +155,15 @@ def natural_size(xp: Any, size: Any, coupling: Any, largest: Any, eps: float) ->
 
 
 def least_size(way: Any, eps: float) -> Any:
-    """How large x is at least, from how far the solver came: what is smaller is an error of it."""
+    """The least size of x, from how far the solver came: anything smaller is an error of the
+    solver."""
     return eps**0.5 * way
 
 
 def reach(xp: Any, largest: Any, eps: float) -> Any:
-    """Up to which distance from zero a bound says how large x is, whose `largest` is given.
+    """The distance from zero up to which a bound indicates the size of x, given its `largest`.
 
-    One that is farther stands for no bound, as 1e20 does. Where x is zero, any finite one counts.
+    One that is farther away means no bound, such as 1e20. Where x is zero, any finite one counts.
     """
     finite = xp.finfo(largest.dtype).max
     return xp.where(largest > 0, xp.clip(largest / eps**0.5, 0, finite), finite)
@@ -177,14 +178,15 @@ def saturated(xp: Any, gap: Any) -> Any:
 def on_the_spot(xp: Any, value: Any, constant: Any, near: Any) -> Any:
     """A row of F that holds by decision: its derivative, without its value where that is near 0.
 
-    How far an interior-point method keeps from a bound is no error of x, and nor is what rounding
-    leaves of a multiplier that is zero. `constant` is the value without its derivative.
+    The distance that an interior-point method keeps from a bound is not an error of x, nor is what
+    rounding leaves of a multiplier of zero. `constant` is the value without its derivative.
     """
     return value - xp.where(near, constant, xp.zeros_like(constant))
 
 
 def threshold(xp: Any, left: Any, eps: float) -> Any:
-    """Up to which value both sides of a pair count as zero, for what is left of the equations."""
+    """The value up to which both sides of a pair count as zero, given the residual of the
+    equations."""
     return xp.clip(10 * left, *_zero(eps))
 
 
@@ -207,7 +209,7 @@ class Found(NamedTuple):
 
 
 def explain(name: str, found: Found, limits: Limits, eps: float) -> FreevarsError | None:
-    """The error in words of the constraints, if these say why there is no derivative."""
+    """The error in terms of the constraints, if they explain why there is no derivative."""
     sides = list(zip(found.names, found.gaps, found.pulls, strict=True))
     if found.crossed:
         return NotASolutionError(

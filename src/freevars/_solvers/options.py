@@ -60,7 +60,7 @@ def _check_conserved(conserved: object) -> None:
         raise TypeError(message)
 
 
-# Options with a value of their own kind, where a host has them.
+# Checks of options that are neither `bool` nor `Literal`.
 _CHECKS: dict[str, Callable[[object], None]] = {"conserved": _check_conserved, "tol": _check_tol}
 
 

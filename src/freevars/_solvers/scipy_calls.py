@@ -36,7 +36,7 @@ __all__ = [
     "refuse_of_quad",
 ]
 
-# What a method of `minimize` takes beside the value. To any other scipy says that it has no use.
+# What a method of `minimize` takes besides the value; scipy warns of anything else.
 NO_GRADIENT = {"nelder-mead", "powell", "cobyla", "cobyqa"}
 HESSIAN = {"dogleg", "trust-exact", "trust-constr"}
 PRODUCTS = {"newton-cg", "trust-ncg", "trust-krylov"}
@@ -57,7 +57,7 @@ def as_tuple(args: Any) -> tuple[Any, ...]:
 
 
 def refuse_derivatives(name: str, host: str, own_rule: str, **given: Any) -> None:
-    """Refuse derivatives that a caller brings: they are taken from the function.
+    """Refuse derivatives from the caller: they are derived from the function.
 
     Raises:
         TypeError: one of them is neither None nor False.
@@ -87,7 +87,7 @@ def refuse_loss(name: str, loss: Any) -> None:
 
 
 def check_objective(value: Any, total: str) -> None:
-    """Refuse what is no objective of `minimize`; `total` is how a host writes a sum.
+    """Refuse a value that is not an objective of `minimize`; `total` is how a host writes a sum.
 
     Raises:
         TypeError: it is not one number.
@@ -178,7 +178,7 @@ def is_open(bounds: Any) -> bool:
 
 
 def refuse_of_quad(**given: Any) -> None:
-    """Refuse arguments of `quad` that have no place.
+    """Refuse arguments of `quad` that are not supported.
 
     Raises:
         TypeError: one of them is neither None nor zero.
@@ -193,7 +193,7 @@ def refuse_of_quad(**given: Any) -> None:
 
 
 def refuse_integrand(value: Any, host: str, *, is_complex: bool) -> NoReturn:
-    """Refuse what the function of `quad` returned, which is no number.
+    """Refuse a value of the function of `quad` that is not a number.
 
     Raises:
         TypeError: always.
@@ -218,7 +218,7 @@ def check_pair(name: str, end: str, matrix: Any, vector: Any) -> None:
 
 
 def refuse_of_linprog(*, integrality: Any, **given: Any) -> None:
-    """Refuse arguments of `linprog` that have no place.
+    """Refuse arguments of `linprog` that are not supported.
 
     Raises:
         TypeError: one of them is not None, or some x is to be a whole number.

@@ -17,7 +17,7 @@ _BYTES = 256  # of a message; what is longer is cut
 
 
 def solver_said(result: Any = None) -> Said:
-    """What a result of `minimize`, `root`, `least_squares` or `linprog` tells beside x.
+    """What a result of `minimize`, `root`, `least_squares` or `linprog` reports besides x.
 
     Of None, here and below: an example, with the same names.
     """

@@ -30,8 +30,8 @@ __all__ = [
 
 
 class _Curvature(optimize.BFGS):  # type: ignore[misc]
-    """What trust-constr learns of the second derivatives of the constraints: as scipy's default,
-    and silent about constraints that are linear."""
+    """trust-constr's approximation of the constraints' second derivatives: scipy's default, without
+    its warning about linear constraints."""
 
     def update(self, delta_x: Any, delta_grad: Any) -> None:
         if np.any(delta_grad):
@@ -181,7 +181,8 @@ def solve_ivp(
     try:
         result = integrate.solve_ivp(fun, (times[0], times[-1]), y0, method, times, **options)
     except ValueError as error:
-        # An implicit method meets a state that is not finite, as backwards a stiff equation does.
+        # An implicit method met a state that is not finite, as for a stiff equation solved
+        # backwards.
         if "infs or NaNs" not in str(error):
             raise
         result = SimpleNamespace(success=False, status=-1, message=str(error))

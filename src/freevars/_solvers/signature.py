@@ -76,7 +76,7 @@ class SolverSignature:
         return f"{self.name}{self._signature}"
 
     def take_apart(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> SolverCall:
-        """Sort what a call brings."""
+        """Sort the arguments of a call."""
         try:
             bound = self._signature.bind(*args, **kwargs)
         except TypeError as error:

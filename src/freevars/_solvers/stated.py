@@ -12,18 +12,18 @@ from freevars._solvers.verdict import Kind
 
 __all__ = ["States", "check_condition", "kind_of"]
 
-# A condition, and what `fun` takes, from x (None: x). A plain tuple is copied as what it holds.
+# A condition, and what `fun` takes, from x (None: x). A plain tuple is copied by its items.
 Stated: TypeAlias = tuple[Callable[..., Any], Callable[[Any], Any] | None]
 States: TypeAlias = Kind | Stated
 
 
 def kind_of(states: States) -> Kind:
-    """The kind of it."""
+    """The kind of a statement."""
     return states if isinstance(states, str) else "implicit"
 
 
 def check_condition(condition: object, argument: object) -> None:
-    """Refuse arguments of `implicit` that are no functions."""
+    """Refuse arguments of `implicit` that are not functions."""
     if not callable(condition):
         message = f"implicit: expected a function condition(fun, x), got {condition!r}."
         raise TypeError(message)

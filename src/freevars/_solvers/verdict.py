@@ -73,7 +73,7 @@ def is_minimum(kind: Kind) -> bool:
 
 
 class Limits(NamedTuple):
-    """What the figures may be, for an unknown of some precision."""
+    """The limits of the figures, for an unknown of some precision."""
 
     negligible: float  # a step after which nothing is asked
     certain: float  # the largest one where nothing is known of the derivative on the way
@@ -112,7 +112,7 @@ class Limits(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """What is measured: scalars of the host, each as good as can be where it is not measured.
+    """The measured figures: scalars of the host, each perfect where it is not measured.
 
     They depend on values alone, not on directions of differentiation.
     """
@@ -129,9 +129,9 @@ class Figures(NamedTuple):
 def accepted(figures: Figures, limits: Limits, *, least_squares: bool = False) -> Any:
     """Whether to trust the derivative, as a bool of the host; a NaN is never trusted.
 
-    With `least_squares` a singular system is no fault, but one that keeps totals is: its shortest
-    solution is not the one that the solver finds. And so is one that has no solution for dF/dt p:
-    `residual` is then what is left of that.
+    With `least_squares` a singular system is accepted, unless it conserves totals: then its
+    shortest solution is not the one that the solver finds. Nor is one accepted that has no solution
+    for dF/dt p: `residual` is then what is left of that.
     """
     good = figures.finite & (figures.step <= limits.step)
     good &= (figures.step <= limits.negligible) | (figures.change <= limits.change)

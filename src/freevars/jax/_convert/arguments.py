@@ -125,7 +125,7 @@ def fit(x: Any, expected: Any, *, weak_matters: bool) -> Any:
 def int_ranges(types: Sequence[Any]) -> tuple[tuple[int, int, int], ...]:
     """The places of the integer scalars among some types, each with its least and largest value.
 
-    There a Python number fits by its kind, and JAX would cast it without looking at it.
+    There a Python number fits by its kind, and JAX would cast it without a range check.
     """
     ranges = []
     for i, t in enumerate(types):
@@ -161,7 +161,7 @@ def mismatch(
 ) -> StructureError | None:
     """The error for the first path at which `got` is not as `spec` says, or None if it fits.
 
-    `hint` says what to do next, if that is not to convert again.
+    `hint` says what to do next, in place of converting again.
     """
 
     def differ(expected: Any, leaf: Any) -> tuple[str, str] | None:

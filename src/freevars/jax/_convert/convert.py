@@ -60,9 +60,9 @@ def trace(fun: Callable[..., Any], example_args: Sequence[Any]) -> Traced:
         result[:] = rest
         return outs
 
-    # A function of its own for each conversion: JAX forgets what it traced when it goes.
+    # A new function for each conversion: JAX drops its trace when the function is gone.
     closed = jax.make_jaxpr(on_leaves)(*arrays)
-    # Only now, since `fun` may have filled a cache of a static leaf, which is no change.
+    # Only now: `fun` may have filled a cache in a static leaf, which does not count as a change.
     inputs = ArgSpec(tree, types, _statics(others))
     outputs = ArgSpec(result[0], tuple(closed.out_avals), _statics(result[1]))
     lifted = lambda_lift(closed)
@@ -148,8 +148,8 @@ def share(
 def _without_weak_types(
     jaxpr: Any, inputs: ArgSpec, value_types: tuple[Any, ...], outputs: ArgSpec
 ) -> tuple[ArgSpec, tuple[Any, ...]]:
-    """The types of arguments and captured values, where these are weak and it cannot matter: no
-    dtype in the program and no weak result comes of it. A scalar argument stays a number."""
+    """The types of arguments and captured values, made strong where weakness cannot matter: where
+    it decides no dtype in the program and no result is weak. A scalar argument stays a number."""
     arrays = [t for t in inputs.types if getattr(t, "shape", ())]
     if not any(map(_compat.is_weak, (*arrays, *value_types))):
         return inputs, value_types
@@ -160,8 +160,7 @@ def _without_weak_types(
 
 
 def _in_order_of_use(jaxpr: Any, values: list[Any], n_args: int) -> tuple[Any, list[Any]]:
-    """Without dead code and the values that only dead code reads, the rest as they are first
-    read."""
+    """Remove dead code and the values that only it reads; order the others by first use."""
     keep = [False] * len(values) + [True] * n_args
     jaxpr, used = _compat.drop_dead_code(jaxpr, keep)
     values = [value for value, use in zip(values, used, strict=False) if use]
@@ -191,11 +190,11 @@ def _keep_what_rules_hold(
 ) -> tuple[Any, list[Any], list[Any]]:
     """Split the captured values into those that can be replaced and those that cannot.
 
-    A custom rule that stays a function reads its own captured values when JAX runs it. Were one
-    replaced in the body and not in the rule, a derivative would be wrong without a word. So a
-    concrete array that either captures stays what it is, and a traced one is refused. So is a
-    traced one that the function of a `custom_vjp` captures and that may be differentiated: whoever
-    wrote the rule said that the derivative is not that of the body, and did not say what it is.
+    A custom rule that stays a function reads its own captured values when JAX runs it. If one were
+    replaced in the body and not in the rule, the derivative would be silently wrong. So a concrete
+    array that either captures stays as it is, and a traced one is refused. So is a traced one that
+    the function of a `custom_vjp` captures and that may be differentiated: the rule says that the
+    derivative is not that of the body, and does not say what it is.
     """
     jaxpr, values, kept = traced.jaxpr, traced.values, traced.kept
     for x in [x for x in values if isinstance(x, _compat.Tracer) and not _compat.is_open(x)]:

@@ -58,7 +58,7 @@ class Converted(Generic[P, R]):
         self._hoisted = hoisted
         self._n_args = len(program.inputs.tree.children())
         self._n_all = self._n_args + len(hoisted)
-        # What stays inside: the values that are not hoisted, at their places among all.
+        # The values that are not hoisted, at their positions among all.
         inside = [] if len(hoisted) == len(values) else list(values)
         for i in hoisted if inside else ():
             inside[i] = None
@@ -174,7 +174,7 @@ def closure_convert(
 
 
 def add_name(error: StructureError, fun: Callable[..., Any], args: Sequence[Any]) -> None:
-    """Say the name of the captured value that an error is about, by tracing `fun` once more."""
+    """Add the name of the captured value that an error is about, by tracing `fun` again."""
     if error.captured is None:
         return
     try:

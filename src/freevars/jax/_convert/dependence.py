@@ -62,14 +62,14 @@ def _is_call(eqn: Any, program: Any) -> bool:
 def _in_a_loop(
     body: Any, inputs: Iterable[int], constants: int, carry: int
 ) -> tuple[list[bool], set[int]]:
-    """Which results of all turns may depend on some inputs of the first, and which inputs of a
-    later turn do; what is carried comes after the constants."""
+    """Which results of a loop may depend on some inputs of its first iteration, and which inputs of
+    a later one do; the carry comes after the constants."""
     inputs = set(inputs)
     while True:
         results = reached(body, inputs)
         came_back = {constants + i for i in range(carry) if results[i]}
         if came_back <= inputs:
-            # Without a turn, what is carried stays.
+            # Without an iteration, the carry is the result.
             kept = [constants + i in inputs for i in range(carry)]
             return [*kept, *results[carry:]], inputs
         inputs |= came_back

@@ -28,7 +28,7 @@ __all__ = ["JittedCall"]
 
 
 class _Kept(NamedTuple):
-    """What is known of one program of JAX's."""
+    """What is known about one of JAX's programs."""
 
     constants: list[Any]  # the arrays in it, which are captured values too
     # By how the arguments are bound: our program, held weakly, and for each of its captured values
@@ -68,7 +68,7 @@ class JittedCall(NamedTuple):
         if kept is None:
             kept = programs[jaxpr] = _Kept(lambda_lift(jaxpr)[1], {})
         candidates = [*kept.constants, *bound]
-        # An array that stands at two places is one captured value, so that the places count.
+        # An array in two places is one captured value, so the places count.
         first: dict[Any, int] = {}
         places = tuple([first.setdefault(identity(x), i) for i, x in enumerate(candidates)])
         return cls(kept, (len(args), tuple(kwargs), places), candidates)

@@ -35,8 +35,8 @@ _NAMED = {"jit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp
 # Beside the dtype, a conversion says whether the type of its result is weak.
 _WEAK = {"convert_element_type": "weak_type"}
 
-# Above this size the content of an array that is part of a program is not read. Libraries make
-# small ones afresh in each trace.
+# Larger arrays that are part of a program are not compared by content. Libraries create small ones
+# anew in each trace.
 _READ_BYTES = 1 << 12
 
 # The keys of nested programs, which JAX keeps from one trace to the next: those of jitted
@@ -48,11 +48,11 @@ _SCALARS = {type(None), bool, int, str, bytes, float, complex}
 
 
 class JaxprKey:
-    """The key of one program, and whether it keeps anything of the user's for later.
+    """The key of one program, and whether it holds anything of the user's that runs later.
 
     Args:
         jaxpr: the open program.
-        known: keys of what it keeps for later, by identity, as far as they are known.
+        known: the known keys of what runs later, by identity.
     """
 
     def __init__(self, jaxpr: Any, known: Mapping[int, Hashable] = _NOTHING) -> None:
@@ -166,8 +166,8 @@ class JaxprKey:
         )
 
     def _kept(self, x: Any) -> Hashable:
-        """A function that JAX runs later. What it reads then is unknown if it is the user's, so it
-        equals nothing but itself."""
+        """A function that JAX runs later. What a user's function reads then is unknown, so it
+        equals only itself."""
         found = self._known.get(id(x))
         if found is not None:
             return found
@@ -180,7 +180,7 @@ class JaxprKey:
         return Same(x)
 
     def _kept_callback(self, x: Any) -> Hashable:
-        """The same for one that runs on the host each time: nothing of it is compiled."""
+        """The same for one that runs on the host: nothing of it is compiled."""
         (key,), foreign, _ = self._on_host.look(x)
         self.foreign |= bool(foreign)
         return key

@@ -10,7 +10,7 @@ __all__ = ["Key"]
 class Key:
     """A key of many parts, hashed once.
 
-    Programs share what they nest, so that the paths through a key may be exponentially many. Two
+    Programs share nested programs, so the number of paths through a key may be exponential. Two
     keys that were found equal remember it, and each pair is compared once.
     """
 

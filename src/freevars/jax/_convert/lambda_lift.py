@@ -53,7 +53,7 @@ class Constants:
         return [var for _, var in self._found.values()]
 
     def variable(self, value: Any, aval: Any) -> Var:
-        """The variable that stands for `value`, or for what that is a copy of."""
+        """The variable for `value`, or for what `value` is a copy of."""
         key = identity(value)
         if key in self._copies:
             value = self._copies[key]
@@ -194,8 +194,8 @@ class _Lifter:
         return eqn.replace(primitive=rule_p, invars=invars, params=params)
 
     def unknown(self, eqn: Eqn) -> Eqn:
-        """An equation that calls programs in a way that is not known here: they keep their
-        constants, and get traced rules."""
+        """An equation of an unknown kind that calls programs: they keep their constants, and get
+        traced rules."""
         params = {k: _compat.map_programs(v, self._inside) for k, v in eqn.params.items()}
         return eqn.replace(params=params)
 

@@ -51,7 +51,7 @@ class _Packer:
         self._rules: list[Rule] = []
 
     def place(self, jaxpr: Any) -> int:
-        """Where in the table a program lies; each is listed once."""
+        """The place of a program in the table; each is listed once."""
         known = self._known.get(id(jaxpr))
         if known is None:
             self.listings.append(self._listing(jaxpr))
@@ -168,7 +168,7 @@ _PLAIN = {bool, int, float, complex, str, bytes, np.dtype}
 
 
 def _pack_object(x: Any) -> Any:
-    """One of JAX's objects that does not pickle as what it is, as data; any other as it is."""
+    """A JAX object that does not survive pickling, as data; anything else as it is."""
     if isinstance(x, (_compat.Array, _compat.Tracer, *_compat.TYPED_NUMPY)):
         return store(x)
     if isinstance(x, tree_util.PyTreeDef):
@@ -187,7 +187,8 @@ _PLACES: dict[int, tuple[Any, Reference]] = {}
 
 
 def _reference(x: Any) -> Reference | None:
-    """Where an object of JAX's lies that equals itself alone, and so must be found and not made."""
+    """The module and name of a JAX object that equals only itself, so it must be found, not
+    recreated."""
     kind: Any = type(x)
     if kind.__eq__ is not object.__eq__:
         return None
@@ -223,7 +224,7 @@ def _own_function(eqn: Any) -> Reference | None:
 
 
 def equations_of(function: Any, args: Sequence[Any]) -> list[Any]:
-    """What a function is traced to, without dead code, as it is taken out of every program."""
+    """The equations that a function is traced to, without dead code."""
     try:
         jaxpr = jax.make_jaxpr(function)(*[v.aval for v in args]).jaxpr
         return list(_compat.drop_dead_code(jaxpr, [True] * len(args))[0].eqns)

@@ -24,14 +24,14 @@ __all__ = [
 
 
 class Reference(NamedTuple):
-    """An object that lies in a module under a name."""
+    """An object in a module, by name."""
 
     module: str
     name: str
 
 
 class Nested(NamedTuple):
-    """A nested program: its place in the table, and whether it stands there closed."""
+    """A nested program: its place in the table, and whether it is closed."""
 
     place: int
     closed: bool
@@ -58,8 +58,8 @@ class Layout(NamedTuple):
 
 
 class Remade(NamedTuple):
-    """One of JAX's objects that are made anew from their parts: they remember a hash, which another
-    process does not share, or equal themselves alone."""
+    """A JAX object that is recreated from its parts, because it caches a hash, which differs
+    between processes, or equals only itself."""
 
     kind: Any
     parts: dict[str, Any]

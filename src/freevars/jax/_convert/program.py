@@ -49,8 +49,8 @@ class _Ref(weakref.ref["Program"]):
     key: Hashable
 
 
-# A plain dict, whose `setdefault` two threads may call at once: comparing keys can run code of the
-# user's (the equality of a static argument), and no lock may be held then.
+# A plain dict, whose `setdefault` is safe between threads: comparing keys can run the user's code
+# (the equality of a static argument), during which no lock may be held.
 _PROGRAMS: dict[Hashable, _Ref] = {}
 
 
@@ -98,8 +98,8 @@ class Program:
         self.inputs = inputs
         self.outputs = outputs
         self.name = name
-        # JAX flattens arguments faster than any Python code, and on a call that it has seen before
-        # it checks their types as well; so hand them over as they are wherever it takes them.
+        # JAX flattens arguments faster than any Python code, and for types that it has seen before
+        # it checks them as well; so pass them as they are wherever it accepts them.
         self.flat = bool(inputs.statics) or not _hashable(inputs.tree)
         self._direct = not self.flat and not outputs.statics
         self._int_values, self._int_args = int_ranges(value_types), int_ranges(inputs.types)
@@ -163,8 +163,8 @@ class Program:
         return combine(self.outputs, results) if self.outputs.statics else results
 
     def _refuse_large_ints(self, values: Sequence[Any], args: tuple[Any, ...]) -> None:
-        """Raise where a Python number does not fit, as JAX does for one that meets an array; once
-        traced, a number can only be cast."""
+        """Raise where a Python number does not fit, as JAX does when one is combined with an array;
+        once traced, a number can only be cast."""
         for name, got, expected, ranges in (
             ("captured value ", values, self.value_types, self._int_values),
             ("args", partition(args)[0], self.inputs.types, self._int_args),
@@ -178,8 +178,8 @@ class Program:
                 )
                 raise OverflowError(message)
 
-    # What is compiled. These run once for each combination of types that a call brings, and so
-    # check types without a cost for the calls after.
+    # The compiled functions. These run once for each combination of argument types, so their type
+    # checks cost later calls nothing.
 
     def _run_tree(self, values: Sequence[Any], *args: Any) -> Any:
         leaves, tree = tree_util.tree_flatten(args)

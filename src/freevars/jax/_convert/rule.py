@@ -20,7 +20,7 @@ rule_p = Primitive("freevars_rule")
 rule_p.multiple_results = True
 
 # How often the rule of one function may lead to itself with other static arguments: a rule that
-# calls for the next derivative each time has no end. Derivatives of a higher order are refused.
+# needs the next derivative each time never ends. Derivatives of a higher order are refused.
 TOWER = 3
 
 

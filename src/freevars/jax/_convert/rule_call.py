@@ -32,7 +32,7 @@ __all__ = ["with_rules"]
 
 
 def with_rules(jaxpr: Any) -> Any:
-    """The open program with JAX's own equations for those that stand for a traced rule."""
+    """The open program with JAX's own equations in place of those for traced rules."""
     return _Maker().open(jaxpr)
 
 
@@ -182,7 +182,7 @@ def _pushforward(rule: Rule) -> Callable[..., tuple[list[Any], list[Any]]]:
 
 
 def _refuse(rule: Rule) -> Callable[..., Any]:
-    """What stands for a rule that raises whenever it runs."""
+    """The replacement for a rule that always raises."""
     assert rule.refusal is not None  # noqa: S101
     kind, args = rule.refusal
 
@@ -216,5 +216,5 @@ def _with_vjp(call: Callable[..., Any], rule: Rule, captured: int, held: int) ->
 
 
 def _dense(x: Any) -> Any:
-    """A tangent as an array, where it may be known to be zero."""
+    """A tangent as an array, also where it is a symbolic zero."""
     return jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x

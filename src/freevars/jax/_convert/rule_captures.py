@@ -119,7 +119,7 @@ def _pull(body: Callable[..., Any], some: Sequence[Any]) -> Any:
 
 @contextmanager
 def _refusing(rule: Rule) -> Iterator[None]:
-    """Say whose derivative it is that a body does not have."""
+    """Name the function whose body has no derivative."""
     try:
         yield
     except CaptureError:  # of a function inside, which it names

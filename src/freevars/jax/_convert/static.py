@@ -186,7 +186,7 @@ def _has_a_name(x: Any) -> bool:
 
 
 def _position(i: int) -> int:
-    """What stands for an object that counts by identity."""
+    """The marker for an object that counts by identity."""
     return i
 
 
@@ -223,7 +223,7 @@ def _metadata(tree: Any) -> Iterator[Hashable]:
 
 
 def as_static(tree: Any, is_leaf: Callable[[Any], bool]) -> Any:
-    """The pytree with every leaf made static that is not to stay one."""
+    """The pytree with every leaf made static, except those that are to stay leaves."""
     return tree_util.tree_map(lambda x: x if is_leaf(x) else Static(x), tree)
 
 

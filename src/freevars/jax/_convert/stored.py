@@ -47,7 +47,7 @@ class Stored(NamedTuple):
 
 
 class Typed(NamedTuple):
-    """A NumPy array with a type of JAX, which is what JAX makes of one while it traces."""
+    """A NumPy array with a JAX type, as JAX creates while tracing."""
 
     numbers: np.ndarray[Any, Any]
     weak: bool

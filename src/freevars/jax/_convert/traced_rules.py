@@ -136,7 +136,7 @@ class RuleTracer:
         _add_literals(jaxpr.outvars, values)
 
     def _look_beside(self, eqn: Eqn) -> None:
-        """Add what an equation reads beside its operands."""
+        """Add what an equation reads besides its operands."""
         for x in _compat.held_by_operation(eqn):
             self.beside.add(x, None)
         fun = _compat.function_beside(eqn)
@@ -257,8 +257,8 @@ def _reads_state(program: Any) -> bool:
 
 
 def _refusal(error: Exception) -> tuple[type, tuple[Any, ...]] | None:
-    """The class and the words of an error that a rule itself raises, in code that is not JAX's; the
-    error holds the frames that it came through. None for another: it may come of tracing."""
+    """The class and the arguments of an error that a rule itself raises, outside JAX's code; the
+    error itself would keep its frames alive. None for other errors, which may be due to tracing."""
     last = error.__traceback__
     while last is not None and last.tb_next is not None:
         last = last.tb_next

@@ -73,7 +73,7 @@ class _Unpacker:
             self._fill(rule, packed_rule)
 
     def _fill(self, rule: Rule, packed: PackedRule) -> None:
-        """Make a rule what it was. It is there before, since its programs may come back to it."""
+        """Fill in a rule, which exists already because its programs may refer to it."""
         vars(rule).update(packed._asdict(), raw=[], native={})
         rule.programs = [(self.value(program), places) for program, places in packed.programs]
 

@@ -40,7 +40,7 @@ _FUNCTIONS_WITH_RULES: Any = (*_compat.RULED_FUNCTIONS, custom_vmap)
 
 
 class Wrapped:
-    """Keys of objects, and what was met in them. An object is looked through once, however many
+    """Keys of objects, and what was found in them. Each object is taken apart once, however many
     hold it.
 
     Args:

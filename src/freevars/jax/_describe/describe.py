@@ -30,7 +30,7 @@ def names_of(fun: Callable[..., Any] | None, values: Sequence[Any]) -> list[tupl
         return [()] * len(values)
     values = [_compat.lowered(value) for value in values]
     found = name_values(fun, values, is_leaf=_is_array, identity=_identity)
-    # JAX may have copied an array: NumPy's float64 becomes float32, for one. Then the bytes tell.
+    # JAX may have copied an array, such as NumPy's float64 to float32. Then the bytes decide.
     copied = [i for i, names in enumerate(found) if not names and _is_plain(values[i])]
     if copied:
         alike = _Alike([values[i] for i in copied])
@@ -115,7 +115,7 @@ def _identity(x: Any) -> Any:
 
 
 def _is_plain(x: Any) -> bool:
-    """Whether the bytes of a value can be looked at: a concrete array on this process alone."""
+    """Whether the bytes of a value can be read: a concrete array of this process only."""
     if isinstance(x, np.ndarray):
         return True
     is_concrete = isinstance(x, _compat.Array) and not isinstance(x, _compat.Tracer)

@@ -43,7 +43,7 @@ def captured_by_rules(jaxpr: Any, count: int) -> dict[int, bool]:
 def programs_of(eqn: Any) -> list[tuple[Any, list[int | None]]]:
     """The programs that an equation calls, with the operand that each of their inputs is.
 
-    The carry of a loop is no operand but for the first turn: the loop itself reads that one.
+    The carry of a loop is an operand in the first iteration only: the loop itself reads that one.
     """
     params = eqn.params
     name = eqn.primitive.name

@@ -75,8 +75,8 @@ def device_of(x: Any) -> str:
 
 
 def identity(value: Any) -> Any:
-    """What tells one captured array from another. JAX wraps the same NumPy array afresh in each
-    trace, so that a NumPy array is told by its memory."""
+    """What distinguishes captured arrays. JAX wraps the same NumPy array anew in each trace, so a
+    NumPy array is identified by its memory."""
     if not isinstance(value, (_compat.Array, _compat.Tracer)) and hasattr(value, "__array__"):
         value = np.asarray(value)  # older releases have a class of their own for it
         where = value.__array_interface__["data"][0]

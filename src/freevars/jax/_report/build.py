@@ -45,9 +45,9 @@ def report_of_program(
     fun, jaxpr = None, program.jaxpr
     if origin is not None:
         fun, example_args = origin
-        # The program may have been traced from another function that computes the same: for the
-        # lines of this one trace it again. By now it may capture other values (a rebound name), of
-        # which only the lines are of use here, or other types, or its trace may be over.
+        # The program may have been traced from another function that computes the same: trace this
+        # one again for its lines. By now it may capture other values (a rebound name), then only
+        # the lines are used, or other types, or its trace may be over.
         try:
             again = trace(fun, example_args)
         except Exception:  # noqa: BLE001, S110 (a user's function may raise anything)

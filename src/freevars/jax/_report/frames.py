@@ -54,7 +54,7 @@ def candidates(frames: Frames) -> Iterator[Candidate]:
 
 
 def _stand_in(frame: FrameType) -> Callable[..., Any]:
-    """A function like the one that a frame runs, to look at and never to call."""
+    """A function like the one that a frame runs, for inspection only."""
     code = frame.f_code
     values = dict(frame.f_locals)
     cells = [CellType(values[name]) if name in values else CellType() for name in code.co_freevars]
