@@ -121,9 +121,9 @@ class Closure(Generic[P, R]):
         """What is captured, with names; made anew each time, by running the function once more on
         its example.
 
-        A closure that came out of a transformation tells the types of its own values, under the
-        names of the captured tensors that they stand for. One that `from_module` made runs nothing,
-        so it knows no lines.
+        A closure that came out of a transformation shows the types of its own values, under the
+        names of the captured tensors that they replace. One made by `from_module` runs nothing, so
+        it knows no lines.
         """
         return report_of_converted(self._converted, self._values if self._is_mapped else None)
 
@@ -149,8 +149,8 @@ class Closure(Generic[P, R]):
         return new
 
     def __reduce__(self) -> Any:
-        # What stands for a captured leaf goes as that leaf: where the copy of the function keeps
-        # it, it is one and the same, and derivatives flow into it.
+        # The value of a captured leaf is sent as that leaf: it is the same object where the copy of
+        # the function keeps it, and derivatives flow into it.
         of = {id(h): t for t, h in self._standing_for() if t.is_leaf}
         kept = (of.get(id(v), v) for v in self._values)
         values = tuple(as_leaf(v) if isinstance(v, Tensor) else v for v in kept)

@@ -54,7 +54,7 @@ def _is_tensor(x: object) -> bool:
 
 def _enters(cls: type) -> bool:
     """Distributions, optimizers, data sets, and what users derive from PyTorch's classes hold
-    tensors under names that a person knows; its private classes do not."""
+    tensors under names that a user knows; PyTorch's private classes do not."""
     root, _, rest = class_module(cls).partition(".")
     return root not in FRAMEWORKS or (root == "torch" and rest != "" and not rest.startswith("_"))
 
@@ -94,7 +94,7 @@ def captured_value(
     reads: int = 0,
     sites: tuple[ReadSite, ...] = (),
 ) -> CapturedValue:
-    """What is known of one captured tensor. Our own look is no read."""
+    """What is known of one captured tensor. This inspection does not count as a read."""
     layers = _compat.layers(value)
     with _compat.unseen():
         parts = _compat.parts(value) or [value]
@@ -108,7 +108,8 @@ def captured_value(
             dtype=str(value.dtype).removeprefix("torch."),
             nbytes=sum(u.numel() * u.element_size() for u in parts),
             device=str(value.device),
-            # Without a tape nothing tells what was computed; what has a name is taken for a leaf.
+            # Without a tape nothing shows what was computed; a tensor with a name is taken for a
+            # leaf.
             kind="derived" if computed or not (names or any(perturbed)) else "leaf",
             traced_by=tuple(name for name, _ in layers),
             differentiable=inexact and (any(perturbed) or (hoisted and not perturbed)),

@@ -80,7 +80,7 @@ class _WatchedClass:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._cls, name)
-        # PyTorch compares with the base class to find out which of these a user has written.
+        # PyTorch compares these with the base class to find which ones the user has defined.
         if name in {"backward", "vjp", "jvp"} and value is not getattr(
             torch.autograd.Function, name
         ):
@@ -99,13 +99,14 @@ _forwards = _Forwards()
 def forwards_running() -> list[tuple[Any, tuple[Any, ...]]]:
     """The custom Functions whose forward runs on this thread, each with what it was given.
 
-    What it reads besides has no derivative; but reentrant checkpointing runs its function again.
+    Anything else that it reads has no derivative; but reentrant checkpointing runs its function
+    again.
     """
     return [(cls, args) for cls, args in _forwards.running if cls is not CheckpointFunction]
 
 
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    """In place of the `apply` of custom Functions, which no function mode sees."""
+    """Replaces the `apply` of custom Functions, which no function mode sees."""
     watches = active()
     for watch in watches:
         args = watch.custom_function(cls, args)
@@ -151,8 +152,8 @@ def _seen(raw: Callable[..., Any]) -> Callable[..., Any]:
 
 def _recomputed(raw: Callable[..., Any]) -> Callable[..., Any]:
     """For non-reentrant checkpointing, whose recomputation runs in the backward pass: without the
-    watch it would save the captured tensors where the forward pass had saved the given ones, a
-    wrong gradient that no check of PyTorch catches."""
+    watch it would save the captured tensors where the forward pass had saved the given ones, which
+    gives a wrong gradient that no check in PyTorch catches."""
 
     @functools.wraps(raw)
     def hook(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -195,7 +196,7 @@ def _unwatched(raw: Callable[..., Any]) -> Callable[..., Any]:
     return hook
 
 
-# Each wrapped function, by the names that it has had, and what is seen by it. Upstream:
+# Each wrapped function, by the names that it has had, and what its hook sees. Upstream:
 # torch/_functorch/eager_transforms.py, torch/_functorch/vmap.py, torch/utils/checkpoint.py.
 HOOKS: tuple[tuple[Any, tuple[str, ...], Callable[..., Any], str], ...] = (
     (_eager, ("_wrap_for_grad",), _seen, "transforms of torch.func"),
@@ -230,7 +231,7 @@ def install_hooks() -> None:
 
 
 def hook_sharding() -> None:
-    """For `fully_shard`; waits until somebody else has imported it. Upstream:
+    """For `fully_shard`; waits until something else has imported it. Upstream:
     torch/distributed/fsdp/_fully_shard, _fsdp_param_group.py and _fsdp_state.py."""
     package = "torch.distributed.fsdp._fully_shard"
     groups: Any = sys.modules.get(f"{package}._fsdp_param_group")
@@ -244,7 +245,8 @@ def hook_sharding() -> None:
 
 
 def hook_compiler() -> None:
-    """The compiler's hook waits until somebody else has imported the compiler, which is slow."""
+    """The compiler's hook waits until something else has imported the compiler, which is slow to
+    import."""
     compiler: Any = sys.modules.get("torch._dynamo.eval_frame")
     if compiler is None:
         return

@@ -36,7 +36,7 @@ broken: dict[str, str] = {}
 
 
 def broken_message(point: str) -> str:
-    """For whoever needs `point`."""
+    """The message where a function needs `point`."""
     return (
         f"expected a release of PyTorch in which freevars can see {point}, got "
         f"{torch.__version__}: {broken[point]}. Install a supported release (docs/pytorch.md "
@@ -74,7 +74,7 @@ class CaptureMode(TorchFunctionMode):
 
     @contextmanager
     def reraising_refusals(self) -> Iterator[None]:
-        """Watches; what was refused inside is raised as itself."""
+        """Watches, and re-raises refusals."""
         try:
             with self:
                 yield
@@ -86,7 +86,7 @@ class CaptureMode(TorchFunctionMode):
             raise self.refused
 
     def replace(self, value: Any) -> Any:
-        """What `fun` shall get where it reads `value` (any nest of containers)."""
+        """What `fun` is to get where it reads `value` (any nest of containers)."""
         raise NotImplementedError
 
     def is_foreign(self, t: Tensor) -> bool:
@@ -94,11 +94,11 @@ class CaptureMode(TorchFunctionMode):
         raise NotImplementedError
 
     def given(self, t: Tensor) -> Tensor:
-        """What stands for `t`; unlike `replace`, asking is no read."""
+        """The replacement for `t`; unlike `replace`, this is not a read."""
         return t
 
     def note(self, value: Any) -> None:
-        """`value` was made while `fun` ran, on a road that function modes do not see."""
+        """Note that `value` was made while `fun` ran, in a way that function modes do not see."""
 
     def custom_function(self, cls: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The arguments for the custom `autograd.Function` `cls`, before its forward runs."""
@@ -131,8 +131,8 @@ def active() -> list[CaptureMode]:
 
 @contextmanager
 def solver_running() -> Iterator[None]:
-    """A solver of a rule runs, on tensors without history: its `.backward()` reaches only its
-    own."""
+    """The solver of a rule is running, on tensors without history: its `.backward()` reaches only
+    its own."""
     watches = active()
     for watch in watches:
         watch.solvers += 1
@@ -144,7 +144,7 @@ def solver_running() -> Iterator[None]:
 
 
 def resolve(t: Tensor) -> Tensor:
-    """What `t` stands for in the converted calls that run on this thread."""
+    """The value of `t` in the converted calls that run on this thread."""
     if function_mode_count():
         for watch in active():
             t = watch.given(t)

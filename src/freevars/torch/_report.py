@@ -54,8 +54,8 @@ def _look(
 def report_of_converted(
     converted: Converted[..., Any], values: Sequence[Tensor] | None = None
 ) -> CaptureReport:
-    """What a converted function captured; `values` are those that stand for the captured ones now,
-    if these are others."""
+    """What a converted function captured; `values` are those that replace the captured ones now, if
+    any."""
     fun, captured = converted.__wrapped__, converted.captured
     rule = "parameters"  # of `Closure.from_module`
     again: list[_Found] = []
@@ -84,7 +84,8 @@ def _run_again(
     fun: Callable[..., Any], example: tuple[Any, ...], hoist: Hoist, rng: Rng
 ) -> list[_Found]:
     """What a closure's function reads, with every line. By now it may read other tensors (a rebound
-    name), fail, or belong to a transform that is over: what the conversion noted is used then."""
+    name), fail, or belong to a transform that has ended: then only what the conversion recorded is
+    used."""
     try:
         found = outside_compiler(_run, fun, rng)(fun, example, hoist, rng)
     except Exception:  # noqa: BLE001 (a user's function may raise anything)
@@ -95,7 +96,8 @@ def _run_again(
 def _report(
     fun: Callable[..., Any], found: Sequence[_Found], given: Callable[[Tensor], Tensor]
 ) -> CaptureReport:
-    """`given` says what stands for a captured tensor now; its name is that of the captured one."""
+    """`given` gives the current value for a captured tensor; its name is that of the captured
+    one."""
     values: list[CapturedValue] = []
     for f, names in zip(found, names_of(fun, [f.tensor for f in found]), strict=True):
         values.append(

@@ -38,7 +38,7 @@ class Devices(NamedTuple):
 
     @staticmethod
     def of(function: Callable[[Any, Any], Any], problem: Any, v0: Any, rest: Any) -> Devices:
-        """For `function(problem, v)`, and what else the solver is given.
+        """The devices for `function(problem, v)` and the solver's other arguments.
 
         Raises:
             TypeError: the unknown lies in parts on devices that the function joins.
@@ -82,13 +82,13 @@ class Devices(NamedTuple):
         return jax.lax.psum(number, self.shared).astype(x.dtype)
 
     def vary(self, values: Any) -> Any:
-        """Values, of a type that says that they are others along the separate axes."""
+        """The values, typed as varying along the separate axes."""
         return jax.tree.map(lambda x: _compat.vary_over(x, self.separate), values)
 
     def answer(self, value: Any, *, slope: bool) -> Any:
-        """What this device says for all; a `slope` of an objective that is one number for all.
+        """This device's answer for all; `slope`: of an objective that is one number for all.
 
-        Where no type tells what varies, JAX differentiates the sum of what all devices have.
+        Where types do not show what varies, JAX differentiates the sum over all devices.
 
         Raises:
             TypeError: devices along a shared axis say different things.

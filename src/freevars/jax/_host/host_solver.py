@@ -143,7 +143,7 @@ class HostSolver(DecoratedSolver[P, R]):
         oracle = Oracle(layout, equations, has_aux, problem.constraints)
         if problem.bounds is not None:
             options |= {"bounds": self._as_taken(problem.bounds)}
-        # A Python number stays one: solvers count with it.
+        # Python numbers are static: solvers use them in Python.
         arrays, given = tree_util.tree_flatten(as_static(options, is_array))
         values = (*jax.tree.leaves((problem, x0)), *arrays)
         traced = any(isinstance(x, _compat.Tracer) for x in values) or not _compat.computes_now()
@@ -152,7 +152,7 @@ class HostSolver(DecoratedSolver[P, R]):
             v, aux = self._in_program(given, oracle, problem, v0, arrays)
             x = to_x(v)
         else:
-            # No operation of JAX where NumPy will do: each costs as much as a short solve's step.
+            # NumPy rather than JAX: each JAX operation costs as much as a step of a short solve.
             form = PytreeForm(layout)
             v, aux = self._call_eagerly(given, oracle, problem, form.to_vector(x0), arrays)
             x = jax.tree.map(jax.numpy.array, form.to_tree(v))
@@ -168,7 +168,7 @@ class HostSolver(DecoratedSolver[P, R]):
     def _call(
         self, query: Any, oracle: Oracle, v0: Any, options: dict[str, Any]
     ) -> tuple[Any, list[Any]]:
-        """Run the solver, in whatever thread this is."""
+        """Run the solver, in any thread."""
         form = None if self._flat else PytreeForm(oracle.layout)
         start = np.array(v0, np.float64)
         v0 = start.copy()  # many solvers change it in place
@@ -205,7 +205,7 @@ class HostSolver(DecoratedSolver[P, R]):
     def _call_eagerly(
         self, given: Any, oracle: Oracle, problem: Problem, v0: Any, arrays: list[Any]
     ) -> tuple[Any, list[Any]]:
-        """Call the solver, here and now."""
+        """Call the solver directly."""
         query = query_compiled(oracle, problem)
         rest = [np.asarray(a) for a in arrays]
         if self._vmap == "whole":  # a batch of one
@@ -220,7 +220,7 @@ class HostSolver(DecoratedSolver[P, R]):
     def _in_program(
         self, given: Any, oracle: Oracle, problem: Problem, v0: Any, arrays: list[Any]
     ) -> tuple[Any, list[Any]]:
-        """Let the program under way run the solver."""
+        """Run the solver from the program that is being traced or run."""
         number = next(_CALLS)
         errors = _ERRORS[number] = []
         try:
@@ -247,7 +247,7 @@ class HostSolver(DecoratedSolver[P, R]):
         arrays: list[Any],
         number: Any,
     ) -> tuple[Any, list[Any]]:
-        """What is compiled, once for all closures of one structure."""
+        """The compiled function, one for all closures of one structure."""
         whole = self._vmap == "whole"
 
         def run(query: Any, v0: Any, arrays: Any) -> tuple[Any, list[Any]]:
@@ -278,8 +278,8 @@ class HostSolver(DecoratedSolver[P, R]):
         return out
 
 
-# The errors of solvers in the programs that run for a call under way, by the number of the call. A
-# number that is compiled into a user's program is gone from here by the time the program runs.
+# The errors of solvers in programs that run for a current call, by the number of the call. A number
+# that is compiled into a user's program has been removed by the time the program runs.
 _ERRORS: dict[int, list[BaseException]] = {}
 _CALLS = itertools.count(1)
 

@@ -27,7 +27,8 @@ Query = Callable[..., tuple[Any, ...]]
 
 
 class Layout(NamedTuple):
-    """How a pytree of unknowns lies in one real vector; hashable, so that it can be static."""
+    """How a pytree of unknowns is arranged in one real vector; hashable, so that it can be
+    static."""
 
     tree: Any  # PyTreeDef
     leaves: tuple[tuple[tuple[int, ...], str], ...]  # shape and dtype of each
@@ -50,7 +51,7 @@ class Layout(NamedTuple):
 
 
 class Oracle(NamedTuple):
-    """What is static in a question: the same for all closures of one structure."""
+    """The static part of a query: the same for all closures of one structure."""
 
     layout: Layout
     equations: bool  # a system of equations, not an objective
@@ -58,7 +59,7 @@ class Oracle(NamedTuple):
     constraints: tuple[str, ...] = ()  # functions that are asked beside it
 
     def kinds(self) -> list[str]:
-        """All questions that a program answers."""
+        """All kinds of queries that a program answers."""
         gradient = () if self.equations else ("value_and_grad",)
         own = ["value", *gradient, "product", "products"]
         beside = ("value", "product", "products")
@@ -85,7 +86,7 @@ class Oracle(NamedTuple):
 
 
 def evaluate(kind: str, oracle: Oracle, problem: Problem, v: Any, d: Any) -> tuple[Any, ...]:
-    """The answer to one kind of question at the vector v, in a traced function."""
+    """The answer to one kind of query at the vector v, in a traced function."""
     constraint, _, kind = kind.rpartition(":")
     f = oracle.function(problem, constraint)
     if kind == "value":
@@ -110,7 +111,7 @@ def _evaluate_compiled(
 
 
 def query_compiled(oracle: Oracle, problem: Problem) -> Query:
-    """Answer each question by a compiled function, called on the spot."""
+    """Answer each query by a compiled function, called on the spot."""
     here, x64 = threading.get_ident(), jax.config.jax_enable_x64
     leaves, tree = jax.tree.flatten(problem)  # once, and not at each question
 

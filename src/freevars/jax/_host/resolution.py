@@ -25,7 +25,7 @@ _NEAR = 1e-2  # a Newton step, relative, from which a start is no solution
 
 
 class Resolution:
-    """What a solver asked, in the order of its calls."""
+    """The queries of a solver, in the order of its calls."""
 
     def __init__(self, dtypes: list[str]) -> None:
         # In bfloat16 nobody would difference; its steps are as invisible in float32.

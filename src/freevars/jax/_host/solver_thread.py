@@ -16,8 +16,8 @@ import numpy as np
 
 __all__ = ["BatchShape", "HostSolverError", "Solve", "SolverThread"]
 
-# How many products with the derivative one question may ask for: a matrix is fetched in such
-# blocks, so that no program reserves memory for a matrix that nobody asks for.
+# The most products with the derivative in one query: a matrix is fetched in such blocks, so that no
+# program reserves memory for a matrix that is never needed.
 _BLOCK = 16
 
 
@@ -31,9 +31,9 @@ class Solve(NamedTuple):
 
 
 class SolverThread:
-    """One solver in its thread. It asks; the program answers.
+    """One solver in its thread. It makes queries; the program answers.
 
-    After each step it has a question (`pending`), the result or an error.
+    After each step there is a query (`pending`), the result or an error.
     """
 
     def __init__(self, solve: Solve, v0: Any, arrays: Sequence[Any]) -> None:
@@ -50,7 +50,7 @@ class SolverThread:
         )
 
     def start(self, check: Callable[[], None]) -> None:
-        """Run it up to its first question, unless `check` raises."""
+        """Run it up to its first query, unless `check` raises."""
         try:
             check()
             self._thread.start()
@@ -98,7 +98,7 @@ class SolverThread:
         return tuple(got)
 
     def reply(self, got: Any) -> None:
-        """Answer its question, and wait for the next one, or the end."""
+        """Answer its query, and wait for the next one or the end."""
         self._answers.put(got)
         self._advance()
 
@@ -112,7 +112,7 @@ class SolverThread:
 
 
 class HostSolverError(RuntimeError):
-    """What a program says of an error of its solver."""
+    """A program's error for an error of its solver."""
 
 
 class BatchShape(NamedTuple):

@@ -39,9 +39,9 @@ _TEXT = 4096  # bytes of an error, as far as they go to all devices
 
 
 class _Callbacks:
-    """What the program calls. Each call but the last gives what comes next: the number of the
-    solver, the kind of question (the position in `kinds` and 1, `done`, or `failed`), the point and
-    the block of directions."""
+    """The functions that the program calls. Each call but the last returns what comes next: the
+    number of the solver, the kind of query (1 + its position in `kinds`, `done`, or `failed`), the
+    point and the block of directions."""
 
     def __init__(
         self, solve: Solve, shape: BatchShape, kinds: Sequence[str], devices: Devices
@@ -81,8 +81,8 @@ class _Callbacks:
         return number, 1 + self.kinds.index(kind), point, block
 
     def finish(self, number: Any, v: Any) -> tuple[Any, ...]:
-        # The solution passes through, so that nobody can drop this call and leave the solver
-        # behind.
+        # The solution passes through, so that this call cannot be removed as dead code, leaving the
+        # solver running.
         running = _RUNNING.pop(int(number))
         text = np.zeros(_TEXT, np.uint8)
         if running.error is None:
@@ -95,7 +95,7 @@ class _Callbacks:
 
 
 def _shown(name: str, error: BaseException) -> bytes:
-    """An error as text, which is all that a program can tell of it."""
+    """An error as text, which is all that a program can pass on."""
     said = f"the solver {name} on the host raised {type(error).__name__}: {error}".encode()
     where = "".join(traceback.format_exception(error)).encode()
     return (said[: _TEXT // 2] + b"\n\n" + where[-(_TEXT // 2 - 2) :])[:_TEXT]

@@ -57,11 +57,11 @@ class Functions(NamedTuple):
 
     @property
     def fixed(self) -> Tree:
-        """The components that the bounds leave no choice."""
+        """The components that the bounds fix."""
         return jax.tree.map(lambda low, up: low == up, self.lower, self.upper)
 
     def size(self, v: Tree) -> Tree:
-        """How large the components of x are, also where one of them happens to be zero."""
+        """The sizes of the components of x, also where one happens to be zero."""
         return jax.tree.map(functools.partial(_size, self.way), v, self.lower, self.upper)
 
     def gradient(self, v: Tree, multipliers: dict[str, Any]) -> Tree:
@@ -161,7 +161,7 @@ def _natural(
     matrix: Any,
     eps: float,
 ) -> Tree:
-    """The sizes with those that the equations tell, whose terms are `unit`."""
+    """The sizes, including those that follow from the equations, whose terms are `unit`."""
     by_terms = jax.tree.map(jnp.divide, firm_probe(v, 12), unit)
     coupling = jax.jvp(lambda v: at.gradient(v, multipliers), (v,), (by_terms,))[1]
     rows = positive(jnp.sum(jnp.abs(matrix) * flat(size), axis=1))

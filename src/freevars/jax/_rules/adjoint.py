@@ -81,7 +81,7 @@ class Recorded(NamedTuple):
 
 @dataclass(frozen=True)
 class BySolver:
-    """(dp, dy_0) -> d_i; static, what is given are the leaves of `tree`."""
+    """(dp, dy_0) -> d_i; static: the leaves of `tree` are given separately."""
 
     solver: OdeSolver
     tree: Any  # of the problem, (y0, ts), the options, the recorded states
@@ -119,7 +119,7 @@ class BySolver:
         return Recorded(f, p, *parts, options, self.solver.takes(y0))
 
     def accepted(self, of: Recorded, error: Any, out: Arrays, asked: Arrays) -> Arrays:
-        """NaN in place of what is not good."""
+        """Replace what is not good by NaN."""
         if not self.solver.check:
             return out
         return accepted(out, asked, error <= self.solver.limit(Flat(of.y0).eps))

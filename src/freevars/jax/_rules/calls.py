@@ -32,7 +32,7 @@ __all__ = [
 
 
 def argument_of(states: States) -> Callable[[Any], Any] | None:
-    """What a condition gives to the function that the solver is given, if that is not x."""
+    """What a condition passes to the solver's function, if that is not x."""
     return None if isinstance(states, str) else states[1]
 
 
@@ -88,7 +88,7 @@ def _check_constraint(kind: str, value: Any, name: str) -> None:
 
 
 def call_of(problem: Problem, x0: Any, options: dict[str, Any]) -> SolverCall:
-    """The call by which a solver in JAX is given a problem."""
+    """The call that gives a JAX solver a problem."""
     given = dict(options)
     if problem.bounds is not None:
         given["bounds"] = problem.bounds
@@ -99,7 +99,7 @@ def call_of(problem: Problem, x0: Any, options: dict[str, Any]) -> SolverCall:
 def run_on_host(
     solver: HostSolver[Any, Any], rule: Rule, problem: Problem, x0: Any, options: dict[str, Any]
 ) -> Any:
-    """What a solver on the host makes of a problem."""
+    """The result of a host solver for a problem."""
     return solver.solve(
         problem,
         x0,

@@ -121,9 +121,8 @@ def look(
             change = _compat.while_loop(lambda state: state[0], compare, (on, change))[1]
         return like_state(needed & False, needed), size, change, seen.step
 
-    # A loop of no or one turn, not a `cond`: under `vmap` that would compute it for every member.
-    # So each of them has a step, and one that does not need this takes none: F may not be defined
-    # there.
+    # A loop of at most one iteration, not a `cond`, which would compute it for every member under
+    # `vmap`. Members that need no look take a step of zero, since F may not be defined at its end.
     step = jax.tree.map(lambda s: jnp.where(needed, s, 0), at.step)
     begin = (needed, size, jnp.zeros_like(size), step)
     return _compat.while_loop(lambda state: state[0], turn, begin)[1:3]

@@ -69,9 +69,9 @@ def unknown(problem: Problem, x0: Any) -> Any:
 
 
 class Units(NamedTuple):
-    """In which the system is solved; constant. The slope of the objective and the values of the
-    constraints count in units of x, and so do the multipliers: what either is multiplied by is seen
-    by no norm. Each is a power of two."""
+    """The units in which the system is solved; constant powers of two. The gradient of the
+    objective and the values of the constraints are in units of x, and so are the multipliers, so
+    that no norm depends on a factor in any of them."""
 
     slope: Any
     values: dict[str, Any]  # of each constraint
@@ -173,7 +173,7 @@ def _conditions(
 
     def row(lower: Pair, upper: Pair, fixed: Any, x: Any, sides: Any, gaps: Any, slope: Any) -> Any:
         below, above = (at_bound(x, *side) for side in zip(sides, gaps, strict=True))
-        # Of the two sides that fix a component, that which holds it. No `where`: x may be sharded
+        # Of two sides that fix a component, the one that holds it. No `where`: x may be sharded
         # where its bounds are not.
         at_lower = (fixed & ~upper.active) | (~fixed & keeps(lower))
         return jnp.where(at_lower, below, jnp.where(keeps(upper), above, slope))
@@ -216,7 +216,7 @@ def _conditions(
 
 @_compat.any_rank
 def with_multipliers(problem: Problem, x: Any, x0: Any, *, has_aux: bool, squares: bool) -> Any:
-    """The unknown at x, found from x0, with the multipliers that its stationarity says."""
+    """The unknown at x, found from x0, with the multipliers that follow from stationarity."""
     if not problem.constraints:
         return {"x": x}
     at = Functions.of(problem, x, x0, has_aux=has_aux, squares=squares)

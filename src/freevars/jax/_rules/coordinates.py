@@ -35,7 +35,7 @@ class Coordinates:
         leaves, self._tree = jax.tree.flatten(x)
         self._dtypes = [jnp.dtype(leaf.dtype) for leaf in leaves]
         infos = [jnp.finfo(dtype) for dtype in self._dtypes]
-        # The widest, and float32 at least; by hand, since strict promotion joins no two dtypes.
+        # The widest, and at least float32; by hand, since strict promotion never mixes dtypes.
         self.dtype = jnp.dtype("float64" if any(i.bits == 64 for i in infos) else "float32")  # noqa: PLR2004
         # An x in half precision is no closer to the solution than that.
         self.eps = max((float(i.eps) for i in infos), default=float(jnp.finfo(self.dtype).eps))
@@ -175,8 +175,8 @@ class Space:
         return result
 
     def agree(self, v: Tree) -> Tree:
-        """`v` with the mean of its copies in place of each: what is asked of a shared unknown is
-        asked of it once. Linear and symmetric; the identity where nothing is a copy."""
+        """`v` with each copy replaced by the mean of all, so that a shared unknown counts once.
+        Linear and symmetric; the identity where nothing is a copy."""
         if not any(self._copies or ()):
             return v
         leaves, tree = jax.tree.flatten(v)
@@ -201,8 +201,8 @@ def max_abs(a: Any, axis: int | None = None) -> Any:
 
 
 def known_size(n: Any) -> int:
-    """A size to decide by. In a program that `jax.export` makes for any size it counts as large:
-    what holds for many unknowns holds for few, and costs more."""
+    """A size as a Python number. In a program that `jax.export` makes for any size it counts as
+    large: what works for many unknowns works for few, at a higher cost."""
     return n if isinstance(n, int) else _LARGE
 
 
@@ -225,8 +225,8 @@ def _different_on_each(v: Tree, names: Any) -> Tree:
 def probe(v: Tree, seed: Any) -> Tree:
     """Fixed entries between -1 and 1 without a pattern: a vector with a bit of every direction.
 
-    A hash of the place of an entry, because random numbers would take longer to compile than all
-    the rest. On every device it is the same. The seed is an integer, known or not.
+    A hash of the position of an entry, because random numbers would take longer to compile than
+    everything else. It is the same on every device. The seed is an integer, traced or not.
     """
 
     def fill(number: int, leaf: Any) -> Any:
@@ -241,7 +241,7 @@ def probe(v: Tree, seed: Any) -> Tree:
         for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # the finaliser of MurmurHash3
             h = (h ^ (h >> jnp.uint32(shift))) * jnp.uint32(factor)
         unit = (h ^ (h >> jnp.uint32(16))).astype(leaf.dtype) * (2.0**-31) - 1
-        # Where the leaf lies, this lies: what did not depend on it, XLA would put on every device.
+        # This depends on the leaf, so that it is sharded alike: XLA would replicate it otherwise.
         return jnp.where(leaf == leaf, unit, jnp.nan)  # noqa: PLR0124
 
     leaves, tree = jax.tree.flatten(v)
@@ -249,6 +249,6 @@ def probe(v: Tree, seed: Any) -> Tree:
 
 
 def firm_probe(v: Tree, seed: Any) -> Tree:
-    """The same with no entry below 1/2 in size: for what is read off component by component, where
-    an entry that happens to be small would hide one."""
+    """The same with no entry below 1/2 in size: for what is measured component by component, where
+    a small entry would hide one."""
     return jax.tree.map(lambda p: (p + jnp.where(p < 0, -1, 1)) / 2, probe(v, seed))

@@ -46,7 +46,7 @@ class Diagnostics(NamedTuple):
     final: Any = True  # bool: else `good` says what it will be if a closer look finds no fault
 
     def unless(self, finite: Any) -> Diagnostics:
-        """The same, refused unless x was finite before something took its place."""
+        """The same, refused unless x was finite before it was replaced."""
         figures = self.figures._replace(finite=self.figures.finite & finite)
         return self._replace(good=self.good & finite, figures=figures)
 
@@ -70,8 +70,8 @@ def measure(
         along: `along(v, d, number)` is the direction of F at v, for the direction d of x and one,
             of this number, of what F is differentiated by; None: not known. Then a step has to be
             certain.
-        closely: take a closer look at a step that is not negligible, which makes most of the
-            program. Else the verdict is not final there.
+        closely: take a closer look at a step that is not negligible, which is most of the program.
+            Otherwise the verdict is not final there.
     """
     f = jax.lax.stop_gradient(f)
     if not system.operator.size:
@@ -95,7 +95,7 @@ def measure(
 def newton(
     system: LinearSystem, unknown: Unknown, f: Tree, again: Callable[[Tree], Tree]
 ) -> tuple[Tree, Any]:
-    """After a Newton step, x, unless a second one would be no shorter; and whether it is."""
+    """The x after a Newton step, unless a second would be no shorter; and whether it is shorter."""
     v, space = unknown.v, system.space
     if not system.operator.size:
         return v, jnp.asarray(True)
@@ -239,8 +239,8 @@ def _applied(
 def _sizes_of_equations(
     system: LinearSystem, unknown: Unknown, every: Tree, zero: Any
 ) -> tuple[Tree, Any]:
-    """Of each equation, per unit of the unknowns; and the asymmetry of a second derivative.
-    `every` is a vector with a bit of every direction."""
+    """The size of each equation, per unit of the unknowns; and the asymmetry of a second
+    derivative. `every` is a vector with a share of every direction."""
     operator, space, d = system.operator, system.space, unknown.d
     if operator.fixed_point:  # its equations have the units of their unknowns
         image = system.image(_times(d, every))
@@ -281,8 +281,8 @@ def _conserved(system: LinearSystem) -> Any:
 
 
 def kept(operator: LinearOperator, space: Space) -> Any:
-    """The same of a system that is known to be singular, by its matrix while that fits; else NaN,
-    which is not known."""
+    """The same for a system that is known to be singular, by its matrix if that fits; else NaN:
+    unknown."""
     if operator.symmetric:
         return jnp.zeros(())
     if known_size(operator.size) > DENSE_FALLBACK or not space.is_local:

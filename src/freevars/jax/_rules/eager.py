@@ -54,7 +54,7 @@ def transposed(minus: Any, g: Sequence[Any], types: tuple[Any, ...]) -> tuple[li
 
 
 def _negated(leaves: Sequence[Any]) -> list[Any]:
-    """Without -0, which nobody expects of a derivative that is zero."""
+    """Without -0, which would be surprising for a derivative of zero."""
     return [0 - leaf for leaf in leaves]
 
 

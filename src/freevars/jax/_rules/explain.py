@@ -130,7 +130,7 @@ def _on_a_bound(x: Any, x0: Any, step: Any, limits: Limits, options: Any, kind: 
 
 
 def not_finite(name: str) -> SingularError:
-    """The error for a derivative by a system that passed for regular."""
+    """The error for a derivative from a system that was taken for regular."""
     return SingularError(
         f"{name}: the derivative is not finite: the iterative linear solver stopped short, or the"
         " direction of differentiation is not finite itself. Give another linear_solve, or more"

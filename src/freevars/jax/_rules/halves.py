@@ -19,7 +19,7 @@ __all__ = ["difference", "direction"]
 
 
 def direction(v: Any) -> Any:
-    """Of a vector: entries of both signs, relative to what they are."""
+    """A direction for a vector: entries of both signs, relative to its own."""
     return jax.lax.stop_gradient(firm_probe(v, 21) * jnp.where(v != 0, jnp.abs(v), 1))
 
 

@@ -114,7 +114,7 @@ def optimality(
 def check_equations(
     condition: Condition, problem: Problem, x: Any, *, has_aux: bool, name: str
 ) -> None:
-    """Refuse a function that has not one equation for each unknown."""
+    """Refuse a function without exactly one equation for each unknown."""
     value = problem.struct(problem.stated_by)
     value = value[0] if has_aux else value
     if condition is least or (isinstance(condition, Constrained) and condition.squares):
@@ -249,8 +249,8 @@ def _push(
     directions of the moving leaves.
 
     A function with a `custom_vjp` in it has no forward mode. But its pullback is linear, and the
-    transpose of that is the derivative again. It is pulled back to all that has a derivative, so
-    that the rules of no function in it remain: a derivative of this derivative may be forward.
+    transpose of that is the derivative again. It is pulled back to everything that has a
+    derivative, so that no custom rule remains and this derivative has a forward mode itself.
     """
     if not _compat.has_custom_vjp(jax.make_jaxpr(f)(v, leaves).jaxpr):
         value, by_v = jax.linearize(lambda v: f(v, leaves), v)
@@ -297,7 +297,7 @@ def _transposed_twice(
 
 
 def _relative(leaf: Any, seed: Any) -> Any:
-    """A direction that changes the entries of a leaf relative to what they are."""
+    """A direction that changes the entries of a leaf relative to their values."""
     size = jnp.where(jnp.any(leaf != 0), jnp.abs(leaf), 1)
     if size.dtype != jnp.float64:
         size = size.astype(jnp.float32)

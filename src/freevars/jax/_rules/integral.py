@@ -185,8 +185,9 @@ class _ByProblem:
     def judged(
         self, integrand: Callable[[Any], Any], given: list[Any], whole: Any, out: list[Any], x: Any
     ) -> tuple[list[Any], Any]:
-        """`out`, NaN if `whole`, the integral of `integrand`, is not good; and how far it is from
-        that. Both are as the solver takes them; `out` is derived from it, for the direction x."""
+        """`out`, or NaN if `whole`, the integral of `integrand`, is inaccurate; and its error. Both
+        are in the form that the solver takes; `out` is derived from `whole`, for the direction
+        x."""
         problem, at, options = self.tree.unflatten(jax.lax.stop_gradient(given))
         ends = from_static(at)
         if not self.solver.check or any(isinstance(end, float) for end in ends):  # infinite

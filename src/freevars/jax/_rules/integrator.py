@@ -78,11 +78,11 @@ class Integrator(DecoratedSolver[P, R]):
 
     @staticmethod
     def as_options(options: dict[str, Any]) -> Any:
-        """A Python number among the options stays one: solvers count with it."""
+        """Python numbers among the options are static: solvers use them in Python."""
         return as_static(options, is_array)
 
     def _own(self, problem: Problem, at: Any, options: Any) -> Any:
-        """What runs the solver of this call where it captures traced values, else None."""
+        """A closure of the solver where it captures traced values, else None."""
         if self._on_host or _compat.nothing_traced():
             return None
         is_method = self._bound_to is not None or isinstance(self._solver, types.MethodType)
@@ -102,8 +102,8 @@ class Integrator(DecoratedSolver[P, R]):
     def refuse_lost(self, own: Any, tangents: Any) -> None:
         """Refuse a derivative of which a part would be lost.
 
-        The rule is by what the function reads and by the points. And a derivative is a call for
-        another function, elsewhere, where a traced value that the solver captures is not.
+        The rule covers what the function reads, and the points. A derivative is a call for another
+        function in another trace, where a traced value that the solver captures does not exist.
         """
         options = from_static(tangents[2])
         constant = "jax.lax.stop_gradient of it"
@@ -154,7 +154,7 @@ class Integrator(DecoratedSolver[P, R]):
         return Limits.of(eps, tol=self.given.get("tol")).step
 
     def tell(self, error: Any, limit: float, told: Told) -> None:
-        """Tell of a derivative that is not good; inside a compiled program NaN tells."""
+        """Report a derivative that is inaccurate; inside a compiled program it is NaN."""
         how = self.given.get("on_failure", "raise")
         if how == "warn":
             jax.debug.callback(functools.partial(_warn, limit, told), error)
@@ -174,9 +174,9 @@ class Integrator(DecoratedSolver[P, R]):
 
 
 def accepted(out: list[Any], asked: list[Any], good: Any) -> list[Any]:
-    """NaN in place of what is not good, except where nothing is asked for."""
+    """NaN in place of what is not good, except where the direction is zero."""
     nothing = jnp.all(jnp.stack([jnp.all(a == 0) for a in asked])) if asked else True
-    # A factor, so that what is not good stays that in a derivative of it.
+    # A factor, so that a derivative of what is not good is NaN too.
     factor = jnp.where(good | nothing, 1, jnp.nan)
     return [leaf * factor.astype(leaf.real.dtype) for leaf in out]
 
@@ -188,7 +188,7 @@ def _warn(limit: float, told: Told, error: Any) -> None:
 
 def _moves(tangents: Any) -> bool:
     leaves = tree_util.tree_leaves(tangents, is_leaf=_compat.is_symbolic_zero)
-    # A Python number among the options stays one, and never moves.
+    # Python numbers among the options are static, and never move.
     return any(isinstance(dot, jax.Array) and not _compat.is_symbolic_zero(dot) for dot in leaves)
 
 

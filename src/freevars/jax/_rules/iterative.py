@@ -38,7 +38,7 @@ __all__ = [
 Tree: TypeAlias = Any  # a pytree of real arrays of one dtype
 Solve: TypeAlias = Callable[[Tree], Tree]  # b -> x
 
-# Up to this size the matrix is written out where an iteration stands still: 32 MB in float64.
+# Up to this size the matrix is written out where an iteration stalls: 32 MB in float64.
 DENSE_FALLBACK = 2048
 
 _SWEEPS = 2  # each leaves the root of how far the rows differ
@@ -82,8 +82,9 @@ def _by_iteration(
     tol: float,
     units: Units | None,
 ) -> Solution:
-    """The same as `_by_krylov`, of the system I - J of a fixed point. Where J contracts, the powers
-    of J solve it, as those of `fun` find the solution; what they leave, a Krylov method solves."""
+    """The same as `_by_krylov`, for the system I - J of a fixed point. Where J contracts, its
+    powers solve the system, just as iterating `fun` finds the solution; a Krylov method solves what
+    they leave."""
     bb = space.dot(b, b)
 
     def correct(x: Tree, turns: Any) -> Solution:
@@ -186,7 +187,7 @@ class Units(NamedTuple):
 
 
 class Tried(NamedTuple):
-    """What images of vectors without a pattern tell of a symmetric system; constant."""
+    """What images of vectors without a pattern show about a symmetric system; constant."""
 
     units: Units  # in which its rows are about of one size
     rows: Tree  # the size of each, in units of its own
@@ -194,7 +195,7 @@ class Tried(NamedTuple):
 
 
 def symmetric_units(operator: LinearOperator, space: Space) -> Tried:
-    """D for which the rows of D A D are about of one size, and what is seen on the way.
+    """D for which the rows of D A D have about the same size, and what is found on the way.
 
     The size of a row is estimated by images of vectors without a pattern. A row of D A D is scaled
     by D twice, once as a column; so D takes the root of what is missing, more than once. Rows that
@@ -227,11 +228,11 @@ def symmetric_units(operator: LinearOperator, space: Space) -> Tried:
 
 
 def _unless_solved(first: Solution, then: Callable[[Tree, Any], Solution]) -> Solution:
-    """The solution of a second method, which is run only if the first solves nothing.
+    """The solution of a second method, which runs only if the first fails.
 
-    A loop of no or one turn, not a `cond`: under `vmap` that would compute both for every member.
-    `then` takes the x that there is, and the number of turns, which is 0. What depends on them is
-    computed in the loop; the rest XLA moves out of it, and computes in any case.
+    A loop of at most one iteration, not a `cond`, which would compute both for every member under
+    `vmap`. `then` takes the current x, and the number of iterations, 0. What depends on these is
+    computed in the loop; XLA moves the rest out of it, and computes it in any case.
     """
 
     def turn(state: tuple[Solution, Any]) -> tuple[Solution, Any]:
@@ -259,9 +260,9 @@ def _by_matrix(
 def solve_transposed(solve: Solve, again: Solve, b: Tree) -> Tree:
     """The transpose of a caller's solver.
 
-    Where JAX can transpose what the function does, that is it: then also a function that uses
-    factors of its own, and never asks the operator, is transposed. What it cannot transpose, such
-    as a loop that stops by itself, is called `again`, for the transposed operator.
+    Where JAX can transpose the function, that is the transpose, even for a function that has its
+    own factors and never applies the operator. What JAX cannot transpose, such as a loop with a
+    stopping criterion, is called `again`, for the transposed operator.
     """
     try:
         transpose = jax.linear_transpose(solve, b)

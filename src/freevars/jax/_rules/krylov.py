@@ -79,8 +79,8 @@ def choose(condition: Any, x: Tree, y: Tree) -> Tree:
 
 
 def divide(a: Any, b: Any) -> Any:
-    """The quotient, and 0 where b is 0: a method that breaks down stands still, and its residual
-    tells."""
+    """The quotient, and 0 where b is 0: a method that breaks down stalls, and its residual shows
+    it."""
     nonzero = b != 0
     return jnp.where(nonzero, a / jnp.where(nonzero, b, 1), 0)
 
@@ -94,8 +94,8 @@ def is_solved(system: System, rr: Any, xx: Any, bb: Any, size: Any) -> Any:
 
 
 def zeros(b: Tree) -> Tree:
-    """Zeros where b lies. Made of b: else XLA keeps one array of zeros, and copies it for each
-    solve."""
+    """Zeros, sharded like b. Computed from b, since XLA would otherwise keep one array of zeros and
+    copy it for each solve."""
     return jax.tree.map(lambda leaf: 0 * leaf, b)
 
 
@@ -151,10 +151,10 @@ def _restarted(
 
 
 def richardson(system: System) -> Solution:
-    """For a system I - J: x + (b - A x), again and again, while that brings the residual down.
+    """For a system I - J: repeat x + (b - A x) while that reduces the residual.
 
-    One product and one norm a step, and each residual is a true one. It ends where a step takes
-    less than a part of it away: there the other methods are faster.
+    One product and one norm a step, and each residual is exact. It ends where a step removes too
+    small a part of it: there the other methods are faster.
     """
     b, dot = system.b, system.dot
     bb = dot(b, b)
@@ -272,9 +272,9 @@ def bicgstab(system: System) -> Solution:
 def least_squares(system: System, rmatvec: Apply, x: Tree | None = None) -> Solution:
     """The x with the least |A x - b|: conjugate gradients for A'A x = A'b.
 
-    It takes any system, a singular one too, and in steps the square of the condition number. The
-    residual grows in no step, from that of `x` on; from x = 0 on, the result is the shortest of
-    all such x. Here solved means that |A'r| is small relative to |A'b|.
+    It solves any system, even a singular one, but needs more steps: the condition number is
+    squared. The residual never grows, starting from that of `x`; from x = 0, the result is the
+    shortest of all such x. Here solved means that |A'r| is small relative to |A'b|.
     """
     matvec, b, dot = system.matvec, system.b, system.dot
     s = rmatvec(b)

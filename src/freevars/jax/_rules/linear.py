@@ -62,7 +62,8 @@ class Method(NamedTuple):
     check: bool = True
 
     def validate(self) -> None:
-        """Refuse what is neither a lineax solver nor a function, or finds no shortest solution."""
+        """Refuse what is neither a lineax solver nor a function, or cannot find a shortest
+        solution."""
         solve = self.linear_solve
         if _is_lineax(solve):
             lx = lineax_module()
@@ -211,8 +212,8 @@ class Method(NamedTuple):
     ) -> LinearSystem:
         def linear(b: Tree, good: Any = True) -> Tree:  # noqa: FBT002
             def only_if_good(solve: Solve) -> Callable[[Any, Tree], Tree]:
-                # What is refused is not solved; and the verdict comes first, so that its memory is
-                # free by then.
+                # A refused system is not solved; and the verdict comes first, so that its memory is
+                # free again.
                 if good is True:
                     return lambda _, b: solve(b)
                 nothing = functools.partial(jax.tree.map, jnp.zeros_like)

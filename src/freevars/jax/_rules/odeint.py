@@ -189,7 +189,7 @@ class OdeintSolver(Integrator[P, R]):
         whole = takes == "array"
         pack = flat.ravel if whole else tuple
         unpack = flat.unravel if whole else list
-        # What a solver returns is of strong types, whatever the parameters are that it is like.
+        # A solver returns strong types, even where the parameters are weakly typed.
         y0 = pack([jnp.asarray(part, part.dtype) for part in state])
         problem = self._problem(lambda at: pack(field(at[0], unpack(at[1]))), y0, ts)
         out = self.solve(problem, (y0, ts), options)

@@ -32,7 +32,7 @@ __all__ = ["diagnosis", "error", "tell_failure"]
 def tell_failure(
     rule: Rule, found: Diagnostics, at: tuple[Any, Any, Any, Any], dx: Any, *, by_options: bool
 ) -> None:
-    """Tell what can be told now: inside a compiled program NaN tells."""
+    """Report a failure now if its values are known; inside a compiled program the result is NaN."""
     limits = limits_of(Coordinates(at[0]), rule.tol)
     if rule.on_failure == "warn":
         jax.debug.callback(functools.partial(_warn, rule, limits), found.good, found.figures)

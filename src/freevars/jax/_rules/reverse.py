@@ -141,8 +141,8 @@ class Pullback(NamedTuple):
         return None
 
 
-# What JAX tells a rule with `symbolic_zeros` of its arguments. A value that nothing differentiates
-# by must not be differentiated by here either: a `custom_vjp` inside may hold it as a constant.
+# The arguments that JAX gives a rule with `symbolic_zeros`. A value with no derivative there must
+# get none here: a `custom_vjp` inside may hold it as a constant.
 
 
 def values(told: Any) -> Any:

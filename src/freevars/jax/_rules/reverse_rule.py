@@ -64,7 +64,7 @@ def pull_back(
     cotangents: list[Any] = [None] * len(leaves)
     for i, ct in zip(places, found, strict=True):
         cotangents[i] = ct
-    # Nothing, if x is a solution; what else it depends on is not known.
+    # Zero, if x is a solution; otherwise unknown.
     nothing = sum(0 * jnp.sum(leaf) for leaf in jax.tree.leaves(u))
     flat, tree = jax.tree.flatten((x0, *rest))
     none = [

@@ -50,7 +50,7 @@ class Rule:
     polish: bool = False
     conserved: Totals | None = None
     one_sided: bool = False
-    # The problems of which a solution needed a closer look, by hash: the next will mostly need one.
+    # Problems whose solution needed a closer look, by hash: the next one will usually need one too.
     _looked: set[int] = field(default_factory=set, init=False)
 
     def condition(self, problem: Problem) -> implicit.Condition:
@@ -193,19 +193,19 @@ class Rule:
 
     @_compat.any_rank
     def kept(self, tree: Any, leaves: list[Any], x: Any) -> Any:
-        """Of a singular system: whether it is so because it keeps totals."""
+        """Whether a singular system is singular because it conserves totals."""
         point = self.linearise(tree, leaves, x, x, ())
         return diagnostics.kept(point.by_x, point.space)
 
     def derivative(self, *arguments: Any, known: bool) -> Any:
         """`tangent` of the same arguments, by what is compiled for all calls.
 
-        Where values are `known`, outside of any program, and a verdict is told by an error, a
-        program without the closer look is enough for many problems, and compiled in a third of the
-        time; it has the look from the first solution of a problem on that needs one. Inside a
-        program that is traced it is a part of that, where XLA does more with its constants than in
-        a function that is called. But a caller's method stays in a function of its own: the
-        infinities that lineax works with are nothing that `jax_debug_infs` should see.
+        Where values are `known`, outside of any program, and a failure raises an error, a program
+        without the closer look suffices for many problems, and compiles in a third of the time; the
+        look is included from the first solution of a problem that needs one. Inside a traced
+        program it is inlined, since XLA does more with constants than across a call. But a caller's
+        method stays in a function of its own: `jax_debug_infs` should not see the infinities that
+        lineax works with.
         """
         tree, moving, leaves, x, x0, directions, _, captured = arguments
         told = self.check and self.on_failure in {"raise", "least_squares"}
@@ -232,8 +232,8 @@ class Rule:
         captured: Any,
         closely: bool,  # noqa: FBT001 (static)
     ) -> Any:
-        """The verdict on x, by a closer look or without, and the map of directions of the moving
-        leaves to one of -x: a pytree. What is refused raises, so that the map needs no guard."""
+        """The verdict on x, with a closer look or without, and the linear map of directions of the
+        moving leaves to that of -x, as a pytree. A refusal raises, so the map needs no guard."""
         x, finite = _where_finite(x, x0)
         point, unknown, system = self.system(tree, leaves, x, x0, moving, captured)
         found = diagnostics.measure(
@@ -264,7 +264,7 @@ class Rule:
         does not depend on, if it is one."""
         finite = True
         if self.check:
-            # A member of a batch that is not asked for contributes 0, and not 0 times infinity.
+            # A member of a batch with a zero direction contributes 0, not 0 times infinity.
             x, finite = _where_finite(x, x0)
         point, unknown, system = self.system(tree, leaves, x, x0, moving, captured)
         found, good = None, True

@@ -113,7 +113,7 @@ def wrap(
     solve: Callable[[Vector], Vector],
     transposed: Callable[[Vector], Vector],
 ) -> Scaled:
-    """The same for a matrix that somebody else has factorised: A^-1 b, and A^-T b."""
+    """The same for a matrix that was factorised elsewhere: A^-1 b, and A^-T b."""
     columns = power_of_two(d)
     scaled = matrix * columns[None]
     rows = 1 / power_of_two(jnp.max(jnp.abs(scaled), axis=1))

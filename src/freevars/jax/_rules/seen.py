@@ -69,8 +69,8 @@ class Units(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What values of F say of a step; the state of the loop that asks one after the other. F sees a
-    change d of x as A^-1 (F(x) - F(x - d)), which is d where F is straight."""
+    """What values of F show about a step; the state of the loop over the questions. F sees a change
+    d of x as A^-1 (F(x) - F(x - d)), which is d where F is linear."""
 
     question: Any  # the number of the next one
     on: Any  # bool: whether there is one

@@ -164,7 +164,7 @@ class ImplicitSolver(DecoratedSolver[P, R]):
     def as_function(
         self, /, *args: P.args, **kwargs: P.kwargs
     ) -> tuple[Problem, Callable[[Problem], Any]]:
-        """What the derivatives of one call flow into, and x as a function of that."""
+        """The problem into which the derivatives of one call flow, and x as a function of it."""
         problem, x0, options = self._convert(self._signature.take_apart(args, kwargs))
 
         def solve(problem: Problem) -> Any:
@@ -183,7 +183,7 @@ class ImplicitSolver(DecoratedSolver[P, R]):
             self._rule.kind, call.options, conserved=self._rule.conserved is not None
         )
         given = {name: value for name, value in call.options.items() if name not in constraints}
-        # A Python number among the options stays one: solvers count with it.
+        # Python numbers among the options are static: solvers use them in Python.
         options: dict[str, Any] = as_static(given, is_array)
         if constraints:
             problem = calls.constrained_problem(call, x0, constraints, self.__name__)
@@ -218,11 +218,10 @@ class ImplicitSolver(DecoratedSolver[P, R]):
     def _own(self, problem: Problem, x0: Any, options: dict[str, Any]) -> Any:
         """What runs the solver of this call, a pytree, or None for `self._run`.
 
-        What the solver captures that may be another value at the next call has to be an argument:
-        the traced values, or the rule could not be crossed, and the object of a method, which may
-        have changed. The solution does not depend on any of it, and so its derivative is zero.
-        Asking JAX for what it traced costs little, converting costs a trace, and most solvers
-        capture nothing.
+        Whatever the solver captures that may change between calls has to be an argument: traced
+        values, which could not cross the rule otherwise, and the object of a method, which may have
+        changed. The solution does not depend on any of it, so its derivative is zero. Asking JAX
+        what it traced is cheap, converting costs a trace, and most solvers capture nothing.
         """
         if not self._jit:
             return None if self._bound_to is None else tree_util.Partial(self._run_solver)
@@ -254,7 +253,7 @@ class ImplicitSolver(DecoratedSolver[P, R]):
         return (x, aux) if self._rule.has_aux else x
 
     def diagnose(self, /, *args: Any, **kwargs: Any) -> Diagnosis:
-        """Solve, and give what is measured of the solution before a derivative is believed.
+        """Solve, and return what is measured at the solution before its derivative is trusted.
 
         Args:
             *args: what the solver takes, with known values, not traced ones.

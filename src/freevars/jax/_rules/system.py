@@ -48,9 +48,9 @@ class LinearSystem(NamedTuple):
 def linear_solve(matvec: Solve, b: Tree, solve: Any, transposed: Any) -> Tree:
     """`jax.lax.custom_linear_solve`; each of its solvers takes the map too.
 
-    JAX transposes it, and differentiates what it has transposed, only where all leaves depend on
-    what that is done by: those of b, of A x and, for the transpose, of x. One of an equation that
-    reads nothing of that does not, nor one without entries.
+    JAX can transpose it, and differentiate the transpose, only where all leaves of b, of A x and,
+    for the transpose, of x depend on the differentiated values. A leaf of an equation that reads
+    none of them does not, nor does one without entries.
     """
 
     def tied_matvec(v: Tree) -> Tree:
@@ -62,7 +62,7 @@ def linear_solve(matvec: Solve, b: Tree, solve: Any, transposed: Any) -> Tree:
 
 
 def guarded(space: Space, good: Any, x: Tree, b: Tree) -> Tree:
-    """What solves a good system: x; else NaN, but 0 for a b of zeros."""
+    """The solution x of a good system; else NaN, but 0 where b is zero."""
     if good is True:
         return x
     nothing = jax.tree.map(jnp.zeros_like, x)

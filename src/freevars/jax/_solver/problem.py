@@ -35,7 +35,7 @@ class Parts:
 class Problem(NamedTuple):
     """A closure and the extra arguments of the function: everything that derivatives flow into.
 
-    Its leaves are arrays; what is no array among the extra arguments is sealed into the structure.
+    Its leaves are arrays; extra arguments that are not arrays are static.
     """
 
     fun: Closure[..., Any]
@@ -151,7 +151,7 @@ class _Part:
 
     def __call__(self, closure: Closure[..., Any], point: Any, *args: Any, **kwargs: Any) -> Any:
         points = {
-            # Dead code, at a point that is as good as any.
+            # Dead code, at an arbitrary point.
             name: point if name == self.name else jax.tree.map(_ones, struct)
             for name, struct in closure.in_struct[0].items()
         }

@@ -57,5 +57,5 @@ def like(x: Any, x0: Any, name: str, *, hint: str = _LIKE) -> Any:
 
 
 def is_array(x: Any) -> bool:
-    """Whether an option is an array: anything else is part of the program."""
+    """Whether an option is an array: anything else is static."""
     return isinstance(x, (_compat.Array, np.ndarray, _compat.Tracer)) and _compat.is_array(x)

@@ -39,7 +39,7 @@ def versions(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def parts(t: Tensor) -> list[Tensor]:
-    """The tensors that a sparse tensor or a wrapper subclass is made of, read without being
+    """The tensors of which a sparse tensor or a wrapper subclass consists, read without being
     watched."""
     names: tuple[str, ...] = ()
     if t.layout is torch.sparse_coo:
@@ -93,8 +93,8 @@ def owns_memory(t: Tensor) -> bool:
 
 def sharded_parameters(objects: Iterable[Any]) -> dict[int, tuple[Tensor, Tensor]]:
     """For the modules among `objects` that `fully_shard` has sharded: by the id of each gathered
-    parameter, which the forward pass reads, that one and the parameter that the user knows. Nothing
-    public leads from one to the other."""
+    parameter, which the forward pass reads, it and the user's own parameter. No public name leads
+    from one to the other."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None:
         return {}

@@ -22,7 +22,7 @@ __all__ = [
     "schema",
 ]
 
-# Reentrant checkpointing, a custom Function: told apart because its backward runs `fun` once more.
+# Reentrant checkpointing, a custom Function whose backward runs `fun` again.
 CheckpointFunction = _checkpoint.CheckpointFunction
 
 _custom_function_call = torch._functorch.autograd_function.custom_function_call

@@ -32,9 +32,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def eagerly(run: F) -> F:
-    """`run`, to be called while `torch.compile` is at work, which then leaves alone what `run`
-    calls, and from now on the frames around it: after a graph break it would compile the rest of
-    these too, and cannot where a transform is open."""
+    """`run`, for calls while `torch.compile` is active: it then does not compile what `run` calls,
+    nor from now on the frames around it. After a graph break it would compile the rest of these
+    too, and cannot where a transform is open."""
 
     def left_alone(*args: Any, **kwargs: Any) -> Any:
         rules: Any = sys.modules.get("torch._dynamo.trace_rules")
@@ -48,8 +48,8 @@ def eagerly(run: F) -> F:
 
 
 def uncompiled(run: F) -> F:
-    """`run`, which PyTorch may call also while `torch.compile` is at work (the backward pass that a
-    compiled function asks for): it is not compiled then."""
+    """`run`, never compiled, even if PyTorch calls it while `torch.compile` is active (in the
+    backward pass of a compiled function)."""
     eager = eagerly(run)
 
     @functools.wraps(run)
@@ -62,9 +62,9 @@ def uncompiled(run: F) -> F:
 # `torch.compiler.disable` without the import of the compiler, which takes seconds.
 _disable: Any = getattr(torch, "_disable_dynamo")  # noqa: B009 (not exported, says the type checker)
 
-# What runs on a call's way in and out: by their names, as the compiler's own rules have it, which
-# are private (https://github.com/pytorch/pytorch/issues/150435). `torch.compiler.disable` is for
-# one function, and not for the rest of a frame that has called it.
+# The modules on a call's way in and out, by name, as the compiler's own rules take them, which are
+# private (https://github.com/pytorch/pytorch/issues/150435). `torch.compiler.disable` is for one
+# function, not for the rest of a frame that has called it.
 _OURS = tuple(f"freevars.torch.{name}" for name in ("_compat", "_convert", "_hooks", "_rules"))
 _left_alone: list[str] = []
 
@@ -104,7 +104,7 @@ class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return False
 
 
-# Inside, no function mode takes notice: our own look is no read.
+# Inside, no function mode is active: our own inspection is not a read.
 unseen: Any = torch._C.DisableTorchFunction
 
 
@@ -114,7 +114,7 @@ def transforms_active() -> bool:
 
 
 def recording() -> bool:
-    """Whether `make_fx` writes down what runs on this thread, as `torch.func.linearize` has it."""
+    """Whether `make_fx` records what runs on this thread, as `torch.func.linearize` does."""
     proxies: Any = sys.modules.get("torch.fx.experimental.proxy_tensor")
     return proxies is not None and proxies.get_proxy_mode() is not None
 

@@ -51,13 +51,13 @@ def is_grad_tracking(t: Tensor) -> bool:
 
 def is_grads_batch(t: Tensor) -> bool:
     """Whether `torch.autograd.grad(is_grads_batched=True)` batches `t`, by the vmap before
-    torch.func's, which no custom Function is told of."""
+    torch.func's, of which custom Functions are not notified."""
     return bool(_functorch.is_legacy_batchedtensor(t))
 
 
 def is_legacy_batched(t: Tensor) -> bool:
     """Whether the old vmap behind `torch.autograd.functional.jacobian(strategy="forward-mode")`
-    batches `t`: few operations know how to."""
+    batches `t`, which few operations support."""
     return bool(_functorch.is_legacy_batchedtensor(t))
 
 
@@ -70,8 +70,8 @@ def unwrap(t: Tensor) -> Iterator[Tensor]:
 
 
 def without_ended(t: Tensor) -> Tensor:
-    """`t` without what torch.func transforms that are over wrapped around it: such a wrapper is not
-    a place in the graph of what it wraps."""
+    """`t` without the wrappers of torch.func transforms that have ended: such a wrapper is not part
+    of the graph of what it wraps."""
     while is_wrapped(t):
         inner = _functorch.unwrap_if_dead(t)
         if inner is t:
@@ -82,9 +82,10 @@ def without_ended(t: Tensor) -> Tensor:
 
 def layers(t: Tensor) -> list[tuple[str, bool | None]]:
     """The transformations that trace `t`, outermost first: the tape, then the torch.func transforms
-    that wrap it, and whether each takes a derivative by it; None where that is not its business.
+    that wrap it, and whether each differentiates with respect to it; None where it does not
+    differentiate.
 
-    A wrapper knows its level only; which transform that is, the stack of open transforms tells.
+    A wrapper knows only its level; the stack of open transforms has the transform.
     """
     with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
         stack = _functorch.get_interpreter_stack() or ()
@@ -114,8 +115,8 @@ def _has_tangent(t: Tensor) -> bool:
 
 
 def tangents(t: Tensor) -> list[Tensor]:
-    """The forward-mode tangents that `t` carries, at every open level. PyTorch tells those of the
-    innermost torch.func transform only, so the transforms are left one by one."""
+    """The forward-mode tangents that `t` carries, at every open level. PyTorch gives only those of
+    the innermost torch.func transform, so the transforms are left one by one."""
     if torch.autograd.forward_ad._current_level < 0:
         return []
     level = _functorch.maybe_current_level()

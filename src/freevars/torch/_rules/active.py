@@ -46,7 +46,7 @@ class Functions(NamedTuple):
 
     @property
     def fixed(self) -> Tensor:
-        """The components that the bounds leave no choice."""
+        """The components that the bounds fix."""
         return self.lower == self.upper
 
     def lagrangian(self, x: Tensor, multipliers: Multipliers) -> Tensor:
@@ -141,8 +141,8 @@ def system_at(
     check: bool,
     nan: bool,
 ) -> Tensor:
-    """F at x and its multipliers; NaN where a problem is degenerate. `nan`: by what it reads where
-    it was decided the other way, too, its derivative is NaN then."""
+    """F at x and its multipliers; NaN where a problem is degenerate. `nan`: the derivative is NaN
+    there too, also with respect to what only the other decision would read."""
     gradient = at.gradient(x, multipliers)
     with torch.no_grad():
         fixed = {name: m.detach() for name, m in multipliers.items()}
@@ -153,7 +153,7 @@ def system_at(
         active: Tensor = (pair.active | (pair.certain <= least)) if one_sided else pair.active
         return active
 
-    # Of the two sides that fix a component, that which holds it.
+    # Of two sides that fix a component, the one that holds it.
     at_lower = torch.where(at.fixed, ~scaled.upper.active, keeps(scaled.lower))
     near = Limits.of(eps).certain
     below, above = (
@@ -173,7 +173,7 @@ def system_at(
         refused = kkt.are_crossed(at.lower, at.upper, scaled.size, near).any(1, keepdim=True)
         if not one_sided:
             refused = refused | (scaled.certain(at.fixed)[:, None] <= least)
-        # Added, so that what is refused is not a constant: its derivative is NaN too.
+        # Added, so that a refusal is not a constant: its derivative is NaN too.
         lost = torch.zeros_like(f).masked_fill(refused, torch.nan)
         if nan:
             sides = (torch.where(b.isfinite(), b, 0) for b in (at.lower, at.upper))
@@ -183,7 +183,7 @@ def system_at(
 
 
 def multipliers_at(at: Functions, x: Tensor) -> Multipliers:
-    """The multipliers that stationarity says."""
+    """The multipliers that follow from stationarity."""
     if not at.constraints:
         return {}
     size = _size(x, at)
@@ -222,7 +222,7 @@ def constraints_at(at: Functions, x: Tensor) -> tuple[Multipliers, Tensor]:
 
 
 def _size(x: Tensor, at: Functions) -> Tensor:
-    """How large the components are, also where one of them happens to be zero."""
+    """The sizes of the components, also where one happens to be zero."""
     eps = float(torch.finfo(x.dtype).eps)
     least = kkt.least_size(at.way, eps)
     farthest = kkt.reach(torch, torch.maximum(_largest(x.abs())[:, None], least), eps)

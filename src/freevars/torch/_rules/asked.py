@@ -22,8 +22,8 @@ Point = tuple[Tensor, ...]
 
 
 class Asked:
-    """The first answer of a function, and the last two whose number is a power of two: so few, and
-    from places all over the way. None where no derivative can follow, as within another's."""
+    """The first answer of a function, and the last two whose number is a power of two: few, and
+    spread over the whole range. None where no derivative can follow, as within another one."""
 
     def __init__(self) -> None:
         self._wanted = torch.is_grad_enabled()
@@ -31,7 +31,7 @@ class Asked:
         self._answers: list[tuple[Point, list[Tensor]]] = []
 
     def note(self, point: Point, answer: Sequence[Tensor]) -> None:
-        """One question of the solver, and the function's answer."""
+        """One query of the solver, and the function's answer."""
         self._count += 1
         if not self._wanted or self._count & (self._count - 1):
             return
@@ -44,13 +44,14 @@ class Asked:
         self._answers.append(copies)
 
     def note_if_none(self, ask: Callable[[], tuple[Point, Sequence[Tensor]]]) -> None:
-        """Ask oneself, of a solver that only asked for many points at once, by `vmap`."""
+        """Evaluate the function here, for a solver that only asked for many points at once, by
+        `vmap`."""
         if self._wanted and not self._answers:
             self._count = 0
             self.note(*ask())
 
     def compare(self, fun: Callable[[Point], Sequence[Tensor]], name: str, what: str) -> None:
-        """Refuses a function whose answers are others now; `name` is that of the solver."""
+        """Refuses a function whose answers have changed; `name` is that of the solver."""
         with torch.no_grad():
             for point, before in self._answers:
                 for now, then in zip(fun(point), before, strict=True):

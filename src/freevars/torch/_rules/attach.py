@@ -47,8 +47,8 @@ def record(
 def attached(
     condition: Condition, columns: Tensor, values: Sequence[Tensor], behind: Sequence[Tensor] = ()
 ) -> Tensor:
-    """The solution at which F was recorded, with its derivative. Whoever asks for one by a tensor
-    of `values` or `behind` that F does not read has the solution checked."""
+    """The solution at which F was recorded, with its derivative. A derivative with respect to a
+    tensor of `values` or `behind` that F does not read has the solution checked."""
     assert condition.recorded is not None  # noqa: S101 (for the type checker)
     leaf, f = condition.recorded
     given = (condition, len(values), leaf, f, columns, *values, *behind)
@@ -104,14 +104,14 @@ class _Attach(torch.autograd.Function):
 def _compare(
     condition: Condition, at: Solution, values: list[Tensor], g: Tensor, grads: list[Tensor | None]
 ) -> None:
-    """Refuses cotangents from a second evaluation that are not those of the recorded graph: what
-    the function reads may have changed its derivative and not its value."""
+    """Refuses cotangents from a second evaluation that differ from those of the recorded graph: a
+    change in what the function reads may affect its derivative but not its value."""
     read = condition.read(values)
     wanted = [i for i, grad in enumerate(grads) if grad is not None and values[i].requires_grad]
     if not wanted or _compat.transforms_active():
         return
     u = condition.linear(True, at, tuple(values), g)
-    # One captured tensor may be computed from another: both sides by all paths.
+    # One captured tensor may be computed from another: both sides include all paths.
     totals = [
         torch.autograd.grad(
             outputs, [read[i] for i in wanted], cotangents, retain_graph=True, allow_unused=True

@@ -28,7 +28,7 @@ class Autocast(NamedTuple):
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Inside, it is as it was."""
+        """Inside, autocast is restored."""
         now = self._of(kind for kind, _, _ in self.states)
         with ExitStack() as stack:
             for kind, enabled, dtype in self.states if now != self else ():

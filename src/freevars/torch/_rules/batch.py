@@ -73,7 +73,7 @@ class LinearSystem:
         return implicit(system, *values[3:-1], b)[0]
 
     def compare(self, now: Tensor, recorded: Tensor) -> None:
-        """What it is made of is compared where it is evaluated."""
+        """Its parts are compared where they are evaluated."""
 
     def batched(self, size: int, dims: Sequence[int | None]) -> "_BatchOfSystems":
         return _BatchOfSystems(self, size, dims)
@@ -188,7 +188,7 @@ class BatchedCondition(DifferentiableCondition):
         return self.of.explained(k, name, own, _one(values, self.dims, member))
 
     def own_linear_solve(self, values: Sequence[Tensor]) -> LinearSolve | None:
-        """Once for each element: it is written for one, and may read a tensor of its own there."""
+        """Once for each element: it is written for one, and may read its own tensor for each."""
         own = self.of.own_linear_solve(values)
         if own is None or isinstance(own, Truncated):
             return own
@@ -213,7 +213,7 @@ class BatchedCondition(DifferentiableCondition):
         return x.flatten(0, 1), *others
 
     def _together(self, values: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
-        """All at once, or None: a solver may branch on its data, or leave PyTorch."""
+        """Solve all at once, or None: a solver may branch on its data, or leave PyTorch."""
         try:
             found = self.of.run_many(self.size, self.dims, *values)
             if found is not None:

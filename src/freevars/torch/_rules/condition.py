@@ -114,7 +114,7 @@ class Condition:
         return values
 
     def constants_as_they_are(self) -> AbstractContextManager[None]:
-        """Inside, F reads its constants as they are now, also when its graph is used later."""
+        """Inside, F reads its constants as they are now, even if its graph is used later."""
         return nullcontext()
 
     # --- a solution
@@ -143,7 +143,8 @@ class Condition:
     def solve(self, *values: Tensor) -> tuple[Tensor, ...]:
         """A solution, and what comes with it."""
         x, columns, others = self.find(*values)
-        # As a derivative will evaluate it, by a leaf: some operations round otherwise without.
+        # With a leaf, as a derivative will evaluate it: some operations round differently without
+        # one.
         with torch.enable_grad():
             f = self.residual(x.clone().requires_grad_(), columns, *values)
         return x, f.detach(), columns, *others
@@ -192,7 +193,7 @@ class Condition:
     def explained(
         self, k: int, name: str, at: Solution, values: Sequence[Tensor], /
     ) -> FreevarsError | None:
-        """The error of problem k in words of what it is about, where these say more."""
+        """The error of problem k in terms of the user's problem, where that says more."""
         del k, name, at, values
         return None
 
@@ -290,7 +291,7 @@ class Condition:
         comparison.compare(now, recorded, self.rule.name)
 
     def _derivative(self, leaf: Tensor, f: Tensor) -> Derivative:
-        # With constraints, F is no gradient: these stand in it as they are.
+        # With constraints, F is not a gradient: it contains them as they are.
         return Derivative(leaf, f, symmetric=self._minimum and not self.constrained)
 
     @property

@@ -41,7 +41,7 @@ def completion(at: Tensor, f: Tensor, totals: Tensor, unit: Tensor, name: str) -
             "defects. Leave out the totals that follow from the equations."
         )
         raise NotASolutionError(message)
-    # A total may be measured in any unit: each column in the inverse of its own.
+    # A total may have any unit: each column has the inverse of its total's unit.
     sizes = c.abs().amax(2)[:, None, :]
     columns = rows * left[:, :, -m:] / torch.where(sizes > 0, sizes, 1)
     return columns.to(f.dtype)

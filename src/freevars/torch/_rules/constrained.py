@@ -36,7 +36,7 @@ __all__ = ["ConstrainedProblem", "bounds_like", "unknown_of"]
 
 
 def bounds_like(bounds: Any) -> Callable[..., Any]:
-    """The two sides as a function of x, like it; infinite where there is none."""
+    """The two sides as a function of x, each like x; infinite where there is none."""
 
     def sides(x: Any, _args: Any = (), _kwargs: Any = None) -> Any:
         lower, upper = bounds

@@ -25,7 +25,8 @@ _ROWS_AT_ONCE = 128
 
 @contextmanager
 def naming_reentrant_checkpoints(f: Tensor, name: str) -> Iterator[None]:
-    """Says why PyTorch cannot take products with the derivative of f, where that is the reason."""
+    """Explains why PyTorch cannot take products with the derivative of f, where that is the
+    reason."""
     try:
         yield
     except RuntimeError as error:
@@ -78,8 +79,8 @@ class Derivative:
         return out.to(v.dtype)
 
     def curvature(self, s: Tensor) -> Tensor:
-        """The second derivative of f along s twice; needs an f that is differentiable three times,
-        and raises what PyTorch does elsewhere."""
+        """The second derivative of f along s, twice; needs an f that is differentiable three times,
+        and otherwise raises PyTorch's own error."""
         return self.along(s, (), (), s)[1]
 
     def along(
