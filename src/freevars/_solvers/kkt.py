@@ -59,6 +59,7 @@ __all__ = [
     "WRONG",
     "Found",
     "Pair",
+    "Side",
     "are_crossed",
     "explain",
     "least_size",
@@ -195,14 +196,37 @@ def _zero(eps: float) -> tuple[float, float]:
     return eps ** (2 / 3), eps**0.25
 
 
-class Found(NamedTuple):
-    """What an error looks at, as numbers of Python."""
+class Side(NamedTuple):
+    """One side of a bound, or an inequality, in Python numbers."""
 
-    names: list[str]  # of each bound and inequality
+    name: str
+    gap: float
+    pull: float
+    certain: float  # as in `Pair`
+
+    @staticmethod
+    def of_bound(
+        side: str,
+        component: str,
+        gap: float,
+        other: float,
+        pull: float,
+        certain: float,
+        *,
+        eps: float,
+    ) -> Side:
+        """The "lower" or "upper" side; `other` is the gap of the other one."""
+        force = pull if side == "lower" else -pull
+        # What pulls away from one side may lean on the other.
+        force = max(force, 0.0) if other < eps**0.25 else force
+        return Side(f"the {side} bound of {component}", gap, force, certain)
+
+
+class Found(NamedTuple):
+    """What an error looks at, in Python numbers."""
+
+    sides: list[Side]
     crossed: list[str]  # the components whose bounds leave no place between them
-    gaps: list[float]
-    pulls: list[float]
-    certain: list[float]  # as in `Pair`
     violated: float  # the largest equality constraint, relative
     left: float  # of the equations, relative
     dependent: bool  # the gradients of the active constraints are
@@ -210,13 +234,13 @@ class Found(NamedTuple):
 
 def explain(name: str, found: Found, limits: Limits, eps: float) -> FreevarsError | None:
     """The error in terms of the constraints, if they explain why there is no derivative."""
-    sides = list(zip(found.names, found.gaps, found.pulls, strict=True))
+    sides = found.sides
     if found.crossed:
         return NotASolutionError(
             f"{name}: nothing lies between the bounds of {_listed(found.crossed)}: expected lower"
             " <= upper, and neither of them NaN."
         )
-    outside = [f"{n} by {-gap:.1e}" for n, gap, _ in sides if gap < -limits.certain]
+    outside = [f"{s.name} by {-s.gap:.1e}" for s in sides if s.gap < -limits.certain]
     if found.violated > limits.certain:
         outside.append(f"the equality constraint by {found.violated:.1e}")
     if outside:
@@ -230,7 +254,7 @@ def explain(name: str, found: Found, limits: Limits, eps: float) -> FreevarsErro
             " multipliers are not determined. Leave out constraints that follow from the others."
         )
     near = limits.certain
-    wrong = [f"{n} ({p:.1e})" for n, gap, p in sides if abs(gap) <= near and p < WRONG]
+    wrong = [f"{s.name} ({s.pull:.1e})" for s in sides if abs(s.gap) <= near and s.pull < WRONG]
     if wrong:
         return NotASolutionError(
             f"{name}: the multiplier of {_listed(wrong)} has the wrong sign, relative to the"
@@ -240,7 +264,7 @@ def explain(name: str, found: Found, limits: Limits, eps: float) -> FreevarsErro
         )
     low, high = _zero(eps)
     least = min(max(10 * found.left, low), high)
-    zero = [n for n, certain in zip(found.names, found.certain, strict=True) if certain <= least]
+    zero = [s.name for s in sides if s.certain <= least]
     if zero:
         return NotASolutionError(
             f"{name}: degenerate: {_listed(zero)} is reached with a multiplier of zero, so the"

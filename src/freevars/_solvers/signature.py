@@ -16,8 +16,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from freevars._names.callables import plain_name
+from freevars.errors import StructureError
 
-__all__ = ["LEADS", "SolverCall", "SolverSignature"]
+__all__ = ["LEADS", "SolverCall", "SolverSignature", "split_aux"]
 
 LEADS = ("a function", "a starting point")  # what a solver takes first
 
@@ -110,6 +111,20 @@ class SolverSignature:
                 given[name] = call.args
         bound = inspect.BoundArguments(self._signature, given)
         return solver(*bound.args, **bound.kwargs)
+
+
+def split_aux(
+    out: Any, name: str, what: str = "x", shown: Callable[[Any], str] = repr
+) -> tuple[Any, Any]:
+    """What a solver with `has_aux=True` returned: its result and its aux.
+
+    Raises:
+        freevars.errors.StructureError: it is not a pair.
+    """
+    if not (isinstance(out, tuple) and len(out) == 2):  # noqa: PLR2004
+        message = f"{name}: with has_aux=True a solver returns ({what}, aux), got {shown(out)}."
+        raise StructureError(message)
+    return out
 
 
 def _is_passed_on(parameter: inspect.Parameter) -> bool:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from freevars._contract import check_callable
-from freevars._solvers.signature import SolverCall
+from freevars._solvers.signature import SolverCall, split_aux
 from freevars._solvers.stated import States
 from freevars.errors import StructureError
 from freevars.jax._host.host_solver import HostSolver
@@ -121,7 +121,5 @@ def checked(out: Any, x0: Any, name: str, *, has_aux: bool) -> Any:
     """What a solver returned, with x like x0."""
     if not has_aux:
         return like(out, x0, f"{name}: the returned x")
-    if not (isinstance(out, tuple) and len(out) == 2):  # noqa: PLR2004
-        message = f"{name}: with has_aux=True a solver returns (x, aux), got {out!r}."
-        raise StructureError(message)
-    return like(out[0], x0, f"{name}: the returned x"), out[1]
+    x, aux = split_aux(out, name)
+    return like(x, x0, f"{name}: the returned x"), aux

@@ -16,7 +16,7 @@ import numpy as np
 from jax import tree_util
 
 from freevars._solvers import kkt
-from freevars._solvers.kkt import Found, Pair
+from freevars._solvers.kkt import Found, Pair, Side
 from freevars._solvers.verdict import Limits
 from freevars.errors import FreevarsError, StructureError
 from freevars.jax import _compat
@@ -264,11 +264,8 @@ def explain(
     values = at.constraints(v)
     scaled = Scaled.of(at, v, multipliers, at.gradient(v, multipliers), values)
     limits = limits_of(coordinates, tol)
-    names: list[str] = []
+    sides: list[Side] = []
     crossed: list[str] = []
-    gaps: list[float] = []
-    pulls: list[float] = []
-    certain: list[float] = []
     paths = [tree_util.keystr(path) for path, _ in tree_util.tree_leaves_with_path(v)]
     free: list[Any] = []
     for path, low, up, pull, fixed, is_low, is_up in zip(
@@ -280,32 +277,22 @@ def explain(
     ):
         holds = (jnp.abs(low) <= limits.certain) | (jnp.abs(up) <= limits.certain)
         free.append(np.ravel(~np.asarray(holds | fixed)))
-        for side, gap, sign, pair in (("lower", low, 1, is_low), ("upper", up, -1, is_up)):
+        for side, gap, other, pair in (("lower", low, up, is_low), ("upper", up, low, is_up)):
             for index in np.argwhere(np.isfinite(gap) & ~np.asarray(fixed)):
-                opposite = (up if sign > 0 else low)[tuple(index)]
-                force = sign * float(pull[tuple(index)])
-                names.append(f"the {side} bound of x{path}{_place(index)}")
-                gaps.append(float(gap[tuple(index)]))
-                certain.append(float(pair.certain[tuple(index)]))
-                # What pulls away from one side may lean on the other.
-                pulls.append(max(force, 0.0) if opposite < coordinates.eps**0.25 else force)
+                there = (float(a[tuple(index)]) for a in (gap, other, pull, pair.certain))
+                component = f"x{path}{_place(index)}"
+                sides.append(Side.of_bound(side, component, *there, eps=coordinates.eps))
     for path, lower, upper, size in zip(
         paths, *map(jax.tree.leaves, (at.lower, at.upper, scaled.size)), strict=True
     ):
         where = np.argwhere(kkt.are_crossed(lower, upper, size, limits.certain))
         crossed += [f"x{path}{_place(index)}" for index in where]
     if scaled.inequality is not None:
-        for i, (gap, pull) in enumerate(zip(scaled.gaps[2], scaled.pulls[1], strict=True)):
-            names.append(f"inequality[{i}]")
-            gaps.append(float(gap))
-            certain.append(float(scaled.inequality.certain[i]))
-            pulls.append(float(pull))
+        each = zip(scaled.gaps[2], scaled.pulls[1], scaled.inequality.certain, strict=True)
+        sides += [Side(f"inequality[{i}]", *map(float, of)) for i, of in enumerate(each)]
     found = Found(
-        names,
+        sides,
         crossed,
-        gaps,
-        pulls,
-        certain,
         float(scaled.violated),
         float(scaled.left),
         _dependent(at, v, scaled, np.concatenate(free), limits.certain),

@@ -20,9 +20,9 @@ from jax import tree_util
 from freevars._solvers.decorated import DecoratedSolver
 from freevars._solvers.integration import no_derivative
 from freevars._solvers.options import check_options
-from freevars._solvers.signature import SolverCall
+from freevars._solvers.signature import SolverCall, split_aux
 from freevars._solvers.verdict import Limits
-from freevars.errors import CaptureError, NotASolutionError, StructureError
+from freevars.errors import CaptureError, NotASolutionError
 from freevars.jax import _compat
 from freevars.jax._closure import Closure
 from freevars.jax._convert.static import as_static, from_static
@@ -163,14 +163,7 @@ class Integrator(DecoratedSolver[P, R]):
 
     def split_aux(self, out: Any, what: str) -> tuple[Any, Any]:
         """The result and its aux, None where the solver returns none."""
-        if not self.has_aux:
-            return out, None
-        if not (isinstance(out, tuple) and len(out) == 2):  # noqa: PLR2004
-            message = (
-                f"{self.__name__}: with has_aux=True a solver returns ({what}, aux), got {out!r}."
-            )
-            raise StructureError(message)
-        return out
+        return split_aux(out, self.__name__, what) if self.has_aux else (out, None)
 
 
 def accepted(out: list[Any], asked: list[Any], good: Any) -> list[Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from freevars._solvers import kkt
-from freevars._solvers.kkt import CONSTRAINTS, Found
+from freevars._solvers.kkt import CONSTRAINTS, Found, Side
 from freevars._solvers.signature import SolverSignature
 from freevars.errors import FreevarsError, StructureError
 from freevars.torch._compat import pytree
@@ -181,37 +181,25 @@ class ConstrainedProblem(Problem):
         functions = self._functions(self.views(values), x, values[0])
         scaled = Scaled.of(functions, x, multipliers)
         eps = float(torch.finfo(self.unknown.dtype).eps)
-        names: list[str] = []
-        gaps: list[float] = []
-        pulls: list[float] = []
-        certain: list[float] = []
+        sides: list[Side] = []
         fixed = functions.fixed[k]
         components = [c.name for c in self.of_x.components(k, x, x)]
-        for side, gap, other, sign, pair in (
-            ("lower", scaled.gaps[0], scaled.gaps[1], 1, scaled.lower),
-            ("upper", scaled.gaps[1], scaled.gaps[0], -1, scaled.upper),
+        for side, gap, other, pair in (
+            ("lower", scaled.gaps[0], scaled.gaps[1], scaled.lower),
+            ("upper", scaled.gaps[1], scaled.gaps[0], scaled.upper),
         ):
             for i in (torch.isfinite(gap[k]) & ~fixed).nonzero()[:, 0].tolist():
-                force = sign * float(scaled.pulls[0][k, i])
-                names.append(f"the {side} bound of {components[i]}")
-                gaps.append(float(gap[k, i]))
-                certain.append(float(pair.certain[k, i]))
-                # What pulls away from one side may lean on the other.
-                pulls.append(max(force, 0.0) if float(other[k, i]) < eps**0.25 else force)
+                there = (float(t[k, i]) for t in (gap, other, scaled.pulls[0], pair.certain))
+                sides.append(Side.of_bound(side, components[i], *there, eps=eps))
         if scaled.inequality is not None:
-            for i in range(scaled.gaps[2].shape[1]):
-                names.append(f"inequality[{i}]")
-                gaps.append(float(scaled.gaps[2][k, i]))
-                pulls.append(float(scaled.pulls[1][k, i]))
-                certain.append(float(scaled.inequality.certain[k, i]))
-        sides = functions.lower[k], functions.upper[k]
-        crossed = kkt.are_crossed(*sides, scaled.size[k], self._limits().certain)
+            of = (scaled.gaps[2], scaled.pulls[1], scaled.inequality.certain)
+            each = zip(*(t[k].tolist() for t in of), strict=True)
+            sides += [Side(f"inequality[{i}]", *numbers) for i, numbers in enumerate(each)]
+        bounds = functions.lower[k], functions.upper[k]
+        crossed = kkt.are_crossed(*bounds, scaled.size[k], self._limits().certain)
         found = Found(
-            names,
+            sides,
             [components[i] for i in crossed.nonzero()[:, 0].tolist()],
-            gaps,
-            pulls,
-            certain,
             float(scaled.violated[k]),
             float(scaled.left[k]),
             self._is_dependent(functions, x, scaled, k),

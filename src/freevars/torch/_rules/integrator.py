@@ -26,9 +26,9 @@ from torch.overrides import TorchFunctionMode
 
 from freevars._solvers.integration import no_derivative
 from freevars._solvers.options import check_options
-from freevars._solvers.signature import SolverCall
+from freevars._solvers.signature import SolverCall, split_aux
 from freevars._solvers.verdict import Limits
-from freevars.errors import NotASolutionError, StructureError
+from freevars.errors import NotASolutionError
 from freevars.torch import _compat, _modes
 from freevars.torch._compat import pytree
 from freevars.torch._convert import contents
@@ -308,11 +308,4 @@ class Integrator(EagerSolver[P, R]):
     ) -> tuple[Any, Any]:
         """The user's solver for `fun`: its result, and its aux, None where it returns none."""
         out = self._signature.call(self._solver, call._replace(fun=fun, x0=at))
-        if not self.has_aux:
-            return out, None
-        if not (isinstance(out, tuple) and len(out) == 2):  # noqa: PLR2004
-            message = (
-                f"{self.__name__}: with has_aux=True a solver returns ({what}, aux), got {out!r}."
-            )
-            raise StructureError(message)
-        return out
+        return split_aux(out, self.__name__, what) if self.has_aux else (out, None)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freevars._solvers.signature import SolverCall, SolverSignature
+from freevars._solvers.signature import SolverCall, SolverSignature, split_aux
 from freevars.errors import StructureError
 from freevars.torch import _compat
 from freevars.torch._compat import pytree
@@ -222,13 +222,7 @@ class Problem(DifferentiableCondition):
             out = self.signature.call(self.rule.solver, call)
         tensors = []
         if self.rule.has_aux:
-            if not (isinstance(out, tuple) and len(out) == 2):  # noqa: PLR2004
-                message = (
-                    f"{self.rule.name}: with has_aux=True a solver returns (x, aux), got "
-                    f"{Structure.shown(out)}."
-                )
-                raise StructureError(message)
-            out, aux = out
+            out, aux = split_aux(out, self.rule.name, shown=Structure.shown)
             tensors = self._take_apart(aux)
         return self._found(out, values), *tensors
 
