@@ -53,8 +53,9 @@ Written by `make bench`. {setting}
 Each figure compares freevars with a baseline: code written by hand, or the host alone. Unless a
 unit says otherwise it is a ratio of times, and lower is better. The sides take turns in one run,
 and a figure is the median over the turns of the quotient within one turn. A figure above its target
-is marked; peers show the same figure for other libraries. Other work on the machine (a load above
-the number of cores) makes figures larger and less certain.
+is marked; peers show the same figure for other libraries and, where a target is missed, for what
+has to be done in any case. Other work on the machine (a load above the number of cores) makes
+figures larger and less certain.
 """
 
 

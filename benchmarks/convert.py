@@ -115,12 +115,15 @@ def with_rules(count: int, rule: Callable[[int], Callable[[Array], Array]]) -> R
 
         return fun
 
-    own = functions[0] is not functions[1]
-    return against_a_trace(
-        f"{count} custom rules of " + ("the user's" if own else "JAX's (relu)"),
-        build,
-        TARGET_OWN_RULES if own else TARGET_RULES,
-    )
+    def with_each_rule() -> None:
+        jax.make_jaxpr(build())(X)
+        for function in functions:
+            jax.make_jaxpr(lambda x, t, function=function: function.jvp((x,), (t,)))(X, X)
+
+    if functions[0] is functions[1]:
+        return against_a_trace(f"{count} custom rules of JAX's (relu)", build, TARGET_RULES)
+    floor = {"a trace, and one of each rule": with_each_rule}
+    return against_a_trace(f"{count} custom rules of the user's", build, TARGET_OWN_RULES, floor)
 
 
 def own_rule(i: int) -> Callable[[Array], Array]:
@@ -137,10 +140,18 @@ def own_rule(i: int) -> Callable[[Array], Array]:
 
 
 def against_a_trace(
-    what: str, build: Callable[[], Callable[[Array], Array]], target: float = TARGET
+    what: str,
+    build: Callable[[], Callable[[Array], Array]],
+    target: float = TARGET,
+    floor: dict[str, Callable[[], None]] | None = None,
 ) -> Row:
+    """``floor``: what has to be done in any case."""
+    least = floor or {}
     timing = alternate(
-        lambda: jax.make_jaxpr(build())(X), lambda: fv.Closure(build(), X), budget=1.0
+        lambda: jax.make_jaxpr(build())(X),
+        lambda: fv.Closure(build(), X),
+        *least.values(),
+        budget=1.0,
     )
     return Row(
         case=f"Closure, {what}",
@@ -148,6 +159,7 @@ def against_a_trace(
         ours=seconds(timing.seconds[1]),
         figure=timing.ratios[1],
         target=target,
+        peers=tuple(zip(least, timing.ratios[2:], strict=True)),
     )
 
 

@@ -1,6 +1,7 @@
 """The cost of a converted function in PyTorch, against the same function with explicit arguments.
 
-One thread; forward and backward, unless a row says otherwise.
+One thread; forward and backward, unless a row says otherwise. Beside it stands what a mode costs
+that sees every operation and does nothing: no conversion by modes costs less.
 """
 
 from collections.abc import Callable, Iterator
@@ -8,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks._table import Row, seconds
 from benchmarks._timing import alternate
@@ -16,7 +19,27 @@ from freevars.torch import closure_convert
 TITLE = "PyTorch: a converted function, forward and backward, one thread"
 OPERATIONS = 200
 
+EMPTY = "an empty mode"
+
 Timed = Callable[[], Any]
+
+
+class EmptyMode(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class EmptyDispatchMode(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def in_an_empty_mode(fun: Any) -> Any:
+    def inside(*args: Any) -> Any:
+        with EmptyMode():
+            return fun(*args)
+
+    return inside
 
 
 def elementwise(n: int, ops: int) -> tuple[Any, Tensor, list[Tensor]]:
@@ -89,7 +112,11 @@ def both(
 
         return timed
 
-    return {"explicit": run(explicit, values), "converted": run(converted, list(hoisted))}
+    return {
+        "explicit": run(explicit, values),
+        "converted": run(converted, list(hoisted)),
+        EMPTY: run(in_an_empty_mode(explicit), values),
+    }
 
 
 def of_module(net: nn.Module, x: Tensor) -> dict[str, Timed]:
@@ -99,6 +126,7 @@ def of_module(net: nn.Module, x: Tensor) -> dict[str, Timed]:
     return {
         "module": lambda: torch.autograd.grad(net(x).sum(), given),
         "converted": lambda: torch.autograd.grad(converted(x, *given).sum(), given),
+        EMPTY: lambda: torch.autograd.grad(in_an_empty_mode(net)(x).sum(), given),
     }
 
 
@@ -110,11 +138,12 @@ def by_call(net: nn.Module, x: Tensor) -> dict[str, Timed]:
     return {
         "functional_call": lambda: torch.autograd.grad(explicit(x, *given).sum(), given),
         "converted": lambda: torch.autograd.grad(converted(x, *given).sum(), given),
+        EMPTY: lambda: torch.autograd.grad(in_an_empty_mode(net)(x).sum(), own),
     }
 
 
 def cases() -> Iterator[tuple[str, float, dict[str, Timed]]]:
-    """(case, the ratio to reach, the two sides): the baseline first."""
+    """(case, the ratio to reach, the sides): the baseline first, then ours."""
     block_ = Block(512)
     values = [p for m in block_.children() for p in m.parameters()]
     net = nn.Sequential(*(m for _ in range(3) for m in (nn.Linear(64, 64), nn.Tanh())))
@@ -135,23 +164,37 @@ def rows() -> Iterator[Row]:
     try:
         for case, target, sides in cases():
             timing = alternate(*sides.values())
-            base, ours = timing.seconds
-            yield Row(case, timing.ratios[1], target, seconds(base), seconds(ours))
+            base, ours, _ = timing.seconds
+            peers = ((EMPTY, timing.ratios[2]),)
+            yield Row(case, timing.ratios[1], target, seconds(base), seconds(ours), peers)
         timing = alternate(*both(*elementwise(8, OPERATIONS), backward=False).values())
-        base, ours = timing.seconds
-        added = (ours - base) / OPERATIONS * 1e6
+        base, ours, empty = timing.seconds
+        added, least = ((side - base) / OPERATIONS * 1e6 for side in (ours, empty))
         yield Row(
-            "added time per tiny operation", added, 2.0, seconds(base), seconds(ours), unit=" us"
+            "added time per tiny operation",
+            added,
+            2.0,
+            seconds(base),
+            seconds(ours),
+            ((EMPTY, least),),
+            unit=" us",
         )
         net, x = Block(512), torch.randn(2, 64, 512)
-        timing = alternate(lambda: net(x), lambda: closure_convert(net, x))
-        base, ours = timing.seconds
+
+        def in_both_modes() -> None:
+            with EmptyDispatchMode(), EmptyMode():
+                net(x)
+
+        in_both_modes()  # which imports the compiler, before anything is timed
+        timing = alternate(lambda: net(x), lambda: closure_convert(net, x), in_both_modes)
+        base, ours, _ = timing.seconds
         yield Row(
             "conversion of the block, over its forward",
             timing.ratios[1],
             1.1,
             seconds(base),
             seconds(ours),
+            (("two empty modes", timing.ratios[2]),),
         )
     finally:
         torch.set_num_threads(threads)
