@@ -7,7 +7,7 @@ solvers of their own. All gradients are compared before anything is timed.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import clarabel
@@ -24,6 +24,7 @@ from benchmarks._timing import alternate
 TITLE = "PyTorch: the gradient of a quadratic program of 8 unknowns, by all that states it"
 
 N, EQUAL, LESS = 8, 2, 6
+MANY = 64
 ACTIVE = 1e-6  # a multiplier above it
 
 
@@ -91,6 +92,62 @@ def ours(q: Tensor, c: Tensor, a: Tensor, b: Tensor, g: Tensor, h: Tensor) -> Te
     )
 
 
+# --- Many programs at once ------------------------------------------------------------------------
+
+
+def solve_each(*parts: Tensor) -> tuple[Tensor, Tensor]:
+    """The minimum and the multipliers of each program of a batch, one after the other."""
+    found = [solve(*one) for one in zip(*parts, strict=True)]
+    xs, zs = zip(*found, strict=True)
+    return torch.stack(xs), torch.stack(zs)
+
+
+class EachByHand(torch.autograd.Function):
+    """The same for a batch: rows that are not active are rows of the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, *parts: Tensor) -> Tensor:
+        x, z = solve_each(*parts)
+        ctx.save_for_backward(x, z, *parts)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        x, z, q, _, a, _, g, _ = ctx.saved_tensors
+        active = (z > ACTIVE).to(x.dtype)
+        active[:, :EQUAL] = 1
+        rows = torch.cat([a, g], 1) * active[..., None]
+        upper = torch.cat([q, rows.mT], 2)
+        system = torch.cat([upper, torch.cat([rows, torch.diag_embed(1 - active)], 2)], 1)
+        u = torch.linalg.solve(system, torch.cat([-cotangents[0], torch.zeros_like(z)], 1))
+        u, v = u[:, :N], u[:, N:] * active
+        by_rows = v[..., None] * x[:, None] + z[..., None] * u[:, None]
+        by_q = u[..., None] * x[:, None]
+        return by_q, u, by_rows[:, :EQUAL], -v[:, :EQUAL], by_rows[:, EQUAL:], -v[:, EQUAL:]
+
+
+@fv.argmin(batch_dims=1)
+def each_by_clarabel(fun: Any, x0: Tensor, *, equality: Any, inequality: Any, parts: Any) -> Tensor:
+    del fun, x0, equality, inequality
+    return solve_each(*parts)[0]
+
+
+def ours_each(q: Tensor, c: Tensor, a: Tensor, b: Tensor, g: Tensor, h: Tensor) -> Tensor:
+    def times(m: Tensor, x: Tensor) -> Tensor:
+        return (m @ x[..., None])[..., 0]
+
+    return each_by_clarabel(
+        lambda x: (x * times(q, x)).sum(1) / 2 + (c * x).sum(1),
+        torch.zeros_like(c),
+        equality=lambda x: times(a, x) - b,
+        inequality=lambda x: h - times(g, x),
+        parts=tuple(t.detach() for t in (q, c, a, b, g, h)),
+    )
+
+
+# --- All of them ----------------------------------------------------------------------------------
+
+
 def peers() -> Iterator[tuple[str, Callable[..., Tensor]]]:
     if installed("qpth") and installed("cvxpy"):  # which it imports
         from qpth.qp import QPFunction
@@ -99,7 +156,7 @@ def peers() -> Iterator[tuple[str, Callable[..., Tensor]]]:
             "qpth",
             lambda q, c, a, b, g, h: QPFunction(verbose=-1, eps=1e-13, maxIter=50)(
                 q, c, g, h, a, b
-            )[0],
+            ).reshape(c.shape),
         )
     if installed("cvxpylayers"):
         import cvxpy as cp
@@ -126,19 +183,33 @@ def gradient(solver: Callable[..., Tensor], parts: list[Tensor]) -> list[Tensor]
     return found
 
 
+def row(case: str, parts: list[Tensor], solvers: dict[str, Callable[..., Tensor]]) -> Row:
+    """The first of the solvers is the baseline, the second one ours."""
+    sides = [lambda f=f: gradient(f, parts) for f in solvers.values()]
+    timing = alternate(*sides, budget=4.0)
+    base, own, *_ = map(seconds, timing.seconds)
+    told = tuple(zip(list(solvers)[2:], timing.ratios[2:], strict=True))
+    return Row(case, timing.ratios[1], 10.0, base, own, told)
+
+
 def rows() -> Iterator[Row]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the peers', about themselves
         others = dict(peers())
-        for seed in range(20):
-            parts = program(seed)
-            expected = gradient(ByHand.apply, parts)
-            for solver in (ours, *others.values()):
-                for got, right in zip(gradient(solver, parts), expected, strict=True):
-                    np.testing.assert_allclose(got, right, rtol=1e-4, atol=1e-4)
-        parts = program(0)
-        sides = [lambda f=f: gradient(f, parts) for f in (ByHand.apply, ours, *others.values())]
-        timing = alternate(*sides, budget=4.0)
-    base, own, *_ = map(seconds, timing.seconds)
-    told = tuple(zip(others, timing.ratios[2:], strict=True))
-    yield Row("one program, forward and backward", timing.ratios[1], 10.0, base, own, told)
+        programs = [program(seed) for seed in range(MANY)]
+        batch = [torch.stack(parts) for parts in zip(*programs, strict=True)]
+        one = {"by hand": ByHand.apply, "freevars": ours, **others}
+        each = {"by hand": EachByHand.apply, "freevars": ours_each, **others}
+        expected = [gradient(ByHand.apply, parts) for parts in programs]
+        for solver in one.values():
+            for parts, right in zip(programs[:20], expected, strict=False):
+                _compare(gradient(solver, parts), right)
+        for solver in each.values():
+            _compare(gradient(solver, batch), map(torch.stack, zip(*expected, strict=True)))
+        yield row("one program, forward and backward", programs[0], one)
+        yield row(f"{MANY} programs in a batch, batch_dims=1", batch, each)
+
+
+def _compare(found: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
+    for got, right in zip(found, expected, strict=True):
+        np.testing.assert_allclose(got, right, rtol=1e-4, atol=1e-4)
