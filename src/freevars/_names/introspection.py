@@ -9,7 +9,7 @@ here: what to look for.
 import enum
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from types import FunctionType, GetSetDescriptorType, MemberDescriptorType
+from types import FunctionType, GetSetDescriptorType, MemberDescriptorType, ModuleType
 from typing import Any, TypeGuard, TypeVar
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "is_a",
     "is_exactly",
     "key_text",
+    "module_name",
     "module_parts",
     "mro",
     "slot_values",
@@ -35,6 +36,7 @@ _dict_of = type.__dict__["__dict__"].__get__
 _mro_of = type.__dict__["__mro__"].__get__
 _name_of = type.__dict__["__name__"].__get__
 _module_of = type.__dict__["__module__"].__get__
+_globals_of = _dict_of(ModuleType)["__dict__"].__get__
 
 # A module of layers is known by these dicts: its parameters, buffers and children.
 MODULE_PARTS = ("_parameters", "_buffers", "_modules")
@@ -101,6 +103,12 @@ def instance_dict(obj: object) -> dict[str, Any]:
         found = descriptor.__get__(obj)
         return by_name(found) if is_a(found, dict) else {}
     return {}
+
+
+def module_name(module: ModuleType) -> object:
+    """What a module says it is called. Its other names, of which there may be thousands, are not
+    looked at."""
+    return dict.get(_globals_of(module), "__name__")
 
 
 def module_parts(obj: object) -> list[dict[Any, Any]] | None:

@@ -39,6 +39,7 @@ from freevars._names.introspection import (
     instance_dict,
     is_a,
     is_exactly,
+    module_name,
     module_parts,
     mro,
     slot_values,
@@ -116,9 +117,8 @@ class ObjectGraph:
         elif kind is CellType:
             yield from self.cell(node, obj, Through("cell_contents"))
         elif is_a(obj, ModuleType):
-            attrs = instance_dict(obj)
-            if not self.bounds.is_outside(attrs.get("__name__")):
-                yield from self.mentions.holder(node, attrs)
+            if not self.bounds.is_outside(module_name(obj)):
+                yield from self.mentions.holder(node, instance_dict(obj))
         elif is_a(obj, type):
             yield from self.class_attributes(node, obj)
         else:
