@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from freevars.torch import CaptureError, captures, closure_convert
 from tests.torch.explicit import check, fresh, same
@@ -123,3 +124,41 @@ def test_a_tensor_made_of_numpy_memory_is_no_capture(name: str, hoist: Any) -> N
     held = make()
     _, hoisted = closure_convert(lambda x: held * w * x, x, hoist="all")
     assert [h.data_ptr() for h in hoisted] == [held.data_ptr(), w.data_ptr()]
+
+
+def test_a_leaf_that_hooks_for_saved_tensors_give_back() -> None:
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, converted: Any, *given: Tensor) -> Any:
+            ctx.converted = converted
+            ctx.save_for_backward(*given)
+            return converted(*given)
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Any:
+            given = ctx.saved_tensors  # the leaves as other objects
+            with torch.enable_grad():
+                value = ctx.converted(*given)
+            return None, *torch.autograd.grad(value, given, g)
+
+    w = fresh(3)
+    converted, hoisted = closure_convert(lambda x: x * x * w, fresh(3))
+    for given in ([fresh(3), *hoisted], [fresh(3), fresh(3)]):
+        with torch.autograd.graph.save_on_cpu():
+            y = Product.apply(converted, *given)
+        x, v = given
+        same(torch.autograd.grad(y.sum(), given), (2 * x * v, x * x))
+
+
+def test_a_conversion_in_a_checkpoint_in_another() -> None:
+    w, x = fresh(3), fresh(3)
+
+    def layer(x: Tensor) -> Tensor:
+        converted, hoisted = closure_convert(lambda y: y * x * w, x)
+        return converted(x, *hoisted)
+
+    def outer(x: Tensor) -> Tensor:
+        return checkpoint(layer, x, use_reentrant=False)
+
+    y = checkpoint(outer, x, use_reentrant=False)
+    same(torch.autograd.grad(y.sum(), (x, w)), (2 * x * w, x * x))

@@ -4,9 +4,10 @@ derivatives whose paths run outside of `fun`.
 Not here: watching the run itself (`discovery.py`, `substitution.py`).
 """
 
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from freevars.errors import CaptureError
@@ -27,7 +28,7 @@ Edge = tuple[Any, int]
 
 def check_autograd_graph(
     outputs: Iterable[Tensor],
-    known: Iterable[Tensor],
+    known: Collection[Tensor],
     made: Callable[[Tensor], bool],
     fun: Any,
     replaced: Container[int] = (),
@@ -60,7 +61,7 @@ def check_autograd_graph(
             edges += following
         elif hasattr(node, "variable"):
             leaf = node.variable
-            if id(leaf) not in leaves and not made(leaf):
+            if id(leaf) not in leaves and not made(leaf) and not _is_given_back(node, known):
                 not_seen = id(leaf) in replaced
                 raise CaptureError((_not_replaced if not_seen else not_hoisted)(leaf, fun))
 
@@ -132,6 +133,14 @@ def _walk(starts: list[Edge], stops: Container[Edge]) -> Iterator[Edge]:
 
 def _only(t: Tensor) -> tuple[Tensor]:
     return (t,)
+
+
+def _is_given_back(node: Any, known: Iterable[Tensor]) -> bool:
+    """Whether one of `known` ends the tape in `node` and is not its variable: what saved a leaf
+    under hooks (`save_on_cpu`, a checkpoint in another) gives another object back."""
+    with _compat.unseen():  # our own look is no read
+        leaves = (t for t in known if t.is_leaf and t.requires_grad and not _compat.is_wrapped(t))
+        return any(torch.autograd.graph.get_gradient_edge(t).node is node for t in leaves)
 
 
 def _not_replaced(t: Tensor, fun: Any) -> str:
