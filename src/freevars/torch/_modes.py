@@ -20,6 +20,7 @@ from freevars.torch._compat import (
     function_mode_count,
     function_modes,
     transform_level,
+    without_checkpoints,
 )
 
 __all__ = [
@@ -132,12 +133,13 @@ def active() -> list[CaptureMode]:
 @contextmanager
 def solver_running() -> Iterator[None]:
     """The solver of a rule is running, on tensors without history: its `.backward()` reaches only
-    its own."""
+    its own, in graphs that no checkpoint around it would have to make again."""
     watches = active()
     for watch in watches:
         watch.solvers += 1
     try:
-        yield
+        with without_checkpoints():
+            yield
     finally:
         for watch in watches:
             watch.solvers -= 1

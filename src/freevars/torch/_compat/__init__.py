@@ -5,6 +5,11 @@ Not here: what has to be wrapped to be seen at all (`_hooks.py`).
 
 import torch
 
+from freevars.torch._compat.checkpoints import (
+    Saved,
+    checkpointing,
+    without_checkpoints,
+)
 from freevars.torch._compat.memory import (
     addresses,
     not_inference,
@@ -28,7 +33,6 @@ from freevars.torch._compat.operators import (
 )
 from freevars.torch._compat.running import (
     DispatchMode,
-    checkpointing,
     compiling,
     eagerly,
     forward_mode,
@@ -58,6 +62,7 @@ from freevars.torch._compat.wrappers import (
 __all__ = [
     "CheckpointFunction",
     "DispatchMode",
+    "Saved",
     "addresses",
     "checkpointing",
     "compiling",
@@ -97,6 +102,7 @@ __all__ = [
     "unseen",
     "unwrap",
     "versions",
+    "without_checkpoints",
     "without_ended",
 ]
 

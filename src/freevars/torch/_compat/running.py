@@ -7,13 +7,11 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
-import torch.utils.checkpoint as _checkpoint
 from torch._C import _functorch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "DispatchMode",
-    "checkpointing",
     "compiling",
     "eagerly",
     "forward_mode",
@@ -127,12 +125,6 @@ def functorch_active() -> bool:
 def transform_level() -> int:
     """How many torch.func transforms are open on this thread."""
     return _functorch.maybe_current_level() or 0
-
-
-def checkpointing() -> bool:
-    """Whether a non-reentrant checkpoint is open on this thread: by its hooks for saved tensors."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is not None and hooks[0].__module__ == _checkpoint.__name__
 
 
 def in_backward() -> bool:

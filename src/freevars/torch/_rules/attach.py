@@ -35,8 +35,10 @@ def record(
     """F at a solution with a graph, which the condition keeps; from plain x and x0."""
     leaf = x.clone().requires_grad_()
     is_tiny = condition.rule.check and _is_tiny(x, condition.start(x0))
+    condition.saved = _compat.Saved()
     with condition.constants_as_they_are():
-        f = equations(leaf)
+        with condition.saved.collecting():
+            f = equations(leaf)
         if is_tiny:
             with torch.no_grad():
                 condition.nearby = [equations((1 - part) * x).detach() for part in PARTS]
@@ -88,6 +90,7 @@ class _Attach(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         condition = ctx.condition
         x, leaf, f, columns, *values = ctx.saved_tensors
+        condition.saved.restore()
         n, needed = len(values), ctx.needs_input_grad[5:]
         behind = (None,) * (len(needed) - n)
         if torch.is_grad_enabled():

@@ -21,6 +21,7 @@ from freevars._solvers.bounds import on_a_bound
 from freevars._solvers.failures import Context, failure, option_matters
 from freevars._solvers.verdict import Limits, is_minimum
 from freevars.errors import FreevarsError
+from freevars.torch import _compat
 from freevars.torch._rules import comparison, diagnostics
 from freevars.torch._rules.conserved import completion
 from freevars.torch._rules.dense import Dense
@@ -64,6 +65,7 @@ class Condition:
     constrained: bool = False  # the solver's bounds are part of the equations
     watched: bool = False  # a conversion looks on, which would take a recorded leaf for a capture
     recorded: tuple[Tensor, Tensor] | None = None  # the leaf and the value of the recorded F
+    saved: _compat.Saved  # by the graph of the recorded F
     nearby: Sequence[Tensor] = ()  # F nearby, recorded where x is tiny next to x - x0
 
     def __init__(self) -> None:
