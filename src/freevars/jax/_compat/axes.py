@@ -117,7 +117,7 @@ def like_sharding(x: Any, like: Any) -> Any:
     return x if wanted == has else _reshard(x, wanted.spec, wanted.mesh, like)
 
 
-def placed(x: Any, sharding: Any, lead: int = 0) -> Any:
+def placed(x: Any, sharding: Any, lead: int) -> Any:
     """`x` with this sharding of its type, whole along `lead` axes in front."""
     return _reshard(x, PartitionSpec(*[None] * lead, *sharding.spec), sharding.mesh)
 

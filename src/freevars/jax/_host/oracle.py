@@ -113,7 +113,7 @@ def _evaluate_compiled(
 def query_compiled(oracle: Oracle, problem: Problem) -> Query:
     """Answer each query by a compiled function, called on the spot."""
     here, x64 = threading.get_ident(), jax.config.jax_enable_x64
-    leaves, tree = jax.tree.flatten(problem)  # once, and not at each question
+    leaves, tree = jax.tree.flatten(problem)  # once, not for each query
 
     def query(kind: str, v: Any, d: Any = None) -> tuple[Any, ...]:
         if threading.get_ident() != here:  # a thread of the solver's, where the setting is unknown

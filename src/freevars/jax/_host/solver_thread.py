@@ -1,7 +1,7 @@
-"""A solver on the host in a thread of its own, which asks a program questions.
+"""A solver on the host in a thread of its own, which sends a program queries.
 
 The thread hands over a query and sleeps until it has the answer; the answering side sleeps in
-between. Only NumPy arrays pass between them. Not here: the program (`staged`), and what a question
+between. Only NumPy arrays pass between them. Not here: the program (`staged`), and what a query
 means (`oracle`).
 """
 
@@ -38,7 +38,7 @@ class SolverThread:
 
     def __init__(self, solve: Solve, v0: Any, arrays: Sequence[Any]) -> None:
         self._name = solve.name
-        self._questions: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._queries: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._turn = threading.Lock()  # a solver may ask from several threads of its own
         self._closed: BaseException | None = None  # why nothing can be asked any more
@@ -72,7 +72,7 @@ class SolverThread:
                     " solver was done. Inside a program it answers while the solver runs, and"
                     " not later."
                 )
-            self._questions.put(end)
+            self._queries.put(end)
 
     def _query(self, kind: str, v: Any, d: Any = None) -> tuple[Any, ...]:
         if kind.endswith("matrix"):
@@ -93,7 +93,7 @@ class SolverThread:
         with self._turn:
             if self._closed is not None:
                 raise self._closed
-            self._questions.put(("asked", (kind, v, block)))
+            self._queries.put(("query", (kind, v, block)))
             got: Any = self._answers.get()
         return tuple(got)
 
@@ -103,8 +103,8 @@ class SolverThread:
         self._advance()
 
     def _advance(self) -> None:
-        what, value = self._questions.get()
-        self.pending = value if what == "asked" else None
+        what, value = self._queries.get()
+        self.pending = value if what == "query" else None
         if what == "done":
             self.result = value
         elif what == "failed":

@@ -3,7 +3,7 @@
 A callback that itself runs compiled code can deadlock: it may wait for a thread that waits for the
 callback. So the roles are exchanged here. The solver runs in a Python thread of its own and never
 touches JAX (`solver_thread`); the compiled program is a loop that fetches the solver's next
-question, answers it with its own compiled code, and brings the answer along when it fetches the
+query, answers it with its own compiled code, and brings the answer along when it fetches the
 next. A callback only hands arrays from one thread to another, the captured values never leave the
 device, and a solve inside a solve is just a loop inside a loop.
 
@@ -127,7 +127,7 @@ def call_staged(
     callbacks = _Callbacks(solve, shape, oracle.kinds(), devices)
     state = (
         jax.ShapeDtypeStruct((), jnp.int32),  # the number of the solver
-        jax.ShapeDtypeStruct((), jnp.int32),  # what comes next: start (0), a question, or an end
+        jax.ShapeDtypeStruct((), jnp.int32),  # what comes next: start (0), a query, or an end
         jax.ShapeDtypeStruct(shape.vector, struct.dtype),
         jax.ShapeDtypeStruct(shape.block, struct.dtype),
     )

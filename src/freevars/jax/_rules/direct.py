@@ -53,12 +53,11 @@ def division(operator: LinearOperator, space: Space, sizes: Any) -> LinearSystem
 def dense(
     operator: LinearOperator,
     space: Space,
+    matrix: Any,
     factorise: Callable[[Any], tuple[Solve, Solve]] | None,
     sizes: Any,
-    matrix: Any = None,
 ) -> LinearSystem:
-    """Write the matrix out and factorise it once; None: in the units of the unknowns."""
-    matrix = operator.as_matrix() if matrix is None else matrix
+    """Factorise the operator's matrix once; None: in the units of the unknowns."""
     constant = jax.lax.stop_gradient(matrix)
     if factorise is None:
         factors = scaled.factorise(constant, *sizes)
@@ -85,11 +84,7 @@ def dense(
 
 
 def vectors(operator: LinearOperator, sizes: Any) -> tuple[Any, Any, Limits]:
-    """x, the sizes of its components and the limits, for a matrix; all alike where not known."""
-    if sizes is None:
-        dtype = jax.tree.leaves(operator.structure)[0].dtype
-        ones = jnp.ones(operator.size, dtype)
-        return ones, ones, Limits.of(float(jnp.finfo(dtype).eps))
+    """The sizes for a matrix: x and the sizes of its components as vectors, and the limits."""
     x, d, limits = sizes
     return operator.ravel(x), operator.ravel(d), limits
 

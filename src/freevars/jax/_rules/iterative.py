@@ -13,10 +13,10 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from freevars._solvers.verdict import Limits
 from freevars.jax import _compat
 from freevars.jax._rules import krylov, scaled
 from freevars.jax._rules.coordinates import Space, probe
-from freevars.jax._rules.direct import vectors
 from freevars.jax._rules.krylov import Solution, System
 from freevars.jax._rules.operator import LinearOperator, lineax_module
 from freevars.jax._rules.system import times, where
@@ -80,7 +80,7 @@ def _by_iteration(
     eps: float,
     b: Tree,
     tol: float,
-    units: Units | None,
+    units: Units | None = None,
 ) -> Solution:
     """The same as `_by_krylov`, for the system I - J of a fixed point. Where J contracts, its
     powers solve the system, just as iterating `fun` finds the solution; a Krylov method solves what
@@ -107,7 +107,7 @@ def _by_krylov(
     eps: float,
     b: Tree,
     tol: Any,
-    units: Units | None,
+    units: Units | None = None,
 ) -> Solution:
     """The solution, with the squared norm of the residual relative to that of b."""
     n = space.size(b)
@@ -250,7 +250,9 @@ def _by_matrix(
     matrix = jax.lax.stop_gradient(columns).T / scale
     units = operator.ravel(by(jax.tree.map(jnp.ones_like, system.b)))
     matrix = units[:, None] * matrix * units
-    factors = scaled.factorise(matrix, *vectors(operator, None))
+    alike = jnp.ones(operator.size, matrix.dtype)  # the sizes are not known here
+    limits = Limits.of(float(jnp.finfo(matrix.dtype).eps))
+    factors = scaled.factorise(matrix, alike, alike, limits)
     x = operator.unravel(factors.of(operator.ravel(system.b)))
     r = krylov.combine(-1, system.matvec(x), system.b)
     rr = system.dot(r, r)

@@ -117,8 +117,8 @@ class Method(NamedTuple):
         operator: LinearOperator,
         space: Space,
         eps: float,
-        captured: tuple[Solve, Solve] | None = None,
-        sizes: tuple[Any, Any, Limits] | None = None,
+        captured: tuple[Solve, Solve] | None,
+        sizes: tuple[Any, Any, Limits],
     ) -> LinearSystem:
         """The system of an operator. `captured` solves it and its transpose if the functions of
         `calls_users_functions` capture traced values, which are made explicit there. `sizes` are x,
@@ -137,13 +137,10 @@ class Method(NamedTuple):
             )
         if captured:
             return self._iterative(operator, space, *captured, captured[0])
-        direct = self._direct(operator.size, symmetric=operator.symmetric)
-        if direct and local:
+        if local and self._direct(operator.size, symmetric=operator.symmetric):
             if operator.size == 1 and not self.least_squares:
                 return division(operator, space, vectors(operator, sizes) if self.check else None)
-            factorise = None if direct == "scaled" else direct
-            system = dense(operator, space, factorise, vectors(operator, sizes))
-            return system._replace(least_squares=self.least_squares)
+            return self.prepare_matrix(operator, space, operator.as_matrix(), sizes)
         units = tried = None
         if operator.symmetric and self.linear_solve is None and not self.least_squares:
             tried = symmetric_units(operator, space)
@@ -162,10 +159,10 @@ class Method(NamedTuple):
     def prepare_matrix(
         self, operator: LinearOperator, space: Space, matrix: Any, sizes: Any
     ) -> LinearSystem:
-        """The system of an operator whose matrix is known."""
+        """The system of an operator with this matrix."""
         direct = self._direct(0, symmetric=operator.symmetric)
         factorise = None if direct == "scaled" else direct
-        system = dense(operator, space, factorise, vectors(operator, sizes), matrix)
+        system = dense(operator, space, matrix, factorise, vectors(operator, sizes))
         return system._replace(least_squares=self.least_squares)
 
     def methods(
