@@ -20,7 +20,7 @@ from freevars.torch._rules.attach import attached, record
 from freevars.torch._rules.condition import Condition, Solution
 from freevars.torch._rules.derivative import LinearOperator
 from freevars.torch._rules.implicit import implicit, jvp, vjp
-from freevars.torch._rules.linear import LinearSolve
+from freevars.torch._rules.system import LinearSolve
 from freevars.torch._rules.truncated import Truncated
 
 __all__ = ["DifferentiableCondition"]

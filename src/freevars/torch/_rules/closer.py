@@ -21,7 +21,7 @@ evaluates F at both ends of the step instead of F''.) A graph that cannot be dif
 times leaves the question open, and so does one whose derivatives may be silently wrong: one with
 custom Functions, or with hooks of captured tensors, which must not run for a check either.
 
-Not here: the measure of a step itself (`dense.py`, `linear.py`).
+Not here: the measure of a step itself (`dense.py`, `iterative.py`).
 """
 
 from collections.abc import Callable, Sequence

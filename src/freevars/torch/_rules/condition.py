@@ -28,10 +28,11 @@ from freevars.torch._rules.dense import Dense
 from freevars.torch._rules.derivative import Derivative, naming_reentrant_checkpoints
 from freevars.torch._rules.forms import is_smooth
 from freevars.torch._rules.independence import check_independent
-from freevars.torch._rules.linear import LinearSolve, System, system_of
+from freevars.torch._rules.linear import system_of
 from freevars.torch._rules.ravel import Unknown
 from freevars.torch._rules.rule import Rule
 from freevars.torch._rules.sizes import PARTS, Sizes
+from freevars.torch._rules.system import LinearSolve, System
 
 __all__ = ["Condition", "Solution"]
 

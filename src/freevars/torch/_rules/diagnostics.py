@@ -10,7 +10,7 @@ equation by a number, or measuring an unknown in another unit, changes nothing. 
 happens to be small (a feature of a deep-equilibrium layer) is measured by its effect in the
 equations; one that dominates an equation is measured relative to itself.
 
-Not here: how the figures are computed (`linear.py`, `closer.py`).
+Not here: how the figures are computed (`dense.py`, `iterative.py`, `closer.py`).
 """
 
 from typing import NamedTuple

@@ -3,7 +3,7 @@ GMRES.
 
 Both stop at a residual relative to the norm of `b`, so that neither the units of the system nor
 zeros in `b` matter, and report whether they reached it, by the residual of their result. Not here:
-the choice between them, and what happens where neither converges (`linear.py`).
+the choice between them, and what happens where neither converges (`iterative.py`).
 """
 
 import math

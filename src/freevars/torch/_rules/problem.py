@@ -22,12 +22,12 @@ from freevars.torch._convert.structure import Structure, same
 from freevars.torch._describe import function_name
 from freevars.torch._rules.batch import DifferentiableCondition
 from freevars.torch._rules.inputs import Inputs
-from freevars.torch._rules.linear import LinearSolve
 from freevars.torch._rules.optimality import STATED_BY, check_value, optimality
 from freevars.torch._rules.preserve_grad import preserve_grad
 from freevars.torch._rules.ravel import Unknown
 from freevars.torch._rules.rule import Rule
 from freevars.torch._rules.snapshot import constants_as_they_are
+from freevars.torch._rules.system import LinearSolve
 from freevars.torch._rules.truncated import Truncated
 
 __all__ = ["Problem"]

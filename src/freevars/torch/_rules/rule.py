@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from freevars._solvers.verdict import Kind
-from freevars.torch._rules.linear import LinearSolve
+from freevars.torch._rules.system import LinearSolve
 
 __all__ = ["Kind", "OnFailure", "Rng", "Rule"]
 

@@ -1,7 +1,7 @@
 """How large the components of a solution are: what a Newton step is measured against.
 
-Not here: the measure itself (`dense.py`, `linear.py`), and which component counts by which of its
-sizes (`closer.py`).
+Not here: the measure itself (`dense.py`, `iterative.py`), and which component counts by which of
+its sizes (`closer.py`).
 """
 
 from collections.abc import Callable, Sequence

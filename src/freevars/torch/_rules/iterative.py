@@ -1,0 +1,265 @@
+"""Systems that are only ever applied to vectors: conjugate gradients for a minimum, Richardson's
+iteration or GMRES elsewhere; where an iteration stalls, the matrix after all, while it fits.
+
+Not here: the methods (`krylov.py`), and what the figures mean (`diagnostics.py`).
+"""
+
+import functools
+import math
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from freevars._solvers.verdict import Limits
+from freevars.torch._rules.closer import Inputs, look
+from freevars.torch._rules.derivative import Derivative, LinearOperator
+from freevars.torch._rules.diagnostics import Figures, limits_of, units
+from freevars.torch._rules.krylov import conjugate_gradients, gmres, richardson
+from freevars.torch._rules.sizes import Sizes
+from freevars.torch._rules.system import LinearSolve, System
+from freevars.torch._rules.truncated import Truncated
+
+__all__ = ["Iterative"]
+
+# Numbers in the largest matrix that is written out where an iteration stalled.
+_LARGEST_MATRIX = 2**25
+
+_SWEEPS = 2  # each leaves the root of how far the rows differ
+_SHARE = 0.3  # of the largest component of a derivative: so small ones do not count by themselves
+_ALIKE = 1024  # up to this factor, they do not: an estimate may be small by chance
+
+
+class Iterative:
+    """A system by its products, solved as one for the whole batch."""
+
+    def __init__(
+        self,
+        derivative: Derivative,
+        dense: Callable[[], System],
+        structure: object,
+        own: LinearSolve | None,
+        *,
+        minimum: bool,
+    ) -> None:
+        """`minimum`: of an objective, so that conjugate gradients are worth a try."""
+        self._a = derivative
+        self._make_dense = dense
+        self._structure = structure
+        self._own = own
+        self._dense: System | None = None
+        self.residual = 0.0
+        self._reach = math.inf  # how far A^-T carried what was solved for last, at most
+        self._minimum = minimum
+        units = self._symmetric_units() if minimum and derivative.f.numel() else None
+        self._units = units if own is None else None
+        b, n = derivative.f.shape
+        self._fits = own is None and b * n * n <= _LARGEST_MATRIX
+        # As many products as one problem has unknowns give the matrix.
+        self._steps = max(50, n // 4) if self._fits else 2000
+
+    def solve(self, b: Tensor, *, transposed: bool) -> Tensor:
+        relative = float(torch.finfo(b.dtype).eps ** 0.75)
+        several = b if b.dim() > self._a.f.dim() else b[None]
+        self.residual = 0.0
+        solved = [self._solved(one, transposed, relative) for one in several]
+        self._reach = max(reach for _, reach in solved) if transposed else math.inf
+        return torch.stack([u for u, _ in solved]).reshape(b.shape)
+
+    def newton_step(self) -> Tensor:
+        return self.solve(self._a.f.detach(), transposed=False)
+
+    @property
+    def evidence(self) -> Hashable:
+        """The matrix, if an iteration stalled, so that it solves since."""
+        return self._reach if self._dense is None else "matrix"
+
+    def _symmetric_units(self) -> Tensor | None:
+        """D for which the rows of D A D are about of one size; None if those of A are. On the way A
+        may show itself not symmetric, where a custom Function in the objective has a backward pass
+        that is no gradient: from then on it is not taken to be.
+
+        The size of a row is estimated by images of vectors without a pattern. A row of D A D is
+        scaled by D twice, once as a column; so D takes the root of what is missing, more than once.
+
+        References:
+            Bradley 2010, "Algorithms for the equilibration of matrices and their application to
+            limited-memory quasi-Newton methods", chapter 3.
+        """
+        d = torch.ones_like(self._a.f)
+        operator = LinearOperator(self._a, self._structure, transposed=True)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(_SWEEPS):
+            probes = [d * _probe(d, generator) for _ in range(2)]
+            images = [operator(v.reshape(-1)).reshape(d.shape) for v in probes]
+            crooked = _asymmetry(probes, images) > limits_of(d.dtype).asymmetry
+            if self._a.symmetric and bool(crooked.any()):
+                self._a = Derivative(self._a.at, self._a.f, symmetric=False)
+            rows = d * torch.maximum(*(v.abs() for v in images))
+            missing = rows.amax(1, keepdim=True) / torch.where(rows > 0, rows, 1)
+            wide = (rows > 0) & (missing > _ALIKE) & torch.isfinite(missing)
+            if not bool(wide.any()):
+                break
+            # By powers of two, which round nothing.
+            d = d * torch.where(wide, missing, 1).sqrt().log2().round().exp2()
+        return None if bool((d == 1).all()) else d
+
+    def figures(
+        self, derivative: Derivative, sizes: Sizes, limits: Limits, inputs: Inputs
+    ) -> Figures:
+        """The Newton step is measured against each tensor of the unknown, in units in which the
+        equations are alike: in full where a product with A is one with A^T, and by its components
+        along two random directions elsewhere, which products of A^T give.
+
+        These are not asked for where A^T contracts quickly along all that was solved for last, and
+        F is so small that the step is negligible then: what A^-1 may add to that is an error of x
+        in which what was asked for does not change."""
+        left = self.residual
+        figures = self._by_products(derivative, sizes, limits, inputs)
+        self.residual = left
+        if self._dense is not None:
+            return self._dense.figures(derivative, sizes, limits, inputs)
+        return figures
+
+    def _by_products(
+        self, derivative: Derivative, sizes: Sizes, limits: Limits, inputs: Inputs
+    ) -> Figures:
+        self.residual = 0.0
+        f = self._a.f.detach()
+        measured = Figures.unmeasured(f)
+        if self._dense is not None:
+            return measured
+        near, far = sizes.by_leaf(self._units)
+        near = units(near)
+
+        def measure(v: Tensor, error: Tensor) -> Tensor:
+            size = _size(v / torch.where(error, units(far), near))
+            return torch.full_like(measured.step, size)
+
+        size = self._reach * float(f.abs().max()) / float(near.min())
+        if not size <= limits.negligible:
+            size = self._size_of_step(f, near)
+        step, change = torch.full_like(measured.step, size), measured.change
+        if size > limits.negligible and self._size_of_step(f, units(far)) <= limits.step:
+            step, change = look(
+                derivative,
+                inputs,
+                sizes,
+                self.newton_step(),
+                sizes.near,
+                functools.partial(self._solve, transposed=False, relative=1e-2),
+                measure,
+                limits,
+                directions=1,
+                floor=_SHARE,
+            )
+        return measured._replace(
+            finite=measured.finite & torch.isfinite(self._a.at.detach()).all(1),
+            step=step,
+            change=change.amax().expand_as(step),
+            residual=torch.full_like(measured.residual, self.residual),
+        )
+
+    def _size_of_step(self, f: Tensor, unit: Tensor) -> float:
+        if not bool(f.any()) or not bool(torch.isfinite(f).all()):
+            return 0.0
+        if self._a.symmetric:
+            s = self._solve(f, False, 1e-2) / unit
+            return _size(s)
+        generator = torch.Generator().manual_seed(0)
+        sizes = []
+        for _ in range(2 if self._own is None else 1):
+            w = _signs(f, generator) / unit
+            scale = float(w.abs().max())
+            v = self._solve(w / scale, True, 1e-2)
+            sizes.append(abs(float((v * f).sum())) * scale / math.sqrt(f.numel()))
+        return max(sizes)
+
+    def _solve(self, b: Tensor, transposed: bool, relative: float) -> Tensor:  # noqa: FBT001
+        return self._solved(b, transposed, relative)[0]
+
+    def _solved(
+        self,
+        b: Tensor,
+        transposed: bool,  # noqa: FBT001
+        relative: float,
+    ) -> tuple[Tensor, float]:
+        """`u`, and how far A^-1, or A^-T, carries along `b`; infinite where that is not known."""
+        if self._dense is not None:
+            return self._dense.solve(b, transposed=transposed), math.inf
+        if not bool(b.any()):
+            return torch.zeros_like(b), 0.0
+        operator = LinearOperator(self._a, self._structure, transposed=transposed)
+        if self._own is not None:
+            return self._by_own(self._own, operator, b), math.inf
+        d = self._units
+        right = b if d is None else d * b
+        scale = right.abs().max()  # squares of small numbers are no numbers
+        right = (right / scale).reshape(-1)
+        dtype = torch.promote_types(right.dtype, torch.float32)
+
+        flat = None if d is None else d.reshape(-1)
+
+        def matvec(v: Tensor) -> Tensor:
+            v = v.to(right.dtype)
+            image = operator(v) if flat is None else flat * operator(flat * v)
+            return image.to(dtype)
+
+        found, reach = False, math.inf
+        if self._minimum:
+            u, found = conjugate_gradients(matvec, right.to(dtype), relative, self._steps)
+        if not found:
+            first = richardson(matvec, right.to(dtype), relative)
+            if first.solved and d is None:
+                reach = first.reach
+            u, found = gmres(matvec, right.to(dtype), relative, self._steps, start=first)
+        if not found and self._fits:
+            self._dense = self._make_dense()
+            return self._dense.solve(b, transposed=transposed), math.inf
+        if not found:
+            self._measure(matvec, u, right)
+        u = u.to(b.dtype).reshape(b.shape) * scale
+        return (u if d is None else d * u), reach
+
+    def _by_own(self, own: LinearSolve, operator: LinearOperator, b: Tensor) -> Tensor:
+        scale = b.abs().max()
+        right = (b / scale).reshape(-1)
+        u = own(operator, right)
+        if not isinstance(own, Truncated):  # which does not solve, on purpose
+            self._measure(operator, u, right)
+        return u.reshape(b.shape) * scale
+
+    def _measure(self, operator: Callable[[Tensor], Tensor], u: Tensor, b: Tensor) -> None:
+        left = float(torch.linalg.vector_norm(operator(u) - b) / torch.linalg.vector_norm(b))
+        self.residual = max(self.residual, left) if left == left else float("inf")  # noqa: PLR0124
+
+
+def _size(v: Tensor) -> float:
+    return float(v.square().mean().sqrt())
+
+
+def _asymmetry(probes: Sequence[Tensor], images: Sequence[Tensor]) -> Tensor:
+    """|A - A^T| / 2|A| of each problem, about: u^T A w is w^T A u where A is symmetric. Both
+    products are of vectors without a pattern: about 1 / sqrt(n) of what they may be."""
+    (u, w), (au, aw) = map(_about_one, (probes, images))
+    norm = functools.partial(torch.linalg.vector_norm, dim=1)
+    scale = norm(u) * norm(aw) + norm(w) * norm(au)
+    apart = ((u * aw).sum(1) - (w * au).sum(1)).abs()
+    return apart / torch.where(scale > 0, scale, 1) * math.sqrt(u.shape[1])
+
+
+def _about_one(vectors: Sequence[Tensor]) -> list[Tensor]:
+    """Two vectors next to the largest number in them: squares of small numbers are no numbers."""
+    largest = torch.maximum(*(v.abs() for v in vectors)).amax(1, keepdim=True)
+    return [v / torch.where(largest > 0, largest, 1) for v in vectors]
+
+
+def _probe(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Random numbers of about 1, the same from run to run."""
+    sizes = torch.rand(like.shape, generator=generator, device="cpu").to(like) + 0.5
+    return sizes * _signs(like, generator)
+
+
+def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Random signs, the same from run to run."""
+    return torch.randint(0, 2, like.shape, generator=generator).to(like) * 2 - 1
