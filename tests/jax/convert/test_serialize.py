@@ -15,10 +15,13 @@ import textwrap
 from functools import partial
 from typing import NamedTuple
 
+import cloudpickle
 import jax
 import jax.numpy as jnp
+import lineax as lx
 import numpy as np
 import pytest
+import scipy.optimize
 from jax import export, lax
 from jax.custom_derivatives import SymbolicZero
 
@@ -143,6 +146,95 @@ def test_its_derivatives_too(name) -> None:
     np.testing.assert_allclose(
         jax.jacrev(jax.grad(loss, 1), 1)(g, X), jax.jacrev(jax.grad(loss, 1), 1)(f, X), rtol=1e-5
     )
+
+
+# What has a rule of this library: the rule is traced where it is sent.
+
+
+def newton(fun, x0):
+    return lax.fori_loop(0, 20, lambda _, x: x - fun(x) / jax.grad(fun)(x), x0)
+
+
+def hybrid(fun, x0):
+    return scipy.optimize.root(fun, x0, jac=fun.jacobian, tol=1e-6).x
+
+
+def by_matrix(operator, b):
+    return W[:1] ** 2 * b / operator(jnp.ones_like(b))
+
+
+@jax.custom_jvp
+def squared(x):
+    return x**2
+
+
+squared.defjvp(lambda primals, tangents: (squared(*primals), 2 * primals[0] * tangents[0]))
+
+
+@jax.custom_jvp
+def by_rule(y):
+    return fv.root(newton)(lambda x: x**2 - y, 1.0)
+
+
+@by_rule.defjvp
+def _(primals, tangents):
+    x = by_rule(*primals)
+    return x, fv.root(newton)(lambda s: s * x - 0.5, 1.0) * tangents[0]
+
+
+# Each gives the square root of 4 y.
+SOLVERS = {
+    "root": lambda y: fv.root(newton)(lambda x: W[1] * x**2 / 2 - 4 * y, 1.0),
+    "a rule of the user's inside": lambda y: fv.root(newton)(lambda x: squared(x) - 4 * y, 1.0),
+    "inside a rule of the user's": lambda y: 2 * by_rule(y),
+    "nested": lambda y: fv.root(newton)(
+        lambda x: fv.root(newton)(lambda z: z * x - y, 1.0) - x / 4, 1.0
+    ),
+    "a linear solve that holds an array": lambda y: fv.root(linear_solve=by_matrix)(
+        lambda fun, x0: newton(lambda x: fun(x[None])[0], x0[0])[None]
+    )(lambda x: x**2 - 4 * y, jnp.ones(1))[0],
+    "on the host": lambda y: fv.root(fv.on_host(hybrid))(lambda x: x**2 - 4 * y, jnp.ones(1))[0],
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "nested")) for n in SOLVERS]
+)
+def test_a_solver_inside_has_its_derivatives_elsewhere(name, monkeypatch) -> None:
+    f = fv.Closure(SOLVERS[name], 1.0)
+    data = cloudpickle.dumps(f)  # `pickle` takes no function that JAX puts around a callback
+    monkeypatch.setattr(serialize, "_MARKED", {})
+    g = pickle.loads(data)
+    assert g._program is not f._program, "it comes back as another program"
+    y = 2.25
+    np.testing.assert_allclose(g(y), 3.0, rtol=1e-5)
+    np.testing.assert_allclose(jax.grad(g)(y), 2 / 3, rtol=1e-5)
+    np.testing.assert_allclose(jax.jvp(g, (y,), (1.0,))[1], 2 / 3, rtol=1e-5)
+    if name == "root":
+        np.testing.assert_allclose(jax.hessian(g)(y), -4 / 27, rtol=1e-5)
+        slope = jax.grad(lambda g: g(y))(g).values[0]  # x^2 = 8 y / w
+        np.testing.assert_allclose(slope, [0, -0.75, 0], rtol=1e-5)
+        np.testing.assert_allclose(jax.vmap(jax.grad(g))(jnp.array([1.0, 4])), [1, 0.5], rtol=1e-5)
+
+
+def test_a_solver_that_fails_elsewhere_has_no_derivative() -> None:
+    stopped = fv.root(lambda fun, x0: x0 - fun(x0) / jax.grad(fun)(x0))
+    g = elsewhere(fv.Closure(lambda y: stopped(lambda x: x**2 - y, 1.0), 4.0))
+    assert g(4.0) == 2.5
+    assert np.isnan(jax.grad(g)(4.0))
+
+
+@pytest.mark.parametrize("solver", ["LU", "QR", "GMRES"])
+def test_linear_solves_of_lineax(solver) -> None:
+    method = lx.GMRES(1e-6, 1e-6) if solver == "GMRES" else getattr(lx, solver)()
+
+    def fun(y):
+        operator = lx.FunctionLinearOperator(lambda x: y * W**2 * x, jax.eval_shape(lambda: W))
+        return lx.linear_solve(operator, X, method).value
+
+    g = elsewhere(fv.Closure(fun, 2.0))
+    np.testing.assert_allclose(g(4.0), X / W**2 / 4, rtol=1e-5)
+    np.testing.assert_allclose(jax.jacrev(g)(4.0), -X / W**2 / 16, rtol=1e-5)
 
 
 # Values, not the function.

@@ -17,7 +17,14 @@ from jax import tree_util
 
 from freevars.jax._compat.private import core
 
-__all__ = ["JAXPR_TYPES", "has_parts", "map_programs", "nested_programs", "take_apart"]
+__all__ = [
+    "JAXPR_TYPES",
+    "has_parts",
+    "is_flatten",
+    "map_programs",
+    "nested_programs",
+    "take_apart",
+]
 
 JAXPR_TYPES = tuple({core.Jaxpr, getattr(core, "ClosedJaxpr", core.Jaxpr)})
 
@@ -76,7 +83,7 @@ def take_apart(x: Any) -> Parts:
     if kind is functools.partial:
         whole = (x.func, x.args, x.keywords)
         return whole, lambda parts: functools.partial(parts[0], *parts[1], **parts[2])
-    if kind.__name__ == "Flatten" and kind.__module__ == "equinox.internal._primitive":
+    if is_flatten(x):
         return _parts_of_flatten(x)
     if is_node(x):
         leaves, tree = tree_util.tree_flatten(x)
@@ -110,6 +117,12 @@ def _parts_of_structure(tree: Any) -> Parts:
 _make_structure: Any = getattr(PyTreeDef, "from_node_data_and_children", None) or getattr(
     PyTreeDef, "make_from_node_data_and_children", None
 )
+
+
+def is_flatten(x: Any) -> bool:
+    """Whether a parameter is such an object of equinox's: see `_parts_of_flatten`."""
+    kind = type(x)
+    return kind.__name__ == "Flatten" and kind.__module__ == "equinox.internal._primitive"
 
 
 def _parts_of_flatten(x: Any) -> Parts:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from freevars.jax._compat.params import is_flatten
 from freevars.jax._compat.private import core, source_info_util
 from freevars.jax._compat.programs import Eqn, jaxpr_as_fun
 
@@ -40,6 +41,8 @@ def parts_of(x: Any) -> dict[str, Any] | None:
         # It is made of the settings in force, not of arguments.
         names = [name for name in kind.__slots__ if name not in ("__weakref__", "configs")]
         return {name: getattr(x, name) for name in names}
+    if is_flatten(x):
+        return {}  # it is written anew while the results are inferred
     names = _remade().get(kind, [])
     return {name: getattr(x, name) for name in names} or None
 

@@ -93,10 +93,11 @@ class Lifted(NamedTuple):
     beside: list[Any]  # what functions read on their own that stay functions, as far as it shows
 
 
-def lambda_lift(closed: Any) -> Lifted:
+def lambda_lift(closed: Any, stays: Callable[[Eqn], bool] = lambda _: True) -> Lifted:
     """The open program whose leading inputs are the constants of `closed` and of all that is nested
-    in it, its custom rules among that; and these constants, each once."""
-    lifter = _Lifter()
+    in it, its custom rules among that; and these constants, each once. `stays` says which rules of
+    JAX's and of this library's stay functions."""
+    lifter = _Lifter(stays)
     found = Values()
     lifter.rules.visit(closed, found)
     lifter.copies.update(twins(found.read, found.held))
@@ -119,8 +120,8 @@ def _opened(jaxpr: Any) -> Any:
 class _Lifter:
     """One lift; programs that JAX shares between equations stay shared."""
 
-    def __init__(self) -> None:
-        self.rules = RuleTracer(self._lift_rule)
+    def __init__(self, stays: Callable[[Eqn], bool]) -> None:
+        self.rules = RuleTracer(self._lift_rule, stays)
         self.copies: dict[Any, Any] = {}  # what a rule holds, to what it is a copy of
         self.captures = False
         self._memo: dict[int, tuple[Any, Any, Constants]] = {}

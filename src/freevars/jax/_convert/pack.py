@@ -1,8 +1,9 @@
 """A program as plain data.
 
-What JAX compares by identity, above all its primitives, is stored by module and name. A function in
-the program, such as a callback, is left to the pickler; what no pickler accepts is refused. Not
-here: captured values (`stored`).
+What JAX compares by identity, above all its primitives, is stored by module and name. The rule of
+this library's own solvers, which stays a function everywhere else, is traced here, for derivatives
+in all directions at once. Any other function in the program, such as a callback, is left to the
+pickler; what no pickler accepts is refused. Not here: captured values (`stored`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from freevars.jax import _compat
 from freevars.jax._convert.arguments import ArgSpec
 from freevars.jax._convert.jaxpr_key import JaxprKey
+from freevars.jax._convert.lambda_lift import lambda_lift
 from freevars.jax._convert.packed import (
     Equation,
     Layout,
@@ -49,6 +51,7 @@ class _Packer:
         self._known: dict[int, tuple[Any, int]] = {}
         self._objects: dict[int, tuple[Any, Any]] = {}
         self._rules: list[Rule] = []
+        self._functions: dict[Hashable, Reference | None] = {}  # of JAX's own, by what they compute
 
     def place(self, jaxpr: Any) -> int:
         """The place of a program in the table; each is listed once."""
@@ -62,10 +65,32 @@ class _Packer:
         """The traced rules that were met, with those that their own programs meet."""
         packed = []
         for rule in self._rules:  # which grows
-            programs = tuple([(self._nested(p), places) for p, places in rule.programs])
+            programs = tuple(
+                [(self._nested(self._inside(p)), places) for p, places in rule.programs]
+            )
             fields = {name: getattr(rule, name) for name in PackedRule._fields}
             packed.append(PackedRule(**{**fields, "programs": programs}))
         return tuple(packed)
+
+    def traced(self, jaxpr: Any) -> tuple[Any, list[Any]]:
+        """An open program whose rules are all traced, except for those found by name; and the
+        arrays that the newly traced ones hold, which it reads first."""
+        lifted = lambda_lift(_compat.close(jaxpr), lambda eqn: self._own_function(eqn) is not None)
+        return lifted.jaxpr, lifted.values
+
+    def _inside(self, closed: Any) -> Any:
+        """The same for the program of a rule, which has no place for more arrays."""
+        made, held = self.traced(getattr(closed, "jaxpr", closed))
+        return closed if held else _compat.close(made)
+
+    def _own_function(self, eqn: Any) -> Reference | None:
+        """Which of JAX's own functions an equation with a custom rule is a call of, if any."""
+        if eqn.primitive.name not in _compat.RULED:
+            return None
+        key, name = _key_of(eqn), _compat.program_name(eqn.params["call_jaxpr"])
+        if (key, name) not in self._functions:
+            self._functions[key, name] = _named_function(eqn, key, name)
+        return self._functions[key, name]
 
     def _nested(self, jaxpr: Any) -> Nested:
         return Nested(self.place(jaxpr), isinstance(jaxpr, _compat.ClosedJaxpr))
@@ -74,7 +99,8 @@ class _Packer:
         opened, constants = jaxpr, list[Any]()
         if isinstance(jaxpr, _compat.ClosedJaxpr):
             opened, constants = _compat.separate_constants(jaxpr)
-        number = {v: i for i, v in enumerate(opened.invars)}
+        inputs = [*opened.constvars, *opened.invars]
+        number = {v: i for i, v in enumerate(inputs)}
 
         def read(atom: Any) -> Any:
             if type(atom) is _compat.Literal:
@@ -91,7 +117,8 @@ class _Packer:
         return Listing(
             _compat.program_name(opened),
             tuple(map(store, constants)),
-            tuple(map(self.type, opened.invars)),
+            len(opened.constvars),
+            tuple(map(self.type, inputs)),
             tuple(equations),
             tuple(map(read, opened.outvars)),
             frozenset([self.value(e, "an effect") for e in opened.effects]),
@@ -99,7 +126,7 @@ class _Packer:
 
     def _operation(self, eqn: Any) -> tuple[Any, Any, frozenset[Any]]:
         where = f"the operation {eqn.primitive}"
-        own = _own_function(eqn)
+        own = self._own_function(eqn)
         if own is not None:
             return own, {}, frozenset()
         if eqn.primitive.name in _compat.RULED:
@@ -176,7 +203,8 @@ def _pack_object(x: Any) -> Any:
     if isinstance(x, Mesh):
         return x if x.empty else store_mesh(x)
     own = type(x).__module__.partition(".")[0] in ("jax", "jaxlib")
-    return (_reference(x) if own or isinstance(x, _compat.Primitive) else None) or x
+    named = own or isinstance(x, _compat.Primitive) or type(x) is object
+    return (_reference(x) if named else None) or x
 
 
 def _structure(tree: Any) -> Structure:
@@ -187,7 +215,7 @@ _PLACES: dict[int, tuple[Any, Reference]] = {}
 
 
 def _reference(x: Any) -> Reference | None:
-    """The module and name of a JAX object that equals only itself, so it must be found, not
+    """The module and name of an object that equals only itself, so it must be found, not
     recreated."""
     kind: Any = type(x)
     if kind.__eq__ is not object.__eq__:
@@ -209,11 +237,7 @@ def _named_objects(kind: type) -> list[tuple[str, str, Any]]:
     ]
 
 
-def _own_function(eqn: Any) -> Reference | None:
-    """Which of JAX's own functions an equation with a custom rule is a call of, if it is one."""
-    if eqn.primitive.name not in _compat.RULED:
-        return None
-    key, name = _key_of(eqn), _compat.program_name(eqn.params["call_jaxpr"])
+def _named_function(eqn: Any, key: Hashable, name: str) -> Reference | None:
     for kind in _compat.RULED_FUNCTIONS:
         for module, attribute, function in _named_objects(kind):
             if getattr(function, "__name__", "") != name or module.partition(".")[0] != "jax":
@@ -242,6 +266,7 @@ def _key_of(eqn: Any) -> Hashable:
 def pack(program: Program) -> Packed:
     """The program as data."""
     packer = _Packer(program.name)
+    jaxpr, held = packer.traced(program.traced)
 
     def spec(x: ArgSpec) -> Any:
         statics = tuple([(i, packer.value(leaf.value, "a static leaf")) for i, leaf in x.statics])
@@ -250,10 +275,10 @@ def pack(program: Program) -> Packed:
     return Packed(
         release=jax.__version__,
         name=program.name,
-        main=packer.place(program.traced),
+        main=packer.place(jaxpr),
         rules=packer.rules(),
         listings=tuple(packer.listings),
-        fixed=tuple(map(store, program.fixed)),
+        fixed=tuple(map(store, [*held, *program.fixed])),
         inputs=spec(program.inputs),
         outputs=spec(program.outputs),
     )

@@ -100,6 +100,7 @@ class Listing(NamedTuple):
 
     name: str
     constants: tuple[Any, ...]
+    unbound: int  # how many of the inputs stand for constants that are kept elsewhere
     inputs: tuple[Any, ...]
     equations: tuple[Equation, ...]
     outputs: tuple[Any, ...]

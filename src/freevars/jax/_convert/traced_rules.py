@@ -78,12 +78,18 @@ class RuleTracer:
     Args:
         lift: takes the constants out of a program: the program with them as leading inputs, and the
             constants.
+        stays: whether a rule of JAX's or of this library's stays a function.
     """
 
-    def __init__(self, lift: Callable[[Any], tuple[Any, list[Any]]]) -> None:
+    def __init__(
+        self,
+        lift: Callable[[Any], tuple[Any, list[Any]]],
+        stays: Callable[[Eqn], bool] = lambda _: True,
+    ) -> None:
         # The keys of what JAX keeps of rules of its own, by identity.
         self.keys: dict[int, Hashable] = {}
         self._lift = lift
+        self._stays = stays
         # By equation: its rule, and how many values its body captures.
         self._rules: dict[int, tuple[Eqn, Rule | None, int]] = {}
         self._whole: dict[Any, Rule] = {}
@@ -171,7 +177,7 @@ class RuleTracer:
         objects, foreign, programs = self._wrapped.look(*kept)
         key = (eqn.primitive, objects, tuple([v.aval for v in eqn.invars]), still)
         own = not foreign and not any(map(_reads_state, programs))
-        if own and (not captured or eqn.params["symbolic_zeros"]):
+        if own and (not captured or eqn.params["symbolic_zeros"]) and self._stays(eqn):
             if not programs:
                 self.keys.update(zip(map(id, kept), objects, strict=True))
             return None

@@ -97,6 +97,9 @@ class _Unpacker:
         outputs = list(map(atom, listing.outputs))
         effects = frozenset(map(self.value, listing.effects))
         jaxpr = _compat.make_program(inputs, eqns, outputs, effects, listing.name)
+        if listing.unbound:
+            at = listing.unbound
+            jaxpr = _compat.replace(jaxpr, constvars=inputs[:at], invars=inputs[at:])
         return jaxpr, [restore(c) for c in listing.constants]
 
     def _equation(self, e: Equation, reads: list[Any], results: list[Any]) -> Any:
