@@ -80,7 +80,7 @@ def _by_iteration(
     eps: float,
     b: Tree,
     tol: float,
-    units: Units | None = None,
+    units: Units | None,
 ) -> Solution:
     """The same as `_by_krylov`, for the system I - J of a fixed point. Where J contracts, its
     powers solve the system, just as iterating `fun` finds the solution; a Krylov method solves what
@@ -107,7 +107,7 @@ def _by_krylov(
     eps: float,
     b: Tree,
     tol: Any,
-    units: Units | None = None,
+    units: Units | None,
 ) -> Solution:
     """The solution, with the squared norm of the residual relative to that of b."""
     n = space.size(b)
