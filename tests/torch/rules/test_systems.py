@@ -494,6 +494,47 @@ def test_a_slow_part_counts_for_whatever_hears_of_it() -> None:
                 torch.autograd.grad(part, b, retain_graph=True)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("seed", range(12))
+def test_an_accepted_derivative_of_a_contraction_is_right(seed, dtype) -> None:
+    """Quick and slow directions, which hear of each other or not; errors of any size in some."""
+    torch.manual_seed(seed)
+    n = 520
+    k = int(torch.randint(1, n, ()))
+    rate, near_one, error = (10.0 ** -torch.rand(3, dtype=F64) * torch.tensor([0.3, 1, 1])).tolist()
+    m = rate * torch.randn(n, n, dtype=F64) / n**0.5
+    if seed % 3:
+        m[k:] = 0
+        m[k:, k:] = torch.eye(n - k, dtype=F64) * (1 - near_one**4)
+    if seed % 3 == 1:
+        m[:k, k:] = 0
+    b = torch.randn(n, dtype=F64)
+
+    def step(x: Tensor, t: Tensor) -> Tensor:
+        return m.to(x) @ x + 0.2 * rate * torch.tanh(x).roll(1) + b.to(x) * t
+
+    t, x = torch.ones(n, dtype=F64), torch.zeros(n, dtype=F64)
+    eye = torch.eye(n, dtype=F64)
+    for _ in range(30):
+        a = eye - f.jacrev(step)(x, t)
+        x = x + torch.linalg.solve(a, step(x, t) - x)
+    wrong = torch.where(torch.arange(n) >= (k if seed % 2 else 0), error**4 * x, 0)
+    stopped = (x + wrong * torch.randn(n, dtype=F64)).to(dtype)
+    weights = torch.stack([torch.ones(n, dtype=F64), torch.randn(n, dtype=F64), eye[0], eye[-1]])
+    expected = torch.linalg.solve(a.mT, weights.mT).mT * b
+
+    t = t.to(dtype).requires_grad_()
+    found = fixed_point(lambda fun, x0: stopped)(lambda x: step(x, t), torch.zeros_like(stopped))
+    for weight, right in zip(weights, expected, strict=True):
+        try:
+            (grad,) = torch.autograd.grad(found, t, weight.to(dtype), retain_graph=True)
+        except (NotASolutionError, SingularError):
+            assert error**4 > torch.finfo(dtype).eps ** 0.5
+        else:
+            assert float((grad.to(F64) - right).abs().max() / right.abs().max()) < 0.05
+
+
 def test_a_linear_solve_of_ones_own_in_a_batch() -> None:
     """It is written for one problem, and may read a tensor of which each has its own."""
 
