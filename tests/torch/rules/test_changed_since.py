@@ -144,3 +144,20 @@ def test_what_forward_mode_cannot_record_is_refused_by_name(solve) -> None:
     jacobian = torch.autograd.functional.jacobian
     with pytest.raises(CaptureError, match=r"expected torch.func.jacfwd .*forward-mode"):
         jacobian(run, a, strategy="forward-mode", vectorize=True)
+
+
+def test_a_program_that_would_lose_the_derivative_is_refused(solve) -> None:
+    class Integral(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = torch.nn.Parameter(torch.tensor(2.0, dtype=F64))
+
+        def forward(self, b: Tensor) -> Tensor:
+            return solve(lambda t: self.a * b * t)
+
+    module, b = Integral(), torch.tensor(3.0, dtype=F64)
+    with pytest.raises(CaptureError, match=r"got one that is being recorded.*torch\.no_grad"):
+        torch.export.export(module, (b,))
+    with torch.no_grad():
+        program = torch.export.export(module, (b,)).module()
+    assert float(program(2 * b)) == pytest.approx(6, rel=1e-4)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import freevars.torch as fv
 from freevars.torch import (
@@ -614,6 +615,32 @@ def test_a_linearisation_is_refused() -> None:
     solve = root(returning(torch.tensor(2.0, dtype=F64)))
     with pytest.raises(CaptureError, match=r"expected torch.func.jvp.*got torch.func.linearize"):
         f.linearize(lambda a: solve(lambda x: x**2 - a, a), a)
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_a_program_that_would_lose_the_derivative_is_refused(*, check: bool) -> None:
+    class Root(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = torch.nn.Parameter(torch.tensor(4.0, dtype=F64))
+
+        def forward(self, x0: Tensor) -> Tensor:
+            return newton(lambda x: x**2 - self.a, x0)
+
+    @root(check=check)
+    def newton(fun: Any, x0: Tensor) -> Tensor:
+        for _ in range(9):
+            x0 = x0 - fun(x0) / (2 * x0)
+        return x0
+
+    module, x0 = Root(), torch.tensor(1.0, dtype=F64)
+    with pytest.raises(CaptureError, match=r"newton: .* export under torch.no_grad"):
+        torch.export.export(module, (x0,))
+    with pytest.raises(CaptureError, match=r"newton: .* got one that is being recorded"):
+        make_fx(f.grad(lambda a: newton(lambda x: x**2 - a, x0)))(module.a.detach())
+    with torch.no_grad():
+        program = torch.export.export(module, (x0,)).module()
+    torch.testing.assert_close(program(2 * x0), torch.tensor(2.0, dtype=F64))
 
 
 def test_the_old_vmap_of_reverse_mode_is_for_first_derivatives() -> None:

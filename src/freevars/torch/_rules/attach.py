@@ -22,6 +22,7 @@ from freevars.torch import _compat
 from freevars.torch._rules.autocast import Autocast
 from freevars.torch._rules.comparison import compare_derivatives
 from freevars.torch._rules.condition import Condition, Solution
+from freevars.torch._rules.exported import check_not_exported
 from freevars.torch._rules.implicit import pull_back
 from freevars.torch._rules.sharded import no_gradient
 from freevars.torch._rules.sizes import PARTS
@@ -33,6 +34,7 @@ def record(
     condition: Condition, equations: Callable[[Tensor], Tensor], x: Tensor, x0: Tensor
 ) -> Tensor:
     """F at a solution with a graph, which the condition keeps; from plain x and x0."""
+    check_not_exported(condition.rule.name)
     leaf = x.clone().requires_grad_()
     is_tiny = condition.rule.check and _is_tiny(x, condition.start(x0))
     condition.saved = _compat.Saved()

@@ -26,6 +26,7 @@ from freevars.torch._rules import comparison, diagnostics
 from freevars.torch._rules.conserved import completion
 from freevars.torch._rules.dense import Dense
 from freevars.torch._rules.derivative import Derivative, naming_reentrant_checkpoints
+from freevars.torch._rules.exported import check_not_exported
 from freevars.torch._rules.forms import is_smooth
 from freevars.torch._rules.independence import check_independent
 from freevars.torch._rules.linear import system_of
@@ -176,6 +177,7 @@ class Condition:
         NaN, where it cannot be trusted. A problem without a share in `b` is not asked about."""
         if not b.numel():
             return b
+        check_not_exported(self.rule.name)
         plain = Solution(*(t.detach() for t in at)), tuple(v.detach() for v in values)
         with naming_reentrant_checkpoints(at.f, self.rule.name):
             derivative, system = self._system_at(*plain)

@@ -37,6 +37,7 @@ from freevars.torch._describe import describe
 from freevars.torch._rules.asked import Asked
 from freevars.torch._rules.autocast import Autocast
 from freevars.torch._rules.eager import EagerSolver
+from freevars.torch._rules.exported import check_not_exported
 from freevars.torch._rules.forward_mode import check_forward_mode
 from freevars.torch._rules.inputs import reached_by
 
@@ -102,6 +103,8 @@ def operate(operation: Operation, tensors: Sequence[Tensor]) -> list[Tensor]:
     The tensors of `operation.aux` are results too, without derivatives: so they are batched where
     the result is.
     """
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        check_not_exported(operation.solver.__name__)
     reads = _OwnReads(operation.solver.of_a_transform() if _compat.functorch_active() else ())
     out = list(_Operate.apply(operation, reads, *tensors))  # type: ignore[no-untyped-call]
     if reads.found and torch.is_grad_enabled():
