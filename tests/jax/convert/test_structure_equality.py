@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.custom_batching import custom_vmap
+from jax.experimental import pallas
 
 import freevars.jax as fv
 
@@ -154,6 +155,7 @@ UNEQUAL = {
                           for p in (jax.checkpoint_policies.everything_saveable, jax.checkpoint_policies.nothing_saveable)],
     "mode of indexing": [(lambda m: lambda x: x.at[jnp.array([0, 7])].get(mode=m))(m) for m in ("clip", "fill")],
     "random algorithm": [(lambda i: lambda x: jax.random.normal(jax.random.key(0, impl=i), (3,)) * x)(i) for i in ("threefry2x32", "rbg")],
+    "reference": [lambda x, c=c: written_in_a_loop(c)(x) for c in (2.0, 3.0)],
     "one value or two": (lambda x: x * V * V, lambda x: x * V * jnp.copy(V)),
 }
 # fmt: on
@@ -182,6 +184,15 @@ def test_closures_that_differ_are_unequal(name) -> None:
         assert jax.tree.structure(got) == jax.tree.structure(expected)
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_kernels_that_differ_are_unequal() -> None:
+    """They have no derivative in reverse mode."""
+    kernels = [kernel(2.0), kernel(3.0), kernel(2.0, lambda i: 1 - i)]
+    closures = [fv.Closure(fun, X) for fun in kernels]
+    assert len({jax.tree.structure(f) for f in closures}) == 3
+    for fun, f in zip(kernels, closures, strict=True):
+        np.testing.assert_array_equal(jax.jit(lambda f: f(X))(f), fun(X))
 
 
 def test_numpy_arrays_are_values_however_deep() -> None:
@@ -398,6 +409,34 @@ def _custom_root(w):
     return fun
 
 
+def written_in_a_loop(c):
+    def fun(x):
+        ref = jax.new_ref(x)
+
+        def step(i, _):
+            ref[i] = ref[i] * c
+
+        lax.fori_loop(0, 3, step, None)
+        return ref[...]
+
+    return fun
+
+
+def kernel(c, index=lambda i: i):
+    def body(x, out):
+        out[...] = x[...] * c
+
+    def fun(x):
+        like = jax.ShapeDtypeStruct((2,), x.dtype)
+        spec, whole = pallas.BlockSpec((1,), index), pallas.BlockSpec((1,), lambda i: i)
+        call = pallas.pallas_call(
+            body, like, grid=(2,), in_specs=[spec], out_specs=whole, interpret=True
+        )
+        return call(x[:2])
+
+    return fun
+
+
 def _linear_solve(w):
     def fun(x):
         matvec = lambda v: SQUARE @ v
@@ -466,6 +505,8 @@ EQUAL = {
     "special functions": lambda w: lambda x: jax.scipy.special.gammaln(x**2) + jax.scipy.special.erf(x * w) + jax.scipy.special.logit(jax.nn.sigmoid(x)),
     "where, clip, sort, indexing": lambda w: lambda x: jnp.where(x > 0, jnp.sort(x * w), jnp.clip(x, -1, 1)).at[0].set(x[jnp.argmax(x)]),
     "einsum, conv, fft": lambda w: lambda x: jnp.einsum("i,j->i", x, w) + jnp.convolve(x, w, "same") + jnp.fft.ifft(jnp.fft.fft(x)).real,
+    "reference": lambda w: lambda x: written_in_a_loop(2.0)(x * w),
+    "kernel": lambda w: lambda x: kernel(2.0)(x * w),
     "odeint": lambda w: lambda x: jax.experimental.ode.odeint(lambda y, t: -y, x * w, jnp.linspace(0.0, 1.0, 3)),
 }
 # fmt: on

@@ -27,6 +27,7 @@ __all__ = [
     "close",
     "drop_dead_code",
     "evaluate",
+    "input_of",
     "jaxpr_as_fun",
     "prepend_operands",
     "program_name",
@@ -171,6 +172,13 @@ def scan_with_constants(params: dict[str, Any], count: int) -> dict[str, Any]:
     from jax._src import flattree  # noqa: PLC0415 (exists since 0.12)
 
     return {"ft_in": flattree.pack((flattree.nones(len(constants) + count), carry, xs))}
+
+
+def input_of(effect: Any) -> Any:
+    """The variable that an effect of a program is of: reads and writes of a reference that is an
+    input. None for any other effect. JAX renamed it, and older releases have its number."""
+    found = getattr(effect, "input", getattr(effect, "input_index", None))
+    return found if type(found) is Var else None
 
 
 EQUATION: Any = core.JaxprEqn

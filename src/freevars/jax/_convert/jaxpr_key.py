@@ -11,6 +11,7 @@ will see, weak or not. Not here: the types of arguments and results as the user 
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from itertools import count
@@ -97,7 +98,7 @@ class JaxprKey:
                 tuple([self._array(c) for c in getattr(jaxpr, "consts", ())]),
                 tuple(rows),
                 read(jaxpr.outvars),
-                frozenset(jaxpr.effects),
+                frozenset([_effect(e, place) for e in jaxpr.effects]),
             )
         )
         self._programs[id(jaxpr)] = (jaxpr, key)
@@ -142,7 +143,7 @@ class JaxprKey:
             return self._array(x)
         if isinstance(x, tree_util.PyTreeDef):
             return self._structure(x, look)
-        parts, _ = _compat.take_apart(x)
+        parts = _compat.take_apart(x)[0] or _fields(x)
         if parts:
             return (kind, tuple([self._param(y, look) for y in parts]))
         declared = _compat.declared_parts(x)
@@ -238,6 +239,21 @@ class JaxprKey:
         """An array that stays inside."""
         self.foreign = True
         return array_key(x)
+
+
+def _effect(effect: Any, place: Mapping[Any, Hashable]) -> Hashable:
+    """An effect, with the place of the variable that it is of."""
+    var = _compat.input_of(effect)
+    return (type(effect), place[var]) if var in place else effect
+
+
+def _fields(x: Any) -> list[Any]:
+    """What one of JAX's own frozen dataclasses holds, which compares by that: what is given to a
+    Pallas kernel, for one, has programs in it. Nothing for any other object."""
+    declared = getattr(type(x), "__dataclass_params__", None)
+    if declared is None or not (declared.frozen and declared.eq and is_own(type(x).__module__)):
+        return []
+    return [getattr(x, f.name) for f in dataclasses.fields(x)]
 
 
 def array_key(x: Any) -> Hashable:
