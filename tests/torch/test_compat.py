@@ -41,6 +41,9 @@ BROKEN = {
     "which modes are active": lambda m: m.setattr(torch._C, "_len_torch_function_stack", lambda: 0),
     "which tensors share memory": lambda m: m.setattr(_compat, "storage_key", id),
     "whether a backward pass runs": lambda m: m.delattr(torch._C, "_current_autograd_node"),
+    "hooks for saved tensors": lambda m: m.setattr(
+        torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None
+    ),
     "custom Functions": lambda m: m.setattr(_hooks._OWNER, "apply", classmethod(same_apply)),
     "transforms of torch.func": lambda m: unhook(m, torch._functorch.vmap, "_add_batch_dim"),
     "checkpointing": lambda m: rename(m, torch.utils.checkpoint),

@@ -115,6 +115,16 @@ def _engine() -> bool:
     return seen == [True] and not _compat.in_backward()
 
 
+def _saved_tensors() -> bool:
+    saved = _compat.Saved()
+    with torch.autograd.graph.saved_tensors_hooks(saved._pack, saved._unpack):  # noqa: SLF001
+        found = [_compat.checkpointing()]
+        with _compat.without_checkpoints():
+            found.append(_compat.checkpointing())
+        found.append(_compat.checkpointing())
+    return found == [True, False, True] and not _compat.checkpointing()
+
+
 def _custom_functions() -> bool:
     x = torch.ones(2, requires_grad=True)
     out = _replaced(lambda: _double(x))
@@ -169,6 +179,7 @@ _ESSENTIAL: dict[str, Callable[[], bool]] = {
     "which modes are active": _stack,
     "which tensors share memory": _storages,
     "whether a backward pass runs": _engine,
+    "hooks for saved tensors": _saved_tensors,
     "derivatives in forward mode": _tangents,
 }
 _OPTIONAL: dict[str, Callable[[], bool]] = {
