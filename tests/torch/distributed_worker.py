@@ -149,6 +149,49 @@ def check_collectives(s: Setting) -> None:
     same([t / dist.get_world_size() for t in total], s.gradients(minimum_by_hand))
 
 
+def check_unknowns_of_several_processes(s: Setting) -> None:
+    """One system spans the processes where a collective couples unknowns that differ: refused by
+    all of them. Where nothing is coupled each solves its own, whatever else is summed."""
+    rank = dist.get_rank()
+    w = torch.tensor([0.2, 0.3 + rank, -0.1], dtype=F64).requires_grad_()
+    for n in (3, 600):
+        zero = torch.zeros(n, dtype=F64)
+        weights = w.repeat(n // 3) / 4
+        x = fv.fixed_point(iterate)(lambda x, b=weights: b + _mean_of_all(x).cos() / 4, zero)
+        try:
+            torch.autograd.grad(x.sum(), w)
+        except NotImplementedError as error:
+            assert "Make the unknown a DTensor" in str(error)  # noqa: PT017 (no pytest here)
+        else:
+            message = "a system that spans the processes was solved in one"
+            raise AssertionError(message)
+        shared = collectives.all_reduce(w.sum()) / 4
+        x = fv.fixed_point(iterate)(lambda x, b=weights, c=shared: b * _Cosine.apply(x) + c, zero)
+        (g,) = torch.autograd.grad(x.sum(), w, retain_graph=True)
+        y = zero
+        for _ in range(40):
+            y = weights * y.cos() + shared
+        same([g], torch.autograd.grad(y.sum(), w))
+
+
+def _mean_of_all(x: Tensor) -> Tensor:
+    return collectives.all_reduce(x.mean()) / dist.get_world_size()
+
+
+class _Cosine(torch.autograd.Function):
+    """A function of one's own, of which nobody can tell whether it communicates."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.cos()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return -g * x.sin()
+
+
 def check_captured_dtensor(s: Setting) -> None:
     w, x = torch.rand(8, dtype=F64) + 1, torch.randn(8, dtype=F64)
     shared = distribute_tensor(w, s.mesh, [Shard(0)]).requires_grad_()
@@ -266,6 +309,7 @@ CHECKS = (
     check_data_parallel,
     check_fully_sharded,
     check_collectives,
+    check_unknowns_of_several_processes,
     check_captured_dtensor,
     check_dtensor_unknown,
     check_matrices,

@@ -169,6 +169,7 @@ def _convert(
         constants=[t for t in discovery.captured.values() if id(t) not in hoisted_ids],
         replay=draws if rng == "replay" and discovery.drew is not None else None,
         normalises=discovery.normalises,
+        communicates=discovery.communicates,
         makes_leaves=discovery.makes_leaves or bool(discovery.leaves),
         kept=kept,
         left=left,

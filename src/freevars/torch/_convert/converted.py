@@ -78,6 +78,7 @@ class Converted(Generic[P, R]):
         replay: Draws | None = None,
         makes_leaves: bool = False,
         normalises: bool = False,
+        communicates: bool = False,
         training: tuple[bool, ...] | None = None,
         kept: Kept | None = None,
         left: Mapping[int, "weakref.ref[Tensor]"] | None = None,
@@ -102,6 +103,7 @@ class Converted(Generic[P, R]):
         self.replay = replay  # the draws that each call repeats
         self._makes_leaves = makes_leaves
         self._normalises = normalises
+        self.communicates = communicates  # with other processes, on the example
         self._kept = kept or Kept(())
         # What the first run made, by id, and `fun` keeps out of sight: not to be read. The tape
         # tells where that happens, but not of what a transform has wrapped: then care is needed.

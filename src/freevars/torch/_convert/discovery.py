@@ -39,6 +39,7 @@ class DiscoveryMode(Provenance):
         self.rng = rng
         self.drew: str | None = None  # the first random operation
         self.normalises = False  # by a batch norm
+        self.communicates = False  # with other processes
         self.generators: dict[int, tuple[torch.Generator, Tensor]] = {}
         self._reachable: Reachable | None = None
         self._later: dict[int, Any] = {}  # by id: what may be called after the run
@@ -183,6 +184,7 @@ class DiscoveryMode(Provenance):
         if func is torch.ops.aten.lift_fresh.default:
             self.made_keys.update(keys)  # memory of a literal, `torch.tensor([1.0])`
         self.normalises |= what.normalises
+        self.communicates |= what.communicates
         if what.writes or what.normalises:
             for t in operators.written(func, args, kwargs):
                 own = storage_key(t) in self.made_keys

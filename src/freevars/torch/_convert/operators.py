@@ -136,6 +136,10 @@ def writes_first(func: Func) -> bool:
     return name == "__set__" or _writes(name) or func in CHANGES
 
 
+# What `torch.distributed` and its functional collectives call.
+_COLLECTIVES = frozenset({"c10d", "_c10d_functional", "_c10d_functional_autograd"})
+
+
 class Traits(NamedTuple):
     """What an operator does, by its schema and tags; asked once for each operator."""
 
@@ -143,6 +147,7 @@ class Traits(NamedTuple):
     normalises: bool  # a batch norm, which writes to running statistics and declares no mutation
     changes_view: bool  # it writes metadata, not memory
     draws: bool
+    communicates: bool  # with other processes
 
 
 @functools.lru_cache(maxsize=8192)
@@ -157,6 +162,7 @@ def traits(func: Any) -> Traits:
         "batch_norm" in name and "backward" not in name,
         torch.Tag.inplace_view in func.tags,
         torch.Tag.nondeterministic_seeded in func.tags,
+        func.namespace in _COLLECTIVES,
     )
 
 

@@ -30,6 +30,7 @@ from freevars.torch._rules.exported import check_not_exported
 from freevars.torch._rules.forms import is_smooth
 from freevars.torch._rules.independence import check_independent
 from freevars.torch._rules.linear import system_of
+from freevars.torch._rules.processes import check_shared
 from freevars.torch._rules.ravel import Unknown
 from freevars.torch._rules.rule import Rule
 from freevars.torch._rules.sizes import PARTS, Sizes
@@ -65,6 +66,7 @@ class Condition:
     others: frozenset[int]  # those on which it does not depend if it is a root
     by_options: Sequence[str] = ()  # what a derivative is by, where the function reads none of it
     constrained: bool = False  # the solver's bounds are part of the equations
+    communicates: bool = False  # F does, with other processes
     watched: bool = False  # a conversion looks on, which would take a recorded leaf for a capture
     recorded: tuple[Tensor, Tensor] | None = None  # the leaf and the value of the recorded F
     saved: _compat.Saved  # by the graph of the recorded F
@@ -304,6 +306,8 @@ class Condition:
         return is_minimum(self.rule.kind) and self.rule.conserved is None
 
     def _system(self, derivative: Derivative, values: Sequence[Tensor]) -> System:
+        if self.communicates:
+            check_shared(derivative.at, derivative.f, self.rule.name)
         return system_of(
             derivative,
             self._size(derivative.at.detach(), self.start(values[0])),

@@ -63,6 +63,7 @@ class Problem(DifferentiableCondition):
         self.signature = signature
         self.inputs = inputs
         self.constants = self.others = inputs.others
+        self.communicates = any(function.communicates for function in functions.values())
         moving = (v for i, v in enumerate(inputs.values) if i not in self.constants)
         if not any(may_carry_derivative(v) for v in moving):
             self.by_options = inputs.names_of_others()
