@@ -118,8 +118,8 @@ def _not_converged(figures: Figures, limits: Limits, context: Context) -> str:
     else:
         add = "" if context.polish else ", let polish=True add the Newton step"
         advice = (
-            f"Let it run longer or to a tighter tolerance{add}, or accept more by the tol= of"
-            f" freevars' {context.kind}."
+            f"Let it run longer or to a tighter tolerance{add}, or accept more by tol= where the"
+            " solver is decorated."
         )
     if not step <= limits.step:
         return (
