@@ -138,6 +138,25 @@ def a_problem_for_each_device():
         np.testing.assert_allclose(slope, 2 * np.asarray(x), rtol=1e-4)
 
 
+def a_start_that_varies_less_than_its_problem():
+    a = _spread(np.linspace(1.0, 2.0, 2 * N))
+
+    def own(a, cast):
+        x0 = jnp.zeros(2)
+        x0 = jax.lax.pcast(x0, ("b",), to="varying") if cast else x0
+        return minimize(lambda x: jnp.sum((x - a) ** 2), x0)
+
+    def run(*, cast, check):
+        body = lambda a: own(a, cast)
+        specs = {"in_specs": P("b"), "out_specs": P("b"), "check_vma": check}
+        return jax.jit(jax.shard_map(body, mesh=MESH, **specs))(a)
+
+    with pytest.raises(TypeError, match=r'jax.lax.pcast\(x0, \(\'b\',\), to="varying"\)'):
+        run(cast=False, check=True)
+    np.testing.assert_allclose(run(cast=True, check=True), a, rtol=1e-4)
+    np.testing.assert_allclose(run(cast=False, check=False), a, rtol=1e-4)
+
+
 def copies_of_one_problem():
     own = lambda a: minimize(lambda x: jnp.sum((x - a) ** 2), jnp.zeros_like(a))
     run = jax.jit(jax.shard_map(own, mesh=MESH, in_specs=P(), out_specs=P()))
@@ -177,6 +196,7 @@ if __name__ == "__main__":
         a_copy_that_fails,
         data_that_a_psum_joins,
         a_problem_for_each_device,
+        a_start_that_varies_less_than_its_problem,
         copies_of_one_problem,
         an_unknown_in_parts_that_a_psum_joins,
     ):

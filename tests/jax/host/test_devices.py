@@ -31,7 +31,7 @@ def _end(process: subprocess.Popen[str]) -> str:
 
 @pytest.mark.slow  # a process of its own with several devices
 def test_several_devices() -> None:
-    assert _end(_run(devices=4)).count("passed") == 6
+    assert _end(_run(devices=4)).count("passed") == 7
 
 
 @pytest.mark.slow  # two processes that talk

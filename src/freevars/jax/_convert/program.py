@@ -192,8 +192,30 @@ class Program:
         captured = self._fit(values, self.value_types)
         if fitted is None or captured is None:
             self._check(values, combine(self.inputs, leaves) if whole is None else whole)
-        results = _compat.evaluate(self.jaxpr, [*self.fixed, *captured, *fitted])
+        operands = [*self.fixed, *captured, *fitted]
+        try:
+            results = _compat.evaluate(self.jaxpr, operands)
+        except ValueError as error:
+            axes = self._newly_varying(operands)
+            if not axes:
+                raise
+            raise StructureError(self._varying_message(axes)) from error
         return results if self.outputs.statics else combine(self.outputs, results)
+
+    def _newly_varying(self, operands: Sequence[Any]) -> list[str]:
+        """The named axes over which an operand varies, and did not on the example."""
+        pairs = zip(operands, self.jaxpr.invars, strict=True)
+        axes = [_compat.varying_axes(x) - _compat.varying_axes(v.aval) for x, v in pairs]
+        return sorted(frozenset[str]().union(*axes))
+
+    def _varying_message(self, axes: Sequence[str]) -> str:
+        names = ", ".join(map(repr, axes))
+        return (
+            f"{self.name} expected arguments that are the same on all devices of the axis {names}, "
+            "as on the example (check_vma=True), got one that varies. Give it an example, or a "
+            "solver an x0, that varies as the captured values do: jax.lax.pcast(x0, "
+            f'({names},), to="varying").'
+        )
 
     def _fit(self, xs: Sequence[Any], types: Sequence[Any]) -> Any:
         if len(xs) != len(types):
