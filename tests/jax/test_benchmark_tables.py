@@ -87,7 +87,7 @@ def test_the_table_of_quadratic_programs(monkeypatch, one_turn):
 
     monkeypatch.setattr(torch_qps, "alternate", one_turn)
     figures = _figures(torch_qps.rows())
-    assert len(figures) == 1
+    assert len(figures) == 2
     assert _all_finite(figures)
 
 
