@@ -59,6 +59,7 @@ from freevars.jax._compat.parts import (
 from freevars.jax._compat.programs import (
     EQUATION,
     JITTED,
+    PROGRAMS_HOLD_CONSTANTS,
     ClosedJaxpr,
     Eqn,
     Jaxpr,
@@ -152,6 +153,7 @@ __all__ = [
     "EQUATION",
     "JAXPR_TYPES",
     "JITTED",
+    "PROGRAMS_HOLD_CONSTANTS",
     "REF_TYPE",
     "RULED",
     "RULED_FUNCTIONS",

@@ -16,6 +16,7 @@ from freevars.jax._compat.values import Tracer
 __all__ = [
     "EQUATION",
     "JITTED",
+    "PROGRAMS_HOLD_CONSTANTS",
     "ClosedJaxpr",
     "Eqn",
     "Jaxpr",
@@ -45,6 +46,9 @@ Jaxpr: Any = core.Jaxpr
 # Until JAX 0.11 it paired a Jaxpr with its constants; since 0.12 a Jaxpr holds them itself and the
 # two names, in public, are one class.
 ClosedJaxpr: Any = getattr(core, "ClosedJaxpr", Jaxpr)
+
+# Whether a program that somebody keeps as an open one has its constants in it all the same.
+PROGRAMS_HOLD_CONSTANTS = ClosedJaxpr is Jaxpr
 
 Literal: Any = core.Literal
 

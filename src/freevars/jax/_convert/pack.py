@@ -99,6 +99,10 @@ class _Packer:
         opened, constants = jaxpr, list[Any]()
         if isinstance(jaxpr, _compat.ClosedJaxpr):
             opened, constants = _compat.separate_constants(jaxpr)
+            if _compat.PROGRAMS_HOLD_CONSTANTS and any(
+                isinstance(x, _compat.Tracer) for x in constants
+            ):
+                constants = []  # an open program until then: who runs it brings them
         inputs = [*opened.constvars, *opened.invars]
         number = {v: i for i, v in enumerate(inputs)}
 
