@@ -95,7 +95,9 @@ def make_program(
 ) -> Any:
     """An open program from its parts."""
     sample = _sample()
-    info = sample.debug_info._replace(func_src_info=name, arg_names=None, result_paths=None)
+    # JAX 0.9 adds to the names of the arguments in the jvp of a loop, so None will not do.
+    unnamed = ("",) * len(inputs)
+    info = sample.debug_info._replace(func_src_info=name, arg_names=unnamed, result_paths=None)
     return sample.replace(
         invars=inputs, eqns=eqns, outvars=outputs, effects=effects, debug_info=info
     )
