@@ -51,6 +51,7 @@ class Iterative:
         self.residual = 0.0
         self._reach = math.inf  # how far A^-T carried what was solved for last, at most
         self._minimum = minimum
+        self._relative = float(torch.finfo(derivative.f.dtype).eps ** 0.75)
         units = self._symmetric_units() if minimum and derivative.f.numel() else None
         self._units = units if own is None else None
         b, n = derivative.f.shape
@@ -59,15 +60,15 @@ class Iterative:
         self._steps = max(50, n // 4) if self._fits else 2000
 
     def solve(self, b: Tensor, *, transposed: bool) -> Tensor:
-        relative = float(torch.finfo(b.dtype).eps ** 0.75)
         several = b if b.dim() > self._a.f.dim() else b[None]
         self.residual = 0.0
-        solved = [self._solved(one, transposed, relative) for one in several]
+        solved = [self._solved(one, transposed, self._relative) for one in several]
         self._reach = max(reach for _, reach in solved) if transposed else math.inf
         return torch.stack([u for u, _ in solved]).reshape(b.shape)
 
     def newton_step(self) -> Tensor:
-        return self.solve(self._a.f.detach(), transposed=False)
+        # Not `solve`: nobody has asked for it, and its residual is one among those of the figures.
+        return self._solve(self._a.f.detach(), False, self._relative)
 
     @property
     def evidence(self) -> Hashable:
