@@ -441,7 +441,7 @@ def test_a_linear_solve_of_ones_own_counts_by_each_vector() -> None:
     torch.testing.assert_close(row, inverse[3])
 
 
-def test_a_contraction_is_checked_by_the_products_of_the_derivative(monkeypatch: Any) -> None:
+def test_a_contraction_is_checked_along_one_direction(monkeypatch: Any) -> None:
     torch.manual_seed(0)
     n = 600
     m = 0.1 * torch.randn(n, n, dtype=F64) / n**0.5
@@ -466,33 +466,35 @@ def test_a_contraction_is_checked_by_the_products_of_the_derivative(monkeypatch:
         (grad,) = torch.autograd.grad(x.sum(), b)
         torch.testing.assert_close(grad, torch.linalg.inv(torch.eye(n, dtype=F64) - m).sum(0))
         counts.append(count)
-    assert counts[0] == counts[1]
+    assert counts[0] <= counts[1] + 3
 
 
-def test_a_slow_part_counts_for_whatever_hears_of_it() -> None:
-    torch.manual_seed(0)
-    n, k = 600, 300
-    m = torch.zeros(n, n, dtype=F64)
-    m[:k] = 0.1 * torch.randn(k, n, dtype=F64) / n**0.5
-    m[0] = 0
-    m[0, 0] = 0.1  # and this one hears of nothing else
-    m[k:, k:] = torch.eye(n - k, dtype=F64) * (1 - 1e-9)
-    eye = torch.eye(n, dtype=F64)
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("n", [40, 1000])
+def test_a_slow_part_counts_even_where_nothing_hears_of_it(n, dtype) -> None:
+    """A gate that is still shut lets nothing through but its own derivative, which is what stands
+    behind it."""
+    gate = torch.zeros((), dtype=dtype, requires_grad=True)
+    rate = torch.finfo(dtype).eps ** 0.5 / 4
 
-    def stopped_early(fun: Any, x0: Tensor) -> Tensor:
-        b = fun(x0)
-        x = 0.7 * torch.linalg.solve(eye - m, b)
-        x[:k] = torch.linalg.solve(eye[:k, :k] - m[:k, :k], b[:k] + m[:k, k:] @ x[k:])
+    def step(x: Tensor) -> Tensor:
+        quick, slow = x[:-1], x[-1:]
+        return torch.cat([0.05 * quick.roll(1) + 1 + gate * slow, slow + rate * (1 - slow)])
+
+    def iterate(fun: Any, x: Tensor) -> Tensor:
+        for _ in range(15):
+            x = fun(x)
         return x
 
-    b = torch.randn(n, dtype=F64, requires_grad=True)
-    x = fixed_point(stopped_early)(lambda x: m @ x + b, torch.zeros(n, dtype=F64))
+    x0 = torch.zeros(n, dtype=dtype)
+    x = fixed_point(iterate)(step, x0)
     for _ in range(2):
-        (grad,) = torch.autograd.grad(x[0], b, retain_graph=True)
-        torch.testing.assert_close(grad, torch.linalg.inv(eye - m)[0])
-        for part in (x[1], x[n - 1], x.sum()):
+        for part in (x[0], x[-1], x[:-1].sum()):
             with pytest.raises(NotASolutionError):
-                torch.autograd.grad(part, b, retain_graph=True)
+                torch.autograd.grad(part, gate, retain_graph=True)
+    x0[-1] = 1
+    (grad,) = torch.autograd.grad(fixed_point(iterate)(step, x0)[0], gate)
+    torch.testing.assert_close(grad, torch.tensor(1 / 0.95, dtype=dtype))
 
 
 @pytest.mark.slow

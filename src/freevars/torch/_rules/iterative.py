@@ -49,7 +49,6 @@ class Iterative:
         self._own = own
         self._dense: System | None = None
         self.residual = 0.0
-        self._reach = math.inf  # how far A^-T carried what was solved for last, at most
         self._minimum = minimum
         self._relative = float(torch.finfo(derivative.f.dtype).eps ** 0.75)
         units = self._symmetric_units() if minimum and derivative.f.numel() else None
@@ -62,9 +61,8 @@ class Iterative:
     def solve(self, b: Tensor, *, transposed: bool) -> Tensor:
         several = b if b.dim() > self._a.f.dim() else b[None]
         self.residual = 0.0
-        solved = [self._solved(one, transposed, self._relative) for one in several]
-        self._reach = max(reach for _, reach in solved) if transposed else math.inf
-        return torch.stack([u for u, _ in solved]).reshape(b.shape)
+        solved = [self._solve(one, transposed, self._relative) for one in several]
+        return torch.stack(solved).reshape(b.shape)
 
     def newton_step(self) -> Tensor:
         # Not `solve`: nobody has asked for it, and its residual is one among those of the figures.
@@ -73,7 +71,7 @@ class Iterative:
     @property
     def evidence(self) -> Hashable:
         """The matrix, if an iteration stalled, so that it solves since."""
-        return self._reach if self._dense is None else "matrix"
+        return self._dense is not None
 
     def _symmetric_units(self) -> Tensor | None:
         """D for which the rows of D A D are about of one size; None if those of A are. On the way A
@@ -110,11 +108,11 @@ class Iterative:
     ) -> Figures:
         """The Newton step is measured against each tensor of the unknown, in units in which the
         equations are alike: in full where a product with A is one with A^T, and by its components
-        along two random directions elsewhere, which products of A^T give.
+        along two random directions elsewhere, which products of A^T give. One direction will do
+        where A^T contracts quickly along it, and F is so small that the step is negligible then.
 
-        These are not asked for where A^T contracts quickly along all that was solved for last, and
-        F is so small that the step is negligible then: what A^-1 may add to that is an error of x
-        in which what was asked for does not change."""
+        What was solved for is no such direction: it may not hear of a component that is far off,
+        while what it is differentiated by multiplies that (a gate that is still shut)."""
         left = self.residual
         figures = self._by_products(derivative, sizes, limits, inputs)
         self.residual = left
@@ -137,11 +135,9 @@ class Iterative:
             size = _size(v / torch.where(error, units(far), near))
             return torch.full_like(measured.step, size)
 
-        size = self._reach * float(f.abs().max()) / float(near.min())
-        if not size <= limits.negligible:
-            size = self._size_of_step(f, near)
+        size = self._size_of_step(f, near, limits)
         step, change = torch.full_like(measured.step, size), measured.change
-        if size > limits.negligible and self._size_of_step(f, units(far)) <= limits.step:
+        if size > limits.negligible and self._size_of_step(f, units(far), limits) <= limits.step:
             step, change = look(
                 derivative,
                 inputs,
@@ -161,7 +157,7 @@ class Iterative:
             residual=torch.full_like(measured.residual, self.residual),
         )
 
-    def _size_of_step(self, f: Tensor, unit: Tensor) -> float:
+    def _size_of_step(self, f: Tensor, unit: Tensor, limits: Limits) -> float:
         if not bool(f.any()) or not bool(torch.isfinite(f).all()):
             return 0.0
         if self._a.symmetric:
@@ -172,7 +168,10 @@ class Iterative:
         for _ in range(2 if self._own is None else 1):
             w = _signs(f, generator) / unit
             scale = float(w.abs().max())
-            v = self._solve(w / scale, True, 1e-2)
+            v, reach = self._solved(w / scale, True, 1e-2)
+            most = reach * float(f.abs().max()) / float(unit.min())
+            if most <= limits.negligible:
+                return most
             sizes.append(abs(float((v * f).sum())) * scale / math.sqrt(f.numel()))
         return max(sizes)
 
