@@ -158,6 +158,9 @@ def test_a_program_that_would_lose_the_derivative_is_refused(solve) -> None:
     module, b = Integral(), torch.tensor(3.0, dtype=F64)
     with pytest.raises(CaptureError, match=r"got one that is being recorded.*torch\.no_grad"):
         torch.export.export(module, (b,))
+    module.requires_grad_(False)
+    with pytest.raises(CaptureError, match=r"got one that is being recorded.*torch\.no_grad"):
+        torch.export.export(module, (b,))
     with torch.no_grad():
         program = torch.export.export(module, (b,)).module()
     assert float(program(2 * b)) == pytest.approx(6, rel=1e-4)

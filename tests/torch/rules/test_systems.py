@@ -640,9 +640,23 @@ def test_a_program_that_would_lose_the_derivative_is_refused(*, check: bool) -> 
         torch.export.export(module, (x0,))
     with pytest.raises(CaptureError, match=r"newton: .* got one that is being recorded"):
         make_fx(f.grad(lambda a: newton(lambda x: x**2 - a, x0)))(module.a.detach())
+    a = module.a.detach()
+    values = lambda a: newton(lambda x: x**2 - a, torch.ones_like(a))
+    # Whoever differentiates the program later would find nothing.
+    for program in (values, lambda a: f.vmap(values)(a[None])):
+        for mode in ("real", "fake"):
+            with pytest.raises(CaptureError, match=r"newton: .* derivative may be asked for"):
+                make_fx(program, tracing_mode=mode)(a)
+    module.requires_grad_(False)
+    with pytest.raises(CaptureError, match=r"newton: .* export under torch.no_grad"):
+        torch.export.export(module, (x0,))
     with torch.no_grad():
         program = torch.export.export(module, (x0,)).module()
     torch.testing.assert_close(program(2 * x0), torch.tensor(2.0, dtype=F64))
+    # What no input of the program has a part in is a constant of it.
+    for same in (lambda b: b * values(a), lambda b: newton(lambda x: x**2 - a, b / 2)):
+        program = make_fx(same)(a / 4)
+        torch.testing.assert_close(program(a / 4), torch.tensor(2.0, dtype=F64))
 
 
 def test_the_old_vmap_of_reverse_mode_is_for_first_derivatives() -> None:

@@ -7,8 +7,11 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
+from torch import Tensor
 from torch._C import _functorch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from freevars.torch._compat.wrappers import unwrap
 
 __all__ = [
     "DispatchMode",
@@ -19,6 +22,7 @@ __all__ = [
     "function_modes",
     "functorch_active",
     "in_backward",
+    "is_recorded",
     "recording",
     "transform_level",
     "transforms_active",
@@ -115,6 +119,13 @@ def recording() -> bool:
     """Whether `make_fx` records what runs on this thread, as `torch.func.linearize` does."""
     proxies: Any = sys.modules.get("torch.fx.experimental.proxy_tensor")
     return proxies is not None and proxies.get_proxy_mode() is not None
+
+
+def is_recorded(t: Tensor) -> bool:
+    """Whether the program that `make_fx` records here computes `t`, or is given it."""
+    proxies: Any = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    mode = proxies and proxies.get_proxy_mode()
+    return mode is not None and any(u in mode.tracer.tensor_tracker for u in unwrap(t))
 
 
 def functorch_active() -> bool:

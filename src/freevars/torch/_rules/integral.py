@@ -31,6 +31,7 @@ from freevars.errors import StructureError
 from freevars.torch._compat import pytree
 from freevars.torch._convert.convert import closure_convert
 from freevars.torch._rules.asked import Asked
+from freevars.torch._rules.exported import check_not_of_a_program
 from freevars.torch._rules.forms import Flat, evaluated, is_smooth, value_and_vjp
 from freevars.torch._rules.halves import difference, direction
 from freevars.torch._rules.implicit import jvp
@@ -91,8 +92,9 @@ class IntegralSolver(Integrator[P, R]):
         options = Options(call.options)
         operation = _Integral(self, fun, pack, takes, options, dtype, ends)
         tensors = [torch.as_tensor(e, dtype=dtype) for e in call.x0]
-        values = [*places.tensors, *hoisted]
-        value = pack(operate(operation, [*tensors, *options.tensors, *values]))
+        tensors += [*options.tensors, *places.tensors, *hoisted]
+        check_not_of_a_program([*tensors, *converted.constants], self.__name__)
+        value = pack(operate(operation, tensors))
         if converted.replay is not None:
             converted.replay.advance()
         return (value, operation.aux) if self.has_aux else value

@@ -23,6 +23,7 @@ from freevars.errors import StructureError
 from freevars.torch._compat import pytree
 from freevars.torch._convert.convert import closure_convert
 from freevars.torch._rules.adjoint import Trajectory
+from freevars.torch._rules.exported import check_not_of_a_program
 from freevars.torch._rules.integrator import Integrator, Options, operate
 
 __all__ = ["OdeintSolver"]
@@ -94,7 +95,9 @@ class OdeintSolver(Integrator[P, R]):
         shown = shown_by([tuple(y.shape) for y in states], is_leaf=is_leaf)
         takes = self.given.get("takes") or ("pytree" if shown == "pytree" else "array")
         operation = Trajectory(self, fun, pack, takes, options, len(states))
-        ys = operate(operation, [ts, *options.tensors, *states, *places.tensors, *hoisted])
+        tensors = [ts, *options.tensors, *states, *places.tensors, *hoisted]
+        check_not_of_a_program([*tensors, *converted.constants], self.__name__)
+        ys = operate(operation, tensors)
         if converted.replay is not None:
             converted.replay.advance()
         return (pack(ys), operation.aux) if self.has_aux else pack(ys)

@@ -89,13 +89,18 @@ class Problem(DifferentiableCondition):
         """The captured tensors that the hoisted values stand for."""
         return [t for function in self.functions.values() for t in function.captured]
 
-    def inputs_recorded(self) -> Sequence[Tensor]:
+    @property
+    def moving(self) -> list[Tensor]:
+        """The values on which x depends, and what `fun` reads where it reads one of them."""
         values = self.inputs.values
         moving = [i for i in range(len(values)) if i not in self.constants]
         # Within another conversion, what that gives is read in place of what is captured.
         both = (self.read(values), values)
         found = (t for tensors in both for t in map(tensors.__getitem__, moving))
-        return list({id(t): t for t in found if t.requires_grad}.values())
+        return list({id(t): t for t in found}.values())
+
+    def inputs_recorded(self) -> Sequence[Tensor]:
+        return [t for t in self.moving if t.requires_grad]
 
     def read(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
         return self.inputs.as_read(values, self.captured)

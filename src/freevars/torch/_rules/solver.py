@@ -24,6 +24,7 @@ from freevars.torch._describe import function_name
 from freevars.torch._rules import implicit as operation
 from freevars.torch._rules.constrained import ConstrainedProblem, bounds_like, unknown_of
 from freevars.torch._rules.eager import EagerSolver
+from freevars.torch._rules.exported import check_not_of_a_program
 from freevars.torch._rules.inputs import Inputs
 from freevars.torch._rules.problem import Problem
 from freevars.torch._rules.ravel import Unknown
@@ -144,6 +145,8 @@ class ImplicitSolver(EagerSolver[P, R]):
         )
         of = (rule, functions, unknown, self._signature, inputs)
         problem = ConstrainedProblem(*of, of_x) if constraints else Problem(*of)
+        constants = [t for function in functions.values() for t in function.constants]
+        check_not_of_a_program([*problem.moving, *constants], rule.name)
         if _compat.transforms_active():
             problem.watched = bool(_modes.active())
             v, _, _, *aux = operation.implicit(problem, *inputs.values)
