@@ -497,6 +497,34 @@ def test_a_slow_part_counts_even_where_nothing_hears_of_it(n, dtype) -> None:
     torch.testing.assert_close(grad, torch.tensor(1 / 0.95, dtype=dtype))
 
 
+def _sums(operator: Any, b: Tensor) -> Tensor:
+    u = b
+    for _ in range(60):
+        u = u + b - operator(u)
+    return u
+
+
+@pytest.mark.parametrize(("n", "problems", "own"), [(600, 5, None), (4, 5000, _sums)])
+def test_of_many_problems_by_products_each_has_a_verdict(n, problems, own) -> None:
+    torch.manual_seed(0)
+    m = 0.3 * torch.randn(n, n, dtype=F64) / n**0.5
+    c = torch.randn(problems, n, dtype=F64, requires_grad=True)
+
+    def stops_early_in_one(fun: Any, x: Tensor) -> Tensor:
+        for _ in range(60):
+            x = fun(x)
+        return torch.where(torch.arange(problems)[:, None] == 3, 0.9 * x, x)
+
+    solve = fixed_point(stops_early_in_one, batch_dims=1, linear_solve=own)
+    x = solve(lambda x: torch.tanh(x @ m) + c, torch.zeros_like(c))
+    (grad,) = torch.autograd.grad(x[2].sum(), c, retain_graph=True)
+    inner = m * (1 - torch.tanh(x[2] @ m) ** 2)  # of what the tanh is of, by x
+    torch.testing.assert_close(grad[2], torch.linalg.inv(torch.eye(n, dtype=F64) - inner).sum(1))
+    assert not grad[3].any()
+    with pytest.raises(NotASolutionError, match=rf"problem 3 of {problems}\)"):
+        torch.autograd.grad(x.sum(), c)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize("seed", range(12))

@@ -132,13 +132,15 @@ class Iterative:
         near = units(near)
 
         def measure(v: Tensor, error: Tensor) -> Tensor:
-            size = _size(v / torch.where(error, units(far), near))
-            return torch.full_like(measured.step, size)
+            return _size(v / torch.where(error, units(far), near))
 
         size = self._size_of_step(f, near, limits)
-        step, change = torch.full_like(measured.step, size), measured.change
-        if size > limits.negligible and self._size_of_step(f, units(far), limits) <= limits.step:
-            step, change = look(
+        change = measured.change
+        asked = size > limits.negligible
+        if bool(asked.any()):
+            asked &= self._size_of_step(f, units(far), limits) <= limits.step
+        if bool(asked.any()):
+            size, change = look(
                 derivative,
                 inputs,
                 sizes,
@@ -152,28 +154,32 @@ class Iterative:
             )
         return measured._replace(
             finite=measured.finite & torch.isfinite(self._a.at.detach()).all(1),
-            step=step,
-            change=change.amax().expand_as(step),
+            step=size.to(f.dtype),
+            change=change,
             residual=torch.full_like(measured.residual, self.residual),
         )
 
-    def _size_of_step(self, f: Tensor, unit: Tensor, limits: Limits) -> float:
+    def _size_of_step(self, f: Tensor, unit: Tensor, limits: Limits) -> Tensor:
         if not bool(f.any()) or not bool(torch.isfinite(f).all()):
-            return 0.0
+            return torch.zeros_like(f[:, 0])
         if self._a.symmetric:
-            s = self._solve(f, False, 1e-2) / unit
-            return _size(s)
+            return _size(self._solve_each(f, transposed=False)[0] / unit)
         generator = torch.Generator().manual_seed(0)
         sizes = []
         for _ in range(2 if self._own is None else 1):
-            w = _signs(f, generator) / unit
-            scale = float(w.abs().max())
-            v, reach = self._solved(w / scale, True, 1e-2)
-            most = reach * float(f.abs().max()) / float(unit.min())
-            if most <= limits.negligible:
+            v, reach = self._solve_each(_probe(f, generator) / unit, transposed=True)
+            most = reach * f.abs().amax(1) / unit.amin(1)
+            if bool((most <= limits.negligible).all()):
                 return most
-            sizes.append(abs(float((v * f).sum())) * scale / math.sqrt(f.numel()))
-        return max(sizes)
+            sizes.append((v * f).sum(1).abs() / math.sqrt(f.shape[1]))
+        return torch.stack(sizes).amax(0)
+
+    def _solve_each(self, b: Tensor, *, transposed: bool) -> tuple[Tensor, float]:
+        """As `_solved`, to 1% of what each problem has in `b`."""
+        scale = b.abs().amax(1, keepdim=True)
+        scale = torch.where(scale > 0, scale, 1)
+        u, reach = self._solved(b / scale, transposed, 1e-2 / math.sqrt(len(b)))
+        return u * scale, reach
 
     def _solve(self, b: Tensor, transposed: bool, relative: float) -> Tensor:  # noqa: FBT001
         return self._solved(b, transposed, relative)[0]
@@ -234,8 +240,9 @@ class Iterative:
         self.residual = max(self.residual, left) if left == left else float("inf")  # noqa: PLR0124
 
 
-def _size(v: Tensor) -> float:
-    return float(v.square().mean().sqrt())
+def _size(v: Tensor) -> Tensor:
+    """Of each problem."""
+    return v.square().mean(1).sqrt()
 
 
 def _asymmetry(probes: Sequence[Tensor], images: Sequence[Tensor]) -> Tensor:
@@ -255,11 +262,7 @@ def _about_one(vectors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _probe(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Random numbers of about 1, the same from run to run."""
+    """Random numbers of about 1 and of either sign, the same from run to run."""
     sizes = torch.rand(like.shape, generator=generator, device="cpu").to(like) + 0.5
-    return sizes * _signs(like, generator)
-
-
-def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Random signs, the same from run to run."""
-    return torch.randint(0, 2, like.shape, generator=generator).to(like) * 2 - 1
+    signs = torch.randint(0, 2, like.shape, generator=generator, device="cpu").to(like) * 2 - 1
+    return sizes * signs
