@@ -3,6 +3,7 @@ equal, any others are not, and derivatives stay those of the library."""
 
 from __future__ import annotations
 
+import pickle
 from functools import partial
 
 import jax
@@ -12,6 +13,7 @@ import pytest
 
 import freevars.jax as fv
 from freevars.jax import _compat
+from freevars.jax._convert import serialize
 
 eqx = pytest.importorskip("equinox")
 lx = pytest.importorskip("lineax")
@@ -141,6 +143,21 @@ def test_derivatives_are_those_of_the_library(name) -> None:
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5)
     assert jax.tree.structure(keep) == structure(make(V + 0.5))
+
+
+@pytest.mark.parametrize("name", families(FAMILIES))
+def test_what_was_pickled_has_the_derivatives_too(name, monkeypatch) -> None:
+    f = fv.Closure(FAMILIES[name](V), X)
+    data = pickle.dumps(f)
+    monkeypatch.setattr(serialize, "_MARKED", {})  # as where the program was never seen
+    g = pickle.loads(data)
+    if "ForwardMode" in name:
+        derivative = lambda f: jax.jvp(f, (X,), (V,))
+    else:
+        derivative = lambda f: jax.vjp(lambda f, x: f(x), f, X)[1](V)
+    for a, b in zip(*map(jax.tree.leaves, (derivative(f), derivative(g))), strict=True):
+        if a.dtype != jax.dtypes.float0:
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_an_error_at_run_time_is_still_raised() -> None:

@@ -44,6 +44,7 @@ from freevars.jax._compat.linear_map import (
 from freevars.jax._compat.params import (
     JAXPR_TYPES,
     has_parts,
+    make_structure,
     map_programs,
     nested_programs,
     take_apart,
@@ -219,6 +220,7 @@ __all__ = [
     "made_by",
     "make_equation",
     "make_program",
+    "make_structure",
     "manual_axes",
     "map_programs",
     "nested_programs",

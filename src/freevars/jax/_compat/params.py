@@ -21,6 +21,7 @@ __all__ = [
     "JAXPR_TYPES",
     "has_parts",
     "is_flatten",
+    "make_structure",
     "map_programs",
     "nested_programs",
     "take_apart",
@@ -108,9 +109,16 @@ def _parts_of_structure(tree: Any) -> Parts:
         return (), tuple
 
     def make(parts: Sequence[Any]) -> Any:
-        return _make_structure(tree_util.default_registry, (node[0], parts[0]), list(parts[1:]))
+        return make_structure((node[0], parts[0]), parts[1:])
 
     return (node[1], *tree.children()), make
+
+
+def make_structure(node: tuple[Any, Any] | None, children: Sequence[Any]) -> Any:
+    """A tree structure of what `node_data` and `children` say of it."""
+    if node is None:
+        return tree_util.tree_structure(0)
+    return _make_structure(tree_util.default_registry, node, list(children))
 
 
 # It lost a word of its name in JAX 0.10.

@@ -2,8 +2,9 @@
 
 What JAX compares by identity, above all its primitives, is stored by module and name. The rule of
 this library's own solvers, which stays a function everywhere else, is traced here, for derivatives
-in all directions at once. Any other function in the program, such as a callback, is left to the
-pickler; what no pickler accepts is refused. Not here: captured values (`stored`).
+in all directions at once. Any other function in the program, such as a callback, is pickled, by
+cloudpickle where pickle does not take it; what neither takes is refused. Not here: captured values
+(`stored`).
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ from freevars.jax._convert.packed import (
     Layout,
     Listing,
     Nested,
+    Node,
     Number,
     Packed,
     PackedRule,
+    Pickled,
     Reference,
     Remade,
     RuleAt,
@@ -39,6 +42,7 @@ from freevars.jax._convert.packed import (
 )
 from freevars.jax._convert.program import Program
 from freevars.jax._convert.rule import Rule
+from freevars.jax._convert.static import has_a_name
 from freevars.jax._convert.stored import store, store_mesh
 
 __all__ = ["equations_of", "pack"]
@@ -176,22 +180,35 @@ class _Packer:
             return Remade(type(x), {k: self.value(v, where) for k, v in parts.items()})
         if isinstance(x, NamedSharding):
             return Layout(self.value(x.mesh, where), x.spec)
+        if isinstance(x, tree_util.PyTreeDef):
+            return Structure(self._node(x, where))
+        if isinstance(x, frozenset):
+            return frozenset([self.value(y, where) for y in x])
         packed = _pack_object(x)
-        if packed is x:
-            self.check(x, where)
-        return packed
+        return self._pickled(x, where) if packed is x else packed
 
-    def check(self, x: Any, where: str) -> None:
-        """Refuse what no pickler takes."""
+    def _node(self, tree: Any, where: str) -> Node | None:
+        node = tree.node_data()  # None for a leaf
+        if node is None:
+            return None
+        kind, metadata = (self.value(part, f"a tree structure in {where}") for part in node)
+        return Node(kind, metadata, tuple([self._node(t, where) for t in tree.children()]))
+
+    def _pickled(self, x: Any, where: str) -> Any:
+        """What is left to the pickler; what none takes is refused."""
+        if isinstance(x, Program):  # it refuses what it holds when it is pickled
+            return x
         errors = []
         for name in ("pickle", "cloudpickle"):
             try:
-                importlib.import_module(name).dumps(x)
+                data = importlib.import_module(name).dumps(x)
             except Exception as error:  # noqa: BLE001 (what pickling raises has no common class)
                 errors.append(error)
             else:
-                return
+                return x if name == "pickle" else Pickled(data)
         message = f"{self._name} holds {x!r} in {where}, which cannot be pickled: {errors[0]}."
+        if isinstance(errors[1], ImportError):
+            message += " cloudpickle, which takes local functions, is not installed."
         raise pickle.PicklingError(message)
 
 
@@ -199,20 +216,16 @@ _PLAIN = {bool, int, float, complex, str, bytes, np.dtype}
 
 
 def _pack_object(x: Any) -> Any:
-    """A JAX object that does not survive pickling, as data; anything else as it is."""
+    """An object that does not survive pickling, as data; anything else as it is."""
     if isinstance(x, (_compat.Array, _compat.Tracer, *_compat.TYPED_NUMPY)):
         return store(x)
-    if isinstance(x, tree_util.PyTreeDef):
-        return _structure(x)
     if isinstance(x, Mesh):
         return x if x.empty else store_mesh(x)
+    if isinstance(x, type):
+        return x if has_a_name(x) else _class_reference(x) or x
     own = type(x).__module__.partition(".")[0] in ("jax", "jaxlib")
-    named = own or isinstance(x, _compat.Primitive) or type(x) is object
+    named = own or isinstance(x, _compat.Primitive) or not callable(x)
     return (_reference(x) if named else None) or x
-
-
-def _structure(tree: Any) -> Structure:
-    return Structure(tree_util.tree_unflatten(tree, [0] * tree.num_leaves))
 
 
 _PLACES: dict[int, tuple[Any, Reference]] = {}
@@ -231,11 +244,18 @@ def _reference(x: Any) -> Reference | None:
     return None if found is None else found[1]
 
 
+def _class_reference(kind: type) -> Reference | None:
+    """A class without a name of its own, as that of an object that has one: of each of its tokens
+    lineax makes a class."""
+    found = _named_objects(kind)
+    return Reference(*found[0][:2], its_class=True) if found else None
+
+
 def _named_objects(kind: type) -> list[tuple[str, str, Any]]:
     return [
         (name, attribute, value)
         for name, module in list(sys.modules.items())
-        if isinstance(module, types.ModuleType)
+        if isinstance(module, types.ModuleType) and name != "__main__"
         for attribute, value in list(vars(module).items())
         if type(value) is kind
     ]
@@ -274,7 +294,8 @@ def pack(program: Program) -> Packed:
 
     def spec(x: ArgSpec) -> Any:
         statics = tuple([(i, packer.value(leaf.value, "a static leaf")) for i, leaf in x.statics])
-        return _structure(x.tree), packer.value(x.types, "a type"), statics
+        tree = packer.value(x.tree, "the arguments and results")
+        return tree, packer.value(x.types, "a type"), statics
 
     return Packed(
         release=jax.__version__,

@@ -13,9 +13,11 @@ __all__ = [
     "Layout",
     "Listing",
     "Nested",
+    "Node",
     "Number",
     "Packed",
     "PackedRule",
+    "Pickled",
     "Reference",
     "Remade",
     "RuleAt",
@@ -24,10 +26,17 @@ __all__ = [
 
 
 class Reference(NamedTuple):
-    """An object in a module, by name."""
+    """An object in a module, by name; or its class, where that has no name of its own."""
 
     module: str
     name: str
+    its_class: bool = False
+
+
+class Pickled(NamedTuple):
+    """What cloudpickle takes and pickle does not, such as a local function."""
+
+    data: bytes
 
 
 class Nested(NamedTuple):
@@ -44,10 +53,18 @@ class Number(NamedTuple):
     aval: Any
 
 
-class Structure(NamedTuple):
-    """A tree structure, as a tree of zeros: its containers know how they are pickled."""
+class Node(NamedTuple):
+    """A node of a tree structure; None stands for a leaf."""
 
-    example: Any
+    kind: Any
+    metadata: Any
+    children: tuple[Node | None, ...]
+
+
+class Structure(NamedTuple):
+    """A tree structure, whose metadata can hold programs."""
+
+    root: Node | None
 
 
 class Layout(NamedTuple):

@@ -36,6 +36,7 @@ __all__ = [
     "Static",
     "as_static",
     "from_static",
+    "has_a_name",
     "scalar_key",
     "static_key",
     "tree_key",
@@ -171,13 +172,13 @@ class _State(pickle.Pickler):
             except Exception:
                 if x is self._whole:
                     raise
-        elif isinstance(x, enum.Enum | np.dtype) or _has_a_name(x):
+        elif isinstance(x, enum.Enum | np.dtype) or has_a_name(x):
             return NotImplemented
         self._found.append(Same(x))
         return _position, (len(self._found),)
 
 
-def _has_a_name(x: Any) -> bool:
+def has_a_name(x: Any) -> bool:
     """Whether a function or class is pickled as the name by which it is imported."""
     found: Any = sys.modules.get(getattr(x, "__module__", None) or "")
     for name in getattr(x, "__qualname__", "").split("."):

@@ -10,7 +10,6 @@ import pickle
 from typing import Any
 
 import jax
-from jax import tree_util
 from jax.sharding import NamedSharding
 
 from freevars.jax import _compat
@@ -23,8 +22,10 @@ from freevars.jax._convert.packed import (
     Layout,
     Listing,
     Nested,
+    Node,
     Packed,
     PackedRule,
+    Pickled,
     Reference,
     Remade,
     RuleAt,
@@ -129,9 +130,22 @@ class _Unpacker:
             known = self._objects[id(x)] = (x, _compat.remake(x.kind, parts))
         return known[1]
 
+    def _pickled(self, x: Pickled) -> Any:
+        known = self._objects.get(id(x))
+        if known is None:
+            known = self._objects[id(x)] = (x, pickle.loads(x.data))  # noqa: S301 (as `from_bytes`)
+        return known[1]
+
+    def _node(self, x: Node | None) -> Any:
+        if x is None:
+            return _compat.make_structure(None, ())
+        node = self.value(x.kind), self.value(x.metadata)
+        return _compat.make_structure(node, list(map(self._node, x.children)))
+
     def _reference(self, x: Reference) -> Any:
         try:
-            return getattr(importlib.import_module(x.module), x.name)
+            found = getattr(importlib.import_module(x.module), x.name)
+            return type(found) if x.its_class else found
         except (ImportError, AttributeError):
             message = f"{self._name} computes with {x.module}.{x.name}, which does not exist here."
             raise pickle.UnpicklingError(message) from None
@@ -159,9 +173,11 @@ _UNPACK: dict[type, Any] = {
     dict: lambda self, x: {self.value(k): self.value(v) for k, v in x.items()},
     Stored: lambda _, x: restore(x),
     Typed: lambda _, x: restore(x),
-    Structure: lambda _, x: tree_util.tree_structure(x.example),
+    frozenset: lambda self, x: frozenset(map(self.value, x)),
+    Structure: lambda self, x: self._node(x.root),
     Layout: lambda self, x: NamedSharding(self.value(x.mesh), x.spec),
     RuleAt: lambda self, x: self._rules[x.place],
+    Pickled: _Unpacker._pickled,  # noqa: SLF001
     Remade: _Unpacker._remade,  # noqa: SLF001
     Reference: _Unpacker._reference,  # noqa: SLF001
     Nested: _Unpacker._nested,  # noqa: SLF001
