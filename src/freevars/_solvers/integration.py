@@ -35,8 +35,11 @@ infinite there are no halves, and nothing is checked. Not here: the mathematics 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias, TypedDict
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, TypedDict
 
+from freevars._solvers.signature import split_aux
+from freevars._solvers.verdict import Limits
 from freevars.errors import CaptureError, NotASolutionError
 
 __all__ = [
@@ -44,15 +47,16 @@ __all__ = [
     "ODE",
     "SAMPLES",
     "IntegralOptions",
+    "IntegralRule",
     "OdeOptions",
+    "OdeRule",
+    "OnDoubt",
     "Reverse",
     "State",
     "Takes",
-    "called_as",
     "no_derivative",
     "not_resolved",
     "not_solved",
-    "shown_by",
 ]
 
 INTEGRAL = ("integrand", "a", "b")
@@ -73,30 +77,73 @@ OnDoubt: TypeAlias = Literal["raise", "warn", "nan"]
 class IntegralOptions(TypedDict, total=False):
     """The keyword arguments of `integral`."""
 
-    has_aux: bool  # False
-    takes: Takes  # None
-    on_failure: OnDoubt  # "raise"
-    check: bool  # True
-    tol: float | None  # None
+    has_aux: bool
+    takes: Takes
+    on_failure: OnDoubt
+    check: bool
+    tol: float | None
 
 
 class OdeOptions(TypedDict, total=False):
     """The keyword arguments of `odeint`."""
 
-    tfirst: bool  # True
-    has_aux: bool  # False
-    takes: State  # None
-    reverse: Reverse  # "adjoint"
-    on_failure: OnDoubt  # "raise"
-    check: bool  # True
-    tol: float | None  # None
+    tfirst: bool
+    has_aux: bool
+    takes: State
+    reverse: Reverse
+    on_failure: OnDoubt
+    check: bool
+    tol: float | None
 
 
-def shown_by(shapes: Sequence[tuple[int, ...]], *, is_leaf: bool) -> Takes:
-    """What a solver takes if a call gave it values of these shapes; `is_leaf`: one array."""
-    if not is_leaf:
-        return "pytree"
-    return "scalar" if shapes[0] == () else "array"
+@dataclass(frozen=True)
+class IntegralRule:
+    """What `integral` was told about a solver."""
+
+    has_aux: bool = False
+    takes: Takes = None
+    on_failure: OnDoubt = "raise"
+    check: bool = True
+    tol: float | None = None
+
+    def limit(self, eps: float) -> float:
+        """The largest difference that is accepted, for values with this spacing."""
+        return Limits.of(eps, tol=self.tol).step
+
+    def split_aux(self, out: Any, name: str, what: str) -> tuple[Any, Any]:
+        """The result `what` of a solver and its aux, None where it returns none."""
+        return split_aux(out, name, what) if self.has_aux else (out, None)
+
+    def form(self, shapes: Sequence[tuple[int, ...]], *, is_leaf: bool) -> Takes:
+        """What the solver takes where a call gave it values of these shapes; `is_leaf`: one."""
+        shown: Takes = "pytree" if not is_leaf else "scalar" if shapes[0] == () else "array"
+        return self.takes or shown
+
+
+@dataclass(frozen=True)
+class OdeRule(IntegralRule):
+    """What `odeint` was told about a solver."""
+
+    tfirst: bool = True
+    reverse: Reverse = "adjoint"
+
+    def form(self, shapes: Sequence[tuple[int, ...]], *, is_leaf: bool) -> Takes:
+        """The same for the states of a differential equation, of which there are several."""
+        shown = super().form(shapes, is_leaf=is_leaf)
+        return "array" if shown == "scalar" else shown
+
+    def t_and_y(self, first: Any, second: Any) -> tuple[Any, Any]:
+        """The arguments of a field as the solver calls it, or as it is called from (t, y)."""
+        return (first, second) if self.tfirst else (second, first)
+
+    @property
+    def order(self) -> str:
+        """How the solver calls its field, and what to say if it is the other way round."""
+        first, other = ("(t, y)", "(y, t)") if self.tfirst else ("(y, t)", "(t, y)")
+        return (
+            f"The solver calls it as field{first} by tfirst={self.tfirst}; say"
+            f" tfirst={not self.tfirst} for field{other}."
+        )
 
 
 def not_resolved(name: str, error: float, limit: float) -> NotASolutionError:
@@ -130,15 +177,6 @@ def not_solved(name: str, error: float, limit: float, *, backwards: bool) -> Not
         f"{name}: the derivative cannot be trusted: solved once more, {how}, the state differs from"
         f" what the solver returned by {error:.1e}, relative to the component's largest size; up to"
         f" {limit:.1e} is accepted. {advice}; or accept more by the rule's tol=."
-    )
-
-
-def called_as(*, tfirst: bool) -> str:
-    """How the solver calls its field, and what to say if it is the other way round."""
-    first, other = ("(t, y)", "(y, t)") if tfirst else ("(y, t)", "(t, y)")
-    return (
-        f"The solver calls it as field{first} by tfirst={tfirst}; say tfirst={not tfirst} for"
-        f" field{other}."
     )
 
 

@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from freevars._sequences import replaced
-from freevars._solvers.integration import Reverse, not_solved
+from freevars._solvers.integration import OdeRule, not_solved
 from freevars.jax import _compat
 from freevars.jax._rules.coordinates import max_abs
 from freevars.jax._rules.forms import Flat
@@ -48,23 +48,14 @@ class OdeSolver(Protocol):
     """What the map needs of the decorated solver."""
 
     @property
-    def reverse(self) -> Reverse: ...
-
-    @property
-    def check(self) -> bool: ...
-
-    @property
-    def __name__(self) -> str: ...
-
-    @property
-    def limit(self) -> Callable[[float], float]: ...
+    def rule(self) -> OdeRule: ...
 
     def integrate(self, field: Field, state: Arrays, ts: Any, options: Any, takes: Any) -> Arrays:
         """The states at the times, with a leading axis over these."""
 
     def takes(self, y0: Any) -> Any: ...
 
-    def tell(self, error: Any, limit: float, told: Told) -> None: ...
+    def tell(self, error: Any, eps: float, told: Told) -> None: ...
 
 
 class Recorded(NamedTuple):
@@ -93,17 +84,15 @@ class BySolver:
         return out
 
     def transposed(self, given: Sequence[Any], g: Sequence[Any]) -> Sequence[Any]:
-        backwards = self.solver.reverse == "adjoint"
+        backwards = self.solver.rule.reverse == "adjoint"
         transposed = _adjoint if backwards else _by_sensitivities
         out, error = transposed(self, list(given), list(g))
         self._tell(given, error, backwards=backwards)
         return out
 
     def _tell(self, given: Sequence[Any], error: Any, *, backwards: bool) -> None:
-        if self.solver.check:
-            eps = Flat(self.recorded(given).y0).eps
-            told = functools.partial(not_solved, self.solver.__name__, backwards=backwards)
-            self.solver.tell(error, self.solver.limit(eps), told)
+        eps = Flat(self.recorded(given).y0).eps
+        self.solver.tell(error, eps, functools.partial(not_solved, backwards=backwards))
 
     def recorded(self, given: Sequence[Any]) -> Recorded:
         problem, (y0, ts), options, ys = self.tree.unflatten(given)
@@ -120,9 +109,8 @@ class BySolver:
 
     def accepted(self, of: Recorded, error: Any, out: Arrays, asked: Arrays) -> Arrays:
         """Replace what is not good by NaN."""
-        if not self.solver.check:
-            return out
-        return accepted(out, asked, error <= self.solver.limit(Flat(of.y0).eps))
+        rule = self.solver.rule
+        return accepted(out, asked, error <= rule.limit(Flat(of.y0).eps)) if rule.check else out
 
 
 @functools.partial(jax.jit, static_argnums=0)

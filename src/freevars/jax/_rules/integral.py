@@ -28,7 +28,12 @@ import jax.numpy as jnp
 
 from freevars._contract import check_callable
 from freevars._sequences import replaced
-from freevars._solvers.integration import INTEGRAL, IntegralOptions, Takes, not_resolved, shown_by
+from freevars._solvers.integration import (
+    INTEGRAL,
+    IntegralOptions,
+    IntegralRule,
+    not_resolved,
+)
 from freevars._solvers.signature import SolverCall
 from freevars.errors import StructureError
 from freevars.jax import _compat
@@ -61,6 +66,7 @@ class IntegralSolver(Integrator[P, R]):
     kind: ClassVar[str] = "integral"
     leads: ClassVar[tuple[str, ...]] = INTEGRAL
     options = IntegralOptions
+    stated = IntegralRule
 
     def _use(self, solver: Callable[P, R]) -> None:
         super()._use(solver)
@@ -107,9 +113,9 @@ class IntegralSolver(Integrator[P, R]):
         else:
             fun: Any = jax.tree_util.Partial(_At(str(t.dtype)), problem.as_given())
             out = self.call_solver(fun, (a, b), problem, options)
-            value, aux = self.split_aux(out, "integral")
+            value, aux = self.rule.split_aux(out, self.__name__, "integral")
             value = _like(value, struct, self.__name__)
-        return (value, aux) if self.has_aux else value
+        return (value, aux) if self.rule.has_aux else value
 
     def _call_on_host(self, fun: Any, at: Any, given: dict[str, Any], shape: Any) -> Any:
         def integrand(t: Any) -> Any:
@@ -118,7 +124,7 @@ class IntegralSolver(Integrator[P, R]):
 
         solver: Any = self._solver
         out = self._signature.call(solver.__wrapped__, SolverCall(integrand, at, (), {}, given))
-        return self.split_aux(out, "integral")
+        return self.rule.split_aux(out, self.__name__, "integral")
 
     # The rule.
 
@@ -126,7 +132,7 @@ class IntegralSolver(Integrator[P, R]):
         problem, at, options, own = primals
         self.refuse_lost(own, tangents)
         out = self._operation(*primals)
-        value = out[0] if self.has_aux else out
+        value = self.result_of(out)
         types = jax.tree.leaves(jax.tree.map(jax.typeof, value))
         terms = []
         moving, dots = dots_of(tangents[0])
@@ -145,14 +151,8 @@ class IntegralSolver(Integrator[P, R]):
 
     def integrate(self, integrand: Callable[[Any], Any], t: Any, at: Any, options: Any) -> Any:
         """Another integral between the same limits; `t`: the type of a point."""
-        out = self.solve(Problem.of(integrand, jnp.zeros((), t.dtype), (), {}), at, options)
-        return out[0] if self.has_aux else out
-
-    def takes(self, struct: Any) -> Takes:
-        """What the solver integrates, seen from the structure of one integrand."""
-        leaves, tree = jax.tree.flatten(struct)
-        is_leaf = jax.tree_util.treedef_is_leaf(tree)
-        return self.given.get("takes") or shown_by([s.shape for s in leaves], is_leaf=is_leaf)
+        problem = Problem.of(integrand, jnp.zeros((), t.dtype), (), {})
+        return self.result_of(self.solve(problem, at, options))
 
 
 @dataclass(frozen=True)
@@ -174,13 +174,7 @@ class _ByProblem:
         return out
 
     def _tell(self, given: Sequence[Any], error: Any) -> None:
-        if self.solver.check:
-            told = functools.partial(not_resolved, self.solver.__name__)
-            self.solver.tell(error, self._limit(self.tree.unflatten(given)[0]), told)
-
-    def _limit(self, problem: Problem) -> float:
-        types = [problem.fun.in_struct[0], *jax.tree.leaves(problem.struct())]
-        return self.solver.limit(Flat(types).eps)
+        self.solver.tell(error, _eps(self.tree.unflatten(given)[0]), not_resolved)
 
     def judged(
         self, integrand: Callable[[Any], Any], given: list[Any], whole: Any, out: list[Any], x: Any
@@ -190,19 +184,19 @@ class _ByProblem:
         x."""
         problem, at, options = self.tree.unflatten(jax.lax.stop_gradient(given))
         ends = from_static(at)
-        if not self.solver.check or any(isinstance(end, float) for end in ends):  # infinite
+        if not self.solver.rule.check or any(isinstance(end, float) for end in ends):  # infinite
             return out, jnp.zeros(())
         point = jnp.zeros((), problem.fun.in_struct[0].dtype)
         part = Problem.of(integrand, point, (), {})
 
         def over(a: Any, b: Any) -> list[Any]:
             found = self.solver.solve(part, as_static((a, b), _compat.is_array), options)
-            return jax.tree.leaves(found[0] if self.solver.has_aux else found)
+            return jax.tree.leaves(self.solver.result_of(found))
 
         error = difference(
             over, lambda t: jax.tree.leaves(integrand(t)), ends, jax.tree.leaves(whole)
         )
-        return accepted(out, x, error <= self._limit(problem)), error
+        return accepted(out, x, error <= self.solver.rule.limit(_eps(problem))), error
 
     def parts(self, given: list[Any]) -> tuple[Any, list[Any], Any, Any, Any]:
         """f(t, some of p), this part of p, the problem, the limits, the options."""
@@ -259,6 +253,11 @@ def _transposed(by: _ByProblem, given: list[Any], g: list[Any]) -> tuple[list[An
         return one[None] if takes == "array" else (one,) if takes == "pytree" else one
 
     return by.judged(lambda t: number(fixed(t)), given, number(found), found, g)
+
+
+def _eps(problem: Problem) -> float:
+    """The coarsest spacing of a point and of the integrand's values."""
+    return Flat([problem.fun.in_struct[0], *jax.tree.leaves(problem.struct())]).eps
 
 
 def _value_at(problem: Problem, end: Any, other: Any) -> Any:

@@ -18,10 +18,9 @@ import jax.numpy as jnp
 from jax import tree_util
 
 from freevars._solvers.decorated import DecoratedSolver
-from freevars._solvers.integration import no_derivative
+from freevars._solvers.integration import IntegralRule, Takes, no_derivative
 from freevars._solvers.options import check_options
-from freevars._solvers.signature import SolverCall, split_aux
-from freevars._solvers.verdict import Limits
+from freevars._solvers.signature import SolverCall
 from freevars.errors import CaptureError, NotASolutionError
 from freevars.jax import _compat
 from freevars.jax._closure import Closure
@@ -37,7 +36,7 @@ P = ParamSpec("P")
 Q = ParamSpec("Q")
 R = TypeVar("R")
 S = TypeVar("S")
-Told = Callable[..., NotASolutionError]  # of error= and limit=
+Told = Callable[..., NotASolutionError]  # of a name, error= and limit=
 
 
 class Integrator(DecoratedSolver[P, R]):
@@ -45,11 +44,11 @@ class Integrator(DecoratedSolver[P, R]):
 
     kind: ClassVar[str]
     options: ClassVar[Any]  # a TypedDict
+    stated: ClassVar[type[IntegralRule]]
 
     def __init__(self, solver: Callable[P, R], /, **options: Any) -> None:
         check_options(self.kind, options, self.options)
-        self.given = options
-        self.has_aux = bool(options.get("has_aux", False))
+        self.rule: Any = self.stated(**options)
         super().__init__(solver, **options)
 
     def _use(self, solver: Callable[P, R]) -> None:
@@ -95,7 +94,7 @@ class Integrator(DecoratedSolver[P, R]):
             out = self._run(problem, at, options)
         else:
             out = self._run_converted(own, problem, at, options)
-        if not self.has_aux:
+        if not self.rule.has_aux:
             return _compat.tied(out)
         return _compat.tied(out[0]), out[1]
 
@@ -131,39 +130,41 @@ class Integrator(DecoratedSolver[P, R]):
 
     def with_tangent(self, out: Any, terms: Sequence[Sequence[Any]]) -> tuple[Any, Any]:
         """What the solver returned and its tangent, the sum of some terms, leaf by leaf."""
-        result = out[0] if self.has_aux else out
+        result = self.result_of(out)
         if terms:
             leaves = [sum(each[1:], each[0]) for each in zip(*terms, strict=True)]
             dot = jax.tree.structure(result).unflatten(leaves)
         else:
             dot = zero_tangents(result)
-        return out, (dot, zero_tangents(out[1])) if self.has_aux else dot
+        return out, (dot, zero_tangents(out[1])) if self.rule.has_aux else dot
 
     def call_solver(self, fun: Any, at: tuple[Any, Any], problem: Problem, options: Any) -> Any:
         """Call the user's solver for `fun` with the extra arguments of the problem."""
         call = SolverCall(fun, at, *problem.extra(), from_static(options))
         return self._signature.call(self._solver, call)
 
-    @property
-    def check(self) -> bool:
-        """Whether a derivative is compared with another one."""
-        return bool(self.given.get("check", True))
-
-    def limit(self, eps: float) -> float:
-        """The largest difference that is accepted, for values with this spacing."""
-        return Limits.of(eps, tol=self.given.get("tol")).step
-
-    def tell(self, error: Any, limit: float, told: Told) -> None:
-        """Report a derivative that is inaccurate; inside a compiled program it is NaN."""
-        how = self.given.get("on_failure", "raise")
+    def tell(self, error: Any, eps: float, told: Told) -> None:
+        """Report a derivative that is inaccurate, for values with this spacing; inside a compiled
+        program it is NaN."""
+        how, limit = self.rule.on_failure, self.rule.limit(eps)
+        if not self.rule.check or how == "nan":
+            return
+        told = functools.partial(told, self.__name__, limit=limit)
         if how == "warn":
             jax.debug.callback(functools.partial(_warn, limit, told), error)
-        elif how == "raise" and not isinstance(error, _compat.Tracer) and not error <= limit:
-            raise told(error=float(error), limit=limit)
+        elif not isinstance(error, _compat.Tracer) and not error <= limit:
+            raise told(error=float(error))
 
-    def split_aux(self, out: Any, what: str) -> tuple[Any, Any]:
-        """The result and its aux, None where the solver returns none."""
-        return split_aux(out, self.__name__, what) if self.has_aux else (out, None)
+    def takes(self, struct: Any) -> Takes:
+        """What the solver integrates where one value of a call was like this."""
+        leaves, tree = jax.tree.flatten(struct)
+        shapes = [jnp.shape(leaf) for leaf in leaves]
+        form: Takes = self.rule.form(shapes, is_leaf=tree_util.treedef_is_leaf(tree))
+        return form
+
+    def result_of(self, out: Any) -> Any:
+        """What the solver returned, without its aux."""
+        return out[0] if self.rule.has_aux else out
 
 
 def accepted(out: list[Any], asked: list[Any], good: Any) -> list[Any]:
@@ -176,7 +177,7 @@ def accepted(out: list[Any], asked: list[Any], good: Any) -> list[Any]:
 
 def _warn(limit: float, told: Told, error: Any) -> None:
     if not error <= limit:
-        warnings.warn(str(told(error=float(error), limit=limit)), stacklevel=2)
+        warnings.warn(str(told(error=float(error))), stacklevel=2)
 
 
 def _moves(tangents: Any) -> bool:

@@ -17,14 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from freevars._contract import check_callable
-from freevars._solvers.integration import (
-    ODE,
-    OdeOptions,
-    Reverse,
-    State,
-    called_as,
-    shown_by,
-)
+from freevars._solvers.integration import ODE, OdeOptions, OdeRule, Takes
 from freevars._solvers.signature import SolverCall
 from freevars.errors import StructureError
 from freevars.jax import _compat
@@ -63,24 +56,19 @@ class OdeintSolver(Integrator[P, R]):
     kind: ClassVar[str] = "odeint"
     leads: ClassVar[tuple[str, ...]] = ODE
     options = OdeOptions
+    stated = OdeRule
 
     def _use(self, solver: Callable[P, R]) -> None:
         super()._use(solver)
         self._hosted = Hosted(solver, self._call_on_host) if self._on_host else None  # type: ignore[arg-type]
 
-    @property
-    def _tfirst(self) -> bool:
-        return bool(self.given.get("tfirst", True))
-
     def _solve(self, call: SolverCall) -> Any:
         check_callable(call.fun)
         y0 = as_unknown(call.x0[0], self.__name__, what="y0")
         ts = self._times(call.x0[1])
-        tfirst = self._tfirst
 
         def field(at: Any, *args: Any, **kwargs: Any) -> Any:
-            t, y = at
-            return call.fun(*((t, y) if tfirst else (y, t)), *args, **kwargs)
+            return call.fun(*self.rule.t_and_y(*at), *args, **kwargs)
 
         problem = self._problem(field, y0, ts, call.args, call.kwargs)
         return self.solve(problem, (y0, ts), self.as_options(call.options))
@@ -98,7 +86,7 @@ class OdeintSolver(Integrator[P, R]):
             ):
                 message = (
                     f"{self.__name__}: the field: expected a value like y0, {expected}, got"
-                    f" {found}. {self._order}"
+                    f" {found}. {self.rule.order}"
                 )
                 raise StructureError(message)
             return jax.tree.map(
@@ -106,10 +94,6 @@ class OdeintSolver(Integrator[P, R]):
             )
 
         return Problem.of(checked, (jnp.zeros((), ts.dtype), y0), args, kwargs or {})
-
-    @property
-    def _order(self) -> str:
-        return called_as(tfirst=self._tfirst)
 
     def _times(self, ts: Any) -> Any:
         ts = jnp.asarray(ts)
@@ -129,20 +113,21 @@ class OdeintSolver(Integrator[P, R]):
             rows, aux = self._hosted(problem, point, shape, start, given)
             ys = tree.unflatten(flat.unravel(jnp.asarray(rows).astype(flat.dtype)))
         else:
-            how = _AsField(self._tfirst, str(ts.dtype), self.__name__, self._order)
+            how = _AsField(self.rule, str(ts.dtype), self.__name__)
             fun: Any = jax.tree_util.Partial(how, problem.as_given())
             out = self.call_solver(fun, (y0, ts), problem, options)
-            ys, aux = self.split_aux(out, "ys")
+            ys, aux = self.rule.split_aux(out, self.__name__, "ys")
         expected = jax.tree.map(lambda y: jnp.zeros((ts.size, *y.shape), y.dtype), y0)
         hint = " A solver returns the states at all times, like y0 with a leading axis over ts."
         ys = like(ys, expected, f"{self.__name__}: the returned ys", hint=hint)
-        return (ys, aux) if self.has_aux else ys
+        return (ys, aux) if self.rule.has_aux else ys
 
     def _call_on_host(self, fun: Any, at: Any, given: dict[str, Any], shape: Any) -> Any:
         del shape
         solver: Any = self._solver
-        call = SolverCall(_HostField(fun, self._tfirst), at, (), {}, given)
-        return self.split_aux(self._signature.call(solver.__wrapped__, call), "ys")
+        call = SolverCall(_HostField(fun, self.rule), at, (), {}, given)
+        out = self._signature.call(solver.__wrapped__, call)
+        return self.rule.split_aux(out, self.__name__, "ys")
 
     # The rule.
 
@@ -150,7 +135,7 @@ class OdeintSolver(Integrator[P, R]):
         problem, (y0, ts), options, own = primals
         self.refuse_lost(own, tangents)
         out = self._operation(*primals)
-        ys = out[0] if self.has_aux else out
+        ys = self.result_of(out)
         types = jax.tree.leaves(jax.tree.map(jax.typeof, ys))
         d_start, dts = tangents[1]
         moves = not _compat.is_symbolic_zero(dts)
@@ -171,19 +156,7 @@ class OdeintSolver(Integrator[P, R]):
             terms.append([_each(f, dts) for f in jax.tree.leaves(every)])
         return self.with_tangent(out, terms)
 
-    @property
-    def reverse(self) -> Reverse:
-        """How a backward pass is solved."""
-        return self.given.get("reverse", "adjoint")
-
-    def takes(self, y0: Any) -> State:
-        """The form of the states that the solver is given for a derivative."""
-        leaves, tree = jax.tree.flatten(y0)
-        is_leaf = jax.tree_util.treedef_is_leaf(tree)
-        shown = shown_by([y.shape for y in leaves], is_leaf=is_leaf)
-        return self.given.get("takes") or ("pytree" if shown == "pytree" else "array")
-
-    def integrate(self, field: Any, state: Any, ts: Any, options: Any, takes: State) -> list[Any]:
+    def integrate(self, field: Any, state: Any, ts: Any, options: Any, takes: Takes) -> list[Any]:
         """Solve another equation, for a list of arrays."""
         flat = Flat(state)
         whole = takes == "array"
@@ -192,8 +165,7 @@ class OdeintSolver(Integrator[P, R]):
         # A solver returns strong types, even where the parameters are weakly typed.
         y0 = pack([jnp.asarray(part, part.dtype) for part in state])
         problem = self._problem(lambda at: pack(field(at[0], unpack(at[1]))), y0, ts)
-        out = self.solve(problem, (y0, ts), options)
-        return unpack(out[0] if self.has_aux else out)
+        return unpack(self.result_of(self.solve(problem, (y0, ts), options)))
 
 
 def _each(f: Any, dts: Any) -> Any:
@@ -204,17 +176,16 @@ def _each(f: Any, dts: Any) -> Any:
 class _AsField:
     """A function of (t, y) as the solver calls it; compares by what it says."""
 
-    tfirst: bool
+    rule: OdeRule
     dtype: str
     name: str
-    order: str
 
     def __call__(self, fun: Any, first: Any, second: Any, /, *args: Any, **kwargs: Any) -> Any:
-        t, y = (first, second) if self.tfirst else (second, first)
+        t, y = self.rule.t_and_y(first, second)
         if not _compat.is_array(t) or jnp.shape(t) != ():
             message = (
                 f"{self.name}: the field: expected a time of shape (), got"
-                f" {jax.tree.map(_type, t)}. {self.order}"
+                f" {jax.tree.map(_type, t)}. {self.rule.order}"
             )
             raise StructureError(message)
         return fun((jnp.asarray(t, self.dtype), y), *args, **kwargs)
@@ -223,12 +194,11 @@ class _AsField:
 class _HostField:
     """The field on the host: a NumPy function, with its Jacobian by the state."""
 
-    def __init__(self, fun: Any, tfirst: bool) -> None:  # noqa: FBT001
-        self._fun = fun
-        self._tfirst = tfirst
+    def __init__(self, fun: Any, rule: OdeRule) -> None:
+        self._fun, self._rule = fun, rule
 
     def _point(self, first: Any, second: Any) -> Any:
-        t, y = (first, second) if self._tfirst else (second, first)
+        t, y = self._rule.t_and_y(first, second)
         return np.concatenate([np.reshape(t, 1), np.ravel(y)])
 
     def __call__(self, first: Any, second: Any, /) -> Any:

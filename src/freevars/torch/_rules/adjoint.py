@@ -117,7 +117,7 @@ class Trajectory:
         """Cotangents of the times, of y_0 and of what the field depends on."""
         ts, options, y0, values = self._parts(tensors)
         wanted = [i for i, v in enumerate(values) if needed[self.end + i] and is_smooth(v)]
-        backwards = self.solver.reverse == "adjoint"
+        backwards = self.solver.rule.reverse == "adjoint"
         solve = self._adjoint if backwards else self._by_sensitivities
         by_p, by_y, error = solve(ts, options, values, wanted, out, g)
         factor = self.solver.judged(

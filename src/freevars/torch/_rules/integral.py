@@ -25,7 +25,13 @@ from torch import Tensor
 
 from freevars._contract import check_callable
 from freevars._sequences import replaced
-from freevars._solvers.integration import INTEGRAL, IntegralOptions, Takes, not_resolved, shown_by
+from freevars._solvers.integration import (
+    INTEGRAL,
+    IntegralOptions,
+    IntegralRule,
+    Takes,
+    not_resolved,
+)
 from freevars._solvers.signature import SolverCall
 from freevars.errors import StructureError
 from freevars.torch._compat import pytree
@@ -64,6 +70,7 @@ class IntegralSolver(Integrator[P, R]):
     kind: ClassVar[str] = "integral"
     leads: ClassVar[tuple[str, ...]] = INTEGRAL
     options = IntegralOptions
+    stated = IntegralRule
 
     def _solve(self, call: SolverCall) -> Any:
         check_callable(call.fun)
@@ -87,8 +94,7 @@ class IntegralSolver(Integrator[P, R]):
             return pytree.tree_unflatten(leaves, spec)
 
         is_leaf = spec == pytree.tree_structure(0)
-        shown = shown_by([tuple(leaf.shape) for leaf in leaves], is_leaf=is_leaf)
-        takes = self.given.get("takes") or shown
+        takes = self.rule.form([tuple(leaf.shape) for leaf in leaves], is_leaf=is_leaf)
         options = Options(call.options)
         operation = _Integral(self, fun, pack, takes, options, dtype, ends)
         tensors = [torch.as_tensor(e, dtype=dtype) for e in call.x0]
@@ -97,7 +103,7 @@ class IntegralSolver(Integrator[P, R]):
         value = pack(operate(operation, tensors))
         if converted.replay is not None:
             converted.replay.advance()
-        return (value, operation.aux) if self.has_aux else value
+        return (value, operation.aux) if self.rule.has_aux else value
 
     def _limits(self, *ends: Any) -> tuple[list[float | None], torch.dtype]:
         """The limits that are infinite numbers, and the dtype of all points."""
@@ -251,7 +257,7 @@ class _Integral:
         self, tensors: Sequence[Tensor], whole: Sequence[Tensor], asked: Sequence[Tensor]
     ) -> Tensor | float:
         """A factor for what is derived from the integral `whole`: NaN where that is not good."""
-        if not self.solver.check or any(end is not None for end in self.infinite):
+        if not self.solver.rule.check or any(end is not None for end in self.infinite):
             return 1.0
         with torch.no_grad():
             a, b, *rest = (t.detach() for t in tensors)

@@ -24,10 +24,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from freevars._solvers.integration import no_derivative
+from freevars._solvers.integration import IntegralRule, no_derivative
 from freevars._solvers.options import check_options
-from freevars._solvers.signature import SolverCall, split_aux
-from freevars._solvers.verdict import Limits
+from freevars._solvers.signature import SolverCall
 from freevars.errors import NotASolutionError
 from freevars.torch import _compat, _modes
 from freevars.torch._compat import pytree
@@ -256,11 +255,11 @@ class Integrator(EagerSolver[P, R]):
 
     kind: ClassVar[str]
     options: ClassVar[Any]  # a TypedDict
+    stated: ClassVar[type[IntegralRule]]
 
     def __init__(self, solver: Callable[P, R], /, **options: Any) -> None:
         check_options(self.kind, options, self.options)
-        self.given = options
-        self.has_aux = bool(options.get("has_aux", False))
+        self.rule: Any = self.stated(**options)
         super().__init__(solver, **options)
 
     @overload
@@ -275,30 +274,24 @@ class Integrator(EagerSolver[P, R]):
     def __repr__(self) -> str:
         return f"<{self.__name__} with the derivative rule of {self.kind}>"
 
-    @property
-    def check(self) -> bool:
-        """Whether a derivative is compared with another one."""
-        return bool(self.given.get("check", True))
-
     def judged(
         self, error: Tensor, eps: float, asked: Sequence[Tensor], told: Told
     ) -> Tensor | float:
         """1, or NaN for a derivative that cannot be trusted, or an error that says why."""
-        if not self.check:
+        if not self.rule.check:
             return 1.0
-        limit = Limits.of(eps, tol=self.given.get("tol")).step
+        limit = self.rule.limit(eps)
         with torch.no_grad():
             nothing = torch.stack([(t == 0).all() for t in asked]).all()
             good = (error <= limit) | nothing
             known = [*_compat.unwrap(good)][-1]
         if bool(known.all()):
             return 1.0
-        how = self.given.get("on_failure", "raise")
         worst = float([*_compat.unwrap(error)][-1].max())
         problem = told(self.__name__, error=worst, limit=limit)
-        if how == "raise":
+        if self.rule.on_failure == "raise":
             raise problem
-        if how == "warn":
+        if self.rule.on_failure == "warn":
             warnings.warn(str(problem), stacklevel=2)
         return torch.where(good, 1.0, torch.nan)
 
@@ -311,4 +304,5 @@ class Integrator(EagerSolver[P, R]):
     ) -> tuple[Any, Any]:
         """The user's solver for `fun`: its result, and its aux, None where it returns none."""
         out = self._signature.call(self._solver, call._replace(fun=fun, x0=at))
-        return split_aux(out, self.__name__, what) if self.has_aux else (out, None)
+        result: tuple[Any, Any] = self.rule.split_aux(out, self.__name__, what)
+        return result

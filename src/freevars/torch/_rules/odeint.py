@@ -11,13 +11,7 @@ import torch
 from torch import Tensor
 
 from freevars._contract import check_callable
-from freevars._solvers.integration import (
-    ODE,
-    OdeOptions,
-    Reverse,
-    called_as,
-    shown_by,
-)
+from freevars._solvers.integration import ODE, OdeOptions, OdeRule
 from freevars._solvers.signature import SolverCall
 from freevars.errors import StructureError
 from freevars.torch._compat import pytree
@@ -52,15 +46,7 @@ class OdeintSolver(Integrator[P, R]):
     kind: ClassVar[str] = "odeint"
     leads: ClassVar[tuple[str, ...]] = ODE
     options = OdeOptions
-
-    @property
-    def _tfirst(self) -> bool:
-        return bool(self.given.get("tfirst", True))
-
-    @property
-    def reverse(self) -> Reverse:
-        """How a backward pass is solved."""
-        return self.given.get("reverse", "adjoint")  # type: ignore[no-any-return]
+    stated = OdeRule
 
     def _solve(self, call: SolverCall) -> Any:
         check_callable(call.fun)
@@ -70,15 +56,15 @@ class OdeintSolver(Integrator[P, R]):
             message = f"{self.__name__}: ts: expected a vector of one or more times, got {ts!r}."
             raise StructureError(message)
         ts = ts if ts.is_floating_point() else ts.to(torch.get_default_dtype())
-        tfirst = self._tfirst
+        rule = self.rule
 
         def field(t: Tensor, y: Any, args: Any, kwargs: Any) -> Any:
-            return call.fun(*((t, y) if tfirst else (y, t)), *args, **kwargs)
+            return call.fun(*rule.t_and_y(t, y), *args, **kwargs)
 
         extra = (call.args, call.kwargs)
         example = torch.zeros((), dtype=ts.dtype)
         converted, hoisted = closure_convert(field, example, y0, *extra, rng="replay")
-        self._like(converted.out_struct, y0, "field", self._order)
+        self._like(converted.out_struct, y0, "field")
         places, options = Options({"extra": extra}), Options(call.options)
         n = places.count
 
@@ -89,18 +75,17 @@ class OdeintSolver(Integrator[P, R]):
             args, kwargs = places.rebuilt(values[:n])["extra"] if n else extra
             state = pack(y)
             value = converted(t.to(ts.dtype), state, args, kwargs, *values[n:])
-            return self._like(value, state, "field", self._order)
+            return self._like(value, state, "field")
 
         is_leaf = spec == pytree.tree_structure(0)
-        shown = shown_by([tuple(y.shape) for y in states], is_leaf=is_leaf)
-        takes = self.given.get("takes") or ("pytree" if shown == "pytree" else "array")
+        takes = rule.form([tuple(y.shape) for y in states], is_leaf=is_leaf)
         operation = Trajectory(self, fun, pack, takes, options, len(states))
         tensors = [ts, *options.tensors, *states, *places.tensors, *hoisted]
         check_not_of_a_program([*tensors, *converted.constants], self.__name__)
         ys = operate(operation, tensors)
         if converted.replay is not None:
             converted.replay.advance()
-        return (pack(ys), operation.aux) if self.has_aux else pack(ys)
+        return (pack(ys), operation.aux) if rule.has_aux else pack(ys)
 
     def _states(self, y0: Any) -> tuple[list[Tensor], Any]:
         for path, leaf in pytree.tree_flatten_with_path(y0)[0]:
@@ -113,7 +98,7 @@ class OdeintSolver(Integrator[P, R]):
         leaves, spec = pytree.tree_flatten(y0)
         return list(leaves), spec
 
-    def _like(self, value: Any, y: Any, what: str, hint: str) -> list[Tensor]:
+    def _like(self, value: Any, y: Any, what: str) -> list[Tensor]:
         """The leaves of what a field returns, like y."""
         plain = type(value) is Tensor and type(y) is Tensor  # then no pytree walk
         if plain and value.shape == y.shape and value.dtype is y.dtype:
@@ -127,14 +112,10 @@ class OdeintSolver(Integrator[P, R]):
         ):
             message = (
                 f"{self.__name__}: the {what}: expected a value like y0, with the shapes"
-                f" {shapes[0]}, got {shapes[1]}. {hint}"
+                f" {shapes[0]}, got {shapes[1]}. {self.rule.order}"
             )
             raise StructureError(message)
         return [torch.as_tensor(a).to(b.dtype) for a, b in zip(leaves, expected, strict=True)]
-
-    @property
-    def _order(self) -> str:
-        return called_as(tfirst=self._tfirst)
 
     # What `Trajectory` needs: the solver's own call, and what it is given and returns.
 
@@ -143,12 +124,12 @@ class OdeintSolver(Integrator[P, R]):
         ts = call.x0[1]
 
         def as_called(first: Any, second: Any, *_: Any, **__: Any) -> Any:
-            t, y = (first, second) if self._tfirst else (second, first)
+            t, y = self.rule.t_and_y(first, second)
             t = t if isinstance(t, Tensor) else torch.as_tensor(t, dtype=ts.dtype)
             if t.dim():
                 message = (
                     f"{self.__name__}: the field: expected a time of shape (), got"
-                    f" {list(t.shape)}. {self._order}"
+                    f" {list(t.shape)}. {self.rule.order}"
                 )
                 raise StructureError(message)
             return field(t, y)
@@ -158,7 +139,7 @@ class OdeintSolver(Integrator[P, R]):
     def leaves_of(self, y: Any, start: Any, spec: Any) -> list[Tensor]:
         """The leaves of a state that the solver asks the field at."""
         del spec
-        return self._like(y, start, "argument of the field", self._order)
+        return self._like(y, start, "argument of the field")
 
     def states_of(self, ys: Any, start: Any, spec: Any, n: int) -> list[Tensor]:
         """The leaves of what the solver returns."""
