@@ -1,11 +1,12 @@
-"""Whether an unknown is one and the same in all processes that its equations couple.
+"""Which unknowns the equations of one problem, or of one process, may depend on: their own.
 
-Each process solves the system of its own unknown. Where a collective couples the unknowns of
-several, one system spans them, and that of one process alone would give another derivative. It is
-the right one where they all have the same unknown, which a program passes through a function that
-sums or averages over them backward.
+The problems of a batch are independent, as `batch_dims=` states. And each process solves the system
+of its own unknown: where a collective couples the unknowns of several, one system spans them, and
+that of one process alone would give another derivative. It is the right one where they all have the
+same unknown, which a program passes through a function that sums or averages over them backward.
 
-Not here: an unknown in parts, which each process has whole (`sharded.py`).
+Not here: what is done with a batch (`batch.py`, `dense.py`), and an unknown in parts, which each
+process has whole (`sharded.py`).
 """
 
 from typing import Any
@@ -13,20 +14,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freevars.torch._compat import is_custom_function_node
+from freevars.errors import StructureError
 from freevars.torch._convert.autograd_graph import nodes_behind
+from freevars.torch._rules.sharded import communicates
 
-__all__ = ["check_shared"]
+__all__ = ["check_independent", "check_shared"]
+
+
+def check_independent(leaf: Tensor, f: Tensor, name: str) -> None:
+    """Refuses problems of a batch that depend on each other: the equations `f` of every second one
+    may not move with the unknowns `leaf` of the others. `name` is that of the solver."""
+    if len(f) == 1 or not f.requires_grad:
+        return
+    others = torch.ones_like(f)
+    others[::2] = 0
+    for u, first in ((others, 0), (1 - others, 1)):
+        (product,) = torch.autograd.grad(f, leaf, u, retain_graph=True, materialize_grads=True)
+        if bool(product[first::2].any()):
+            message = (
+                f"{name}: expected independent problems along the batch_dims axes, "
+                "got equations of one that depend on the unknown of another (a mean over the "
+                "batch, train-mode batch statistics). Leave batch_dims out: it is one problem."
+            )
+            raise StructureError(message)
 
 
 def check_shared(at: Tensor, f: Tensor, name: str) -> None:
     """Refuses equations `f` that couple an unknown `at` with another one of another process; all
     processes take the same steps here. `name` is that of the solver."""
-    distributed: Any = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized() and f.requires_grad):
+    if not communicates(f):
         return
-    if not any(is_custom_function_node(n) or "CppNode" in n.name() for n in nodes_behind([f])):
-        return  # no collective has a derivative without one of these
+    distributed: Any = torch.distributed
     if not _is_coupled(at, f, distributed.get_rank(), distributed.get_world_size()):
         return
     x = at.detach().double()
