@@ -22,10 +22,10 @@ from freevars.torch import _compat
 from freevars.torch._rules.autocast import Autocast
 from freevars.torch._rules.comparison import compare_derivatives
 from freevars.torch._rules.condition import Condition, Solution
-from freevars.torch._rules.exported import check_not_exported
 from freevars.torch._rules.implicit import pull_back
 from freevars.torch._rules.sharded import no_gradient
 from freevars.torch._rules.sizes import PARTS
+from freevars.torch._rules.unsupported import check_not_exported
 
 __all__ = ["attached", "record"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from freevars.errors import NotASolutionError
-from freevars.torch._rules.norm import norm
+from freevars.torch._rules.vectors import norm
 
 __all__ = ["compare", "compare_derivatives", "compare_values"]
 

@@ -26,14 +26,14 @@ from freevars.torch._rules import comparison, diagnostics
 from freevars.torch._rules.conserved import completion
 from freevars.torch._rules.coupling import check_independent, check_shared
 from freevars.torch._rules.dense import Dense
-from freevars.torch._rules.derivative import Derivative, naming_reentrant_checkpoints
-from freevars.torch._rules.exported import check_not_exported
+from freevars.torch._rules.derivative import Derivative
 from freevars.torch._rules.forms import is_smooth
 from freevars.torch._rules.linear import system_of
 from freevars.torch._rules.ravel import Unknown
 from freevars.torch._rules.rule import Rule
 from freevars.torch._rules.sizes import PARTS, Sizes
 from freevars.torch._rules.system import LinearSolve, System
+from freevars.torch._rules.unsupported import check_not_exported, naming_reentrant_checkpoints
 
 __all__ = ["Condition", "Solution"]
 

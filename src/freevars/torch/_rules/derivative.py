@@ -6,38 +6,17 @@ otherwise they are the derivative of the product of A^T, which is linear, and on
 be twice differentiable.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from freevars.errors import CaptureError
-from freevars.torch import _compat
-from freevars.torch._convert.autograd_graph import nodes_behind
 from freevars.torch._rules.sharded import communicates
 
-__all__ = ["Derivative", "LinearOperator", "naming_reentrant_checkpoints"]
+__all__ = ["Derivative", "LinearOperator"]
 
 # How many rows of a matrix are computed at once: bounds the memory of a batched backward pass.
 _ROWS_AT_ONCE = 128
-
-
-@contextmanager
-def naming_reentrant_checkpoints(f: Tensor, name: str) -> Iterator[None]:
-    """Explains why PyTorch cannot take products with the derivative of f, where that is the
-    reason."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not any(map(_compat.is_reentrant_checkpoint_node, nodes_behind([f]))):
-            raise
-        message = (
-            f"{name}: expected a function of which PyTorch can take a derivative by a chosen "
-            "tensor, got one that calls checkpoint(..., use_reentrant=True), whose backward pass "
-            "refuses that. Call checkpoint with use_reentrant=False."
-        )
-        raise CaptureError(message) from error
 
 
 class Derivative:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from freevars._solvers.integration import SAMPLES
-from freevars.torch._rules.firm_probe import firm_probe
+from freevars.torch._rules.vectors import firm_probe
 
 __all__ = ["difference", "direction"]
 

@@ -26,7 +26,7 @@ from freevars._sequences import replaced
 from freevars.torch import _compat, _modes
 from freevars.torch._rules.autocast import Autocast
 from freevars.torch._rules.forms import is_smooth
-from freevars.torch._rules.forward_mode import check_forward_mode
+from freevars.torch._rules.unsupported import check_forward_mode
 
 __all__ = ["Solvable", "implicit", "jvp", "linearised", "pull_back", "vjp"]
 

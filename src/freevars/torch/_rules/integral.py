@@ -37,11 +37,11 @@ from freevars.errors import StructureError
 from freevars.torch._compat import pytree
 from freevars.torch._convert.convert import closure_convert
 from freevars.torch._rules.asked import Asked
-from freevars.torch._rules.exported import check_not_of_a_program
 from freevars.torch._rules.forms import Flat, evaluated, is_smooth, value_and_vjp
 from freevars.torch._rules.halves import difference, direction
 from freevars.torch._rules.implicit import jvp
 from freevars.torch._rules.integrator import Integrator, Options, operate
+from freevars.torch._rules.unsupported import check_not_of_a_program
 
 __all__ = ["IntegralSolver"]
 

@@ -36,9 +36,8 @@ from freevars.torch._describe import describe
 from freevars.torch._rules.asked import Asked
 from freevars.torch._rules.autocast import Autocast
 from freevars.torch._rules.eager import EagerSolver
-from freevars.torch._rules.exported import check_not_exported
-from freevars.torch._rules.forward_mode import check_forward_mode
 from freevars.torch._rules.inputs import reached_by
+from freevars.torch._rules.unsupported import check_forward_mode, check_not_exported
 
 __all__ = ["Integrator", "Operation", "Options", "operate"]
 

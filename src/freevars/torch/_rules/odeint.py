@@ -17,8 +17,8 @@ from freevars.errors import StructureError
 from freevars.torch._compat import pytree
 from freevars.torch._convert.convert import closure_convert
 from freevars.torch._rules.adjoint import Trajectory
-from freevars.torch._rules.exported import check_not_of_a_program
 from freevars.torch._rules.integrator import Integrator, Options, operate
+from freevars.torch._rules.unsupported import check_not_of_a_program
 
 __all__ = ["OdeintSolver"]
 

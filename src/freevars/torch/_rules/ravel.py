@@ -16,8 +16,8 @@ from freevars.errors import StructureError
 from freevars.torch._compat import pytree
 from freevars.torch._convert.structure import Structure
 from freevars.torch._rules.complex_pairs import as_complex, as_real
-from freevars.torch._rules.norm import norm
 from freevars.torch._rules.sharded import layout_of, spread, whole
+from freevars.torch._rules.vectors import norm
 
 __all__ = ["Unknown"]
 

@@ -24,13 +24,13 @@ from freevars.torch._describe import function_name
 from freevars.torch._rules import implicit as operation
 from freevars.torch._rules.constrained import ConstrainedProblem, bounds_like, unknown_of
 from freevars.torch._rules.eager import EagerSolver
-from freevars.torch._rules.exported import check_not_of_a_program
 from freevars.torch._rules.inputs import Inputs
 from freevars.torch._rules.problem import Problem
 from freevars.torch._rules.ravel import Unknown
 from freevars.torch._rules.record import solve_and_attach
 from freevars.torch._rules.rule import OnFailure, Rng, Rule
 from freevars.torch._rules.system import LinearSolve, check_linear_solve
+from freevars.torch._rules.unsupported import check_not_of_a_program
 
 __all__ = ["ImplicitSolver", "Options"]
 

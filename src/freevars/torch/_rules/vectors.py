@@ -1,9 +1,16 @@
-"""The Euclidean norm in the whole range of a dtype."""
+"""Vectors without a pattern, and the norm in the whole range of a dtype."""
 
 import torch
 from torch import Tensor
 
-__all__ = ["norm"]
+__all__ = ["firm_probe", "norm"]
+
+
+def firm_probe(n: int, like: Tensor) -> Tensor:
+    """Fixed entries of both signs, between 1/2 and 1 in size, for what is measured component by
+    component: one that happens to be small would hide its own."""
+    wave = torch.cos(torch.arange(1, n + 1, dtype=like.dtype, device=like.device) ** 2)
+    return (wave + wave.sign()) / 2
 
 
 def norm(v: Tensor) -> Tensor:
