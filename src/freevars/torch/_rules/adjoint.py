@@ -39,7 +39,8 @@ from freevars.torch._compat import pytree
 from freevars.torch._rules.asked import Asked
 from freevars.torch._rules.forms import Flat, evaluated, is_smooth, value_and_vjp
 from freevars.torch._rules.implicit import jvp
-from freevars.torch._rules.integrator import Options, operate
+from freevars.torch._rules.integrator import operate
+from freevars.torch._rules.partition import Remainder
 
 __all__ = ["Trajectory"]
 
@@ -56,7 +57,7 @@ class Trajectory:
     first_option = 1
 
     def __init__(
-        self, solver: Any, fun: Fun, pack: Pack, takes: str, options: Options, states: int
+        self, solver: Any, fun: Fun, pack: Pack, takes: str, options: Remainder, states: int
     ) -> None:
         self.solver, self.fun, self.pack, self.takes = solver, fun, pack, takes
         self.options, self.states = options, states
@@ -81,7 +82,7 @@ class Trajectory:
             asked.note(point, slopes)
             return self.pack(slopes)
 
-        options = self.options.rebuilt(tensors[1 : self.start])
+        options = self.options.combine(tensors[1 : self.start])
         call = SolverCall(None, (start, ts), (), {}, options)  # type: ignore[arg-type]
         ys, self.aux = self.solver.solved(field, call)
         states: list[Tensor] = self.solver.states_of(ys, start, spec, len(ts))

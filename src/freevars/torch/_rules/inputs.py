@@ -23,6 +23,7 @@ from freevars.torch._convert.autograd_graph import leaves_behind
 from freevars.torch._convert.operators import may_carry_derivative
 from freevars.torch._convert.substitution import SubstitutionMode
 from freevars.torch._describe import Reachable
+from freevars.torch._rules.partition import partition
 from freevars.torch._rules.sharded import whole
 
 __all__ = ["Inputs", "reached_by"]
@@ -49,10 +50,7 @@ class Inputs:
     ) -> None:
         self._solver = solver
         of_fun = len(pytree.tree_leaves((call.args, call.kwargs)))
-        leaves, self._spec = pytree.tree_flatten(((call.args, call.kwargs), call.options))
-        self._where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        given = [leaves[i] for i in self._where]
+        given, self._around = partition(((call.args, call.kwargs), call.options))
         reached = reached_by(solver, *call.options.values(), linear_solve)
         self._reached = [t for t, _ in reached]
         known = {id(t) for t in (*given, *captured)}
@@ -70,7 +68,7 @@ class Inputs:
         self.values: tuple[Tensor, ...] = (x0, *given, *read, *held)
         self._ends = (1 + len(given), 1 + len(given) + len(read))
         self._counts = {name: len(values) for name, values in hoisted.items()}
-        options = {k + 1 for k, i in enumerate(self._where) if i >= of_fun}
+        options = {k + 1 for k, i in enumerate(self._around.where) if i >= of_fun}
         self.others = frozenset(
             {*({0} if not x0_matters else ()), *options, *range(self._ends[1], len(self.values))}
         )
@@ -95,10 +93,7 @@ class Inputs:
 
     def arguments(self, values: Sequence[Tensor]) -> tuple[Any, Any, dict[str, Any]]:
         """Positional and keyword arguments of `fun`, and the solver's options."""
-        leaves = list(self._leaves)
-        for i, t in zip(self._where, values[1:], strict=False):
-            leaves[i] = t
-        (args, kwargs), options = pytree.tree_unflatten(leaves, self._spec)
+        (args, kwargs), options = self._around.combine(values[1 : self._ends[0]])
         return args, kwargs, options
 
     def positions(self, function: str) -> frozenset[int]:
@@ -160,8 +155,7 @@ class Inputs:
 
     def numbers(self) -> Iterator[float]:
         """The numbers among the options: bounds may be there."""
-        options = [self._leaves[i] for i in range(len(self._leaves)) if i not in self._where]
-        yield from (float(x) for x in options if isinstance(x, int | float))
+        yield from (float(x) for x in self._around.leaves if isinstance(x, int | float))
         for t in self.values[1 : self._ends[0]]:
             if not _compat.is_wrapped(t) and t.numel() <= _FEW and not t.is_complex():
                 yield from map(float, whole(t.detach()).reshape(-1).tolist())

@@ -40,7 +40,8 @@ from freevars.torch._rules.asked import Asked
 from freevars.torch._rules.forms import Flat, evaluated, is_smooth, value_and_vjp
 from freevars.torch._rules.halves import difference, direction
 from freevars.torch._rules.implicit import jvp
-from freevars.torch._rules.integrator import Integrator, Options, operate
+from freevars.torch._rules.integrator import Integrator, operate
+from freevars.torch._rules.partition import Remainder, partition
 from freevars.torch._rules.unsupported import check_not_of_a_program
 
 __all__ = ["IntegralSolver"]
@@ -82,12 +83,12 @@ class IntegralSolver(Integrator[P, R]):
         extra = (call.args, call.kwargs)
         at = torch.zeros((), dtype=dtype)
         converted, hoisted = closure_convert(integrand, at, *extra, rng="replay")
-        places = Options({"extra": extra})
+        given, around = partition(extra)
         leaves, spec = pytree.tree_flatten(converted.out_struct)
-        n = places.count
+        n = len(given)
 
         def fun(t: Tensor, values: Sequence[Tensor]) -> list[Tensor]:
-            args, kwargs = places.rebuilt(values[:n])["extra"]
+            args, kwargs = around.combine(values[:n])
             return pytree.tree_leaves(converted(t, args, kwargs, *values[n:]))
 
         def pack(leaves: list[Tensor]) -> Any:
@@ -95,10 +96,10 @@ class IntegralSolver(Integrator[P, R]):
 
         is_leaf = spec == pytree.tree_structure(0)
         takes = self.rule.form([tuple(leaf.shape) for leaf in leaves], is_leaf=is_leaf)
-        options = Options(call.options)
+        of_options, options = partition(call.options)
         operation = _Integral(self, fun, pack, takes, options, dtype, ends)
         tensors = [torch.as_tensor(e, dtype=dtype) for e in call.x0]
-        tensors += [*options.tensors, *places.tensors, *hoisted]
+        tensors += [*of_options, *given, *hoisted]
         check_not_of_a_program([*tensors, *converted.constants], self.__name__)
         value = pack(operate(operation, tensors))
         if converted.replay is not None:
@@ -132,7 +133,7 @@ class _Integral:
         fun: Fun,
         pack: Pack,
         takes: Takes,
-        options: Options,
+        options: Remainder,
         dtype: torch.dtype,
         infinite: Sequence[float | None],
     ) -> None:
@@ -158,7 +159,7 @@ class _Integral:
             return value
 
         a, b = (t if e is None else e for t, e in zip(tensors, self.infinite, strict=False))
-        call = SolverCall(None, (a, b), (), {}, self.options.rebuilt(tensors[2 : self.start]))  # type: ignore[arg-type]
+        call = SolverCall(None, (a, b), (), {}, self.options.combine(tensors[2 : self.start]))  # type: ignore[arg-type]
         out, self.aux = self.solver.call_solver(integrand, (a, b), call, "integral")
         low, high = (_inside(*tensors[:2]), _inside(*tensors[1::-1]))
         point = (low + 0.6 * (high - low),)

@@ -37,9 +37,10 @@ from freevars.torch._rules.asked import Asked
 from freevars.torch._rules.autocast import Autocast
 from freevars.torch._rules.eager import EagerSolver
 from freevars.torch._rules.inputs import reached_by
+from freevars.torch._rules.partition import Remainder
 from freevars.torch._rules.unsupported import check_forward_mode, check_not_exported
 
-__all__ = ["Integrator", "Operation", "Options", "operate"]
+__all__ = ["Integrator", "Operation", "operate"]
 
 P = ParamSpec("P")
 Q = ParamSpec("Q")
@@ -48,33 +49,11 @@ S = TypeVar("S")
 Told = Callable[..., NotASolutionError]  # of a name, error= and limit=
 
 
-class Options:
-    """The options of one call: its tensors are inputs, by which there is no derivative."""
-
-    def __init__(self, options: dict[str, Any]) -> None:
-        leaves, self._spec = pytree.tree_flatten(options)
-        whose = {k: pytree.tree_map(lambda _, k=k: k, value) for k, value in options.items()}
-        names = pytree.tree_leaves(whose)
-        self._where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        self.tensors = [leaves[i] for i in self._where]
-        self.names = [names[i] for i in self._where]  # of the options that they are in
-        self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self.count = len(self.tensors)
-
-    def rebuilt(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
-        """The options with other tensors in the same places."""
-        leaves = list(self._leaves)
-        for i, t in zip(self._where, tensors, strict=True):
-            leaves[i] = t
-        options: dict[str, Any] = pytree.tree_unflatten(leaves, self._spec)
-        return options
-
-
 class Operation(Protocol):
     """What `operate` runs and differentiates."""
 
     solver: Any  # the decorated one
-    options: Options
+    options: Remainder  # of the call, by whose tensors there is no derivative
     first_option: int  # its position among the tensors
     aux: Any  # what the solver returned beside the result, after `run`
 
@@ -156,9 +135,11 @@ class _Watch(TorchFunctionMode):
 
 
 def _refuse_options(operation: Operation, asked: Sequence[bool]) -> None:
-    asked = asked[operation.first_option :]
-    for name, is_asked in zip(operation.options.names, asked, strict=False):
-        if is_asked:
+    start, options = operation.first_option, operation.options
+    mark = object()
+    marked = [mark if is_asked else None for is_asked in asked[start : start + options.count]]
+    for name, value in options.combine(marked).items():
+        if any(leaf is mark for leaf in pytree.tree_leaves(value)):
             _refuse(operation, f"the option {name}=")
 
 

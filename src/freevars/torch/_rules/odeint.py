@@ -17,7 +17,8 @@ from freevars.errors import StructureError
 from freevars.torch._compat import pytree
 from freevars.torch._convert.convert import closure_convert
 from freevars.torch._rules.adjoint import Trajectory
-from freevars.torch._rules.integrator import Integrator, Options, operate
+from freevars.torch._rules.integrator import Integrator, operate
+from freevars.torch._rules.partition import partition
 from freevars.torch._rules.unsupported import check_not_of_a_program
 
 __all__ = ["OdeintSolver"]
@@ -65,14 +66,15 @@ class OdeintSolver(Integrator[P, R]):
         example = torch.zeros((), dtype=ts.dtype)
         converted, hoisted = closure_convert(field, example, y0, *extra, rng="replay")
         self._like(converted.out_struct, y0, "field")
-        places, options = Options({"extra": extra}), Options(call.options)
-        n = places.count
+        given, around = partition(extra)
+        of_options, options = partition(call.options)
+        n = len(given)
 
         def pack(leaves: list[Tensor]) -> Any:
             return pytree.tree_unflatten(leaves, spec)
 
         def fun(t: Tensor, y: list[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
-            args, kwargs = places.rebuilt(values[:n])["extra"] if n else extra
+            args, kwargs = around.combine(values[:n]) if n else extra
             state = pack(y)
             value = converted(t.to(ts.dtype), state, args, kwargs, *values[n:])
             return self._like(value, state, "field")
@@ -80,7 +82,7 @@ class OdeintSolver(Integrator[P, R]):
         is_leaf = spec == pytree.tree_structure(0)
         takes = rule.form([tuple(y.shape) for y in states], is_leaf=is_leaf)
         operation = Trajectory(self, fun, pack, takes, options, len(states))
-        tensors = [ts, *options.tensors, *states, *places.tensors, *hoisted]
+        tensors = [ts, *of_options, *states, *given, *hoisted]
         check_not_of_a_program([*tensors, *converted.constants], self.__name__)
         ys = operate(operation, tensors)
         if converted.replay is not None:

@@ -23,6 +23,7 @@ from freevars.torch._describe import function_name
 from freevars.torch._rules.batch import DifferentiableCondition
 from freevars.torch._rules.inputs import Inputs
 from freevars.torch._rules.optimality import STATED_BY, check_value, optimality
+from freevars.torch._rules.partition import Remainder, partition
 from freevars.torch._rules.preserve_grad import preserve_grad
 from freevars.torch._rules.ravel import Unknown
 from freevars.torch._rules.rule import Rule
@@ -31,16 +32,6 @@ from freevars.torch._rules.system import LinearSolve
 from freevars.torch._rules.truncated import Truncated
 
 __all__ = ["Problem"]
-
-
-class _Tensor:
-    """Stands for a tensor of aux."""
-
-    def __repr__(self) -> str:
-        return "a tensor"
-
-
-_A_TENSOR = _Tensor()
 
 
 class Problem(DifferentiableCondition):
@@ -67,7 +58,7 @@ class Problem(DifferentiableCondition):
         moving = (v for i, v in enumerate(inputs.values) if i not in self.constants)
         if not any(may_carry_derivative(v) for v in moving):
             self.by_options = inputs.names_of_others()
-        self._aux: tuple[list[Any], Any] | None = None
+        self._aux: Remainder | None = None
         if "fun" not in self.stating:  # what `fun` reads moves x where the condition calls it
             self.constants |= inputs.positions("fun")
         self._check_result()
@@ -290,25 +281,21 @@ class Problem(DifferentiableCondition):
     def _take_apart(self, aux: Any) -> list[Tensor]:
         """The tensors of aux, as copies that nobody else writes to. What is no tensor is told
         beside, once for a whole batch."""
-        leaves, spec = pytree.tree_flatten(aux)
-        rest = [_A_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        if self._aux is None:
-            self._aux = (rest, spec)
-        elif spec != self._aux[1] or not all(map(same, rest, self._aux[0])):
-            before, now = (pytree.tree_unflatten(*aux) for aux in (self._aux, (rest, spec)))
+        tensors, rest = partition(aux)
+        before = rest if self._aux is None else self._aux
+        if rest.spec != before.spec or not all(map(same, rest.leaves, before.leaves)):
             message = (
                 f"{self.rule.name}: expected an aux that differs in tensors only from one element "
-                f"of a batch to the next, got {before} and {now}. Return what differs as tensors."
+                f"of a batch to the next, got {before} and {rest}. Return what differs as tensors."
             )
             raise StructureError(message)
-        return [leaf.clone() for leaf in leaves if isinstance(leaf, Tensor)]
+        self._aux = before
+        return [t.clone() for t in tensors]
 
     def with_aux(self, tensors: Sequence[Tensor]) -> Any:
         """Aux as the solver returned it, of the tensors that came back with `x`."""
         assert self._aux is not None  # noqa: S101 (a solver has run)
-        rest, spec = self._aux
-        left = iter(tensors)
-        return pytree.tree_unflatten([next(left) if x is _A_TENSOR else x for x in rest], spec)
+        return self._aux.combine(tensors)
 
 
 def _wants_history(x: Any, args: Any, kwargs: Any) -> bool:
