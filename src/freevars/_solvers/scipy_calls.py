@@ -15,7 +15,6 @@ __all__ = [
     "IMPLICIT",
     "JACOBIAN",
     "NO_GRADIENT",
-    "ORDERS",
     "PRODUCTS",
     "are_pairs",
     "as_tuple",
@@ -42,8 +41,6 @@ HESSIAN = {"dogleg", "trust-exact", "trust-constr"}
 PRODUCTS = {"newton-cg", "trust-ncg", "trust-krylov"}
 
 JACOBIAN = {"hybr", "lm"}  # methods of `root` that take one
-
-ORDERS = {"newton": 1, "halley": 2}  # how many derivatives a method of `root_scalar` takes
 
 IMPLICIT = {"Radau", "BDF", "LSODA"}  # methods of `solve_ivp` that take a Jacobian
 _OPTIONS = {"first_step", "max_step", "min_step", "rtol", "atol"}  # of `solve_ivp`

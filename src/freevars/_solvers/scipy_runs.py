@@ -25,6 +25,7 @@ __all__ = [
     "quad",
     "root",
     "root_scalar",
+    "scalar_method",
     "solve_ivp",
 ]
 
@@ -99,8 +100,19 @@ def least_squares(
     """With the exact Jacobian; `bounds` are two vectors."""
     del args
     sides = (-np.inf, np.inf) if bounds is None else bounds
+    # What is None was added to scipy, or has another default in each release.
+    how = {name: value for name, value in how.items() if value is not None}
     result = optimize.least_squares(fun, x0, jac=fun.jacobian, bounds=sides, **how)
     return result.x, solver_said(result)
+
+
+def scalar_method(method: Any, bracket: Any, x0: Any, x1: Any) -> tuple[Any, int]:
+    """The method that `root_scalar` takes, and how many derivatives that takes."""
+    if bracket is None and x0 is None:
+        optimize.root_scalar(lambda x: x, method=method)  # raises what scipy raises
+    if method is None:
+        method = "brentq" if bracket is not None else "newton" if x1 is None else "secant"
+    return method, {"newton": 1, "halley": 2}.get(str(method).lower(), 0)
 
 
 def root_scalar(

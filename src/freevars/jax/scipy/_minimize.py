@@ -114,8 +114,6 @@ def minimize(
     x0, args = as_start(x0), as_tuple(args)
     sides, keep_feasible = as_sides(bounds, x0, name)
     equality, inequality = as_functions(constraints, name)
-    if method is None:  # scipy's own choice, which has to know of the constraints
-        method = "SLSQP" if equality or inequality else "BFGS" if sides is None else "L-BFGS-B"
 
     def solve(fun: Callable[..., Any]) -> tuple[Any, Any]:
         found: tuple[Any, Any] = _solver(on_failure, one_sided, polish)(

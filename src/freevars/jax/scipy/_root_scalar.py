@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from freevars._solvers.scipy_calls import ORDERS, as_tuple
+from freevars._solvers.scipy_calls import as_tuple
 from freevars._solvers.scipy_results import root_said
 from freevars._solvers.verdict import OnFailure
 from freevars.jax import _compat
 from freevars.jax._host.on_host import on_host
 from freevars.jax._rules.rules import implicit
 from freevars.jax.scipy._result import RootResults, as_arrays
-from freevars.jax.scipy._scipy import optimize, refuse_derivatives, runs, tracing
+from freevars.jax.scipy._scipy import refuse_derivatives, runs, tracing
 
 __all__ = ["root_scalar"]
 
@@ -138,15 +138,11 @@ def root_scalar(
     """
     name = "root_scalar"
     refuse_derivatives(name, fprime=fprime, fprime2=fprime2)
-    if bracket is None and x0 is None:
-        optimize.root_scalar(lambda x: x, method=method)  # raises what scipy raises
-    if method is None:
-        method = "brentq" if bracket is not None else "newton" if x1 is None else "secant"
+    method, order = runs.scalar_method(method, bracket, x0, x1)
     numbers: list[Any] = [x0, x1, *(bracket if bracket is not None else ())]
     _check_numbers([a for a in numbers if a is not None], name)
     dtype = jnp.result_type(float, *(a for a in numbers if a is not None))
     x0, x1, *ends = (None if a is None else jnp.asarray(a, dtype) for a in numbers)
-    order = ORDERS.get(str(method).lower(), 0)
     args = as_tuple(args)
     with tracing(name, f):
         x, status = _solver(on_failure, polish)(

@@ -112,12 +112,12 @@ def least_squares(
         "xtol": xtol,
         "gtol": gtol,
         "tr_solver": tr_solver,
-        "tr_options": tr_options or {},
+        "tr_options": tr_options,
         "max_nfev": max_nfev,
         "verbose": verbose,
+        "x_scale": x_scale,
+        "callback": callback,
     }
-    # What was added to scipy, or has another default in each release.
-    how |= {k: v for k, v in (("x_scale", x_scale), ("callback", callback)) if v is not None}
 
     def residuals(x: Any, *args: Any) -> Any:
         # In a list, so that two residuals are not taken for one and its aux.

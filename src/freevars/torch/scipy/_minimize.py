@@ -101,8 +101,6 @@ def minimize(
     x0, args = as_start(x0), as_tuple(args)
     sides, keep_feasible = as_sides(bounds, x0, name)
     equality, inequality = as_functions(constraints, name)
-    if method is None:  # scipy's own choice, which has to know of the constraints
-        method = "SLSQP" if equality or inequality else "BFGS" if sides is None else "L-BFGS-B"
     value = value_in_pytorch(name, fun, x0, args)
     fun = as_number(fun, value)
     if not is_number(value):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from freevars._solvers.scipy_calls import ORDERS, as_tuple
+from freevars._solvers.scipy_calls import as_tuple
 from freevars.torch._rules.rule import OnFailure
 from freevars.torch._rules.rules import root as root_rule
 from freevars.torch.scipy._host import HostFunction
@@ -16,7 +16,6 @@ from freevars.torch.scipy._result import RootResults, as_tensors
 from freevars.torch.scipy._scipy import (
     as_number,
     as_start,
-    optimize,
     refuse_derivatives,
     runs,
     value_in_pytorch,
@@ -123,10 +122,7 @@ def root_scalar(
     """
     name = "root_scalar"
     refuse_derivatives(name, fprime=fprime, fprime2=fprime2)
-    if bracket is None and x0 is None:
-        optimize.root_scalar(lambda x: x, method=method)  # raises what scipy raises
-    if method is None:
-        method = "brentq" if bracket is not None else "newton" if x1 is None else "secant"
+    method, order = runs.scalar_method(method, bracket, x0, x1)
     ends = None if bracket is None else tuple(_number(end, name) for end in bracket)
     start = None if x0 is None else _number(x0, name)
     second = None if x1 is None else _number(x1, name)
@@ -138,7 +134,7 @@ def root_scalar(
         first,
         args,
         method=method,
-        order=ORDERS.get(str(method).lower(), 0),
+        order=order,
         bracket=ends,
         starts=start is not None,
         x1=second,
