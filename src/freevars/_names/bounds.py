@@ -8,10 +8,19 @@ from collections.abc import Callable
 
 from freevars._names.introspection import class_module, mro
 
-__all__ = ["Bounds"]
+__all__ = ["FRAMEWORKS", "Bounds", "is_library"]
+
+# Packages whose instances and functions are never entered; their containers and wrappers are.
+FRAMEWORKS = frozenset({"jax", "jaxlib", "torch", "numpy", "scipy", "freevars"})
 
 _STDLIB = frozenset(sys.stdlib_module_names)
 _STDLIB_CONTAINERS = frozenset({"argparse", "collections", "types"})
+
+
+def is_library(module: object, opaque: frozenset[str] = FRAMEWORKS) -> bool:
+    """Whether a module is the standard library's, or of one of the packages."""
+    root = module.partition(".")[0] if type(module) is str else ""
+    return root in opaque or root in _STDLIB
 
 
 class Bounds:
@@ -29,8 +38,7 @@ class Bounds:
 
     def is_outside(self, module: object) -> bool:
         """Whether code or a class of this module is never entered."""
-        root = module.partition(".")[0] if type(module) is str else ""
-        return root in self._opaque or root in _STDLIB
+        return is_library(module, self._opaque)
 
     def is_opaque(self, cls: type) -> bool:
         """Whether instances of this class are never entered."""

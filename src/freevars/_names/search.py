@@ -13,15 +13,13 @@ from dataclasses import dataclass
 from itertools import islice
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 
+from freevars._names.bounds import FRAMEWORKS
 from freevars._names.callables import function_name
 from freevars._names.introspection import is_a
 from freevars._names.links import Node
 from freevars._names.object_graph import ObjectGraph
 
 __all__ = ["FRAMEWORKS", "Name", "ReachableLeaves", "function_name", "name_values"]
-
-# Packages whose instances and functions are never entered; their containers and wrappers are.
-FRAMEWORKS = frozenset({"jax", "jaxlib", "torch", "numpy", "scipy", "freevars"})
 
 _BUDGET = 100_000  # objects looked at in one walk
 _BUDGET_AFTER = 10_000  # objects still looked at for second names, once every value has a first

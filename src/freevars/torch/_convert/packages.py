@@ -1,19 +1,10 @@
-"""Into whose code a search for tensors looks: not a framework's, nor that of a package without
-PyTorch."""
+"""Whether a package knows PyTorch: into the code of others a search for tensors hardly looks."""
 
 import sys
 from types import FunctionType, ModuleType
 from typing import Any
 
-__all__ = ["outside", "uses_torch"]
-
-_FRAMEWORKS = frozenset({"jax", "jaxlib", "torch", "numpy", "scipy", "freevars"})
-
-
-def outside(module: object) -> bool:
-    """Whether code of this module is never entered: a framework's, or the standard library's."""
-    root = module.partition(".")[0] if isinstance(module, str) else ""
-    return root in _FRAMEWORKS or root in sys.stdlib_module_names
+__all__ = ["uses_torch"]
 
 
 def uses_torch(module: object) -> bool:

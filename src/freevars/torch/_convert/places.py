@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from freevars._names.bounds import is_library
 from freevars.torch._convert.kept import Kept, holds
-from freevars.torch._convert.packages import outside, uses_torch
+from freevars.torch._convert.packages import uses_torch
 from freevars.torch._convert.steps import (
     CHANGEABLE,
     GONE,
@@ -147,7 +148,7 @@ class Search:
         for name, x in fun.__dict__.items():
             self._link(node, attribute, name, x)
         module = fun.__globals__.get("__name__")
-        if not outside(module) and self._is_searched(module, _MOST_STRANGE_FUNCTIONS):
+        if not is_library(module) and self._is_searched(module, _MOST_STRANGE_FUNCTIONS):
             for name in names:
                 self._variable(node, variable, name, fun.__globals__.get(name), names)
 
@@ -158,7 +159,7 @@ class Search:
         and no others."""
         if not issubclass(type(x), ModuleType):
             self._link(node, follow, key, x)
-        elif depth < 4 and not outside(x.__dict__.get("__name__")):  # noqa: PLR2004 (packages are no deeper)
+        elif depth < 4 and not is_library(x.__dict__.get("__name__")):  # noqa: PLR2004 (packages are no deeper)
             inner = _Object(x, node, (follow, key))
             self.edges.append((follow, key, node.obj, x))
             for name in names:
@@ -205,7 +206,7 @@ class Search:
 
     def _members(self, node: _Object, cls: type) -> None:
         for i, base in enumerate(cls.__mro__[:-1]):
-            if not outside(base.__module__):
+            if not is_library(base.__module__):
                 for name, x in list(base.__dict__.items()):
                     found = getattr(x, "fget", None) if type(x) is property else x
                     found = getattr(found, "__func__", found)
@@ -229,7 +230,7 @@ class Search:
             public = root == "torch" and rest != "" and not rest.startswith("_")
             kept = public or root in {"argparse", "collections", "types"}
             kept = kept or (root == "freevars" and kind.__name__ in _OWN)
-            self._outside[kind] = known = outside(module) and not kept
+            self._outside[kind] = known = is_library(module) and not kept
         return known
 
     def kept(self, made: Mapping[int, Tensor]) -> "Kept":
