@@ -58,36 +58,30 @@ class Diagnosis(NamedTuple):
 def explain(
     found: Diagnostics,
     limits: Limits,
-    *,
-    name: str,
-    kind: Kind,
-    least_squares: bool,
+    context: Context,
     x: Any,
     x0: Any,
     options: Any,
+    *,
     by_options: bool,
-    constrained: bool = False,
-    polish: bool = False,
+    constrained: bool,
 ) -> FreevarsError:
     """The error for a verdict on x, which a solver with these options found from x0.
 
     `by_options`: the derivative is by nothing that the function reads. `constrained`: the solver's
-    bounds are part of the problem. `polish`: x has had a Newton step.
+    bounds are part of the problem.
     """
+    name, kind = context.name, context.kind
     figures = known_figures(found.figures)
     converged = figures.finite and figures.step <= limits.step
-    regular = least_squares or figures.rcond > limits.rcond
-    if by_options and figures.finite and regular and not converged and not _same(x, x0):
+    regular = context.least_squares or figures.rcond > limits.rcond
+    at_start = _same(x, x0)
+    if by_options and figures.finite and regular and not (converged or at_start):
         return option_matters(name, kind, figures.step, limits.step)
-    context = Context(
-        name,
-        kind,
-        least_squares,
-        () if converged or constrained else _on_a_bound(x, x0, found.step, limits, options, kind),
-        at_start=_same(x, x0),
-        polish=polish,
-    )
-    return failure(figures, limits, context)
+    bounded: list[str] = []
+    if not (converged or constrained or at_start):
+        bounded = _on_a_bound(x, found.step, limits, options, kind)
+    return failure(figures, limits, context._replace(bounded=bounded, at_start=at_start))
 
 
 def known_figures(figures: Figures) -> Figures:
@@ -99,10 +93,8 @@ def _same(x: Any, x0: Any) -> bool:
     return all(map(np.array_equal, jax.tree.leaves(x), jax.tree.leaves(x0)))
 
 
-def _on_a_bound(x: Any, x0: Any, step: Any, limits: Limits, options: Any, kind: Kind) -> list[str]:
+def _on_a_bound(x: Any, step: Any, limits: Limits, options: Any, kind: Kind) -> list[str]:
     """The components that a bound may have stopped."""
-    if _same(x, x0):
-        return []
     given = [
         float(number)
         for leaf in jax.tree.leaves(from_static(options))

@@ -38,7 +38,7 @@ from freevars.jax._rules.system import LinearSystem, guarded, linear_solve, pass
 from freevars.jax._rules.truncated import Truncated
 from freevars.jax._solver.unknown import like
 
-__all__ = ["DENSE_LIMIT", "LinearSolve", "Method", "Preconditioner"]
+__all__ = ["CHOICES", "LinearSolve", "Method", "Preconditioner"]
 
 Tree: TypeAlias = Any  # a pytree of real arrays of one dtype
 Solve: TypeAlias = Callable[[Tree], Tree]  # b -> x
@@ -50,6 +50,9 @@ Preconditioner: TypeAlias = Callable[[LinearOperator], Solve]
 # Up to this size the matrix is written out. Below it a factorisation costs less than an iteration's
 # bookkeeping, and tells a singular system from a slow one.
 DENSE_LIMIT = 512
+
+# The fields of `Method` that are options of a decorator.
+CHOICES = ("linear_solve", "preconditioner", "dense_limit")
 
 
 class Method(NamedTuple):

@@ -60,6 +60,7 @@ def error(
 ) -> FreevarsError:
     """The error for a verdict on known values."""
     x, x0, problem = jax.tree.map(_compat.lowered, (x, x0, problem))
+    context = Context(rule.name, rule.kind, rule.on_failure == "least_squares", polish=rule.polish)
     stated = None if problem is None else jax.tree.unflatten(*problem)[0]
     if stated is not None and stated.constrained and found.figures.residual <= limits.residual:
         reason = constrained.explain(
@@ -74,21 +75,18 @@ def error(
         if reason is not None:
             return reason
     regular = bool(found.figures.rcond > limits.rcond)
-    if problem is not None and not regular and rule.on_failure != "least_squares":
+    if problem is not None and not regular and not context.least_squares:
         kept = rule.compiled_kept(*problem, x)
         found = found._replace(figures=found.figures._replace(conserved=kept))
     return explain(
         found,
         limits,
-        name=rule.name,
-        kind=rule.kind,
-        least_squares=rule.on_failure == "least_squares",
-        x=x,
-        x0=x0,
-        options=options,
+        context,
+        x,
+        x0,
+        options,
         by_options=by_options,
         constrained=stated is not None and stated.constrained,
-        polish=rule.polish,
     )
 
 

@@ -92,30 +92,17 @@ class ImplicitSolver(DecoratedSolver[P, R]):
                 " function takes another argument."
             )
             raise TypeError(message)
-        on_failure = options.get("on_failure", "raise")
-        check = options.get("check", True)
+        of_rule: dict[str, Any] = dict(options)
+        of_method = {name: of_rule.pop(name) for name in linear.CHOICES if name in of_rule}
         method = linear.Method(
-            options.get("linear_solve"),
-            options.get("preconditioner"),
-            options.get("dense_limit", linear.DENSE_LIMIT),
-            on_failure == "least_squares",
-            check,
+            **of_method,
+            least_squares=options.get("on_failure") == "least_squares",
+            check=options.get("check", True),
         )
         method.validate()
-        self._jit = options.get("jit", True) and not isinstance(solver, HostSolver)
+        self._jit = of_rule.pop("jit", True) and not isinstance(solver, HostSolver)
         super().__init__(solver, states, **options)
-        self._rule = rule = Rule(
-            self.__name__,
-            kind,
-            method,
-            has_aux=options.get("has_aux", False),
-            on_failure=on_failure,
-            check=check,
-            tol=options.get("tol"),
-            polish=options.get("polish", False),
-            conserved=options.get("conserved"),
-            one_sided=options.get("one_sided", False),
-        )
+        self._rule = rule = Rule(self.__name__, kind, method, **of_rule)
         self._run = jax.jit(self._run_solver) if self._jit else self._run_solver
         self._run_converted = jax.jit(_call)
         self._multipliers = jax.jit(

@@ -18,6 +18,8 @@ __all__ = ["Contraction", "conjugate_gradients", "gmres", "richardson"]
 MatVec = Callable[[Tensor], Tensor]
 Column = list[float]
 
+_RESTART = 50  # products of GMRES in one basis
+
 
 class Contraction(NamedTuple):
     """How far Richardson's iteration went while it was quick."""
@@ -98,14 +100,13 @@ def gmres(
     b: Tensor,
     relative: float,
     steps: int,
-    restart: int = 50,
     start: Contraction | None = None,
 ) -> tuple[Tensor, bool]:
     """Saad and Schultz 1986. A contraction is not worth a basis: see `richardson`, from where it
     starts."""
 
     def cycle(r: Tensor, beta: float, target: float, steps: int) -> _Cycle:
-        basis, triangle, right = _arnoldi(matvec, r, beta, min(restart, steps), target)
+        basis, triangle, right = _arnoldi(matvec, r, beta, min(_RESTART, steps), target)
         y = _back_substituted(triangle, right)
         u = torch.tensor(y, dtype=b.dtype).to(b.device) @ basis[: len(y)]
         size = max(math.hypot(*column) for column in triangle)
