@@ -167,7 +167,7 @@ def _convert(
         declared=declared,
         gathered=gathered,
         constants=[t for t in discovery.captured.values() if id(t) not in hoisted_ids],
-        replay=draws if rng == "replay" and discovery.drew is not None else None,
+        replay=draws if rng == "replay" and discovery.drew is not None else Draws(),
         normalises=discovery.normalises,
         communicates=discovery.communicates,
         makes_leaves=discovery.makes_leaves or bool(discovery.leaves),

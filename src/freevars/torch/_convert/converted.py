@@ -10,7 +10,7 @@ import inspect
 import uuid
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
 import torch
@@ -45,7 +45,6 @@ Rng = Literal["allow", "error", "replay"]
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_NOTHING = nullcontext()
 _SIGNATURE = inspect.Signature([inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)])
 
 
@@ -75,7 +74,7 @@ class Converted(Generic[P, R]):
         declared: Sequence[Tensor] = (),
         gathered: Sequence[Tensor] = (),
         constants: Sequence[Tensor] = (),
-        replay: Draws | None = None,
+        replay: Draws = Draws(),  # noqa: B008 (a constant)
         makes_leaves: bool = False,
         normalises: bool = False,
         communicates: bool = False,
@@ -113,7 +112,7 @@ class Converted(Generic[P, R]):
         self.origin = origin
         self.in_struct = None if structure is None else structure.struct
         self.out_struct = out_struct
-        needs_watch = makes_leaves or normalises or bool(self._kept) or replay is not None
+        needs_watch = makes_leaves or normalises or bool(self._kept) or bool(replay)
         self._rest = None
         if not needs_watch:
             self._rest = rest_of(fun, self._own, training, sharded=bool(self._gathered))
@@ -304,13 +303,11 @@ class Converted(Generic[P, R]):
 
     def _beside(self, mode: SubstitutionMode) -> AbstractContextManager[Any]:
         """What a call needs besides its mode; mostly nothing."""
-        if not self._makes_leaves and self.replay is None:
-            return _NOTHING
+        if not self._makes_leaves:
+            return self.replay.replayed()
         stack = ExitStack()
-        if self._makes_leaves:
-            mode.memory = stack.enter_context(AllocationTracker())
-        if self.replay is not None:
-            stack.enter_context(self.replay.replayed())
+        mode.memory = stack.enter_context(AllocationTracker())
+        stack.enter_context(self.replay.replayed())
         return stack
 
     def _mode(self, table: dict[int, Tensor], known: Sequence[Tensor]) -> SubstitutionMode:

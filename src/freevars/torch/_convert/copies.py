@@ -28,7 +28,7 @@ def as_leaf(t: Any) -> Any:
 
 
 def places_to_copy(
-    fun: Callable[..., Any], captured: Captured, declared: Sequence[Tensor], replay: Draws | None
+    fun: Callable[..., Any], captured: Captured, declared: Sequence[Tensor], replay: Draws
 ) -> tuple[tuple[Place, ...], tuple[Place, ...]]:
     """Where a copy finds the captured tensors and the declared constants; refuses what cannot be
     copied."""
@@ -44,7 +44,7 @@ def places_to_copy(
                 "found again in the copy. Keep it in one, or pass it as an argument."
             )
             raise CaptureError(message)
-    if replay is not None and any(g is not None for g, _ in replay.before):
+    if any(g is not None for g, _ in replay.before):
         message = (
             f"expected to copy a function that draws from PyTorch's own generator, got "
             f"{function_name(fun)!r}, converted with rng='replay', which draws from "

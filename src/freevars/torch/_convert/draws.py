@@ -5,7 +5,7 @@ Not here: noticing that a function draws (`discovery.py`).
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -13,14 +13,20 @@ from torch import Tensor
 
 __all__ = ["Draws", "state_of"]
 
+_NOTHING = nullcontext()
+
 State = tuple[torch.Generator | None, Tensor]  # None: PyTorch's own generator of the CPU
 
 
 class Draws(NamedTuple):
     """The generators that a run drew from, as they stood before it and after it."""
 
-    before: tuple[State, ...]
-    after: tuple[State, ...]
+    before: tuple[State, ...] = ()
+    after: tuple[State, ...] = ()
+
+    def __bool__(self) -> bool:
+        """Whether it drew from any."""
+        return bool(self.before)
 
     @staticmethod
     def since(before: Iterable[State]) -> "Draws":
@@ -28,9 +34,12 @@ class Draws(NamedTuple):
         before = tuple(before)
         return Draws(before, _states(g for g, _ in before))
 
-    @contextmanager
-    def replayed(self) -> Iterator[None]:
+    def replayed(self) -> AbstractContextManager[None]:
         """Inside, the same numbers are drawn; afterwards the generators stand as they stood."""
+        return self._replayed() if self.before else _NOTHING
+
+    @contextmanager
+    def _replayed(self) -> Iterator[None]:
         outside = _states(g for g, _ in self.before)
         _restore(self.before)
         try:

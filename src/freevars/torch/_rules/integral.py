@@ -102,8 +102,7 @@ class IntegralSolver(Integrator[P, R]):
         tensors += [*of_options, *given, *hoisted]
         check_not_of_a_program([*tensors, *converted.constants], self.__name__)
         value = pack(operate(operation, tensors))
-        if converted.replay is not None:
-            converted.replay.advance()
+        converted.replay.advance()
         return (value, operation.aux) if self.rule.has_aux else value
 
     def _limits(self, *ends: Any) -> tuple[list[float | None], torch.dtype]:

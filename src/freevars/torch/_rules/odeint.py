@@ -85,8 +85,7 @@ class OdeintSolver(Integrator[P, R]):
         tensors = [ts, *of_options, *states, *given, *hoisted]
         check_not_of_a_program([*tensors, *converted.constants], self.__name__)
         ys = operate(operation, tensors)
-        if converted.replay is not None:
-            converted.replay.advance()
+        converted.replay.advance()
         return (pack(ys), operation.aux) if rule.has_aux else pack(ys)
 
     def _states(self, y0: Any) -> tuple[list[Tensor], Any]:

@@ -6,7 +6,7 @@ Not here: which values it has (`inputs.py`), the decorators (`rules.py`), what F
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -206,8 +206,7 @@ class Problem(DifferentiableCondition):
             user = self._user
             if user is None or _compat.transforms_active() or _wants_history(x, args, kwargs):
                 return self.converted(x, args, kwargs, *hoisted)
-            replay = self.converted.replay
-            with nullcontext() if replay is None else replay.replayed():
+            with self.converted.replay.replayed():
                 out = user(x, *args, **kwargs)
             if type(out) is Tensor:  # no pytree walk for a plain tensor
                 return out.detach()

@@ -6,7 +6,6 @@ is changed in place before the backward pass raises PyTorch's own error, except 
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -55,7 +54,7 @@ def _as_it_is(
     """A function before conversion, as a function of x that draws what its conversion drew."""
 
     def function(x: Any) -> Any:
-        with nullcontext() if converted.replay is None else converted.replay.replayed():
+        with converted.replay.replayed():
             return given(x, call.args, call.kwargs)
 
     return function

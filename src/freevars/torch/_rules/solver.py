@@ -7,7 +7,6 @@ decorators (`rules.py`), one call of a solver as a problem (`problem.py`).
 
 import functools
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import Any, Concatenate, ParamSpec, Self, TypedDict, TypeVar, Unpack, overload
 
 from torch import Tensor
@@ -125,7 +124,7 @@ class ImplicitSolver(EagerSolver[P, R]):
             as_given["conserved"] = _as_function("conserved", rule.conserved)
         as_given |= {name: _as_function(name, value) for name, value in constraints.items()}
         for name, function in list(as_given.items())[1:]:
-            with nullcontext() if converted.replay is None else converted.replay.replayed():
+            with converted.replay.replayed():
                 functions[name], hoisted[name] = closure_convert(
                     function, x0, fun_args, fun_kwargs, rng=rule.rng
                 )
@@ -152,8 +151,7 @@ class ImplicitSolver(EagerSolver[P, R]):
             v, _, _, *aux = operation.implicit(problem, *inputs.values)
         else:
             v, *aux = solve_and_attach(problem, call, as_given, inputs.values)
-        if converted.replay is not None:
-            converted.replay.advance()
+        converted.replay.advance()
         x = unknown.unravel(v.clone())  # the caller may write to it, not to what is saved
         x = x[0] if constraints else x
         return (x, problem.with_aux(aux)) if rule.has_aux else x
