@@ -1,13 +1,43 @@
 """What solvers of integrals and differential equations have in common in both hosts.
 
 Their derivatives are integrals and differential equations again, and the same solver solves them.
-Their integrands and states have other structures than those of the original call, so a solver
-declares which structures it takes, or the call shows it. The derivatives come with a check: the
-state is solved for again together with its derivative, and compared with what the solver returned.
 
-A solver whose result is y_i at the times t_i gives other states z_i when it solves for y and a
-derivative at once, or for y backwards, from each t_i to the one before. Its own tolerance, and how
-the equation lets an error grow, both show in
+*Integrals.* Let I = int_a^b f(t, p) dt with everything that f captures in p. Leibniz' rule:
+
+    dI = int_a^b (df/dp dp) dt + f(b) db - f(a) da
+
+The integral in it is linear in dp. Its transpose takes a cotangent g of I to
+
+    int_a^b (df/dp)^T g dt
+
+a list of values like p, integrated at once where the solver takes pytrees or arrays, otherwise
+number by number. An infinite limit does not move, and its derivative is zero.
+
+*Differential equations.* Let y' = f(t, y, p), y(t_0) = y_0, and y_i = y(t_i). A change of p and of
+y_0 moves the solution by
+
+    d' = f_y d + f_p dp,    d(t_0) = dy_0                      forward sensitivities
+
+For cotangents g_i of the y_i, <l, d> with l' = -f_y^T l has the derivative <l, f_p dp>. So let l
+start as g_N at the last time, be solved for backwards, and jump by g_i at each t_i; then
+
+    sum_i <g_i, d_i> = <l(t_0), dy_0> + int_{t_0}^{t_N} <f_p^T l, dp> dt         adjoint equation
+
+Both are solved together with y: backwards from each recorded y_i, in s = -t, so that the solver is
+always given increasing times. Between equal times there is nothing to solve. Where an equation is
+unstable backwards, the transpose can instead be computed from the sensitivities with respect to
+every number of p and y_0, solved for forwards, all at once. A time moves its own y_i by
+f(t_i, y_i) dt_i; the first one starts another solution, as a change of y_0 by -f(t_0, y_0) dt_0
+does.
+
+*Forms.* The integrands and states of a derivative have other structures than those of the original
+call, so a solver declares which structures it takes, or the call shows it.
+
+*Trusted.* The derivative of a differential equation comes with a check: the state is solved for
+again together with it, and compared with what the solver returned. A solver whose result is y_i at
+the times t_i gives other states z_i when it solves for y and a derivative at once, or for y
+backwards, from each t_i to the one before. Its own tolerance, and how the equation lets an error
+grow, both show in
 
     error = max over i and components k of |z_ik - y_ik| / u_k
     u_k   = max over j of |y_jk| and a tenth of |t_j+1 - t_j| min(|f_k(t_j)|, |f_k(t_j+1)|)
@@ -28,8 +58,12 @@ which a rule that is exact for polynomials passes, as does one with evenly space
 have twice as many. In reverse mode this is asked of one combination of all components, each
 relative to what is differentiated by, so that it costs two integrals however many there are. No set
 of points sees what lies between them, so passing this check is not a proof. Where a limit is
-infinite there are no halves, and nothing is checked. Not here: the mathematics (`integral`,
-`adjoint` of a host).
+infinite there are no halves, and nothing is checked.
+
+Sources: Leibniz 1697; Courant 1936, "Differential and Integral Calculus" II, chapter IV; Pontryagin
+et al. 1962, "The Mathematical Theory of Optimal Processes"; Chen et al. 2018, "Neural Ordinary
+Differential Equations", appendix B; Cao, Li, Petzold and Serban 2003, "Adjoint sensitivity analysis
+for differential-algebraic equations". Not here: the functions that a host gives its solver.
 """
 
 from __future__ import annotations

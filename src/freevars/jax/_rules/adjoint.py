@@ -1,24 +1,6 @@
 """The linear map of a differential equation's solution to first order, and its transpose.
 
-Let y' = f(t, y, p), y(t_0) = y_0, and y_i = y(t_i). A change of p and of y_0 moves the solution by
-
-    d' = f_y d + f_p dp,    d(t_0) = dy_0                      forward sensitivities
-
-For cotangents g_i of the y_i, <l, d> with l' = -f_y^T l has the derivative <l, f_p dp>. So let l
-start as g_N at the last time, be solved for backwards, and jump by g_i at each t_i; then
-
-    sum_i <g_i, d_i> = <l(t_0), dy_0> + int_{t_0}^{t_N} <f_p^T l, dp> dt         adjoint equation
-
-Both are solved by the solver itself, together with y: backwards from each recorded y_i, in s = -t,
-so that the solver is always given increasing times. Between equal times there is nothing to solve.
-Where an equation is unstable backwards, the transpose can instead be computed from the
-sensitivities with respect to every number of p and y_0, solved for forwards, all at once. The
-states that are solved for again are compared with the recorded y_i
-(`freevars._solvers.integration`).
-
-Sources: Pontryagin et al. 1962, "The Mathematical Theory of Optimal Processes"; Chen et al. 2018,
-"Neural Ordinary Differential Equations", appendix B; Cao, Li, Petzold and Serban 2003, "Adjoint
-sensitivity analysis for differential-algebraic equations". Not here: JAX's rule (`odeint`).
+`freevars._solvers.integration` has the equations. Not here: JAX's rule (`odeint`).
 """
 
 from __future__ import annotations

@@ -1,18 +1,8 @@
 """Derivatives of a definite integral, by the solver that computes it.
 
-Let I = int_a^b f(t, p) dt with everything that f captures in p. Leibniz' rule:
-
-    dI = int_a^b (df/dp dp) dt + f(b) db - f(a) da
-
-The integral in it is linear in dp. Its transpose takes a cotangent g of I to
-
-    int_a^b (df/dp)^T g dt
-
-a list of arrays like p, integrated at once where the solver takes pytrees or arrays, otherwise
-number by number, as a batch of scalar integrals. Both are calls of the decorated solver for another
-integrand, so they have derivatives of any order themselves. An infinite limit does not move, and
-its derivative is zero. Source: Leibniz 1697; Courant 1936, "Differential and Integral Calculus" II,
-chapter IV. Not here: differential equations (`odeint`).
+`freevars._solvers.integration` has Leibniz' rule. Both of its integrals are calls of the decorated
+solver for another integrand, so they have derivatives of any order themselves. Not here:
+differential equations (`odeint`).
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Derivatives of the solution of an ordinary differential equation, by the solver that finds it.
 
-The solution y_i at times t_i depends on what the field captures and on y_0 by the linear map of
-`adjoint`, and on the times themselves by y' = f: a later one moves its own y_i by f(t_i, y_i) dt_i;
-the first one starts another solution, as a change of y_0 by -f(t_0, y_0) dt_0 does. Everything is
-a call of the decorated solver for another field, so that it has derivatives itself, to any order.
+`freevars._solvers.integration` has the equations. Everything is a call of the decorated solver for
+another field, so that it has derivatives itself, to any order. Not here: the linear map of what the
+field captures and of y_0 (`adjoint`).
 """
 
 from __future__ import annotations

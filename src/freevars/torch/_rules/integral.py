@@ -1,17 +1,7 @@
 """Derivatives of a definite integral, by the solver that computes it.
 
-Let I = int_a^b f(t, p) dt with everything that f captures in p. Leibniz' rule:
-
-    dI = int_a^b (df/dp dp) dt + f(b) db - f(a) da
-
-The integral in it is linear in dp. Its transpose takes a cotangent g of I to
-
-    int_a^b (df/dp)^T g dt
-
-tensors like p, integrated at once where the solver takes pytrees or tensors, otherwise number by
-number. Both are calls of the decorated solver for another integrand. An infinite limit does not
-move, and its derivative is zero. Source: Leibniz 1697; Courant 1936, "Differential and Integral
-Calculus" II, chapter IV. Not here: differential equations (`odeint`).
+`freevars._solvers.integration` has Leibniz' rule. Both of its integrals are calls of the decorated
+solver for another integrand. Not here: differential equations (`odeint`).
 """
 
 import math
