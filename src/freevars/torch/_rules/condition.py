@@ -9,8 +9,8 @@ Not here: the user's function and solver (`problem.py`), derivatives (`record.py
 
 import functools
 import math
-from collections.abc import Hashable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -71,21 +71,19 @@ class Condition:
     saved: _compat.Saved  # by the graph of the recorded F
     nearby: Sequence[Tensor] = ()  # F nearby, recorded where x is tiny next to x - x0
 
+    # What a subclass defines:
+    equations: Callable[..., Tensor]  # F of (x, *values), differentiable to any order
+    totals: Callable[..., Tensor]  # of the same, "problems totals": what the solver keeps from x0
+    run: Callable[..., tuple[Tensor, ...]]  # of the values, plain: a root and what comes with it
+    numbers: Callable[[], Iterable[float]]  # that the solver was given: its bounds may be there
+    own_linear_solve: Callable[[Sequence[Tensor]], LinearSolve | None]  # with these values
+    inputs_recorded: Callable[[], Sequence[Tensor]]  # that the recorded F reaches, to be asked by
+    # Inside, F reads its constants as they are now, even if its graph is used later.
+    constants_as_they_are: Callable[[], AbstractContextManager[None]]
+
     def __init__(self) -> None:
         self._known: tuple[tuple[Tensor, ...], Derivative, System] | None = None
         self._measured: tuple[System, Hashable, diagnostics.Figures] | None = None
-
-    def equations(self, x: Tensor, /, *values: Tensor) -> Tensor:
-        """F, differentiable to any order."""
-        raise NotImplementedError
-
-    def totals(self, x: Tensor, /, *values: Tensor) -> Tensor:
-        """Float[Tensor, "problems totals"]: what the solver keeps from x0, differentiable."""
-        raise NotImplementedError
-
-    def run(self, *values: Tensor) -> tuple[Tensor, ...]:
-        """A root and whatever tensors come with it, by the user's solver, from plain tensors."""
-        raise NotImplementedError
 
     def run_many(
         self, size: int, dims: Sequence[int | None], *values: Tensor
@@ -94,33 +92,13 @@ class Condition:
         del size, dims, values
         return None
 
-    def numbers(self) -> Iterable[float]:
-        """What the solver was given: its bounds may be there."""
-        return ()
-
-    def own_linear_solve(self, values: Sequence[Tensor]) -> LinearSolve | None:
-        """The user's, if there is one, as it is run with these values."""
-        del values
-        return self.rule.linear_solve
-
-    def magnitude(self, x: Tensor) -> Tensor:
-        return self.unknown.magnitude(x)
-
     def start(self, x0: Tensor) -> Tensor:
         """The first of the values as Float[Tensor, "problems n"]."""
         return x0
 
-    def inputs_recorded(self) -> Sequence[Tensor]:
-        """The tensors that the graph of the recorded F reaches and a derivative is by."""
-        return ()
-
     def read(self, values: Sequence[Tensor], /) -> Sequence[Tensor]:
         """What the recorded F reads where it reads one of the values."""
         return values
-
-    def constants_as_they_are(self) -> AbstractContextManager[None]:
-        """Inside, F reads its constants as they are now, even if its graph is used later."""
-        return nullcontext()
 
     # --- a solution
 
@@ -327,7 +305,7 @@ class Condition:
         def nearby() -> Sequence[Tensor]:
             return self._nearby(at, values)
 
-        return Sizes(x, self.magnitude(x), self._size(x, x0), by_leaf, nearby)
+        return Sizes(x, self.unknown.magnitude(x), self._size(x, x0), by_leaf, nearby)
 
     def _size(self, x: Tensor, x0: Tensor) -> Tensor:
-        return torch.maximum(self.magnitude(x), self.magnitude(x - x0))
+        return torch.maximum(self.unknown.magnitude(x), self.unknown.magnitude(x - x0))
