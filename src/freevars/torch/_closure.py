@@ -17,7 +17,7 @@ from freevars._contract import Hoist, by_position
 from freevars.report import CaptureReport
 from freevars.torch._compat import pytree
 from freevars.torch._convert.convert import closure_convert
-from freevars.torch._convert.converted import Converted, Rng
+from freevars.torch._convert.converted import Converted, Rng, Run
 from freevars.torch._convert.copies import as_leaf
 from freevars.torch._convert.places import Search
 from freevars.torch._describe import function_name
@@ -92,7 +92,7 @@ class Closure(Generic[P, R]):
             None,
             Search(module),
             tuple(module.parameters()),
-            normalises=next(module.buffers(), None) is not None,  # it may
+            Run(normalises=next(module.buffers(), None) is not None),  # it may
         )
         new = cls._of(converted, converted.hoisted)
         new._is_mapped = False  # noqa: SLF001 (of this class)

@@ -19,7 +19,7 @@ from freevars.torch import _compat, _hooks
 from freevars.torch._compat import pytree
 from freevars.torch._convert import operators
 from freevars.torch._convert.autograd_graph import check_autograd_graph
-from freevars.torch._convert.converted import Converted, Rng
+from freevars.torch._convert.converted import Converted, Rng, Run
 from freevars.torch._convert.discovery import DiscoveryMode
 from freevars.torch._convert.draws import Draws, state_of
 from freevars.torch._convert.outputs import outputs_of, refuse_hidden
@@ -155,26 +155,27 @@ def _convert(
         t for t in discovery.captured.values() if id(t) not in hoisted_ids and differentiable(t)
     ]
     made = discovery.made_and_alive()
-    kept = search.kept(made)
     by = {k: names for k, t in made.items() if (names := _differentiated_by(t))}
-    left = {k: weakref.ref(made[k]) for k in by}
+    run = Run(
+        out_struct=out_struct,
+        replay=draws if rng == "replay" and discovery.drew is not None else Draws(),
+        makes_leaves=discovery.makes_leaves or bool(discovery.leaves),
+        normalises=discovery.normalises,
+        communicates=discovery.communicates,
+        kept=search.kept(made),
+        left={k: weakref.ref(made[k]) for k in by},
+        careful=any(names != {"autograd"} for names in by.values()),
+    )
     del made
     converted: Converted[..., Any] = Converted(
         fun,
         structure,
         search,
         captured,
+        run,
         declared=declared,
         gathered=gathered,
         constants=[t for t in discovery.captured.values() if id(t) not in hoisted_ids],
-        replay=draws if rng == "replay" and discovery.drew is not None else Draws(),
-        normalises=discovery.normalises,
-        communicates=discovery.communicates,
-        makes_leaves=discovery.makes_leaves or bool(discovery.leaves),
-        kept=kept,
-        left=left,
-        careful=any(names != {"autograd"} for names in by.values()),
-        out_struct=out_struct,
         first_reads=[discovery.where.get(id(t)) for t in captured],
     )
     return converted, converted.hoisted

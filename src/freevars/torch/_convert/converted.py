@@ -11,7 +11,7 @@ import uuid
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any, Generic, Literal, ParamSpec, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,13 +39,28 @@ from freevars.torch._convert.substitution import (
 from freevars.torch._describe import Line, function_name, reachable
 from freevars.torch._modes import resolve
 
-__all__ = ["Converted", "Rng"]
+__all__ = ["Converted", "Rng", "Run"]
 
 Rng = Literal["allow", "error", "replay"]
 P = ParamSpec("P")
 R = TypeVar("R")
 
 _SIGNATURE = inspect.Signature([inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)])
+
+
+class Run(NamedTuple):
+    """What the run on the example showed, beside the captured tensors."""
+
+    out_struct: Any = None
+    replay: Draws = Draws()  # what each call draws again
+    makes_leaves: bool = False
+    normalises: bool = False  # by a batch norm
+    communicates: bool = False  # with other processes
+    kept: Kept = Kept(())
+    # What it made, by id, and `fun` keeps out of sight: not to be read. The tape tells where that
+    # happens, but not of what a transform has wrapped: then care is needed.
+    left: Mapping[int, "weakref.ref[Tensor]"] = {}
+    careful: bool = False
 
 
 class Converted(Generic[P, R]):
@@ -70,19 +85,12 @@ class Converted(Generic[P, R]):
         structure: Structure | None,
         search: Search,
         captured: Sequence[Tensor],
+        run: Run,
         *,
         declared: Sequence[Tensor] = (),
         gathered: Sequence[Tensor] = (),
         constants: Sequence[Tensor] = (),
-        replay: Draws = Draws(),  # noqa: B008 (a constant)
-        makes_leaves: bool = False,
-        normalises: bool = False,
-        communicates: bool = False,
         training: tuple[bool, ...] | None = None,
-        kept: Kept | None = None,
-        left: Mapping[int, "weakref.ref[Tensor]"] | None = None,
-        careful: bool = False,
-        out_struct: Any = None,
         token: str | None = None,
         first_reads: Sequence[Line | None] | None = None,
         origin: tuple[tuple[Any, ...], Hoist, Rng] | None = None,
@@ -99,22 +107,15 @@ class Converted(Generic[P, R]):
         pairs = _compat.sharded_parameters(node.obj for node in search.met.values())
         self._sharded = frozenset(id(pairs[id(t)][1]) for t in self._gathered)
         self._outside = ForeignTensors(fun, constants)
-        self.replay = replay  # the draws that each call repeats
-        self._makes_leaves = makes_leaves
-        self._normalises = normalises
-        self.communicates = communicates  # with other processes, on the example
-        self._kept = kept or Kept(())
-        # What the first run made, by id, and `fun` keeps out of sight: not to be read. The tape
-        # tells where that happens, but not of what a transform has wrapped: then care is needed.
-        self._left = left or {}
-        self._careful = careful
+        self._run = run
+        self.replay = run.replay
+        self.communicates = run.communicates
+        self.out_struct = run.out_struct
         # Within a `Closure`, the example, `hoist` and `rng` that it was made with.
         self.origin = origin
         self.in_struct = None if structure is None else structure.struct
-        self.out_struct = out_struct
-        needs_watch = makes_leaves or normalises or bool(self._kept) or bool(replay)
         self._rest = None
-        if not needs_watch:
+        if not (run.makes_leaves or run.normalises or run.kept or run.replay):
             self._rest = rest_of(fun, self._own, training, sharded=bool(self._gathered))
         # Each with a place of its own in the graph, as one may be computed from another. What is
         # in no graph stands for itself, so that it gets its derivatives when it is unfrozen.
@@ -164,12 +165,8 @@ class Converted(Generic[P, R]):
         if origin is not None:
             origin = (pytree.tree_map_only(Tensor, as_leaf, origin[0]), *origin[1:])
         rest = {
-            "replay": self.replay,
-            "makes_leaves": self._makes_leaves,
-            "normalises": self._normalises,
+            "run": self._run._replace(left={}, careful=False),  # which are of this process
             "training": None if self._rest is None else self._rest.training,
-            "kept": self._kept,
-            "out_struct": self.out_struct,
             "token": self._token,
             "first_reads": self.first_reads,
             "origin": origin,
@@ -199,9 +196,9 @@ class Converted(Generic[P, R]):
             leaves = self._structure.check(arguments, self._name)
         if self._rest is not None and self._rest.holds(values, leaves):
             return self._at_rest(self._rest, arguments, leaves)
-        if not self._kept:
+        if not self._run.kept:
             return self._substituted(arguments, leaves, values)[0]
-        with self._kept.as_before(self._fun) as made:
+        with self._run.kept.as_before(self._fun) as made:
             out, mode = self._substituted(arguments, leaves, values)
         mode.table.update(made)
         return out
@@ -303,7 +300,7 @@ class Converted(Generic[P, R]):
 
     def _beside(self, mode: SubstitutionMode) -> AbstractContextManager[Any]:
         """What a call needs besides its mode; mostly nothing."""
-        if not self._makes_leaves:
+        if not self._run.makes_leaves:
             return self.replay.replayed()
         stack = ExitStack()
         mode.memory = stack.enter_context(AllocationTracker())
@@ -311,9 +308,9 @@ class Converted(Generic[P, R]):
         return stack
 
     def _mode(self, table: dict[int, Tensor], known: Sequence[Tensor]) -> SubstitutionMode:
-        if torch.is_grad_enabled() and not self._careful and not _compat.transforms_active():
+        if torch.is_grad_enabled() and not self._run.careful and not _compat.transforms_active():
             return SubstitutionMode(self._fun, table, known, self._outside)
-        return CarefulSubstitutionMode(self._fun, table, known, self._outside, self._left)
+        return CarefulSubstitutionMode(self._fun, table, known, self._outside, self._run.left)
 
 
 def _is_detached(t: Any, of: Tensor) -> bool:
