@@ -33,6 +33,7 @@ from freevars.jax import _compat
 from freevars.jax._rules.coordinates import magnitude
 from freevars.jax._rules.seen import (
     NO_LONGER,
+    Equations,
     Seen,
     Step,
     Units,
@@ -44,7 +45,7 @@ from freevars.jax._rules.seen import (
     see,
 )
 
-__all__ = ["Step", "look"]
+__all__ = ["look"]
 
 Tree: TypeAlias = Any  # a pytree of real arrays
 Solve: TypeAlias = Callable[[Tree], Tree]  # b -> A^-1 b
@@ -53,8 +54,7 @@ Along: TypeAlias = Callable[[Tree, Tree, Any], Tree]
 
 def look(
     solve: Solve,
-    again: Callable[[Tree], Tree],
-    along: Along | None,
+    equations: Equations,
     at: Step,
     limits: Limits,
     largest: Callable[[Tree], Any],
@@ -69,9 +69,7 @@ def look(
 
     Args:
         solve: the system.
-        again: F.
-        along: (v, d, number) -> the direction of F at v for d and the p of this number; None: not
-            known.
+        equations: F, whose directions are those for the p above.
         at: the step.
         limits: of the verdict.
         largest: the largest absolute value of a component.
@@ -96,10 +94,12 @@ def look(
     if not closely:
         return size, jnp.where(needed, jnp.nan, jnp.zeros_like(size))
 
+    along = equations.along
+
     def turn(state: tuple[Any, Any, Any, Tree]) -> tuple[Any, Any, Any, Tree]:
         needed, size, change, step = state
         here = at._replace(step=step)
-        seen = see(solve, again, here, limits, largest, (needed, size), mixed=mixed)
+        seen = see(solve, equations.at, here, limits, largest, (needed, size), mixed=mixed)
         here = here._replace(step=seen.step)
         error = error_in_terms(seen, here.rounding, largest)
         units = Units.of(here, limits, most, needed & False)

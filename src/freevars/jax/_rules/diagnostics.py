@@ -19,11 +19,12 @@ import jax.numpy as jnp
 
 from freevars._solvers.verdict import Figures, accepted
 from freevars.jax._rules import scaled
-from freevars.jax._rules.closer import Step, look
+from freevars.jax._rules.closer import look
 from freevars.jax._rules.coordinates import Space, known_size, probe
 from freevars.jax._rules.iterative import DENSE_FALLBACK
 from freevars.jax._rules.krylov import combine, divide
 from freevars.jax._rules.operator import LinearOperator
+from freevars.jax._rules.seen import Equations, Step
 from freevars.jax._rules.sizes import Unknown
 from freevars.jax._rules.system import LinearSystem
 
@@ -31,6 +32,7 @@ __all__ = ["Diagnostics", "kept", "measure", "newton"]
 
 Tree: TypeAlias = Any  # a pytree of real arrays
 Along: TypeAlias = Callable[[Tree, Tree, Any], Tree]
+RoughSolve: TypeAlias = Callable[..., tuple[Tree, Any]]
 
 _EVERY = 4  # the number of a vector with a bit of every direction
 _LOOSE = 0.1  # how exactly that share is taken out again
@@ -54,33 +56,25 @@ class Diagnostics(NamedTuple):
 def measure(
     system: LinearSystem,
     unknown: Unknown,
-    f: Tree,
-    again: Callable[[Tree], Tree],
-    along: Along | None = None,
+    equations: Equations,
     *,
     closely: bool = True,
 ) -> Diagnostics:
-    """The verdict on x, where F is f and the system is dF/dx.
+    """The verdict on x, where the system is dF/dx.
 
     Args:
         system: solves for directions of x.
         unknown: x.
-        f: F there.
-        again: F.
-        along: `along(v, d, number)` is the direction of F at v, for the direction d of x and one,
-            of this number, of what F is differentiated by; None: not known. Then a step has to be
-            certain.
+        equations: F.
         closely: take a closer look at a step that is not negligible, which is most of the program.
             Otherwise the verdict is not final there.
     """
-    f = jax.lax.stop_gradient(f)
+    equations = equations._replace(f=jax.lax.stop_gradient(equations.f))
     if not system.operator.size:
         nothing = jnp.zeros(())
-        return Diagnostics(jnp.asarray(True), _unmeasured(nothing), f)
-    if system.scaled is None:
-        figures, step = _applied(system, unknown, f, again, along, closely=closely)
-    else:
-        figures, step = _written_out(system, unknown, f, again, along, closely=closely)
+        return Diagnostics(jnp.asarray(True), _unmeasured(nothing), equations.f)
+    measured = _applied if system.scaled is None else _written_out
+    figures, step = measured(system, unknown, equations, closely=closely)
     if system.least_squares:
         figures = figures._replace(conserved=_conserved(system))
     asked, final = figures, jnp.asarray(True)
@@ -92,16 +86,14 @@ def measure(
     return jax.lax.stop_gradient(Diagnostics(good, figures, step, final | ~good))
 
 
-def newton(
-    system: LinearSystem, unknown: Unknown, f: Tree, again: Callable[[Tree], Tree]
-) -> tuple[Tree, Any]:
+def newton(system: LinearSystem, unknown: Unknown, equations: Equations) -> tuple[Tree, Any]:
     """The x after a Newton step, unless a second would be no shorter; and whether it is shorter."""
     v, space = unknown.v, system.space
     if not system.operator.size:
         return v, jnp.asarray(True)
-    (step,) = system.apply_inverse([f])
+    (step,) = system.apply_inverse([equations.f])
     moved = combine(-1, step, v)
-    (following,) = system.apply_inverse([again(moved)])
+    (following,) = system.apply_inverse([equations.at(moved)])
     shorter = _largest(space, following, unknown.d) < _largest(space, step, unknown.d)
     return jax.tree.map(lambda a, b: jnp.where(shorter, a, b), moved, v), shorter
 
@@ -111,24 +103,16 @@ def _unmeasured(zero: Any) -> Figures:
 
 
 def _written_out(
-    system: LinearSystem,
-    unknown: Unknown,
-    f: Tree,
-    again: Callable[[Tree], Tree],
-    along: Along | None,
-    *,
-    closely: bool,
+    system: LinearSystem, unknown: Unknown, equations: Equations, *, closely: bool
 ) -> tuple[Figures, Tree]:
     operator = system.operator
-    v, near, far = map(operator.ravel, unknown[:3])
-
-    def by_vector(v: Any) -> Any:
-        return operator.ravel(again(operator.unravel(v)))
-
-    def by_vectors(v: Any, d: Any, number: Any) -> Any:
-        assert along is not None  # noqa: S101 (not used otherwise)
-        return operator.ravel(along(operator.unravel(v), operator.unravel(d), number))
-
+    ravel, unravel, along = operator.ravel, operator.unravel, equations.along
+    v, near, far = map(ravel, unknown[:3])
+    on_vectors = Equations(
+        ravel(equations.f),
+        lambda v: ravel(equations.at(unravel(v))),
+        along and (lambda v, d, number: ravel(along(unravel(v), unravel(d), number))),
+    )
     assert system.scaled is not None  # noqa: S101 (asked before)
     figures, step = scaled.measure(
         system.scaled,
@@ -136,28 +120,19 @@ def _written_out(
         v,
         near,
         far,
-        operator.ravel(f),
-        by_vector,
-        along and by_vectors,
+        on_vectors,
         closely=closely,
         least_squares=system.least_squares,
         symmetric=operator.symmetric,
         has_pairs=unknown.has_pairs,
     )
-    return figures, operator.unravel(step)
+    return figures, unravel(step)
 
 
 def _applied(
-    system: LinearSystem,
-    unknown: Unknown,
-    f: Tree,
-    again: Callable[[Tree], Tree],
-    along: Along | None,
-    *,
-    closely: bool,
+    system: LinearSystem, unknown: Unknown, equations: Equations, *, closely: bool
 ) -> tuple[Figures, Tree]:
-    operator, space, limits = system.operator, system.space, unknown.limits
-    v, d = unknown.v, unknown.d
+    space, limits, v, f = system.space, unknown.limits, unknown.v, equations.f
     most = unknown.largest(v)
     least = jax.tree.map(lambda a: (limits.column * a).astype(a.dtype), most)
     unit = jax.tree.map(jnp.maximum, unknown.near, least)
@@ -173,20 +148,54 @@ def _applied(
     if system.least_squares:
         (step,) = system.apply_inverse([f])
         figures = figures._replace(step=_largest(space, step, unit))
-        if along is not None:
-            b = along(v, jax.tree.map(jnp.zeros_like, v), jnp.uint32(0))
-            (u,) = system.apply_inverse([b])
-            left = jax.tree.map(jnp.divide, combine(-1, system.image(u), b), rows)
-            of = jax.tree.map(jnp.divide, b, rows)
-            figures = figures._replace(residual=divide(space.max(left), space.max(of)))
+        if equations.along is not None:
+            figures = figures._replace(residual=_unanswered(system, v, equations.along, rows))
         return figures, step
 
+    solve = _rough_solver(system, limits.residual)
+    relative = jax.tree.map(jnp.divide, f, rows)
+    norm = space.norm(relative)
+    share = _SHARE / jnp.sqrt(space.dot(every, every))
+    mixed = jax.tree.map(lambda a, w: divide(a, norm) + share * w, relative, every)
+    found, residual = solve(_times(rows, mixed))
+    step = jax.tree.map(lambda leaf: norm * leaf, found)
+    inverse = jax.tree.map(jnp.divide, found, unknown.d)
+    rcond = space.norm(mixed) / space.norm(inverse)
+
+    def alone(step: Tree) -> Tree:
+        others = jax.tree.map(lambda row, w: norm * share * row * w, rows, every)
+        return combine(-1, solve(others, _LOOSE)[0], step)
+
+    size, change = look(
+        lambda b: solve(b)[0],
+        equations._replace(at=lambda v: jax.lax.stop_gradient(equations.at(v))),
+        # How far the solver came, and rounding, count by the largest component.
+        Step(v, step, unit if unknown.has_pairs else least, unknown.largest(unknown.far), most),
+        limits,
+        space.max,
+        floor=_SHARE,
+        number=1,
+        closely=closely,
+        alone=alone if system.operator.fixed_point else None,
+        mixed=True,
+    )
+    figures = figures._replace(
+        step=size,
+        change=change,
+        rcond=jnp.where(jnp.isfinite(rcond), rcond, 0),
+        residual=jnp.where(jnp.isfinite(residual), residual, jnp.inf),
+    )
+    return figures, step
+
+
+def _rough_solver(system: LinearSystem, limit: float) -> RoughSolve:
+    """(b, tol) -> A^-1 b, about, and the residual of that."""
+    space = system.space
     # A random right-hand side has 1/sqrt(n) of each direction, a singular one too.
-    enough = min(0.05 * _SHARE / space.size(v) ** 0.5, limits.residual / 2)
+    enough = min(0.05 * _SHARE / space.size(system.operator.example) ** 0.5, limit / 2)
 
     def solve(b: Tree, tol: float = enough) -> tuple[Tree, Any]:
-        """A^-1 b, about, and the residual of that."""
-        if system.roughly is not None and not operator.symmetric:
+        if system.roughly is not None and not system.operator.symmetric:
             return system.roughly(b, tol)
         size = space.max(b)
         b = jax.tree.map(lambda leaf: leaf / jnp.where(size > 0, size, 1), b)
@@ -200,40 +209,16 @@ def _applied(
         residual = divide(space.norm(left), space.norm(b))
         return jax.tree.map(lambda leaf: leaf * size, x), residual
 
-    relative = jax.tree.map(jnp.divide, f, rows)
-    norm = space.norm(relative)
-    share = _SHARE / jnp.sqrt(space.dot(every, every))
-    mixed = jax.tree.map(lambda a, w: divide(a, norm) + share * w, relative, every)
-    found, residual = solve(_times(rows, mixed))
-    step = jax.tree.map(lambda leaf: norm * leaf, found)
-    inverse = jax.tree.map(jnp.divide, found, d)
-    rcond = space.norm(mixed) / space.norm(inverse)
+    return solve
 
-    def alone(step: Tree) -> Tree:
-        others = jax.tree.map(lambda row, w: norm * share * row * w, rows, every)
-        return combine(-1, solve(others, _LOOSE)[0], step)
 
-    size, change = look(
-        lambda b: solve(b)[0],
-        lambda v: jax.lax.stop_gradient(again(v)),
-        along,
-        # How far the solver came, and rounding, count by the largest component.
-        Step(v, step, unit if unknown.has_pairs else least, unknown.largest(unknown.far), most),
-        limits,
-        space.max,
-        floor=_SHARE,
-        number=1,
-        closely=closely,
-        alone=alone if operator.fixed_point else None,
-        mixed=True,
-    )
-    figures = figures._replace(
-        step=size,
-        change=change,
-        rcond=jnp.where(jnp.isfinite(rcond), rcond, 0),
-        residual=jnp.where(jnp.isfinite(residual), residual, jnp.inf),
-    )
-    return figures, step
+def _unanswered(system: LinearSystem, v: Tree, along: Along, rows: Tree) -> Any:
+    """How much of dF/dt p no direction of x answers, relative."""
+    b = along(v, jax.tree.map(jnp.zeros_like, v), jnp.uint32(0))
+    (u,) = system.apply_inverse([b])
+    left = jax.tree.map(jnp.divide, combine(-1, system.image(u), b), rows)
+    whole = jax.tree.map(jnp.divide, b, rows)
+    return divide(system.space.max(left), system.space.max(whole))
 
 
 def _sizes_of_equations(

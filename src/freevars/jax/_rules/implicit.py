@@ -34,6 +34,7 @@ from freevars.jax import _compat
 from freevars.jax._rules.constrained import Constrained
 from freevars.jax._rules.coordinates import Coordinates, Space, probe
 from freevars.jax._rules.operator import LinearOperator
+from freevars.jax._rules.seen import Equations
 from freevars.jax._rules.totals import completed
 from freevars.jax._solver.problem import Problem, count
 
@@ -169,6 +170,11 @@ class Linearised(NamedTuple):
     # dF at x along a direction of x, and one of the moving leaves, of this number
     along: Callable[[Tree, Tree, Any], Tree]
     to_x: Callable[[Tree], Any]  # a direction of x from its coordinates
+
+    @property
+    def equations(self) -> Equations:
+        """F, as the verdict asks it."""
+        return Equations(self.f, self.at, self.along)
 
 
 def linearise(

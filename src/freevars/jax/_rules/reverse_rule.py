@@ -16,6 +16,7 @@ from freevars.jax._rules import diagnostics, implicit, refusal, reverse
 from freevars.jax._rules.coordinates import Space
 from freevars.jax._rules.operator import LinearOperator
 from freevars.jax._rules.rule import Rule
+from freevars.jax._rules.seen import Equations
 from freevars.jax._rules.sizes import Unknown, limits_of
 from freevars.jax._rules.system import guarded
 from freevars.jax._solver.problem import Problem, count
@@ -117,7 +118,7 @@ def solve_by_rows(
     system = rule.method.prepare_matrix(operator, space, rows, sizes)
     found, good = None, True
     if rule.check:
-        found = diagnostics.measure(system, unknown, at(v), at)
+        found = diagnostics.measure(system, unknown, Equations(at(v), at))
         good = found.good
     assert system.scaled is not None  # noqa: S101 (a matrix is given)
     apply = system.scaled.transpose_of if transposed else system.scaled.of

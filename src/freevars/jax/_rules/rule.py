@@ -173,7 +173,7 @@ class Rule:
         from a solution that a step tells nothing, or so near that rounding is all that is left.
         """
         point, unknown, system = self.system(tree, leaves, x, x0, (), captured)
-        moved, _ = diagnostics.newton(system, unknown, point.f, point.at)
+        moved, _ = diagnostics.newton(system, unknown, point.equations)
         return point.coordinates.from_real(moved)
 
     @_compat.any_rank
@@ -188,7 +188,7 @@ class Rule:
     ) -> Any:
         """The verdict on x for a derivative by the moving leaves, and the Newton step."""
         point, unknown, system = self.system(tree, leaves, x, x0, moving, captured)
-        found = diagnostics.measure(system, unknown, point.f, point.at, point.along)
+        found = diagnostics.measure(system, unknown, point.equations)
         return found, point.coordinates.from_real(found.step)
 
     @_compat.any_rank
@@ -236,9 +236,8 @@ class Rule:
         moving leaves to that of -x, as a pytree. A refusal raises, so the map needs no guard."""
         x, finite = _where_finite(x, x0)
         point, unknown, system = self.system(tree, leaves, x, x0, moving, captured)
-        found = diagnostics.measure(
-            system, unknown, point.f, point.at, point.along, closely=closely
-        ).unless(finite)
+        found = diagnostics.measure(system, unknown, point.equations, closely=closely)
+        found = found.unless(finite)
 
         def minus(dots: list[Any]) -> Any:
             if not moving:
@@ -269,7 +268,7 @@ class Rule:
         point, unknown, system = self.system(tree, leaves, x, x0, moving, captured)
         found, good = None, True
         if self.check:
-            found = diagnostics.measure(system, unknown, point.f, point.at, point.along)
+            found = diagnostics.measure(system, unknown, point.equations)
             found = found.unless(finite)
             good = found.good
         dv = jax.tree.map(jnp.zeros_like, point.v)

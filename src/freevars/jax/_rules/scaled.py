@@ -18,9 +18,10 @@ import numpy as np
 
 from freevars._solvers.verdict import Figures, Limits
 from freevars.jax import _compat
-from freevars.jax._rules.closer import Step, look
+from freevars.jax._rules.closer import look
 from freevars.jax._rules.coordinates import magnitude, max_abs
 from freevars.jax._rules.krylov import divide
+from freevars.jax._rules.seen import Equations, Step
 
 __all__ = ["Scaled", "exponent", "factorise", "measure", "power_of_two", "two_to", "wrap"]
 
@@ -166,9 +167,7 @@ def measure(
     x: Vector,
     size: Vector,
     far: Vector,
-    f: Vector,
-    again: Callable[[Vector], Vector],
-    along: Callable[[Vector, Vector, Any], Vector] | None,
+    equations: Equations,
     *,
     closely: bool,
     least_squares: bool = False,
@@ -176,9 +175,8 @@ def measure(
     has_pairs: bool = False,
 ) -> tuple[Figures, Vector]:
     """The figures of a system at x, whose components are of a `size`: |x|, unless x has the parts
-    of complex numbers (`has_pairs`). F there is f, and the Newton step; F is `again`, and `along`
-    its direction for one of x and one, of a number, of what it is differentiated by. `closely`
-    as in `look`."""
+    of complex numbers (`has_pairs`); and the Newton step. `closely` as in `look`."""
+    f, along = equations.f, equations.along
     largest = max_abs(x)
     if len(x) == 1 and not least_squares:
         step = f / system.matrix[0]
@@ -195,8 +193,7 @@ def measure(
         least = jnp.maximum(least, size)
     relative, change = look(
         system.of,
-        again,
-        along,
+        equations,
         Step(x, step, least.astype(x.dtype), far, rounding),
         limits,
         max_abs,

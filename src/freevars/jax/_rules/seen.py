@@ -17,6 +17,7 @@ from freevars.jax import _compat
 
 __all__ = [
     "NO_LONGER",
+    "Equations",
     "Seen",
     "Step",
     "Units",
@@ -35,6 +36,16 @@ _PART = 1 / 16  # of a step: a function is straight along it where Newton's meth
 _HALF = 1 / 2  # of a step: what is lost in coarse arithmetic is on its scale
 _BLURRED = 0.5  # how far it is from that where it does not see a change of x
 NO_LONGER = 16  # than the first step is a second one where both are noise
+
+
+class Equations(NamedTuple):
+    """F at x, and how it is asked elsewhere."""
+
+    f: Tree
+    at: Callable[[Tree], Tree]
+    # (v, d, number) -> the direction of F at v, for the direction d of x and one, of this number,
+    # of what F is differentiated by; None: not known. Then a step has to be certain.
+    along: Callable[[Tree, Tree, Any], Tree] | None = None
 
 
 class Step(NamedTuple):
