@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.parallel import DistributedDataParallel
 
 import freevars.torch as fv
+from freevars.torch._rules.coupling import check_shared
 
 F64 = torch.float64
 
@@ -48,6 +49,7 @@ class Setting:
 
     def __init__(self) -> None:
         torch.manual_seed(0)
+        self.rank = dist.get_rank()
         self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).to(F64)
         self.plain = copy.deepcopy(self.net)
         self.data = torch.randn(16, 4, dtype=F64)
@@ -172,6 +174,61 @@ def check_unknowns_of_several_processes(s: Setting) -> None:
         for _ in range(40):
             y = weights * y.cos() + shared
         same([g], torch.autograd.grad(y.sum(), w))
+
+
+def check_one_unknown_of_several_processes(s: Setting) -> None:
+    """Each process has a part of the equations: the system is the same in all where x is averaged
+    backward, and only there."""
+    n = dist.get_world_size()
+    weights = torch.tensor([0.5, 0.9], dtype=F64)
+    a, parts = weights[s.rank].clone().requires_grad_(), weights.clone().requires_grad_()
+    k = torch.arange(1, 4, dtype=F64)
+
+    def mine(x: Tensor) -> Tensor:
+        return collectives.all_reduce((a * k * x).tanh()) / n / 2 + 1
+
+    solve, zero = fv.fixed_point(iterate), torch.zeros(3, dtype=F64)
+    x = solve(lambda x: mine(collectives.all_reduce(x) / n), zero)
+    expected = solve(lambda x: sum((p * k * x).tanh() for p in parts) / n / 2 + 1, zero)
+    (whole,) = torch.autograd.grad(expected.sum(), parts)
+    same(torch.autograd.grad(x.sum(), a), [n * whole[s.rank]])  # each process has a sum of its own
+    try:
+        torch.autograd.grad(solve(mine, zero).sum(), a)
+    except NotImplementedError as error:
+        assert "derivatives by it that differ" in str(error)  # noqa: PT017 (no pytest here)
+    else:
+        message = "a part of the derivative by the unknown was taken for the whole"
+        raise AssertionError(message)
+
+
+class _OfTheFirst(torch.autograd.Function):
+    """What the first process has, in all."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        del ctx
+        x = x.clone()
+        dist.broadcast(x, 0)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        del ctx
+        g = g.clone()
+        dist.all_reduce(g)
+        return g if dist.get_rank() == 0 else torch.zeros_like(g)
+
+
+def check_a_coupling_in_one_direction(s: Setting) -> None:
+    """The process that all depend on refuses; nobody waits for the other, which finds nothing."""
+    x = torch.full((1, 3), 1.0 + s.rank, dtype=F64, requires_grad=True)
+    try:
+        check_shared(x, _OfTheFirst.apply(x).tanh() - x, "solve")
+    except NotImplementedError as error:
+        assert "unknowns that differ" in str(error)  # noqa: PT017 (no pytest here)
+        assert s.rank == 0
+    else:
+        assert s.rank == 1
 
 
 def _mean_of_all(x: Tensor) -> Tensor:
@@ -310,6 +367,8 @@ CHECKS = (
     check_fully_sharded,
     check_collectives,
     check_unknowns_of_several_processes,
+    check_one_unknown_of_several_processes,
+    check_a_coupling_in_one_direction,
     check_captured_dtensor,
     check_dtensor_unknown,
     check_matrices,
