@@ -7,6 +7,7 @@ the derivative of the system's root (`implicit`), and refusals (`refusal`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
@@ -166,34 +167,9 @@ def _conditions(
         return (pair.active | (pair.certain <= least)) if of.one_sided else pair.active
 
     near = Limits.of(coordinates.eps).certain
-
-    def at_bound(x: Any, bound: Any, gap: Any) -> Any:
-        constant = jax.lax.stop_gradient(x - bound)
-        return kkt.on_the_spot(jnp, x - bound, constant, jnp.abs(gap) <= near)
-
-    def row(lower: Pair, upper: Pair, fixed: Any, x: Any, sides: Any, gaps: Any, slope: Any) -> Any:
-        below, above = (at_bound(x, *side) for side in zip(sides, gaps, strict=True))
-        # Of two sides that fix a component, the one that holds it. No `where`: x may be sharded
-        # where its bounds are not.
-        at_lower = (fixed & ~upper.active) | (~fixed & keeps(lower))
-        return jnp.where(at_lower, below, jnp.where(keeps(upper), above, slope))
-
-    leaves, tree = jax.tree.flatten(v)
-    rows = [
-        row(*parts)
-        for parts in zip(
-            pairs(scaled.lower),
-            pairs(scaled.upper),
-            jax.tree.leaves(at.fixed),
-            leaves,
-            zip(*map(jax.tree.leaves, (at.lower, at.upper)), strict=True),
-            zip(*map(jax.tree.leaves, scaled.gaps[:2]), strict=True),
-            [slope / units.slope for slope in jax.tree.leaves(gradient)],
-            strict=True,
-        )
-    ]
+    slopes = jax.tree.map(lambda slope: slope / units.slope, gradient)
+    f: dict[str, Any] = {"x": _rows_of_x(at, scaled, v, slopes, keeps, near)}
     values = {name: value / units.values[name] for name, value in values.items()}
-    f: dict[str, Any] = {"x": tree.unflatten(rows)}
     if "equality" in values:
         f["equality"] = values["equality"]
     if scaled.inequality is not None:
@@ -212,6 +188,41 @@ def _conditions(
         refused = jax.lax.stop_gradient(refused)
         f = jax.tree.map(lambda leaf: jnp.where(refused, jnp.nan, leaf), f)
     return f
+
+
+def _rows_of_x(
+    at: Functions,
+    scaled: Scaled,
+    v: Tree,
+    slopes: Tree,
+    keeps: Callable[[Pair], Any],
+    near: float,
+) -> Tree:
+    """The equations of x: the bound of a component where one `keeps` it, else its slope."""
+
+    def at_bound(x: Any, bound: Any, gap: Any) -> Any:
+        constant = jax.lax.stop_gradient(x - bound)
+        return kkt.on_the_spot(jnp, x - bound, constant, jnp.abs(gap) <= near)
+
+    def row(lower: Pair, upper: Pair, fixed: Any, x: Any, sides: Any, gaps: Any, slope: Any) -> Any:
+        below, above = (at_bound(x, *side) for side in zip(sides, gaps, strict=True))
+        # Of two sides that fix a component, the one that holds it. No `where`: x may be sharded
+        # where its bounds are not.
+        at_lower = (fixed & ~upper.active) | (~fixed & keeps(lower))
+        return jnp.where(at_lower, below, jnp.where(keeps(upper), above, slope))
+
+    leaves, tree = jax.tree.flatten(v)
+    rows = map(
+        row,
+        pairs(scaled.lower),
+        pairs(scaled.upper),
+        jax.tree.leaves(at.fixed),
+        leaves,
+        zip(*map(jax.tree.leaves, (at.lower, at.upper)), strict=True),
+        zip(*map(jax.tree.leaves, scaled.gaps[:2]), strict=True),
+        jax.tree.leaves(slopes),
+    )
+    return tree.unflatten(list(rows))
 
 
 @_compat.any_rank
