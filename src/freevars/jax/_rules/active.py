@@ -12,12 +12,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from freevars._solvers import kkt
 from freevars._solvers.kkt import Pair
 from freevars.jax import _compat
-from freevars.jax._rules.coordinates import Coordinates, firm_probe, max_abs
+from freevars.jax._rules.coordinates import Coordinates, firm_probe, max_abs, split_like
 from freevars.jax._solver.problem import Problem
 
 __all__ = ["Functions", "Scaled", "flat", "pairs", "positive", "rows_of"]
@@ -167,11 +166,12 @@ def _natural(
     rows = positive(jnp.sum(jnp.abs(matrix) * flat(size), axis=1))
     by_rows = matrix.T @ (firm_probe(rows, 13) / rows)
     largest = jnp.max(flat(size), initial=at.way)
-    parts = jnp.split(by_rows, np.cumsum([leaf.size for leaf in jax.tree.leaves(v)])[:-1])
     leaves, tree = jax.tree.flatten(size)
     found = [
-        kkt.natural_size(jnp, d, jnp.abs(c) + jnp.abs(jnp.reshape(r, d.shape)), largest, eps)
-        for d, c, r in zip(leaves, jax.tree.leaves(coupling), parts, strict=True)
+        kkt.natural_size(jnp, d, jnp.abs(c) + jnp.abs(r), largest, eps)
+        for d, c, r in zip(
+            leaves, jax.tree.leaves(coupling), split_like(by_rows, leaves), strict=True
+        )
     ]
     return tree.unflatten(found)
 

@@ -14,7 +14,8 @@ same on every device for any unknown. A copy counts once. Not here: anything abo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import jax
@@ -22,7 +23,16 @@ import jax.numpy as jnp
 
 from freevars.jax import _compat
 
-__all__ = ["Coordinates", "Space", "firm_probe", "known_size", "magnitude", "max_abs", "probe"]
+__all__ = [
+    "Coordinates",
+    "Space",
+    "firm_probe",
+    "known_size",
+    "magnitude",
+    "max_abs",
+    "probe",
+    "split_like",
+]
 
 Tree: TypeAlias = Any  # a pytree of real arrays of one dtype
 _LARGE = 2**20
@@ -198,6 +208,16 @@ def magnitude(a: Any) -> Any:
 def max_abs(a: Any, axis: int | None = None) -> Any:
     """The largest absolute value of an entry, 0 of none; infinity where one is NaN."""
     return jnp.max(magnitude(a), axis=axis, initial=0)
+
+
+def split_like(vector: Any, like: Iterable[Any]) -> list[Any]:
+    """A vector in parts of the shapes of some arrays; axes in front of its own stay in front."""
+    lead, parts, start = vector.shape[:-1], [], 0
+    for shape in (a.shape for a in like):
+        end = start + math.prod(shape)
+        parts.append(vector[..., start:end].reshape((*lead, *shape)))
+        start = end
+    return parts
 
 
 def known_size(n: Any) -> int:

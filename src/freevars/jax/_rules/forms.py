@@ -5,7 +5,6 @@ Not here: which form a solver takes (`freevars._solvers.integration`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from freevars.jax import _compat
-from freevars.jax._rules.coordinates import Coordinates
+from freevars.jax._rules.coordinates import Coordinates, split_like
 
 __all__ = ["Flat"]
 
@@ -27,10 +26,10 @@ class Flat:
         self._coordinates = Coordinates(types)
         real = jax.eval_shape(self._coordinates.to_real, types)
         parts, self._tree = jax.tree.flatten(real)
-        self._shapes = [p.shape for p in parts]
+        self._parts = parts
         self.dtype = self._coordinates.dtype
         self.eps = self._coordinates.eps
-        self.size = sum(map(math.prod, self._shapes))
+        self.size = sum(part.size for part in parts)
 
     def ravel(self, arrays: Sequence[Any]) -> Any:
         """Float[n]."""
@@ -40,13 +39,9 @@ class Flat:
 
     def unravel(self, vector: Any) -> list[Any]:
         """Any axes in front of the vector's own stay in front."""
-        lead, parts, start = vector.shape[:-1], [], 0
-        for shape in self._shapes:
-            end = start + math.prod(shape)
-            parts.append(vector[..., start:end].reshape((*lead, *shape)))
-            start = end
+        parts = split_like(vector, self._parts)
         arrays = self._coordinates.from_real(self._tree.unflatten(parts))
         return [
-            a if sharding is None else _compat.placed(a, sharding, len(lead))
+            a if sharding is None else _compat.placed(a, sharding, vector.ndim - 1)
             for a, sharding in zip(arrays, self._spread, strict=True)
         ]

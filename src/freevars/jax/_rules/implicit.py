@@ -32,7 +32,7 @@ from freevars._sequences import replaced
 from freevars.errors import StructureError
 from freevars.jax import _compat
 from freevars.jax._rules.constrained import Constrained
-from freevars.jax._rules.coordinates import Coordinates, Space, probe
+from freevars.jax._rules.coordinates import Coordinates, Space, probe, split_like
 from freevars.jax._rules.operator import LinearOperator
 from freevars.jax._rules.seen import Equations
 from freevars.jax._rules.totals import completed
@@ -66,11 +66,7 @@ def zero(value: Value, v: Tree, coordinates: Coordinates) -> Tree:
         [jnp.ravel(leaf).astype(coordinates.dtype) for leaf in jax.tree.leaves(equations)]
     )
     leaves, tree = jax.tree.flatten(v)
-    parts, start = [], 0
-    for leaf in leaves:
-        parts.append(joined[start : start + leaf.size].reshape(leaf.shape))
-        start += leaf.size
-    return tree.unflatten(parts)
+    return tree.unflatten(split_like(joined, leaves))
 
 
 def stationary(value: Value, v: Tree, coordinates: Coordinates) -> Tree:

@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from freevars.jax._rules.coordinates import split_like
+
 __all__ = ["LinearOperator", "lineax_module"]
 
 Tree: TypeAlias = Any
@@ -100,16 +102,7 @@ class LinearOperator:
 
     def unravel(self, vector: Any) -> Tree:
         """The pytree of a `vector` of shape (size,)."""
-        return self._tree.unflatten(self._parts(vector[None], lambda part: part[0]))
-
-    def _parts(self, rows: Any, last: Callable[[Any], Any] = lambda part: part) -> list[Any]:
-        """Rows of shape (k, size) as an array (k, ...) for each leaf."""
-        parts, start = [], 0
-        for leaf in jax.tree.leaves(self.structure):
-            part = rows[:, start : start + leaf.size].reshape(rows.shape[0], *leaf.shape)
-            parts.append(last(part))
-            start += leaf.size
-        return parts
+        return self._tree.unflatten(split_like(vector, jax.tree.leaves(self.structure)))
 
     def as_matrix(self) -> Any:
         """The matrix of shape (size, size), by as many applications of the operator."""
@@ -117,12 +110,12 @@ class LinearOperator:
 
     def columns(self, which: Any) -> Any:
         """The columns `which` of the matrix, each as a row: shape (k, size) for k indices."""
-        dtype = jax.tree.leaves(self.structure)[0].dtype
-        rows = (which[:, None] == jnp.arange(self.size)[None]).astype(dtype)
+        leaves = jax.tree.leaves(self.example)
+        rows = (which[:, None] == jnp.arange(self.size)[None]).astype(leaves[0].dtype)
         # Zeros like the example bring along over which axes of an enclosing shard_map it varies.
         units = [
             part + jnp.zeros_like(leaf)[None]
-            for part, leaf in zip(self._parts(rows), jax.tree.leaves(self.example), strict=True)
+            for part, leaf in zip(split_like(rows, leaves), leaves, strict=True)
         ]
         images = jax.tree.leaves(jax.vmap(self._matvec)(self._tree.unflatten(units)))
         return jnp.concatenate([image.reshape(which.shape[0], -1) for image in images], axis=1)
