@@ -9,7 +9,7 @@ import scipy.sparse
 import scipy.sparse.linalg
 
 import freevars.jax as fv
-from freevars.jax._rules import iterative, krylov, scaled
+from freevars.jax._rules import iterative, krylov, powers
 from freevars.jax._rules.coordinates import Space
 from freevars.jax._rules.iterative import Choice, Units, solve_by_default
 from freevars.jax._rules.operator import LinearOperator
@@ -273,9 +273,9 @@ def test_division_and_the_limit_of_what_is_written_out():
 def test_units_are_powers_of_two_as_exponents(dtype):
     top = np.finfo(dtype).maxexp - 2
     exponents = np.array([-top, -3, 0, 5, top], np.int16)
-    powers = scaled.two_to(exponents, jnp.dtype(dtype))
-    np.testing.assert_array_equal(powers, np.ldexp(np.ones(5, dtype), exponents))
-    np.testing.assert_array_equal(scaled.exponent(1.5 * powers), exponents)
+    found = powers.two_to(exponents, jnp.dtype(dtype))
+    np.testing.assert_array_equal(found, np.ldexp(np.ones(5, dtype), exponents))
+    np.testing.assert_array_equal(powers.exponent(1.5 * found), exponents)
     v = np.array([1.5, -2.0, 0.0, np.nan, 3.0], dtype)
     units = Units(jnp.array([4, -7, 100, 1, -3], jnp.int16))
     np.testing.assert_array_equal(units.times(v)[:2], v[:2] * np.array([16, 1 / 128], dtype))

@@ -30,7 +30,7 @@ from freevars.jax._rules.active import (
     rows_of,
 )
 from freevars.jax._rules.coordinates import Coordinates, max_abs, probe
-from freevars.jax._rules.scaled import power_of_two
+from freevars.jax._rules.powers import power_of_two
 from freevars.jax._rules.sizes import limits_of
 from freevars.jax._solver.problem import Problem, count
 

@@ -19,6 +19,7 @@ from freevars.jax._rules import krylov, scaled
 from freevars.jax._rules.coordinates import Space, probe
 from freevars.jax._rules.krylov import Solution, System
 from freevars.jax._rules.operator import LinearOperator, lineax_module
+from freevars.jax._rules.powers import exponent, two_to
 from freevars.jax._rules.system import times, where
 from freevars.jax._solver.unknown import like
 
@@ -177,7 +178,7 @@ class Units(NamedTuple):
 
         def product(e: Any, v: Any) -> Any:
             # It depends on v, or XLA would write D out before a loop and keep it.
-            return scaled.two_to(jnp.where(v == v, sign * e, 0), v.dtype) * v  # noqa: PLR0124
+            return two_to(jnp.where(v == v, sign * e, 0), v.dtype) * v  # noqa: PLR0124
 
         return jax.tree.map(product, self.exponents, v)
 
@@ -215,7 +216,7 @@ def symmetric_units(operator: LinearOperator, space: Space) -> Tried:
         largest = space.max(scaled_rows)
 
         def missing(row: Any, largest: Any = largest) -> Any:
-            above = scaled.exponent(largest) - scaled.exponent(row)
+            above = exponent(largest) - exponent(row)
             wide = (row > 0) & jnp.isfinite(largest) & (above > _ALIKE)
             return jnp.where(wide, above // 2, 0)
 
