@@ -19,7 +19,7 @@ from freevars.jax._rules import krylov, scaled
 from freevars.jax._rules.coordinates import Space, probe
 from freevars.jax._rules.krylov import Solution, System
 from freevars.jax._rules.operator import LinearOperator, lineax_module
-from freevars.jax._rules.powers import exponent, two_to
+from freevars.jax._rules.powers import exponent, power_of_two, two_to
 from freevars.jax._rules.system import times, where
 from freevars.jax._solver.unknown import like
 
@@ -123,11 +123,11 @@ def _by_krylov(
 
     # In units in which b and A b are about 1, no square of anything overflows.
     b = by(b)
-    b_scale = _power_of_two(space.max(b))
+    b_scale = power_of_two(space.max(b))
     # Behind a barrier, as XLA joins the factors of a product with a constant b otherwise.
     b = jax.lax.optimization_barrier(times(1 / b_scale, b))
     image = by(operator.matvec(by(b)))
-    scale = _power_of_two(space.max(image))
+    scale = power_of_two(space.max(image))
 
     def matvec(v: Tree) -> Tree:
         return times(1 / scale, by(operator.matvec(by(v))))
@@ -300,12 +300,6 @@ def nan_unless_solved(
         normal, scale = (space.norm(operator.rmatvec(r)) for r in (left, b))
         good |= normal <= tol * scale
     return where(good, x)
-
-
-def _power_of_two(x: Any) -> Any:
-    """One near x, so that a product with it rounds nothing; 1 for what has none."""
-    good = (x > 0) & jnp.isfinite(x)
-    return jnp.where(good, jnp.exp2(jnp.round(jnp.log2(jnp.where(good, x, 1)))), 1)
 
 
 def is_sharded(operator: LinearOperator) -> bool:
