@@ -24,7 +24,7 @@ from freevars.errors import FreevarsError
 from freevars.torch import _compat
 from freevars.torch._rules import comparison, diagnostics
 from freevars.torch._rules.conserved import completion
-from freevars.torch._rules.coupling import check_independent, check_shared
+from freevars.torch._rules.coupling import check_independent, check_same_steps, check_shared
 from freevars.torch._rules.dense import Dense
 from freevars.torch._rules.derivative import Derivative
 from freevars.torch._rules.forms import is_smooth
@@ -160,6 +160,8 @@ class Condition:
         plain = Solution(*(t.detach() for t in at)), tuple(v.detach() for v in values)
         with naming_reentrant_checkpoints(at.f, self.rule.name):
             derivative, system = self._system_at(*plain)
+            if self.communicates and not isinstance(system, Dense):
+                check_same_steps(derivative.at, derivative.f, b, self.rule.name)
             u = system.solve(b, transposed=transposed)
             judged = self._judge(system, derivative, *plain)
         if judged.all_good:

@@ -20,7 +20,7 @@ from torch import Tensor
 from freevars.errors import StructureError
 from freevars.torch._rules.sharded import communicates
 
-__all__ = ["check_independent", "check_shared"]
+__all__ = ["check_independent", "check_same_steps", "check_shared"]
 
 
 def check_independent(leaf: Tensor, f: Tensor, name: str) -> None:
@@ -46,24 +46,10 @@ def check_shared(at: Tensor, f: Tensor, name: str) -> None:
     that are coupled take the same steps here. `name` is that of the solver."""
     if not communicates(f):
         return
-    w, eps = _weights(f), torch.finfo(at.dtype).eps ** 0.5
-
-    def pulled(c: Tensor | float) -> Tensor:
-        (product,) = torch.autograd.grad(
-            f, at, (c * w).to(f.dtype), retain_graph=True, materialize_grads=True
-        )
-        return product.detach().to(w.dtype)
-
-    product = pulled(1)
-    differ = []
-    for own in (at.detach().to(w.dtype), product):
-        c = (w * own).sum()
-        apart = (pulled(c) - c * product).abs().max()
-        differ.append(bool(apart > eps * (w * own.abs()).sum() * product.abs().max()))
-    # Whoever is coupled with one that has found it has to know.
-    told = bool((pulled(float(any(differ))).abs() > 0).any())
-    if told or any(differ):
-        unknowns, derivatives = differ
+    product = _pulled(at, f, 1)
+    unknowns = _differs(at, f, product, at)
+    derivatives = _differs(at, f, product, product)
+    if _told_any(at, f, unknowns or derivatives):
         kind = "unknowns" if unknowns else "derivatives by it" if derivatives else "some"
         message = (
             f"{name}: expected equations that a collective couples over processes to be of one "
@@ -76,7 +62,45 @@ def check_shared(at: Tensor, f: Tensor, name: str) -> None:
         raise NotImplementedError(message)
 
 
+def check_same_steps(at: Tensor, f: Tensor, b: Tensor, name: str) -> None:
+    """Refuses right sides `b` that differ between processes that `f` couples: the steps of an
+    iteration, which products with A couple too, would be different ones in each."""
+    if not communicates(f):
+        return
+    if _told_any(at, f, _differs(at, f, _pulled(at, f, 1), b)):
+        message = (
+            f"{name}: expected the derivative of a loss that a collective couples over processes "
+            "to be the same in all of these where its linear system is too large for a matrix, "
+            "got one of its own in each. Take the mean of the result over the processes, by an "
+            "all_reduce with a derivative, before anything else: that averages its gradient."
+        )
+        raise NotImplementedError(message)
+
+
+def _pulled(at: Tensor, f: Tensor, c: Tensor | float) -> Tensor:
+    """A^T (c w)."""
+    u = (c * _weights(f)).to(f.dtype)
+    (product,) = torch.autograd.grad(f, at, u, retain_graph=True, materialize_grads=True)
+    return product.detach().double()
+
+
+def _differs(at: Tensor, f: Tensor, product: Tensor, own: Tensor) -> bool:
+    """Whether a tensor differs between this process and those coupled with it; `product` is
+    A^T w."""
+    own = own.detach().double()
+    weights = _weights(own)
+    c = (weights * own).sum()
+    apart = (_pulled(at, f, c) - c * product).abs().max()
+    least = torch.finfo(at.dtype).eps ** 0.5 * (weights * own.abs()).sum()
+    return bool(apart > least * product.abs().max())
+
+
+def _told_any(at: Tensor, f: Tensor, found: bool) -> bool:  # noqa: FBT001
+    """Whether this process, or one that is coupled with it, has found something."""
+    return bool((_pulled(at, f, float(found)).abs() > 0).any()) or found
+
+
 def _weights(like: Tensor) -> Tensor:
-    """Positive numbers without a pattern, the same in every process."""
+    """Positive float64 numbers without a pattern, the same in every process."""
     k = torch.arange(like.numel(), dtype=torch.float64, device=like.device)
-    return (1.5 + torch.sin(k * k)).reshape(like.shape).to(like.dtype)
+    return (1.5 + torch.sin(k * k)).reshape(like.shape)
