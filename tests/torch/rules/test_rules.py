@@ -609,6 +609,20 @@ def test_nothing_unknown() -> None:
     assert not torch.autograd.grad(x.sum(), a)[0].any()
 
 
+@pytest.mark.parametrize("n", [3, 600])
+def test_tensors_without_numbers(n) -> None:
+    """A model on the device "meta" has shapes, and so have its derivatives."""
+    with torch.device("meta"):
+        lin = torch.nn.Linear(n, n)
+        x0 = torch.zeros(n)
+    for rule in (root, fixed_point, argmin):
+        x = rule(lambda fun, x0: x0)(
+            (lambda x: (x - lin(x)).square().sum()) if rule is argmin else lin, x0
+        )
+        grads = torch.autograd.grad(x.sum(), list(lin.parameters()))
+        assert [(g.shape, g.is_meta) for g in grads] == [((n, n), True), ((n,), True)]
+
+
 def test_half_precision() -> None:
     a = torch.tensor([2.0, 3.0], dtype=torch.bfloat16, requires_grad=True)
     x = root(lambda fun, x0: x0 - fun(x0))(lambda x: 2 * x - 2 * a, a.detach())

@@ -62,7 +62,7 @@ def attached(
 
 def _is_tiny(x: Tensor, x0: Tensor) -> bool:
     """Whether a problem's whole solution is tiny next to how far the solver came."""
-    if not x.numel():
+    if not x.numel() or x.is_meta:
         return False
     size, way = x.abs().amax(1), (x - x0).abs().amax(1)
     return bool(((size > 0) & (size <= torch.finfo(x.dtype).eps ** 0.5 * way)).any())

@@ -154,8 +154,8 @@ class Condition:
     ) -> Tensor:
         """`u` with A u = b or A^T u = b, for `b` of one more axis also many at once; raises, or is
         NaN, where it cannot be trusted. A problem without a share in `b` is not asked about."""
-        if not b.numel():
-            return b
+        if not b.numel() or b.is_meta:  # there are no numbers to solve with
+            return torch.empty_like(b)
         check_not_exported(self.rule.name)
         plain = Solution(*(t.detach() for t in at)), tuple(v.detach() for v in values)
         with naming_reentrant_checkpoints(at.f, self.rule.name):
