@@ -128,6 +128,18 @@ def test_times(ts) -> None:
         np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("ts", [[0.1, 0.1, 0.8], [0.8, 0.8]], ids=["twice", "still"])
+def test_times_that_are_equal_move_in_a_second_derivative(ts) -> None:
+    """Nothing is solved between them, and the way from one to the other has derivatives still."""
+    args = (ARGS[0], jnp.asarray(ARGS[1]), jnp.asarray(ts))
+    dots = (1.0, jnp.array([0.3, -0.5]), jnp.arange(1.0, len(ts) + 1))
+    solve = fv.odeint(rk4)
+    second = lambda fun: jax.jvp(jax.grad(fun, ALL), args, dots)[1]
+    got = second(lambda *args: oscillator(solve, *args))
+    for x, y in zip(got, second(exact), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.slow
 def test_structures_and_types() -> None:
     """A pytree with a complex state; captured integers; both modes, by all that is complex."""

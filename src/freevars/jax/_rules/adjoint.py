@@ -32,7 +32,9 @@ class OdeSolver(Protocol):
     @property
     def rule(self) -> OdeRule: ...
 
-    def integrate(self, field: Field, state: Arrays, ts: Any, options: Any, takes: Any) -> Arrays:
+    def integrate(
+        self, field: Field, state: Arrays, ts: Any, options: Any, takes: Any, *, leg: bool
+    ) -> Arrays:
         """The states at the times, with a leading axis over these."""
 
     def takes(self, y0: Any) -> Any: ...
@@ -59,6 +61,7 @@ class BySolver:
     solver: OdeSolver
     tree: Any  # of the problem, (y0, ts), the options, the recorded states
     moving: tuple[int, ...]  # the leaves of the problem that move
+    leg: bool  # whether the times are two that may be equal
 
     def forward(self, given: Sequence[Any], x: Sequence[Any]) -> Sequence[Any]:
         out, error = _forward(self, list(given), list(x))
@@ -117,7 +120,7 @@ def _sensitivities(by: BySolver, of: Recorded, columns: Arrays) -> tuple[Arrays,
         return [*of.f(t, of.p, y), *jax.vmap(push)(dp, d)]
 
     start = [*of.y0, *columns[n:]]
-    out = by.solver.integrate(field, start, of.ts, of.options, of.takes)
+    out = by.solver.integrate(field, start, of.ts, of.options, of.takes, leg=by.leg)
     return out[m:], _difference(of, out[:m], of.ys)
 
 
@@ -158,14 +161,9 @@ def _adjoint(by: BySolver, given: Arrays, g: Arrays) -> tuple[Arrays, Any]:
         costate, by_p = carry
         (now, before), y, ct = row
         costate = [a + b for a, b in zip(costate, ct, strict=True)]
-        start = [*y, *costate, *by_p]
-
-        def solve(start: Arrays) -> Arrays:
-            times = jnp.stack([-now, -before])
-            out = by.solver.integrate(field, start, times, of.options, of.takes)
-            return [leaf[-1].astype(a.dtype) for leaf, a in zip(out, start, strict=True)]
-
-        end = jax.lax.cond(now == before, lambda start: start, solve, start)
+        start, times = [*y, *costate, *by_p], jnp.stack([-now, -before])
+        out = by.solver.integrate(field, start, times, of.options, of.takes, leg=True)
+        end = [leaf[-1].astype(a.dtype) for leaf, a in zip(out, start, strict=True)]
         return (end[m : 2 * m], end[2 * m :]), end[:m]
 
     start = [_compat.like_type(jnp.zeros_like(y), ct) for y, ct in zip(of.y0, g, strict=True)]

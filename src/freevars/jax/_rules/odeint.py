@@ -7,6 +7,7 @@ field captures and of y_0 (`adjoint`).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, ParamSpec, TypeVar
@@ -20,7 +21,7 @@ from freevars._solvers.integration import ODE, OdeOptions, OdeRule, Takes
 from freevars._solvers.signature import SolverCall
 from freevars.errors import StructureError
 from freevars.jax import _compat
-from freevars.jax._convert.static import from_static
+from freevars.jax._convert.static import Static, from_static
 from freevars.jax._rules.adjoint import BySolver
 from freevars.jax._rules.forms import Flat
 from freevars.jax._rules.hosted import Hosted
@@ -70,7 +71,7 @@ class OdeintSolver(Integrator[P, R]):
             return call.fun(*self.rule.t_and_y(*at), *args, **kwargs)
 
         problem = self._problem(field, y0, ts, call.args, call.kwargs)
-        return self.solve(problem, (y0, ts), self.as_options(call.options))
+        return self.solve(problem, (y0, ts, Static(_ALL)), self.as_options(call.options))
 
     def _problem(self, field: Any, y0: Any, ts: Any, args: Any = (), kwargs: Any = None) -> Problem:
         """A field as a function of (t, y), with a value like y."""
@@ -102,7 +103,13 @@ class OdeintSolver(Integrator[P, R]):
         return ts if _compat.is_smooth(ts) else ts.astype(float)
 
     def _run_solver(self, problem: Problem, at: Any, options: Any) -> Any:
-        y0, ts = at
+        y0, ts, kind = at
+        run = functools.partial(self._run_through, problem, y0, ts, options)
+        return (
+            run() if kind.value == _ALL else _unless_still(run, y0, ts, has_aux=self.rule.has_aux)
+        )
+
+    def _run_through(self, problem: Problem, y0: Any, ts: Any, options: Any) -> Any:
         leaves, tree = jax.tree.flatten(y0)
         if self._hosted is not None:
             flat = Flat(leaves)
@@ -131,12 +138,12 @@ class OdeintSolver(Integrator[P, R]):
     # The rule.
 
     def _push(self, primals: Any, tangents: Any) -> Any:
-        problem, (y0, ts), options, own = primals
+        problem, (y0, ts, kind), options, own = primals
         self.refuse_lost(own, tangents)
         out = self._operation(*primals)
         ys = self.result_of(out)
         types = jax.tree.leaves(jax.tree.map(jax.typeof, ys))
-        d_start, dts = tangents[1]
+        d_start, dts, _ = tangents[1]
         moves = not _compat.is_symbolic_zero(dts)
         moving, dots = dots_of(tangents[0])
         terms = []
@@ -148,15 +155,18 @@ class OdeintSolver(Integrator[P, R]):
                     d - f * dts[0].astype(f.real.dtype) for d, f in zip(start, slopes, strict=True)
                 ]
             given, structure = jax.tree.flatten((problem, (y0, ts), options, ys))
-            by_solver = BySolver(self, structure, moving)
+            by_solver = BySolver(self, structure, moving, kind.value == _LEG)
             terms.append(_compat.linear_map(by_solver, given, [*dots, *start], types))
         if moves:
             every = jax.vmap(lambda t, y: problem.value((t, y), has_aux=False))(ts, ys)
             terms.append([_each(f, dts) for f in jax.tree.leaves(every)])
         return self.with_tangent(out, terms)
 
-    def integrate(self, field: Any, state: Any, ts: Any, options: Any, takes: Takes) -> list[Any]:
-        """Solve another equation, for a list of arrays."""
+    def integrate(
+        self, field: Any, state: Any, ts: Any, options: Any, takes: Takes, *, leg: bool
+    ) -> list[Any]:
+        """Solve another equation, for a list of arrays; over one leg, that between two times which
+        may be equal, the solver runs only where they are not."""
         flat = Flat(state)
         whole = takes == "array"
         pack = flat.ravel if whole else tuple
@@ -164,7 +174,29 @@ class OdeintSolver(Integrator[P, R]):
         # A solver returns strong types, even where the parameters are weakly typed.
         y0 = pack([jnp.asarray(part, part.dtype) for part in state])
         problem = self._problem(lambda at: pack(field(at[0], unpack(at[1]))), y0, ts)
-        return unpack(self.result_of(self.solve(problem, (y0, ts), options)))
+        at = (y0, ts, Static(_LEG if leg else _ALL))
+        return unpack(self.result_of(self.solve(problem, at, options)))
+
+
+_ALL, _LEG = "all times", "a leg"
+
+
+def _unless_still(run: Callable[[], Any], y0: Any, ts: Any, *, has_aux: bool) -> Any:
+    """What a solver finds at two times; y0 at both where they are equal, which few solvers take.
+
+    It is a value of the operation, below its rule: the derivative by the times remains.
+    """
+    types = jax.eval_shape(run)
+
+    def still() -> Any:
+        twice = jax.tree.map(lambda y: jnp.stack([y, y]), y0)
+        nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), types)
+        value = (twice, nothing[1]) if has_aux else twice
+        return jax.tree.map(
+            lambda a, like: _compat.like_type(a.astype(like.dtype), like), value, types
+        )
+
+    return jax.lax.cond(ts[0] == ts[1], still, run)
 
 
 def _each(f: Any, dts: Any) -> Any:
