@@ -24,7 +24,7 @@ start as g_N at the last time, be solved for backwards, and jump by g_i at each 
     sum_i <g_i, d_i> = <l(t_0), dy_0> + int_{t_0}^{t_N} <f_p^T l, dp> dt         adjoint equation
 
 Both are solved together with y: backwards from each recorded y_i, in s = -t, so that the solver is
-always given increasing times. Between equal times there is nothing to solve. Where an equation is
+always given increasing times. Between equal times the solver does not run. Where an equation is
 unstable backwards, the transpose can instead be computed from the sensitivities with respect to
 every number of p and y_0, solved for forwards, all at once. A time moves its own y_i by
 f(t_i, y_i) dt_i; the first one starts another solution, as a change of y_0 by -f(t_0, y_0) dt_0

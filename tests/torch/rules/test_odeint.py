@@ -73,6 +73,19 @@ def test_times(ts) -> None:
     torch.testing.assert_close(got, f.grad(exact, (0, 1, 2))(*args), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("ts", [[0.1, 0.1, 0.8], [0.8, 0.8]], ids=["twice", "still"])
+def test_times_that_are_equal_move_in_a_second_derivative(ts) -> None:
+    """Nothing is solved between them, and the way from one to the other has derivatives still."""
+    args = (*ARGS[:2], torch.tensor(ts, dtype=F64))
+
+    def second(fun):
+        slopes = f.grad(fun, (0, 1, 2))
+        return f.grad(lambda *a: sum(g.square().sum() for g in slopes(*a)), (0, 1, 2))(*args)
+
+    got = second(lambda *args: oscillator(fv.odeint(rk4), *args))
+    torch.testing.assert_close(got, second(exact), rtol=1e-4, atol=1e-4)
+
+
 def test_a_pytree_with_a_complex_state() -> None:
     def euler(field, y0, ts, n=300):
         h, y = (ts[-1] - ts[0]) / n, y0

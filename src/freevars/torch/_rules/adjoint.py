@@ -37,10 +37,18 @@ class Trajectory:
     first_option = 1
 
     def __init__(
-        self, solver: Any, fun: Fun, pack: Pack, takes: str, options: Remainder, states: int
+        self,
+        solver: Any,
+        fun: Fun,
+        pack: Pack,
+        takes: str,
+        options: Remainder,
+        states: int,
+        *,
+        leg: bool = False,  # between two times, which may be equal
     ) -> None:
         self.solver, self.fun, self.pack, self.takes = solver, fun, pack, takes
-        self.options, self.states = options, states
+        self.options, self.states, self.leg = options, states, leg
         self.start = 1 + options.count  # of the leaves of y_0
         self.end = self.start + states
         self.aux: Any = None
@@ -53,6 +61,11 @@ class Trajectory:
     def run(self, tensors: Sequence[Tensor], asked: Asked) -> Sequence[Tensor]:
         """Call the solver, with y_0 and the field in the form in which it takes them."""
         ts, y0 = tensors[0], list(tensors[self.start : self.end])
+        if self.leg and bool(_plain(ts[0] == ts[1]).all()):
+            # Few solvers take equal times. This is a value, below the rule, which gives the
+            # derivative by the times as for any others.
+            asked.note_if_none(lambda: ((ts[0], *y0), self.answer(tensors, (ts[0], *y0))))
+            return [torch.stack([y, y]) for y in y0]
         start = self.pack(y0)
         spec = pytree.tree_structure(start)
 
@@ -71,7 +84,14 @@ class Trajectory:
         return states
 
     def _solve(
-        self, fun: Fun, ts: Tensor, state: list[Tensor], options: Any, values: Any
+        self,
+        fun: Fun,
+        ts: Tensor,
+        state: list[Tensor],
+        options: Any,
+        values: Any,
+        *,
+        leg: bool = False,
     ) -> list[Tensor]:
         """Solve another equation by the same solver."""
         flat = Flat(state)
@@ -82,9 +102,8 @@ class Trajectory:
 
         start = [flat.ravel(state)] if whole else state
         pack: Pack = _first if whole else tuple
-        operation = Trajectory(
-            self.solver, packed if whole else fun, pack, self.takes, self.options, len(start)
-        )
+        parts = (self.solver, packed if whole else fun, pack, self.takes, self.options, len(start))
+        operation = Trajectory(*parts, leg=leg or self.leg)
         out = operate(operation, [ts, *options, *start, *values])
         return flat.unravel(out[0]) if whole else out
 
@@ -139,12 +158,12 @@ class Trajectory:
         by_p = [torch.zeros_like(values[i]) for i in wanted]
         gaps, sizes = [], self._sizes(ts, out, values)
         for i in range(len(ts) - 1, 0, -1):
-            if not bool(_plain(ts[i] == ts[i - 1]).all()):
-                times = torch.stack([-ts[i], -ts[i - 1]])
-                start = [*(y[i] for y in out), *costate, *by_p]
-                end = [leaf[-1] for leaf in self._solve(field, times, start, options, values)]
-                gaps.append(_difference(sizes, end[:m], [y[i - 1] for y in out]))
-                costate, by_p = end[m : 2 * m], end[2 * m :]
+            times = torch.stack([-ts[i], -ts[i - 1]])
+            start = [*(y[i] for y in out), *costate, *by_p]
+            ends = self._solve(field, times, start, options, values, leg=True)
+            end = [leaf[-1] for leaf in ends]
+            gaps.append(_difference(sizes, end[:m], [y[i - 1] for y in out]))
+            costate, by_p = end[m : 2 * m], end[2 * m :]
             costate = [a + ct[i - 1] for a, ct in zip(costate, g, strict=True)]
         error = torch.stack(gaps).amax() if gaps else torch.zeros(())
         return by_p, costate, error
