@@ -37,7 +37,7 @@ import torch.utils.checkpoint as _checkpoint
 from torch import Tensor
 
 from freevars.torch import _modes
-from freevars.torch._compat import CheckpointFunction, unwrap
+from freevars.torch._compat import CheckpointFunction, keeping_nothing_for_one, unwrap
 from freevars.torch._modes import CaptureMode, active
 
 __all__ = [
@@ -153,13 +153,14 @@ def _seen(raw: Callable[..., Any]) -> Callable[..., Any]:
 def _recomputed(raw: Callable[..., Any]) -> Callable[..., Any]:
     """For non-reentrant checkpointing, whose recomputation runs in the backward pass: without the
     watch it would save the captured tensors where the forward pass had saved the given ones, which
-    gives a wrong gradient that no check in PyTorch catches."""
+    gives a wrong gradient that no check in PyTorch catches. In what a rule records, see
+    `for_many_passes`."""
 
     @functools.wraps(raw)
     def hook(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         for watch in active():
             fn = watch.resume(fn)
-        return raw(fn, *args, **kwargs)
+        return raw(fn, *keeping_nothing_for_one(raw, args), **kwargs)
 
     hook.__freevars__ = True  # type: ignore[attr-defined]
     return hook

@@ -164,3 +164,26 @@ def test_what_was_written_to_is_computed_again() -> None:
 
     checkpoint(layer, b, use_reentrant=False)
     torch.testing.assert_close(found, [2 * b.detach()])
+
+
+@pytest.mark.parametrize("n", [3, 600])
+@pytest.mark.parametrize("polish", [False, True])
+def test_a_policy_inside_the_function(n, polish) -> None:
+    """What a selective checkpoint keeps is for one backward pass; a rule takes many through it."""
+    tanh = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.tanh.default])
+    a, zero = torch.full((n,), 0.5, dtype=F64, requires_grad=True), torch.zeros(n, dtype=F64)
+    solve = fixed_point(iterate.__wrapped__, polish=polish)
+
+    def plain(x: Tensor) -> Tensor:
+        return torch.tanh(a * x) + 1
+
+    def kept(x: Tensor) -> Tensor:
+        return checkpoint(plain, x, use_reentrant=False, context_fn=tanh)
+
+    found = []
+    for fun in (plain, kept):
+        x = solve(fun, zero)
+        first, again = (torch.autograd.grad(x.sum(), a, retain_graph=True)[0] for _ in range(2))
+        (g,) = torch.autograd.grad(x.sum(), a, create_graph=True)
+        found.append((first, again, *torch.autograd.grad(g.sum(), a)))
+    torch.testing.assert_close(found[1], found[0])

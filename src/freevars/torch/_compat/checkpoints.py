@@ -7,16 +7,24 @@ one inside another, or one that ends before the function does. What is different
 in one backward pass (`Saved`), or at once (`without_checkpoints`), needs its tensors at hand.
 """
 
+import inspect
+import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.utils.checkpoint as _checkpoint
 from torch import Tensor
 
-__all__ = ["Saved", "checkpointing", "without_checkpoints"]
+__all__ = [
+    "Saved",
+    "checkpointing",
+    "for_many_passes",
+    "keeping_nothing_for_one",
+    "without_checkpoints",
+]
 
 _autograd: Any = torch._C._autograd  # the stack of hooks for saved tensors has no public reader
 
@@ -44,6 +52,41 @@ def without_checkpoints() -> Iterator[None]:
     finally:
         for hooks in reversed(taken):
             _autograd._push_saved_tensors_default_hooks(*hooks)
+
+
+class _Thread(threading.local):
+    many_passes = False
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def for_many_passes() -> Iterator[None]:
+    """Inside, the checkpoints of a graph that many backward passes go through keep nothing by a
+    policy of their own (`create_selective_checkpoint_contexts`): it is gone after the first pass.
+    They compute the same without, from the start."""
+    before, _thread.many_passes = _thread.many_passes, True
+    try:
+        yield
+    finally:
+        _thread.many_passes = before
+
+
+def keeping_nothing_for_one(checkpoint: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """The arguments of a checkpoint after its function, as `for_many_passes` wants them."""
+    where = list(inspect.signature(checkpoint).parameters).index("context_fn") - 1
+    if not _thread.many_passes or len(args) <= where:
+        return args
+    context_fn = args[where]
+
+    def contexts() -> Any:
+        forward, again = context_fn()
+        if isinstance(again, _checkpoint._CachedTorchDispatchMode):
+            return nullcontext(), nullcontext()
+        return forward, again
+
+    return (*args[:where], contexts, *args[where + 1 :])
 
 
 class _Packed:

@@ -39,7 +39,7 @@ def record(
     is_tiny = condition.rule.check and _is_tiny(x, condition.start(x0))
     condition.saved = _compat.Saved()
     with condition.constants_as_they_are():
-        with condition.saved.collecting():
+        with condition.saved.collecting(), _compat.for_many_passes():
             f = equations(leaf)
         if is_tiny:
             with torch.no_grad():

@@ -104,7 +104,8 @@ class Condition:
 
     def residual(self, x: Tensor, columns: Tensor, /, *values: Tensor) -> Tensor:
         """F, completed by the totals that are kept."""
-        return self.completed(self.equations(x, *values), x, columns, *values)
+        with _compat.for_many_passes():
+            return self.completed(self.equations(x, *values), x, columns, *values)
 
     def completed(self, f: Tensor, x: Tensor, columns: Tensor, /, *values: Tensor) -> Tensor:
         if self.rule.conserved is None:
