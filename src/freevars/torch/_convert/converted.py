@@ -10,7 +10,7 @@ import inspect
 import uuid
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -45,6 +45,7 @@ Rng = Literal["allow", "error", "replay"]
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_NOTHING = nullcontext()
 _SIGNATURE = inspect.Signature([inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)])
 
 
@@ -108,6 +109,9 @@ class Converted(Generic[P, R]):
         self._sharded = frozenset(id(pairs[id(t)][1]) for t in self._gathered)
         self._outside = ForeignTensors(fun, constants)
         self._run = run
+        # Asked at each call.
+        self._kept, self._careful = run.kept, run.careful
+        self._is_plain = not (run.makes_leaves or run.replay)
         self.replay = run.replay
         self.communicates = run.communicates
         self.out_struct = run.out_struct
@@ -196,9 +200,9 @@ class Converted(Generic[P, R]):
             leaves = self._structure.check(arguments, self._name)
         if self._rest is not None and self._rest.holds(values, leaves):
             return self._at_rest(self._rest, arguments, leaves)
-        if not self._run.kept:
+        if not self._kept:
             return self._substituted(arguments, leaves, values)[0]
-        with self._run.kept.as_before(self._fun) as made:
+        with self._kept.as_before(self._fun) as made:
             out, mode = self._substituted(arguments, leaves, values)
         mode.table.update(made)
         return out
@@ -300,15 +304,16 @@ class Converted(Generic[P, R]):
 
     def _beside(self, mode: SubstitutionMode) -> AbstractContextManager[Any]:
         """What a call needs besides its mode; mostly nothing."""
-        if not self._run.makes_leaves:
-            return self.replay.replayed()
+        if self._is_plain:
+            return _NOTHING
         stack = ExitStack()
-        mode.memory = stack.enter_context(AllocationTracker())
+        if self._run.makes_leaves:
+            mode.memory = stack.enter_context(AllocationTracker())
         stack.enter_context(self.replay.replayed())
         return stack
 
     def _mode(self, table: dict[int, Tensor], known: Sequence[Tensor]) -> SubstitutionMode:
-        if torch.is_grad_enabled() and not self._run.careful and not _compat.transforms_active():
+        if torch.is_grad_enabled() and not self._careful and not _compat.transforms_active():
             return SubstitutionMode(self._fun, table, known, self._outside)
         return CarefulSubstitutionMode(self._fun, table, known, self._outside, self._run.left)
 
