@@ -155,12 +155,13 @@ def _recomputed(raw: Callable[..., Any]) -> Callable[..., Any]:
     watch it would save the captured tensors where the forward pass had saved the given ones, which
     gives a wrong gradient that no check in PyTorch catches. In what a rule records, see
     `for_many_passes`."""
+    run = keeping_nothing_for_one(raw)
 
     @functools.wraps(raw)
     def hook(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         for watch in active():
             fn = watch.resume(fn)
-        return raw(fn, *keeping_nothing_for_one(raw, args), **kwargs)
+        return run(fn, *args, **kwargs)
 
     hook.__freevars__ = True  # type: ignore[attr-defined]
     return hook

@@ -73,20 +73,26 @@ def for_many_passes() -> Iterator[None]:
         _thread.many_passes = before
 
 
-def keeping_nothing_for_one(checkpoint: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """The arguments of a checkpoint after its function, as `for_many_passes` wants them."""
-    where = list(inspect.signature(checkpoint).parameters).index("context_fn") - 1
-    if not _thread.many_passes or len(args) <= where:
-        return args
-    context_fn = args[where]
+def keeping_nothing_for_one(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """`checkpoint`, as `for_many_passes` wants it. Its `context_fn` is a positional argument, and
+    a keyword from 2.14 on."""
 
-    def contexts() -> Any:
-        forward, again = context_fn()
-        if isinstance(again, _checkpoint._CachedTorchDispatchMode):
-            return nullcontext(), nullcontext()
-        return forward, again
+    def called(*args: Any, **kwargs: Any) -> Any:
+        if not _thread.many_passes:
+            return checkpoint(*args, **kwargs)
+        call = inspect.signature(checkpoint).bind(*args, **kwargs)
+        context_fn = call.arguments.get("context_fn", _checkpoint.noop_context_fn)
 
-    return (*args[:where], contexts, *args[where + 1 :])
+        def contexts() -> Any:
+            forward, again = context_fn()
+            if isinstance(again, _checkpoint._CachedTorchDispatchMode):
+                return nullcontext(), nullcontext()
+            return forward, again
+
+        call.arguments["context_fn"] = contexts
+        return checkpoint(*call.args, **call.kwargs)
+
+    return called
 
 
 class _Packed:
