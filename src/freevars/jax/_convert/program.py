@@ -212,9 +212,9 @@ class Program:
         names = ", ".join(map(repr, axes))
         return (
             f"{self.name} expected arguments that are the same on all devices of the axis {names}, "
-            "as on the example (check_vma=True), got one that varies. Give it an example, or a "
-            "solver an x0, that varies as the captured values do: jax.lax.pcast(x0, "
-            f'({names},), to="varying").'
+            "as on the example (check_vma=True), got one that varies. Convert within the "
+            "shard_map, on an example that varies as the arguments do; give a solver an x0 that "
+            f'varies as the captured values do: jax.lax.pcast(x0, ({names},), to="varying").'
         )
 
     def _fit(self, xs: Sequence[Any], types: Sequence[Any]) -> Any:
