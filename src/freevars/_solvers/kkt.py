@@ -48,6 +48,7 @@ active constraints" (the multipliers). Not here: the linear algebra, which is th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -240,6 +241,8 @@ def explain(name: str, found: Found, limits: Limits, eps: float) -> FreevarsErro
             f"{name}: nothing lies between the bounds of {_listed(found.crossed)}: expected lower"
             " <= upper, and neither of them NaN."
         )
+    if not math.isfinite(found.violated):
+        return None  # it is not by the constraints that there is no derivative
     outside = [f"{s.name} by {-s.gap:.1e}" for s in sides if s.gap < -limits.certain]
     if found.violated > limits.certain:
         outside.append(f"the equality constraint by {found.violated:.1e}")

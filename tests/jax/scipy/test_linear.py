@@ -7,7 +7,7 @@ import pytest
 import scipy.sparse
 from scipy.optimize import Bounds
 
-from freevars.errors import FreevarsError
+from freevars.errors import FreevarsError, NotASolutionError
 from freevars.jax.scipy import fixed_point, linprog
 
 GAIN = jnp.array([2.0, 3.0])
@@ -67,6 +67,9 @@ def test_what_is_infeasible_says_so() -> None:
     assert not result.success
     assert "infeasible" in result.message
     assert np.isnan(result.x).all()
+    equation = lambda b: linprog(GAIN, A_eq=jnp.ones((1, 2)), b_eq=b).x
+    with pytest.raises(NotASolutionError, match="a value that is not finite"):
+        jax.jacobian(equation)(jnp.array([-1.0]))
     with pytest.raises(TypeError, match="both A_ub and b_ub"):
         linprog(GAIN, jnp.ones((1, 2)))
     with pytest.raises(TypeError, match="integrality: expected None, got 1"):

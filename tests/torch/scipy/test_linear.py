@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from freevars.errors import FreevarsError
+from freevars.errors import FreevarsError, NotASolutionError
 from freevars.torch.scipy import fixed_point, linprog
 
 jacobian = torch.autograd.functional.jacobian
@@ -63,6 +63,9 @@ def test_what_is_infeasible_says_so() -> None:
     assert not result.success
     assert "infeasible" in result.message
     assert result.x.isnan().all()
+    b = torch.tensor([-1.0], requires_grad=True)
+    with pytest.raises(NotASolutionError, match="a value that is not finite"):
+        linprog([2.0, 3.0], A_eq=[[1.0, 1.0]], b_eq=b).x.sum().backward()
     with pytest.raises(TypeError, match="both A_ub and b_ub"):
         linprog([2.0, 3.0], [[1.0, 1.0]])
 
