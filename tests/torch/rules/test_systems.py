@@ -745,6 +745,28 @@ def test_many_unknowns_in_units_of_their_own(off: float) -> None:
         torch.testing.assert_close(t.grad, right[k], rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize(("n", "softness"), [(600, 1e-2), (600, 1e-4), (600, 1e-6), (40_000, 1e-2)])
+def test_one_soft_unknown_of_many_counts(n, softness, dtype) -> None:
+    """It is no unknown in a unit of its own; and beside so many, a mean would not see it."""
+    gate = torch.zeros((), dtype=dtype, requires_grad=True)
+
+    def energy(x: Tensor) -> Tensor:
+        stiff, soft = x[:-1], x[-1]
+        return ((stiff - 1 - gate * soft) ** 2).sum() / 2 + softness * (soft - 1) ** 2 / 2
+
+    for soft, right in ((6e-3, False), (0.9, False), (1.0, True)):
+        x = torch.ones(n, dtype=dtype)
+        x[-1] = soft
+        by = argmin(returning(x))(energy, torch.zeros(n, dtype=dtype))[0]
+        if right:
+            (grad,) = torch.autograd.grad(by, gate)
+            torch.testing.assert_close(grad, torch.ones((), dtype=dtype))
+        else:
+            with pytest.raises(NotASolutionError):
+                torch.autograd.grad(by, gate)
+
+
 @pytest.mark.parametrize("size", [1.0, 1e-24, 1e25])
 @pytest.mark.parametrize("n", [3, 700])
 def test_a_solution_of_any_size_counts_by_itself(n, size) -> None:

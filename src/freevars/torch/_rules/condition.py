@@ -302,8 +302,14 @@ class Condition:
 
         def by_leaf(unit: Tensor | None) -> tuple[Tensor, Tensor]:
             d = torch.ones_like(x) if unit is None else unit
-            near = d * self.unknown.leafwise(x / d)
-            return near, torch.maximum(near, d * self.unknown.leafwise((x - x0) / d))
+            near, way = (d * self.unknown.leafwise(v / d) for v in (x, x - x0))
+            if unit is not None:
+                # A soft direction has a large unit too, with nothing in it that is so large.
+                near, way = (
+                    torch.minimum(size, self.unknown.largest(v))
+                    for size, v in ((near, x), (way, x - x0))
+                )
+            return near, torch.maximum(near, way)
 
         def nearby() -> Sequence[Tensor]:
             return self._nearby(at, values)

@@ -107,9 +107,10 @@ class Iterative:
         self, derivative: Derivative, sizes: Sizes, limits: Limits, inputs: Inputs
     ) -> Figures:
         """The Newton step is measured against each tensor of the unknown, in units in which the
-        equations are alike: in full where a product with A is one with A^T, and by its components
-        along two random directions elsewhere, which products of A^T give. One direction will do
-        where A^T contracts quickly along it, and F is so small that the step is negligible then.
+        equations are alike: by its largest component where a product with A is one with A^T, and by
+        what two random directions hear of it elsewhere, which products of A^T give. One direction
+        will do where A^T contracts quickly along it, and F is so small that the step is negligible
+        then.
 
         What was solved for is no such direction: it may not hear of a component that is far off,
         while what it is differentiated by multiplies that (a gate that is still shut)."""
@@ -132,7 +133,7 @@ class Iterative:
         near = units(near)
 
         def measure(v: Tensor, error: Tensor) -> Tensor:
-            return _size(v / torch.where(error, units(far), near))
+            return self._measured(v / torch.where(error, units(far), near))
 
         size = self._size_of_step(f, near, limits)
         change = measured.change
@@ -159,11 +160,15 @@ class Iterative:
             residual=torch.full_like(measured.residual, self.residual),
         )
 
+    def _measured(self, v: Tensor) -> Tensor:
+        """Of each problem, by its largest component where a step is known in full."""
+        return v.abs().amax(1) if self._a.symmetric else v.square().mean(1).sqrt()
+
     def _size_of_step(self, f: Tensor, unit: Tensor, limits: Limits) -> Tensor:
         if not bool(f.any()) or not bool(torch.isfinite(f).all()):
             return torch.zeros_like(f[:, 0])
         if self._a.symmetric:
-            return _size(self._solve_each(f, transposed=False)[0] / unit)
+            return self._measured(self._solve_each(f, transposed=False)[0] / unit)
         generator = torch.Generator().manual_seed(0)
         sizes = []
         for _ in range(2 if self._own is None else 1):
@@ -238,11 +243,6 @@ class Iterative:
     def _measure(self, operator: Callable[[Tensor], Tensor], u: Tensor, b: Tensor) -> None:
         left = float(torch.linalg.vector_norm(operator(u) - b) / torch.linalg.vector_norm(b))
         self.residual = max(self.residual, left) if left == left else float("inf")  # noqa: PLR0124
-
-
-def _size(v: Tensor) -> Tensor:
-    """Of each problem."""
-    return v.square().mean(1).sqrt()
 
 
 def _asymmetry(probes: Sequence[Tensor], images: Sequence[Tensor]) -> Tensor:

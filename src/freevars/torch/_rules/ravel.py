@@ -141,6 +141,16 @@ class Unknown:
             [(s / max(n, 1) ** 0.5).expand(-1, n) for s, n in zip(sizes, ns, strict=True)], dim=1
         )
 
+    def largest(self, x: Tensor) -> Tensor:
+        """The largest component of each tensor of a ravelled `x`, in the same places."""
+        return torch.cat(
+            [
+                part.abs().amax(1, keepdim=True).expand_as(part) if part.shape[1] else part
+                for part in self._parts(x)
+            ],
+            dim=1,
+        )
+
     def _parts(self, x: Tensor) -> list[Tensor]:
         return list(torch.split(x, [n for _, _, n in self._like], dim=1))
 

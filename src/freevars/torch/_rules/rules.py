@@ -185,8 +185,9 @@ def root(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]
             None: 1% (1.9% in float32) where neither the system nor the derivative changes by more
             than 2% along the step, which is asked of what was recorded. Nothing is asked below the
             root of the dtype's spacing (1.5e-8; 3.5e-4 in float32); where it cannot be known, the
-            fourth root is accepted, 1.2e-4, and 1e-3 in float32. Beyond 512 unknowns the step is
-            estimated, and measured against each tensor of the unknown as a whole.
+            fourth root is accepted, 1.2e-4, and 1e-3 in float32. Beyond 512 unknowns the step
+            is measured against each tensor of the unknown as a whole: by its largest component
+            for a minimum, otherwise by its root mean square, which is estimated.
         polish: True adds a Newton step to what the solver returns.
         conserved: `conserved(x)` returns real tensors that the solver keeps as they are in `x0`
             (the amounts of the elements in a reaction), where the equations alone do not determine
