@@ -112,7 +112,8 @@ test-newest test-oldest: test-%:
 # supported one: what a release can break, and one of each kind of the rest.
 TORCH_TESTS = tests/torch/test_compat.py tests/torch/test_closure.py tests/torch/test_pytorch_itself.py \
 	tests/torch/convert/test_places.py tests/torch/convert/test_unseen_reads.py \
-	tests/torch/convert/test_kinds.py tests/torch/convert/test_convert_errors.py
+	tests/torch/convert/test_kinds.py tests/torch/convert/test_convert_errors.py \
+	tests/torch/test_distributed.py
 test-torch-newest: .venv-torch-newest/.ready
 test-torch-oldest: .venv-torch-oldest/.ready
 test-torch-newest test-torch-oldest: test-torch-%:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from freevars.errors import NotASolutionError
+from freevars.torch._rules.sharded import whole
 from freevars.torch._rules.vectors import norm
 
 __all__ = ["compare", "compare_derivatives", "compare_values"]
@@ -30,7 +31,8 @@ def compare(now: Tensor, recorded: Tensor, name: str) -> None:
 def compare_derivatives(now: Tensor, recorded: Tensor, dtype: torch.dtype, name: str) -> None:
     """Refuses a derivative that is not what was recorded, but for rounding; `dtype` is that of the
     unknown."""
-    change, size, after = (float(norm(t.reshape(-1))) for t in (now - recorded, recorded, now))
+    given = map(whole, (now - recorded, recorded, now))
+    change, size, after = (float(norm(t.reshape(-1))) for t in given)
     eps = float(torch.finfo(dtype).eps)
     if not change <= eps**0.5 * max(size, after):
         what = f"a derivative of norm {size:.3e} then has changed by {change:.3e}"

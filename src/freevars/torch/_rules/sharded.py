@@ -38,18 +38,42 @@ def layout_of(t: Any) -> Layout | None:
 
 def whole(t: Any) -> Any:
     """`t` with all its parts; a plain tensor, or what is none, as it is."""
-    return t.full_tensor() if _is_sharded(t) else t
+    return _Whole.apply(t, layout_of(t)) if _is_sharded(t) else t  # type: ignore[no-untyped-call]
 
 
 def spread(t: Tensor, layout: Layout | None) -> Tensor:
     """A whole tensor in parts."""
-    if layout is None:
-        return t
-    module = _distributed()
-    everywhere = [module.Replicate()] * layout.mesh.ndim
-    replicated = module.DTensor.from_local(t, layout.mesh, everywhere, run_check=False)
-    parts: Tensor = replicated.redistribute(placements=layout.placements)
+    parts: Tensor = t if layout is None else _Spread.apply(t, layout)  # type: ignore[no-untyped-call]
     return parts
+
+
+class _Whole(torch.autograd.Function):
+    """With `_Spread` as its derivative, and the other way round: those of PyTorch 2.11 have none
+    themselves, so that a part of a second derivative is lost."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Any, layout: Layout) -> Tensor:
+        ctx.layout = layout
+        full: Tensor = t.full_tensor()
+        return full
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return spread(g, ctx.layout), None
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, t: Tensor, layout: Layout) -> Tensor:
+        module = _distributed()
+        everywhere = [module.Replicate()] * layout.mesh.ndim
+        replicated = module.DTensor.from_local(t, layout.mesh, everywhere, run_check=False)
+        parts: Tensor = replicated.redistribute(placements=layout.placements)
+        return parts
+
+    @staticmethod
+    def backward(_: Any, g: Any) -> Any:
+        return whole(g), None
 
 
 def no_gradient(f: Tensor) -> Tensor | None:
