@@ -33,12 +33,12 @@ the largest that it is in these. For a component may move little where its deriv
 tanh(z), 1 - tanh(z)^2 where z is large. One that is small in a single direction says nothing.
 
 Where a component of the solution is zero, all that the solver leaves there is an error, and no unit
-can be read off x. How far the solver came tells what it could see, sqrt(eps) |x - x0|. But it is a
-unit only for what is zero: from x0 = 1 a solver may find x = 1e-9 to a few percent, and that is
-wrong by a few percent. So it is asked for, by values of F. F does not see x change by a part of the
-step, and x is what rounding leaves; or x - s is zero as far as F sees, and the second step is much
-smaller than the first: the solver was on its way to zero. Else the unit is u, from wherever the
-solver came.
+can be read off x. How far the solver came gives one. But only for what is zero: from x0 = 1 a
+solver may find x = 1e-9 to a few percent, and that is wrong by a few percent. So it is asked for,
+by values of F. F does not see x change by a part of the step: x is what rounding leaves, and the
+unit what the solver could see, sqrt(eps) |x - x0|. Or x - s is zero as far as F sees, and the
+second step is much smaller than the first: the solver was on its way to zero, and the unit is
+eps^(1/4) |x - x0|, a part that solvers leave. Else the unit is u, from wherever the solver came.
 
 F may be computed in fewer digits than its dtype has: on a GPU, products of float32 matrices are
 by default in TF32. How few is measured: along half of s, A^-1 (F(x) - F(x - s/2)) differs from s/2

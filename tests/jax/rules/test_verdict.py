@@ -126,6 +126,8 @@ def test_a_solution_that_is_zero_counts_by_how_far_the_solver_came(dtype):
         (0.0, 1.0, eps / 2, True),  # what rounding leaves: the equation does not see it
         (0.0, 1.0, eps, True),
         (0.0, 1.0, 3e-4 * eps**0.5, True),  # on the way to zero
+        (0.0, 1.0, 5e-3 * eps**0.25, True),
+        (0.0, 1.0, 5e-2 * eps**0.25, False),
         (0.0, 1.0, 0.1, False),
         (0.1, 1.0, 0.11, False),
     )

@@ -4,10 +4,10 @@ Such a step has four harmless causes. It may be short, with the same derivative 
 good enough. A component of the solution may be zero, so that everything the solver leaves there is
 error: the next iterate is zero to within its own error. Or x may be as near as rounding allows: the
 function does not notice when x changes by a part of the step. In these two cases the step is
-measured by how far the solver came. Or F may be computed in fewer digits than x has, as matrix
-products are on a GPU: along half of the step it deviates from a straight line by as much as the
-step is long. Then the step is measured by the largest component. In all other cases it is measured
-by the component itself, however small that is next to the start.
+measured by a part of how far the solver came. Or F may be computed in fewer digits than x has, as
+matrix products are on a GPU: along half of the step it deviates from a straight line by as much as
+the step is long. Then the step is measured by the largest component. In all other cases it is
+measured by the component itself, however small that is next to the start.
 
 The derivative is compared in a few directions p of what it is taken with respect to, each of which
 changes every entry of that relative to itself. At x it is y = -A^-1 dF/dt p. At x - s it leaves a
@@ -22,6 +22,7 @@ the values of F (`seen`), and the figures that need no closer look.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -89,7 +90,8 @@ def look(
     if alone is None or closely:  # it is the step of F
         if not limits.negligible < limits.step:  # `tol`: whatever the derivative does
             return size, jnp.zeros_like(size)
-        reach = largest(in_units(at.step, jax.tree.map(jnp.maximum, units.wide, units.whole)))
+        of_zero = jax.tree.map(functools.partial(_unit_of_zero, limits), units.whole, at.far)
+        reach = largest(in_units(at.step, of_zero))
         needed &= reach <= limits.step
     if not closely:
         return size, jnp.where(needed, jnp.nan, jnp.zeros_like(size))
@@ -171,6 +173,7 @@ def _measure(
         following: Any,
         marks: Any,
         rounding: Any,
+        far: Any,
         near: Any,
         wide: Any,
         whole: Any,
@@ -184,7 +187,8 @@ def _measure(
         unknown = (jnp.abs(last) <= 4 * eps * following + after) | (marks >= 2)  # noqa: PLR2004
         is_zero = large & unknown & (following <= limits.change * long)
         coarse = large & (long <= error * rounding)
-        unit = jnp.where(blurred | is_zero, wide, near)
+        unit = jnp.where(blurred, wide, near)
+        unit = jnp.where(is_zero, _unit_of_zero(limits, near, far), unit)
         unit = jnp.where(coarse, jnp.maximum(unit, whole), unit)
         relative = relative_to(step, unit)
         # Such a step is never negligible: the derivative is looked at along it.
@@ -192,10 +196,14 @@ def _measure(
         left = jnp.where(blurred, 0, jnp.maximum(following - noise, 0)).astype(long.dtype)
         return relative, relative_to(left, unit)
 
-    trees = at.v, seen.step, seen.following, seen.blurred, at.rounding
+    trees = at.v, seen.step, seen.following, seen.blurred, at.rounding, at.far
     steps, following = each(sort, *trees, *units)
     found = largest(steps)
     return found, largest(following) / jnp.where(found > 0, found, 1)
+
+
+def _unit_of_zero(limits: Limits, near: Any, far: Any) -> Any:
+    return jnp.maximum(near, (limits.column**0.5 * far).astype(near.dtype))
 
 
 def _derivative(solve: Solve, along: Along, at: Step, on: Any, number: int) -> tuple[Tree, Tree]:
