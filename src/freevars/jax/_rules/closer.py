@@ -220,7 +220,7 @@ def _derivative(solve: Solve, along: Along, at: Step, on: Any, number: int) -> t
 
     if number == 1:
         return in_direction(jnp.uint32(0))
-    found = jax.vmap(in_direction)(jnp.arange(number, dtype=jnp.uint32))
+    found = jax.lax.map(in_direction, jnp.arange(number, dtype=jnp.uint32))
     return jax.tree.map(lambda each: jnp.max(each, axis=0), found)
 
 
