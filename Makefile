@@ -100,7 +100,8 @@ dist-check: .venv-site/.ready .venv-dist/.ready
 # none newer), and with the oldest supported JAX on this one. Each has its own environment, and tests
 # the built wheel rather than the source folder.
 JAX_TESTS = tests/jax/test_compat.py tests/jax/test_selftest.py tests/jax/convert tests/jax/host \
-	tests/jax/rules/test_rules.py tests/test_imports.py tests/names tests/report
+	tests/jax/rules/test_rules.py tests/jax/rules/test_verdict.py tests/test_imports.py \
+	tests/names tests/report
 test-newest: .venv-newest/.ready
 test-oldest: .venv-oldest/.ready
 test-newest test-oldest: test-%:

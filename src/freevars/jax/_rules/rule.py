@@ -216,6 +216,8 @@ class Rule:
                 if not found.final:
                     self._looked.add(hash(tree))
                     found, minus = self._compiled_push(*at, True)
+            if minus is None:
+                return jax.tree.map(jnp.zeros_like, x), found
             return eager.derivative_of(self.name, self._pushes, minus, x, directions), found
         traced = any(isinstance(leaf, _compat.Tracer) for leaf in jax.tree.leaves(x))
         inlined = traced and self.method.linear_solve is None
@@ -233,15 +235,16 @@ class Rule:
         closely: bool,  # noqa: FBT001 (static)
     ) -> Any:
         """The verdict on x, with a closer look or without, and the linear map of directions of the
-        moving leaves to that of -x, as a pytree. A refusal raises, so the map needs no guard."""
+        moving leaves to that of -x, as a pytree; None where none moves. A refusal raises, so the
+        map needs no guard."""
         x, finite = _where_finite(x, x0)
         point, unknown, system = self.system(tree, leaves, x, x0, moving, captured)
         found = diagnostics.measure(system, unknown, point.equations, closely=closely)
         found = found.unless(finite)
+        if not moving:  # JAX 0.9 returns a traced value of a map of nothing
+            return found, None
 
         def minus(dots: list[Any]) -> Any:
-            if not moving:
-                return point.to_x(jax.tree.map(jnp.zeros_like, point.v))
             return point.to_x(point.space.agree(system.solve(point.by_moved(dots))))
 
         return found, jax.linearize(minus, [jnp.zeros_like(leaves[i]) for i in moving])[1]
