@@ -1,10 +1,12 @@
 """The cost of a converted function in PyTorch, against the same function with explicit arguments.
 
 One thread; forward and backward, unless a row says otherwise. Beside it stands what a mode costs
-that sees every operation and does nothing: no conversion by modes costs less.
+that sees every operation and does nothing: no conversion by modes costs less. Where there is a GPU,
+the same functions run there too: it computes faster than one thread launches small operations, so
+that what is added to each launch shows.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from freevars.torch import closure_convert
 
 TITLE = "PyTorch: a converted function, forward and backward, one thread"
 OPERATIONS = 200
+TARGET_ON_GPU = 1.1
 
 EMPTY = "an empty mode"
 
@@ -157,16 +160,41 @@ def cases() -> Iterator[tuple[str, float, dict[str, Timed]]]:
     yield "the same with other values, over functional_call", 1.0, by_call(net, small)
 
 
+def row(case: str, target: float, sides: Iterable[Timed]) -> Row:
+    timing = alternate(*sides)
+    base, ours, _ = timing.seconds
+    peers = ((EMPTY, timing.ratios[2]),)
+    return Row(case, timing.ratios[1], target, seconds(base), seconds(ours), peers)
+
+
+def finished(timed: Timed, device: torch.device) -> Timed:
+    """With the work that is still under way on the device."""
+
+    def waiting() -> None:
+        timed()
+        torch.accelerator.synchronize(device)
+
+    return waiting
+
+
+def on(device: torch.device) -> Iterator[Row]:
+    """The same functions on an accelerator."""
+    with device:  # where the tensors are made; not a mode that is on while something is timed
+        found = list(cases())
+    for case, _, sides in found:
+        waiting = [finished(side, device) for side in sides.values()]
+        yield row(f"{device.type}: {case}", TARGET_ON_GPU, waiting)
+
+
 def rows() -> Iterator[Row]:
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         for case, target, sides in cases():
-            timing = alternate(*sides.values())
-            base, ours, _ = timing.seconds
-            peers = ((EMPTY, timing.ratios[2]),)
-            yield Row(case, timing.ratios[1], target, seconds(base), seconds(ours), peers)
+            yield row(case, target, sides.values())
+        if torch.cuda.is_available():
+            yield from on(torch.device("cuda"))
         timing = alternate(*both(*elementwise(8, OPERATIONS), backward=False).values())
         base, ours, empty = timing.seconds
         added, least = ((side - base) / OPERATIONS * 1e6 for side in (ours, empty))

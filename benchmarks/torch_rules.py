@@ -1,6 +1,7 @@
 """The rules of the PyTorch host, against the same derivative written by hand."""
 
 import functools
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import freevars.torch as fv
+from benchmarks._peers import installed
 from benchmarks._table import Row, seconds
 from benchmarks._timing import alternate
 from freevars.torch import closure_convert
@@ -77,17 +79,44 @@ def batch_by_hand(a: Tensor, equations: Any = equations) -> Tensor:
     return torch.autograd.grad(f, a, -u)[0]
 
 
+def by_torchdeq(cell: Cell, x: Tensor, z0: Tensor) -> Tensor:
+    """The same layer by torchdeq, which solves the adjoint equation in a hook as well."""
+    import torchdeq
+
+    options: dict[str, Any] = {"ift": True}
+    for pass_ in "fb":  # forward, backward
+        options |= {f"{pass_}_solver": "fixed_point_iter", f"{pass_}_max_iter": 100}
+        options |= {f"{pass_}_tol": 1e-4, f"{pass_}_stop_mode": "rel"}
+    found: Tensor = torchdeq.get_deq(**options)(lambda z: cell(z, x), z0)[0][-1]
+    return found
+
+
+def by_torchopt(a: Tensor) -> Tensor:
+    """All problems as one by torchopt, which solves the system by conjugate gradients."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # about what it uses of PyTorch
+        import torchopt
+
+        @torchopt.diff.implicit.custom_root(equations, argnums=1)
+        @torch.enable_grad()
+        def solve(x0: Tensor, a: Tensor) -> Tensor:
+            return newton(lambda x: equations(x, a.detach()), x0)
+
+        return torch.autograd.grad(solve(torch.ones_like(a), a).sum(), a)[0]
+
+
 def rows() -> Iterator[Row]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield from _rows()
+        torch.manual_seed(0)
+        yield from equilibria()
+        yield from batches()
     finally:
         torch.set_num_threads(threads)
 
 
-def _rows() -> Iterator[Row]:
-    torch.manual_seed(0)
+def equilibria() -> Iterator[Row]:
     cell, x, z0 = Cell(64), torch.randn(32, 64), torch.zeros(32, 64)
     for name, check in (("with its check", True), ("check=False", False)):
         layer = fv.fixed_point(iterate, check=check)
@@ -104,8 +133,17 @@ def _rows() -> Iterator[Row]:
             closure_convert(lambda z: cell(z, x), z0)
             return by_hand(torch.finfo(z0.dtype).eps ** 0.75)
 
-        floor = {"by hand, solved as closely, and a conversion": as_closely}
-        yield _row(f"deep equilibrium of 2,048 unknowns, {name}", 2.0, by_hand, ours, floor)
+        def peer() -> object:
+            z = by_torchdeq(cell, x, z0)
+            return torch.autograd.grad(z.square().sum(), list(cell.parameters()))
+
+        peers = {"by hand, solved as closely, and a conversion": as_closely}
+        if installed("torchdeq"):
+            peers["torchdeq"] = peer
+        yield _row(f"deep equilibrium of 2,048 unknowns, {name}", 2.0, by_hand, ours, peers)
+
+
+def batches() -> Iterator[Row]:
     a = (torch.rand(256, 2, dtype=torch.float64) + 0.5).requires_grad_()
     solve = fv.root(newton, batch_dims=1)
 
@@ -123,17 +161,15 @@ def _rows() -> Iterator[Row]:
         return batch_by_hand(a, torch.func.vmap(equations))
 
     hand = functools.partial(batch_by_hand, a)
-    yield _row("256 problems of 2 unknowns, batch_dims=1", 3.0, hand, batch)
+    others = {"torchopt": lambda: by_torchopt(a)} if installed("torchopt") else {}
+    yield _row("256 problems of 2 unknowns, batch_dims=1", 3.0, hand, batch, others)
     floor = {"by hand, the function mapped": mapped}
     yield _row("the same, under torch.func.vmap", 3.0, hand, vmapped, floor)
 
 
-def _row(
-    name: str, target: float, by_hand: Any, ours: Any, floor: Mapping[str, Any] | None = None
-) -> Row:
-    """`floor`: what has to be done in any case."""
-    least = floor or {}
-    timing = alternate(by_hand, ours, *least.values())
+def _row(name: str, target: float, by_hand: Any, ours: Any, others: Mapping[str, Any]) -> Row:
+    """`others`: libraries, and what has to be done in any case."""
+    timing = alternate(by_hand, ours, *others.values())
     hand, own, *_ = (seconds(s) for s in timing.seconds)
-    peers = tuple(zip(least, timing.ratios[2:], strict=True))
+    peers = tuple(zip(others, timing.ratios[2:], strict=True))
     return Row(name, timing.ratios[1], target, hand, own, peers)

@@ -91,6 +91,27 @@ def test_the_table_of_quadratic_programs(monkeypatch, one_turn):
     assert _all_finite(figures)
 
 
+def test_the_table_of_torch_rules(monkeypatch, one_turn):
+    from benchmarks import torch_rules
+
+    monkeypatch.setattr(torch_rules, "alternate", one_turn)
+    figures = _figures(torch_rules.rows())
+    assert len(figures) == 4
+    assert _all_finite(figures)
+
+
+def test_the_table_of_torch_conversions_on_a_device(monkeypatch, one_turn):
+    import torch
+
+    from benchmarks import torch_convert
+
+    monkeypatch.setattr(torch_convert, "alternate", one_turn)
+    monkeypatch.setattr(torch_convert, "finished", lambda side, _: side)  # nothing is launched
+    figures = _figures(torch_convert.on(torch.device("cpu")))
+    assert len(figures) == len(list(torch_convert.cases()))
+    assert _all_finite(figures)
+
+
 def test_a_conversion_without_names():
     from benchmarks import captures, convert
 
