@@ -32,8 +32,12 @@ class DifferentiableCondition(Condition):
     def system(self, values: tuple[Tensor, ...], b: Tensor, *, transposed: bool) -> Tensor:
         return implicit(LinearSystem(self, transposed=transposed), *values, b)[0]
 
-    def batched(self, size: int, dims: Sequence[int | None]) -> "_BatchOfConditions":
-        return _BatchOfConditions(self, size, dims)
+    def solve_batch(
+        self, size: int, dims: Sequence[int | None], *values: Tensor
+    ) -> tuple[Tensor, ...]:
+        out = BatchedCondition(self, size, dims).solved(*values)
+        solution, others = out[:3], out[3:]
+        return *(_split(t, size) for t in solution), *others
 
 
 class LinearSystem:
@@ -75,44 +79,24 @@ class LinearSystem:
     def compare(self, now: Tensor, recorded: Tensor) -> None:
         """Its parts are compared where they are evaluated."""
 
-    def batched(self, size: int, dims: Sequence[int | None]) -> "_BatchOfSystems":
-        return _BatchOfSystems(self, size, dims)
-
-
-class _BatchOfSystems:
-    """One system for many right-hand sides, where they alone have the new axis; else many."""
-
-    def __init__(self, system: LinearSystem, size: int, dims: Sequence[int | None]) -> None:
-        self._size = size
-        self._dims = dims
-        self._same = all(d is None for d in dims[:-1])
-        of: DifferentiableCondition = system.of
-        many = system.many
-        if self._same:
-            many += 1
-        else:
-            of = BatchedCondition(of, size, dims[3:-1])
-        self.condition = LinearSystem(of, transposed=system.transposed, many=many)
-
-    def solve(self, *values: Tensor) -> tuple[Tensor, ...]:
-        return self._take_apart(implicit(self.condition, *self._arrange(values)))
-
-    def _arrange(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
+    def solve_batch(
+        self, size: int, dims: Sequence[int | None], *values: Tensor
+    ) -> tuple[Tensor, ...]:
+        """By one system for many right-hand sides, where they alone have the new axis."""
         *given, b = values
-        b = _in_front(b, self._dims[-1], self._size)
-        if self._same:
-            return *given, b
-        solution = [
-            _in_front(t, d, self._size).flatten(0, 1)
-            for t, d in zip(given[:3], self._dims, strict=False)
-        ]
-        return *solution, *given[3:], b.movedim(0, -3).flatten(-3, -2)
-
-    def _take_apart(self, out: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        u, *nothing = out
-        if not self._same:
-            u = _split(u.movedim(-2, 0), self._size).movedim(1, -2)
-        return u, *(t.expand(self._size, *t.shape) for t in nothing)
+        b = _in_front(b, dims[-1], size)
+        if all(d is None for d in dims[:-1]):
+            many = LinearSystem(self.of, transposed=self.transposed, many=self.many + 1)
+            u, *nothing = implicit(many, *given, b)
+        else:
+            of = BatchedCondition(self.of, size, dims[3:-1])
+            each = LinearSystem(of, transposed=self.transposed, many=self.many)
+            solution = zip(given[:3], dims, strict=False)
+            at = (_in_front(t, d, size).flatten(0, 1) for t, d in solution)
+            right = b.movedim(0, -3).flatten(-3, -2)
+            u, *nothing = implicit(each, *at, *given[3:], right)
+            u = _split(u.movedim(-2, 0), size).movedim(1, -2)
+        return u, *(t.expand(size, *t.shape) for t in nothing)
 
 
 class BatchedCondition(DifferentiableCondition):
@@ -237,16 +221,3 @@ def _one(values: Sequence[Tensor], dims: Sequence[int | None], k: int) -> list[T
 
 def _in_front(t: Tensor, dim: int | None, size: int) -> Tensor:
     return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
-
-
-class _BatchOfConditions:
-    """What `implicit` asks for under `torch.func.vmap`."""
-
-    def __init__(self, of: DifferentiableCondition, size: int, dims: Sequence[int | None]) -> None:
-        self.condition = BatchedCondition(of, size, dims)
-        self._size = size
-
-    def solve(self, *values: Tensor) -> tuple[Tensor, ...]:
-        out = self.condition.solved(*values)
-        solution, others = out[:3], out[3:]
-        return *(_split(t, self._size) for t in solution), *others

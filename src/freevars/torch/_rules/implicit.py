@@ -58,13 +58,11 @@ class Solvable(Protocol):
     def compare(self, now: Tensor, recorded: Tensor) -> None:
         """Refuses a value of the function that is not what was recorded."""
 
-    def batched(self, size: int, dims: Sequence[int | None]) -> "Batched":
-        """Many of it at once, whose values have one more axis, where `dims` says."""
-
-
-class Batched(Protocol):
-    def solve(self, *values: Tensor) -> tuple[Tensor, ...]:
-        """What `implicit` gives for them, each tensor with the new axis in front."""
+    def solve_batch(
+        self, size: int, dims: Sequence[int | None], *values: Tensor
+    ) -> tuple[Tensor, ...]:
+        """What `implicit` gives for `size` of it at once, each tensor with the new axis in front;
+        the values have one more axis where `dims` says."""
 
 
 def implicit(condition: Solvable, *values: Tensor) -> tuple[Tensor, ...]:
@@ -150,7 +148,7 @@ class _Implicit(torch.autograd.Function):
     @staticmethod
     @_compat.uncompiled
     def vmap(info: Any, in_dims: Any, condition: Solvable, *values: Tensor) -> Any:
-        out = condition.batched(info.batch_size, in_dims[1:]).solve(*values)
+        out = condition.solve_batch(info.batch_size, in_dims[1:], *values)
         return out, (0,) * len(out)
 
 
