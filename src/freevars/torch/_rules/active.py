@@ -14,7 +14,7 @@ from torch import Tensor
 from freevars._solvers import kkt
 from freevars._solvers.kkt import Pair
 from freevars._solvers.verdict import Limits
-from freevars.torch._rules.implicit import linearised, vjp
+from freevars.torch._rules.products import linearised, vjp
 from freevars.torch._rules.vectors import firm_probe
 
 __all__ = [

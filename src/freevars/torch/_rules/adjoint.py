@@ -17,10 +17,10 @@ from freevars._solvers.signature import SolverCall
 from freevars.torch import _compat
 from freevars.torch._compat import pytree
 from freevars.torch._rules.asked import Asked
-from freevars.torch._rules.forms import Flat, evaluated, is_smooth, value_and_vjp
-from freevars.torch._rules.implicit import jvp
+from freevars.torch._rules.forms import Flat, evaluated, is_smooth
 from freevars.torch._rules.integrator import operate
 from freevars.torch._rules.partition import Remainder
+from freevars.torch._rules.products import jvp, paired, value_and_jacobian, value_and_vjps
 
 __all__ = ["Trajectory"]
 
@@ -131,9 +131,9 @@ class Trajectory:
             rows = []
             for i in range(len(ts)):
                 slopes = self.fun(*_at(i, ts, out), values)
-                rows.append(_paired([ct[i] for ct in g], slopes).to(ts.dtype))
+                rows.append(paired([ct[i] for ct in g], slopes).to(ts.dtype))
                 if i == 0:
-                    rows[0] = rows[0] - _paired(by_y, slopes).to(ts.dtype)
+                    rows[0] = rows[0] - paired(by_y, slopes).to(ts.dtype)
             grads[0] = torch.stack(rows) * factor
         return grads
 
@@ -151,7 +151,7 @@ class Trajectory:
                 return of_y.ravel(self.fun(-s, list(inputs[:m]), own), copy=False)
 
             at = [*y, *(values[i] for i in wanted)]
-            value, pulled = value_and_vjp(f, at, of_y.ravel(costate, copy=False))
+            value, pulled = value_and_vjps(f, at, of_y.ravel(costate, copy=False))
             return [*(-v for v in of_y.unravel(value)), *pulled]
 
         costate = [ct[-1] for ct in g]
@@ -182,7 +182,7 @@ class Trajectory:
                 return of_y.ravel(self.fun(t, of_y.unravel(v), own))
 
             p = of_p.ravel([values[i] for i in wanted])
-            value, (f_y, f_p) = value_and_vjp(f, [of_y.ravel(y), p], None)
+            value, (f_y, f_p) = value_and_jacobian(f, [of_y.ravel(y), p])
             # The columns of p are unit vectors, and p does not move along those of y_0.
             forced = torch.cat([f_p.to(of_y.dtype).T, torch.zeros_like(f_y)])
             return [*of_y.unravel(value), columns @ f_y.T + forced]
@@ -265,11 +265,6 @@ def _at(i: int, ts: Tensor, ys: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]
         # The view of a tensor with a graph would say that it has one, and have none.
         ts, ys = ts.detach(), [y.detach() for y in ys]
     return ts[i], [y[i] for y in ys]
-
-
-def _paired(g: Sequence[Tensor], f: Sequence[Tensor]) -> Tensor:
-    pairs = [(a.conj() * b).real.sum() for a, b in zip(g, f, strict=True)]
-    return sum(pairs[1:], pairs[0])
 
 
 def _plain(t: Tensor) -> Tensor:

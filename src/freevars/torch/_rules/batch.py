@@ -19,7 +19,8 @@ from freevars.torch import _compat, _modes
 from freevars.torch._rules.attach import attached, record
 from freevars.torch._rules.condition import Condition, Solution
 from freevars.torch._rules.derivative import LinearOperator
-from freevars.torch._rules.implicit import implicit, jvp, vjp
+from freevars.torch._rules.implicit import implicit
+from freevars.torch._rules.products import jvp, vjp
 from freevars.torch._rules.system import LinearSolve
 from freevars.torch._rules.truncated import Truncated
 

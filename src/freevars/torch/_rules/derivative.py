@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from freevars.torch._rules.products import paired
 from freevars.torch._rules.sharded import communicates
 
 __all__ = ["Derivative", "LinearOperator"]
@@ -75,19 +76,19 @@ class Derivative:
             pulled = torch.autograd.grad(
                 self.f, (self.at, *by), u, create_graph=True, materialize_grads=True
             )
-            paired = _paired(pulled, (y, *dots))
-            if not paired.requires_grad:
+            pairing = paired(pulled, (y, *dots))
+            if not pairing.requires_grad:
                 return zero, zero
-            (value,) = torch.autograd.grad(paired, u, retain_graph=True, materialize_grads=True)
+            (value,) = torch.autograd.grad(pairing, u, retain_graph=True, materialize_grads=True)
             if s is None:
                 return value, zero
             (change,) = torch.autograd.grad(
-                paired, self.at, create_graph=True, materialize_grads=True
+                pairing, self.at, create_graph=True, materialize_grads=True
             )
-            paired = _paired((change,), (s,))
-            if not paired.requires_grad:
+            pairing = paired((change,), (s,))
+            if not pairing.requires_grad:
                 return value, zero
-        (out,) = torch.autograd.grad(paired, u, retain_graph=True, materialize_grads=True)
+        (out,) = torch.autograd.grad(pairing, u, retain_graph=True, materialize_grads=True)
         return value, out
 
     def matrix(self) -> Tensor:
@@ -118,12 +119,6 @@ class Derivative:
             except RuntimeError:
                 pass
         return torch.stack([self.transposed(unit) for unit in units])
-
-
-def _paired(cotangents: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
-    pairs = zip(cotangents, tangents, strict=True)
-    products = [(g.conj() * t).real if g.is_complex() else g * t for g, t in pairs]
-    return torch.stack([p.sum().to(products[0].dtype) for p in products]).sum()
 
 
 class _Part(Derivative):

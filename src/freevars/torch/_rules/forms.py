@@ -13,7 +13,7 @@ from torch import Tensor
 from freevars.torch import _compat
 from freevars.torch._rules.complex_pairs import as_complex, as_real
 
-__all__ = ["Flat", "evaluated", "is_smooth", "value_and_vjp"]
+__all__ = ["Flat", "evaluated", "is_smooth"]
 
 
 class Flat:
@@ -71,57 +71,3 @@ def evaluated(fun: Callable[..., list[Tensor]], *at: Tensor) -> list[Tensor]:
             return fun(*at)
     with torch.no_grad():
         return [t.detach() for t in fun(*(t.detach() for t in at))]
-
-
-def value_and_vjp(
-    fun: Callable[..., Tensor], inputs: Sequence[Tensor], cotangent: Tensor | None
-) -> tuple[Tensor, list[Tensor]]:
-    """A real vector and J^T g, differentiable again where a graph is wanted; g=None: J itself, a
-    matrix for each input, with a leading axis over the vector."""
-    if _compat.functorch_active():
-        return _under_transforms(fun, inputs, cotangent)
-    again = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Where no graph is wanted, that behind the inputs plays no part.
-        aliases = [t.view_as(t) if again and t.requires_grad else t for t in inputs]
-        aliases = [t if again and t.requires_grad else t.detach().requires_grad_() for t in aliases]
-        out = fun(*aliases)
-        if not out.requires_grad:
-            lead = () if cotangent is not None else (out.numel(),)
-            return out, [t.new_zeros((*lead, *t.shape)) for t in inputs]
-
-        def pull(g: Tensor) -> Sequence[Tensor]:
-            return torch.autograd.grad(
-                out, aliases, g, create_graph=again, retain_graph=True, materialize_grads=True
-            )
-
-        if cotangent is not None:
-            grads = list(pull(cotangent))
-        else:
-            rows = [pull(e) for e in torch.eye(out.numel(), dtype=out.dtype, device=out.device)]
-            grads = [torch.stack(each) for each in zip(*rows, strict=True)]
-    return (out if again else out.detach()), grads
-
-
-def _under_transforms(
-    fun: Callable[..., Tensor], inputs: Sequence[Tensor], cotangent: Tensor | None
-) -> tuple[Tensor, list[Tensor]]:
-    def pull(g: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        def paired(*some: Tensor) -> tuple[Tensor, Tensor]:
-            out = fun(*some)
-            return (out * g).sum(), out
-
-        numbers = tuple(range(len(inputs)))
-        found: tuple[tuple[Tensor, ...], Tensor] = torch.func.grad(paired, numbers, has_aux=True)(
-            *inputs
-        )
-        return found
-
-    if not inputs:
-        return fun(), []
-    if cotangent is not None:
-        grads, out = pull(cotangent)
-        return out, list(grads)
-    out = fun(*inputs)
-    rows = [pull(e)[0] for e in torch.eye(out.numel(), dtype=out.dtype, device=out.device)]
-    return out, [torch.stack(each) for each in zip(*rows, strict=True)]

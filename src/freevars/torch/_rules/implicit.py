@@ -16,7 +16,7 @@ Not here: a first derivative in PyTorch's own reverse mode, which needs no secon
 (`record.py`), and batches of conditions (`batch.py`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -26,11 +26,10 @@ from freevars._sequences import replaced
 from freevars.torch import _compat, _modes
 from freevars.torch._rules.autocast import Autocast
 from freevars.torch._rules.forms import is_smooth
+from freevars.torch._rules.products import jvp, vjps
 from freevars.torch._rules.unsupported import check_forward_mode
 
-__all__ = ["Solvable", "implicit", "jvp", "linearised", "pull_back", "vjp"]
-
-Fun = Callable[..., Tensor]
+__all__ = ["Solvable", "implicit", "pull_back"]
 
 # A solution in a list of tensors: x, the recorded F, the completing columns (see `condition.py`).
 _PARTS = 3
@@ -174,8 +173,10 @@ def pull_back(
         return out
 
     grads: list[Tensor | None] = [None] * len(values)
-    for i, grad in zip(wanted, _vjps(residual, [values[i] for i in wanted], u), strict=True):
-        grads[i] = -grad
+    if wanted:
+        found = vjps(residual, [values[i] for i in wanted], u)
+        for i, grad in zip(wanted, found, strict=True):
+            grads[i] = -grad
     return grads
 
 
@@ -183,77 +184,3 @@ def _smooth(condition: Solvable, values: Sequence[Tensor]) -> list[int]:
     """The positions of the values that the root depends on differentiably."""
     smooth = (i for i, v in enumerate(values) if is_smooth(v))
     return [i for i in smooth if i not in condition.constants]
-
-
-# --- products with a derivative, in reverse mode only, differentiable again
-
-
-def vjp(fun: Fun, x: Tensor, cotangent: Tensor) -> Tensor:
-    """`J^T u` for the derivative `J` of `fun` at `x`."""
-    return _vjps(fun, [x], cotangent)[0]
-
-
-def linearised(fun: Fun, x: Tensor) -> tuple[Tensor, Fun]:
-    """`fun(x)`, and `u -> J^T u` there, for any number of `u` from one evaluation: constants."""
-    if _compat.functorch_active():
-        return fun(x).detach(), lambda u: vjp(fun, x, u).detach()
-    with torch.enable_grad():
-        at = x.detach().requires_grad_()
-        out = fun(at)
-
-    def pulled(u: Tensor) -> Tensor:
-        if not out.requires_grad:
-            return torch.zeros_like(at)
-        (product,) = torch.autograd.grad(out, at, u, retain_graph=True, materialize_grads=True)
-        return product.detach()
-
-    return out.detach(), pulled
-
-
-def _vjps(fun: Fun, inputs: Sequence[Tensor], cotangent: Tensor) -> Sequence[Tensor]:
-    if not inputs:
-        return ()
-    if _compat.functorch_active():
-        # Not the pullback of `torch.func.vjp`: nothing of this level outlives the call.
-        grads: Sequence[Tensor] = torch.func.grad(lambda xs: (fun(*xs) * cotangent).sum())(
-            tuple(inputs)
-        )
-        return grads
-    again = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # A tensor of a transform that is over may say that it requires grad while its alias does
-        # not.
-        aliases = [t.view_as(t) for t in inputs]
-        aliases = [t if t.requires_grad else t.detach().requires_grad_() for t in aliases]
-        out = fun(*aliases)
-        if not out.requires_grad:
-            return [torch.zeros_like(t) for t in inputs]
-        return torch.autograd.grad(
-            out, aliases, cotangent, create_graph=again, materialize_grads=True
-        )
-
-
-def jvp(fun: Fun, inputs: Sequence[Tensor], tangents: Sequence[Tensor], *, like: Tensor) -> Tensor:
-    """`J t`, as the derivative of `u -> J^T u`, which is linear; `like` has the shape of the
-    result."""
-    if not inputs:
-        return torch.zeros_like(like)
-
-    def paired(u: Tensor) -> Tensor:
-        grads = _vjps(fun, inputs, u)
-        pairs = (
-            (g.conj() * t).real if g.is_complex() else g * t
-            for g, t in zip(grads, tangents, strict=True)
-        )
-        return torch.stack([p.sum() for p in pairs]).sum()
-
-    if _compat.functorch_active():
-        out: Tensor = torch.func.grad(paired)(torch.zeros_like(like))
-        return out
-    again = torch.is_grad_enabled()
-    with torch.enable_grad():
-        u = torch.zeros_like(like).detach().requires_grad_()
-        pairing = paired(u)
-        if not pairing.requires_grad:  # the derivative is zero
-            return torch.zeros_like(like)
-        return torch.autograd.grad(pairing, u, create_graph=again, materialize_grads=True)[0]

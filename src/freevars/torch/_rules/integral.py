@@ -27,11 +27,11 @@ from freevars.errors import StructureError
 from freevars.torch._compat import pytree
 from freevars.torch._convert.convert import closure_convert
 from freevars.torch._rules.asked import Asked
-from freevars.torch._rules.forms import Flat, evaluated, is_smooth, value_and_vjp
+from freevars.torch._rules.forms import Flat, evaluated, is_smooth
 from freevars.torch._rules.halves import difference, direction
-from freevars.torch._rules.implicit import jvp
 from freevars.torch._rules.integrator import Integrator, operate
 from freevars.torch._rules.partition import Remainder, partition
+from freevars.torch._rules.products import jvp, paired, vjps
 from freevars.torch._rules.unsupported import check_not_of_a_program
 
 __all__ = ["IntegralSolver"]
@@ -193,8 +193,7 @@ class _Integral:
         for i, sign in ((0, -1), (1, 1)):
             if needed[i]:
                 there = self._value_at(tensors[i], tensors[1 - i], values)
-                pairs = [(ct.conj() * f).real.sum() for ct, f in zip(g, there, strict=True)]
-                grads[i] = sign * sum(pairs[1:], pairs[0]).to(self.dtype)
+                grads[i] = sign * paired(g, there).to(self.dtype)
         wanted = [i for i, v in enumerate(values) if needed[self.start + i] and is_smooth(v)]
         if wanted:
             found = self._pulled(tensors, out, g, wanted)
@@ -215,7 +214,7 @@ class _Integral:
                 return of_out.ravel(self.fun(t, replaced(inputs[:n], wanted, some)))
 
             arrived = of_out.ravel(inputs[n : n + len(g)])
-            return value_and_vjp(f, [inputs[i] for i in wanted], arrived)[1]
+            return list(vjps(f, [inputs[i] for i in wanted], arrived))
 
         def integrate(fun: Fun, pack: Pack) -> list[Tensor]:
             operation = self._like(fun, pack)

@@ -17,7 +17,7 @@ from freevars.errors import StructureError
 from freevars.torch._compat import pytree
 from freevars.torch._convert.structure import Structure
 from freevars.torch._rules.complex_pairs import as_real
-from freevars.torch._rules.implicit import vjp
+from freevars.torch._rules.products import vjp
 from freevars.torch._rules.ravel import Unknown
 from freevars.torch._rules.sharded import whole
 
