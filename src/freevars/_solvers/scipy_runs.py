@@ -1,6 +1,6 @@
 """scipy's solvers, run on NumPy functions with exact derivatives; the same in both hosts.
 
-This is the only shared file that imports NumPy and scipy. The functions are `HostFunction`s of a
+This is the only shared file that imports scipy. The functions are `HostFunction`s of a
 host and already contain the extra arguments; `args` is in the signatures because the host reads off
 them what a call passes on to the function. Not here: those functions, and what becomes of a result.
 """

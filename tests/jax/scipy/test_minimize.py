@@ -221,6 +221,17 @@ def test_limits_that_are_traced() -> None:
     assert as_functions((), "minimize") == (None, None)
 
 
+def test_limits_of_which_some_are_traced() -> None:
+    """What is known is sorted all the same: the equation of the second row."""
+
+    def sorted_into(t):
+        limits = NonlinearConstraint(lambda x: x, [-np.inf, 0.9], [t, 0.9])
+        return [f(X) for f in as_functions(limits, "")]
+
+    (zero,), (below,) = jax.jit(sorted_into)(2.0)
+    np.testing.assert_allclose([zero, below], [[0.0], [1.7]], atol=1e-7)
+
+
 @pytest.mark.slow
 def test_limits_that_are_traced_may_be_infinite() -> None:
     """No limit, and no number that a solver would count with."""

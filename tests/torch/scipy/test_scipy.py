@@ -1,6 +1,7 @@
 """`freevars.torch.scipy` against closed forms: the rows of `freevars.jax.scipy`, in PyTorch."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -140,6 +141,37 @@ def test_linear_constraints_are_sorted_by_their_limits() -> None:
     flat = lambda f: np.concatenate([np.ravel(part) for part in f(x)])
     np.testing.assert_allclose(flat(equality), [0.2])
     np.testing.assert_allclose(sorted(flat(inequality)), [0.2, 5.9])
+
+
+def _below(cap, x):
+    """The point nearest to (2, -1) with x[0] <= cap and x[1] >= 0: limits, and none where it is
+    infinite."""
+    fun = lambda x: ((x - torch.tensor([2.0, -1.0])) ** 2).sum()
+    constraint = NonlinearConstraint(lambda x: x, [-math.inf, 0.0], [cap, math.inf])
+    return minimize(fun, x, constraints=constraint).x
+
+
+@pytest.mark.parametrize(
+    "by", [torch.func.jacrev, torch.func.jacfwd, lambda f: partial(jacobian, f)]
+)
+def test_limits_that_are_differentiated(by) -> None:
+    slope = by(lambda cap: _below(cap, torch.tensor([0.1, 0.3])))(number(1.0))
+    np.testing.assert_allclose(slope, [1.0, 0.0], atol=1e-9)
+
+
+def test_limits_in_a_batch_may_be_infinite() -> None:
+    caps = torch.tensor([1.0, math.inf])
+    solve = lambda cap: _below(cap, torch.tensor([0.1, 0.3]))
+    found = torch.func.vmap(solve)(caps)
+    np.testing.assert_allclose(found, [[1.0, 0.0], [2.0, 0.0]], atol=1e-6)
+
+
+def test_sides_of_two_unknowns_are_never_taken_for_pairs() -> None:
+    x0 = torch.zeros(1), torch.zeros(1)
+    with pytest.raises(TypeError, match="two sides of two numbers, or two pairs"):
+        as_sides(((0.0, 0.0), (1.0, 1.0)), x0, "minimize")
+    (lower, upper), _ = as_sides(Bounds([0.0, 0.0], [1.0, 1.0]), x0, "minimize")
+    assert (*lower, *upper) == (0, 0, 1, 1)
 
 
 def test_what_the_result_tells() -> None:

@@ -75,7 +75,8 @@ def minimize(
             or a pair (lower, upper), each like x0, a number or None. Values may be traced, except
             in `Bounds`.
         constraints: as in scipy: dicts, `NonlinearConstraint`, `LinearConstraint`, or a sequence of
-            these. Functions are in JAX and take x like x0.
+            these. Functions are in JAX and take x like x0. Limits may be traced, except in
+            `LinearConstraint`, which makes NumPy arrays of what it is given.
         tol: as in scipy.
         callback: as in scipy: it is given NumPy vectors, and may not call JAX.
         options: as in scipy. Its defaults of tolerance will do: see `polish`.

@@ -59,7 +59,7 @@ def on_host_as(run: Callable[..., Any]) -> Any:
     return on_host(solver, aux=as_arrays(solver_said()))
 
 
-def refuse_derivatives(name: str, **given: Any) -> None:
+def refuse_derivatives(name: str, /, **given: Any) -> None:
     """As `scipy_calls.refuse_derivatives`."""
     scipy_calls.refuse_derivatives(name, "JAX", "jax.custom_jvp", **given)
 

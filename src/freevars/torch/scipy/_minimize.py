@@ -66,9 +66,11 @@ def minimize(
         hess: refused, as `jac`.
         hessp: refused, as `jac`.
         bounds: scipy's `Bounds` or a sequence of pairs (min, max), over the numbers of x0 in order;
-            or a pair (lower, upper), each like x0, a number or None.
+            or a pair (lower, upper), each like x0, a number or None. A derivative is taken by
+            these two; `Bounds` makes NumPy arrays of what it is given, as `LinearConstraint` does.
         constraints: as in scipy: dicts, `NonlinearConstraint`, `LinearConstraint`, or a sequence of
-            these. Functions are in PyTorch and take x like x0.
+            these. Functions are in PyTorch and take x like x0; they and the limits of
+            `NonlinearConstraint` have derivatives.
         tol: as in scipy.
         callback: as in scipy: it is given NumPy vectors, and has no part in the result.
         options: as in scipy. Its defaults of tolerance will do: see `polish`.

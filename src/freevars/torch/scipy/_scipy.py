@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 
-def refuse_derivatives(name: str, **given: Any) -> None:
+def refuse_derivatives(name: str, /, **given: Any) -> None:
     """As `scipy_calls.refuse_derivatives`."""
     scipy_calls.refuse_derivatives(name, "PyTorch", "torch.autograd.Function", **given)
 
