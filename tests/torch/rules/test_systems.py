@@ -767,6 +767,68 @@ def test_one_soft_unknown_of_many_counts(n, softness, dtype) -> None:
                 torch.autograd.grad(by, gate)
 
 
+class _Once(torch.autograd.Function):
+    """The identity, whose derivative has none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g.clone()
+
+
+class _Lost(torch.autograd.Function):
+    """The same; the derivative of the derivative is lost without a word."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g.detach().clone()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("once", [lambda x: x, _Once.apply, _Lost.apply])
+@pytest.mark.parametrize("shape", ["stiff", "soft", "softer", "in units", "contraction"])
+def test_one_component_of_many_is_far_off(shape: str, once: Any, dtype: torch.dtype) -> None:
+    """A mean over all does not see it, and the equation of a soft one is nearly solved."""
+    n, k = 40_000, 17
+    torch.manual_seed(0)
+    x = torch.rand(n, dtype=dtype) + 0.5
+    rows = torch.ones(n, dtype=dtype)
+    rows[k] = {"soft": 1e-2, "softer": 1e-5}.get(shape, 1.0)
+    if shape == "in units":
+        rows = 1 + 3 * torch.rand(n, dtype=dtype)
+    t = (x + x**3 / 8 + x.roll(1) / 5).requires_grad_()
+
+    def equations(x: Tensor) -> Tensor:
+        return once(rows * (x + x**3 / 8 + x.roll(1) / 5 - t))
+
+    def step(x: Tensor) -> Tensor:
+        return once(t - x**3 / 8 - x.roll(1) / 5)
+
+    decorate, fun = (fixed_point, step) if shape == "contraction" else (root, equations)
+
+    def derivative(found: Tensor, *, check: bool) -> Tensor:
+        solve = decorate(returning(found), check=check)
+        return torch.autograd.grad(solve(fun, torch.full_like(x, 0.3)).sum(), t)[0]  # type: ignore[no-any-return]
+
+    noise = torch.randn(n, dtype=dtype)
+    for all_off in (0.0, 1e-5):
+        found = x * (1 + all_off * noise)
+        torch.testing.assert_close(
+            derivative(found, check=True), derivative(x, check=False), rtol=1e-3, atol=1e-3
+        )
+        found[k] = 0.7 * x[k]
+        with pytest.raises(NotASolutionError):
+            derivative(found, check=True)
+
+
 @pytest.mark.parametrize("size", [1.0, 1e-24, 1e25])
 @pytest.mark.parametrize("n", [3, 700])
 def test_a_solution_of_any_size_counts_by_itself(n, size) -> None:

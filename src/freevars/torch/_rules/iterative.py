@@ -19,6 +19,7 @@ from freevars.torch._rules.krylov import conjugate_gradients, gmres, richardson
 from freevars.torch._rules.sizes import Sizes
 from freevars.torch._rules.system import LinearSolve, System
 from freevars.torch._rules.truncated import Truncated
+from freevars.torch._rules.vectors import norm
 
 __all__ = ["Iterative"]
 
@@ -27,6 +28,7 @@ _LARGEST_MATRIX = 2**25
 
 _SWEEPS = 2  # each leaves the root of how far the rows differ
 _SHARE = 0.3  # of the largest component of a derivative: so small ones do not count by themselves
+_ALIGNED = 4  # times their norm: a sum of which random signs leave no more
 _ALIKE = 1024  # up to this factor, they do not: an estimate may be small by chance
 
 
@@ -106,14 +108,8 @@ class Iterative:
     def figures(
         self, derivative: Derivative, sizes: Sizes, limits: Limits, inputs: Inputs
     ) -> Figures:
-        """The Newton step is measured against each tensor of the unknown, in units in which the
-        equations are alike: by its largest component where a product with A is one with A^T, and by
-        what two random directions hear of it elsewhere, which products of A^T give. One direction
-        will do where A^T contracts quickly along it, and F is so small that the step is negligible
-        then.
-
-        What was solved for is no such direction: it may not hear of a component that is far off,
-        while what it is differentiated by multiplies that (a gate that is still shut)."""
+        """The Newton step is measured by its largest component, against each tensor of the unknown,
+        in units in which the equations are alike. `_size_of_step` says what is known of it."""
         left = self.residual
         figures = self._by_products(derivative, sizes, limits, inputs)
         self.residual = left
@@ -129,18 +125,18 @@ class Iterative:
         measured = Figures.unmeasured(f)
         if self._dense is not None:
             return measured
-        near, far = sizes.by_leaf(self._units)
-        near = units(near)
+        near, far = map(units, sizes.by_leaf(self._units))
 
         def measure(v: Tensor, error: Tensor) -> Tensor:
-            return self._measured(v / torch.where(error, units(far), near))
+            return _largest(v / torch.where(error, far, near))
 
-        size = self._size_of_step(f, near, limits)
+        size, step = self._size_of_step(f, near, limits)
         change = measured.change
         asked = size > limits.negligible
-        if bool(asked.any()):
-            asked &= self._size_of_step(f, units(far), limits) <= limits.step
-        if bool(asked.any()):
+        if step is None:
+            unknown = asked & (size > limits.certain) & (size <= limits.step)
+            change = torch.where(unknown, torch.inf, change)
+        elif bool((asked & (_largest(step / far) <= limits.step)).any()):
             size, change = look(
                 derivative,
                 inputs,
@@ -160,31 +156,85 @@ class Iterative:
             residual=torch.full_like(measured.residual, self.residual),
         )
 
-    def _measured(self, v: Tensor) -> Tensor:
-        """Of each problem, by its largest component where a step is known in full."""
-        return v.abs().amax(1) if self._a.symmetric else v.square().mean(1).sqrt()
+    def _size_of_step(
+        self, f: Tensor, unit: Tensor, limits: Limits
+    ) -> tuple[Tensor, Tensor | None]:
+        """The largest component of the Newton step s, about; and s, unless it is negligible or
+        products of A are not to be had.
 
-    def _size_of_step(self, f: Tensor, unit: Tensor, limits: Limits) -> Tensor:
+        A product with s takes a solution with A^T: v^T s = w^T F for the w with A^T w = v. Its
+        terms w_k F_k are what each equation has to do with it, whatever units that is in. For a
+        random v it is about the norm of s, so about the largest component where one is far off;
+        where many are, it is up to sqrt(n) times that, and s itself has to say.
+
+        What was solved for is no such v: it may not hear of a component that is far off, while what
+        it is differentiated by multiplies that (a gate that is still shut)."""
         if not bool(f.any()) or not bool(torch.isfinite(f).all()):
-            return torch.zeros_like(f[:, 0])
+            return torch.zeros_like(f[:, 0]), None
         if self._a.symmetric:
-            return self._measured(self._solve_each(f, transposed=False)[0] / unit)
+            known, _ = self._solve_each(f, transposed=False)
+            return _largest(known / unit), known
         generator = torch.Generator().manual_seed(0)
-        sizes = []
-        for _ in range(2 if self._own is None else 1):
-            v, reach = self._solve_each(_probe(f, generator) / unit, transposed=True)
-            most = reach * f.abs().amax(1) / unit.amin(1)
-            if bool((most <= limits.negligible).all()):
-                return most
-            sizes.append((v * f).sum(1).abs() / math.sqrt(f.shape[1]))
-        return torch.stack(sizes).amax(0)
+        v: Tensor = _probe(f, generator) / unit
+        w, quick = self._solve_each(v, transposed=True)
+        terms = w * f
+        heard, together = terms.sum(1), norm(terms)[:, 0]
+        most = torch.maximum(heard.abs(), together)
+        if quick:  # A is about a number: so are v s the terms, unless they add up in one component
+            alone = heard.abs() <= _ALIGNED * together
+            most = torch.where(alone, _largest(terms / (v * unit)), most)
+        if bool((most <= limits.negligible).all()):
+            return most, None
+        step = self._step_in_full(f, w, limits)
+        if step is not None:
+            apart = ((v * step).sum(1) - heard).abs()
+            # A custom Function may have a derivative of its derivative that is none.
+            if bool((apart <= (norm(v * step)[:, 0] + together) / 2).all()):
+                return _largest(step / unit), step
+        pointed = self._heard_where_far(f, w, unit, generator)
+        return torch.maximum(pointed, heard.abs() / math.sqrt(f.shape[1])), None
 
-    def _solve_each(self, b: Tensor, *, transposed: bool) -> tuple[Tensor, float]:
-        """As `_solved`, to 1% of what each problem has in `b`."""
+    def _step_in_full(self, f: Tensor, w: Tensor, limits: Limits) -> Tensor | None:
+        """A^-1 f, so closely that w does not hear what is left of `f`; None where A is not known
+        so well."""
+        terms, size, before = _largest(w * f), norm(f)[:, 0], self.residual
+        left = _SHARE * torch.clamp(terms, min=limits.negligible) / _largest(w)
+        relative = float((left / torch.where(size > 0, size, left)).amin())
+        self.residual = 0.0
+        try:
+            step, _ = self._solve_each(
+                f, transposed=False, relative=min(max(relative, self._relative), 1e-2)
+            )
+            left_over = self.residual
+        except RuntimeError:  # what PyTorch cannot differentiate twice
+            return None
+        finally:
+            self.residual = before
+        return step if left_over <= limits.residual else None
+
+    def _heard_where_far(
+        self, f: Tensor, w: Tensor, unit: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """The root of a mean square over the components of the Newton step, each with a weight: the
+        gradient of |w F|^2 / 2, which is large where a component is far off."""
+        terms = w * f
+        largest = _largest(terms)[:, None]
+        weights = self._a.transposed(w * (terms / torch.where(largest > 0, largest, 1)))
+        v = _probe(f, generator) * weights
+        w, _ = self._solve_each(v, transposed=True)
+        whole = norm(v * unit)[:, 0]
+        return (w * f).sum(1).abs() / torch.where(whole > 0, whole, 1)
+
+    def _solve_each(
+        self, b: Tensor, *, transposed: bool, relative: float | None = None
+    ) -> tuple[Tensor, bool]:
+        """As `_solved`, each problem to `relative` by its own scale; by default so closely that no
+        number of a `b` of numbers about 1 is left by more than 0.3."""
         scale = b.abs().amax(1, keepdim=True)
         scale = torch.where(scale > 0, scale, 1)
-        u, reach = self._solved(b / scale, transposed, 1e-2 / math.sqrt(len(b)))
-        return u * scale, reach
+        relative = relative or _SHARE / math.sqrt(b.shape[1])
+        u, quick = self._solved(b / scale, transposed, relative / math.sqrt(len(b)))
+        return u * scale, quick
 
     def _solve(self, b: Tensor, transposed: bool, relative: float) -> Tensor:  # noqa: FBT001
         return self._solved(b, transposed, relative)[0]
@@ -194,15 +244,15 @@ class Iterative:
         b: Tensor,
         transposed: bool,  # noqa: FBT001
         relative: float,
-    ) -> tuple[Tensor, float]:
-        """`u`, and how far A^-1, or A^-T, carries along `b`; infinite where that is not known."""
+    ) -> tuple[Tensor, bool]:
+        """`u`, and whether A contracted quickly along it."""
         if self._dense is not None:
-            return self._dense.solve(b, transposed=transposed), math.inf
+            return self._dense.solve(b, transposed=transposed), False
         if not bool(b.any()):
-            return torch.zeros_like(b), 0.0
+            return torch.zeros_like(b), True
         operator = LinearOperator(self._a, self._structure, transposed=transposed)
         if self._own is not None:
-            return self._by_own(self._own, operator, b), math.inf
+            return self._by_own(self._own, operator, b), False
         d = self._units
         right = b if d is None else d * b
         scale = right.abs().max()  # squares of small numbers are no numbers
@@ -216,21 +266,20 @@ class Iterative:
             image = operator(v) if flat is None else flat * operator(flat * v)
             return image.to(dtype)
 
-        found, reach = False, math.inf
+        found = quick = False
         if self._minimum:
             u, found = conjugate_gradients(matvec, right.to(dtype), relative, self._steps)
         if not found:
             first = richardson(matvec, right.to(dtype), relative)
-            if first.solved and d is None:
-                reach = first.reach
+            quick = first.solved
             u, found = gmres(matvec, right.to(dtype), relative, self._steps, start=first)
         if not found and self._fits:
             self._dense = self._make_dense()
-            return self._dense.solve(b, transposed=transposed), math.inf
+            return self._dense.solve(b, transposed=transposed), False
         if not found:
             self._measure(matvec, u, right)
         u = u.to(b.dtype).reshape(b.shape) * scale
-        return (u if d is None else d * u), reach
+        return (u if d is None else d * u), quick
 
     def _by_own(self, own: LinearSolve, operator: LinearOperator, b: Tensor) -> Tensor:
         scale = b.abs().max()
@@ -259,6 +308,10 @@ def _about_one(vectors: Sequence[Tensor]) -> list[Tensor]:
     """Two vectors next to the largest number in them: squares of small numbers are no numbers."""
     largest = torch.maximum(*(v.abs() for v in vectors)).amax(1, keepdim=True)
     return [v / torch.where(largest > 0, largest, 1) for v in vectors]
+
+
+def _largest(v: Tensor) -> Tensor:
+    return v.abs().amax(1)
 
 
 def _probe(like: Tensor, generator: torch.Generator) -> Tensor:

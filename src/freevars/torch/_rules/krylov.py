@@ -27,7 +27,6 @@ class Contraction(NamedTuple):
     u: Tensor
     residual: Tensor
     solved: bool
-    reach: float  # then |u| is at most this times |b|, about
 
 
 class _Cycle(NamedTuple):
@@ -135,7 +134,7 @@ def richardson(matvec: MatVec, b: Tensor, relative: float) -> Contraction:
         solved = beta <= relative * whole
     if not beta < whole:
         u, r = torch.zeros_like(b), b
-    return Contraction(u, r, solved, abs(float(length)) * 4 / 3)  # the sum of the steps
+    return Contraction(u, r, solved)
 
 
 def _norm(v: Tensor) -> float:

@@ -186,8 +186,8 @@ def root(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]
             than 2% along the step, which is asked of what was recorded. Nothing is asked below the
             root of the dtype's spacing (1.5e-8; 3.5e-4 in float32); where it cannot be known, the
             fourth root is accepted, 1.2e-4, and 1e-3 in float32. Beyond 512 unknowns the step
-            is measured against each tensor of the unknown as a whole: by its largest component
-            for a minimum, otherwise by its root mean square, which is estimated.
+            is measured by its largest component, against each tensor of the unknown as a whole;
+            it is estimated where it is negligible, or `fun` cannot be differentiated twice.
         polish: True adds a Newton step to what the solver returns.
         conserved: `conserved(x)` returns real tensors that the solver keeps as they are in `x0`
             (the amounts of the elements in a reaction), where the equations alone do not determine
