@@ -22,13 +22,14 @@ from freevars.errors import CaptureError
 from freevars.report import CapturedValue, CaptureReport
 from freevars.report._reads import Line, Reads
 from freevars.report._source import read_site, source_of
+from freevars.torch import _compat
 from freevars.torch._convert.convert import (
     Converted,
     Rng,
     differentiable,
     discover,
-    outside_compiler,
     policy_of,
+    prepare,
 )
 from freevars.torch._convert.discovery import DiscoveryMode
 from freevars.torch._convert.places import Search
@@ -38,16 +39,11 @@ from freevars.torch._modes import resolve
 __all__ = ["report_of_converted", "report_of_function"]
 
 
+@_compat.uncompiled
 def report_of_function(
     fun: Callable[..., Any], example: tuple[Any, ...], hoist: Hoist, rng: Rng
 ) -> CaptureReport:
     """What `fun` captures on the example; `hoist` is the conversion that the report tells about."""
-    return outside_compiler(_look, fun, rng)(fun, example, hoist, rng)
-
-
-def _look(
-    fun: Callable[..., Any], example: tuple[Any, ...], hoist: Hoist, rng: Rng
-) -> CaptureReport:
     return _report(fun, _run(fun, example, hoist, rng), resolve)
 
 
@@ -80,6 +76,7 @@ def _first_read(line: Line | None) -> Reads:
     return Reads() if line is None else Reads(1, {line: None})
 
 
+@_compat.uncompiled
 def _run_again(
     fun: Callable[..., Any], example: tuple[Any, ...], hoist: Hoist, rng: Rng
 ) -> list[_Found]:
@@ -87,10 +84,9 @@ def _run_again(
     name), fail, or belong to a transform that has ended: then only what the conversion recorded is
     used."""
     try:
-        found = outside_compiler(_run, fun, rng)(fun, example, hoist, rng)
+        return _run(fun, example, hoist, rng)
     except Exception:  # noqa: BLE001 (a user's function may raise anything)
         return []
-    return found
 
 
 def _report(
@@ -198,6 +194,7 @@ class _Recorder(DiscoveryMode):
 
 
 def _run(fun: Callable[..., Any], example: tuple[Any, ...], hoist: Hoist, rng: Rng) -> list[_Found]:
+    prepare(fun, rng)
     policy = policy_of(hoist)
     recorder = discover(fun, example, policy, rng, _Recorder)[0]
     recorder.drop_unheld()

@@ -16,7 +16,6 @@ from freevars.torch._compat.wrappers import unwrap
 __all__ = [
     "DispatchMode",
     "compiling",
-    "eagerly",
     "forward_mode",
     "function_mode_count",
     "function_modes",
@@ -33,7 +32,7 @@ __all__ = [
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def eagerly(run: F) -> F:
+def _eagerly(run: F) -> F:
     """`run`, for calls while `torch.compile` is active: it then does not compile what `run` calls,
     nor from now on the frames around it. After a graph break it would compile the rest of these
     too, and cannot where a transform is open."""
@@ -50,13 +49,13 @@ def eagerly(run: F) -> F:
 
 
 def uncompiled(run: F) -> F:
-    """`run`, never compiled, even if PyTorch calls it while `torch.compile` is active (in the
-    backward pass of a compiled function)."""
-    eager = eagerly(run)
+    """`run`, never compiled, even if it is called while `torch.compile` is active (by PyTorch, in
+    the backward pass of a compiled function)."""
+    eager = _eagerly(run)
 
     @functools.wraps(run)
-    def chosen(*args: Any) -> Any:
-        return eager(*args) if compiling() else run(*args)
+    def chosen(*args: Any, **kwargs: Any) -> Any:
+        return eager(*args, **kwargs) if compiling() else run(*args, **kwargs)
 
     return cast("F", chosen)
 

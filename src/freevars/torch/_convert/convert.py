@@ -34,12 +34,11 @@ __all__ = [
     "closure_convert",
     "differentiable",
     "discover",
-    "outside_compiler",
     "policy_of",
+    "prepare",
 ]
 
 D = TypeVar("D", bound=DiscoveryMode)
-F = TypeVar("F", bound=Callable[..., Any])
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -93,20 +92,8 @@ def closure_convert(
         tensor(12.)
     """
     converted: Any
-    converted, hoisted = outside_compiler(_convert, fun, rng)(fun, example_args, hoist, rng)
+    converted, hoisted = _convert(fun, example_args, hoist, rng)
     return converted, list(hoisted)
-
-
-def outside_compiler(run: F, fun: Callable[..., Any], rng: Rng) -> F:
-    """`run`, which calls `fun` under a watch, as it must be called; checks both arguments."""
-    check_callable(fun)
-    if rng not in {"allow", "error", "replay"}:
-        message = f'rng: expected "allow", "error" or "replay", got {rng!r}.'
-        raise ValueError(message)
-    _hooks.install_hooks()
-    check_release()
-    chosen: F = _compat.eagerly(run) if _compat.compiling() else run
-    return chosen
 
 
 def policy_of(hoist: Hoist) -> Callable[[Tensor], bool]:
@@ -133,9 +120,11 @@ _NAMED: dict[str, Callable[[Tensor], bool]] = {
 }
 
 
+@_compat.uncompiled
 def _convert(
     fun: Callable[..., Any], example: tuple[Any, ...], hoist: Hoist, rng: Rng
 ) -> tuple[Converted[..., Any], tuple[Tensor, ...]]:
+    prepare(fun, rng)
     structure = Structure(example)
     policy = policy_of(hoist)
     search = Search(fun)  # before the run, which may put its own tensors into the places
@@ -179,6 +168,16 @@ def _convert(
         first_reads=[discovery.where.get(id(t)) for t in captured],
     )
     return converted, converted.hoisted
+
+
+def prepare(fun: Callable[..., Any], rng: Rng) -> None:
+    """Refuses what no watch can run, and makes sure that a watch sees what runs."""
+    check_callable(fun)
+    if rng not in {"allow", "error", "replay"}:
+        message = f'rng: expected "allow", "error" or "replay", got {rng!r}.'
+        raise ValueError(message)
+    _hooks.install_hooks()
+    check_release()
 
 
 def _differentiated_by(t: Tensor) -> set[str]:

@@ -180,20 +180,9 @@ class Converted(Generic[P, R]):
 
     # --- calling
 
+    @_compat.uncompiled
     def __call__(self, *args_and_hoisted: Any) -> R:
-        result: R
-        if _compat.compiling():
-            result = self._eagerly(*args_and_hoisted)
-        else:
-            result = self._call(args_and_hoisted)
-        return result
-
-    @_compat.eagerly
-    def _eagerly(self, *args: Any) -> Any:
-        return self._call(args)
-
-    def _call(self, args: tuple[Any, ...]) -> Any:
-        arguments, values = self._split(args)
+        arguments, values = self._split(args_and_hoisted)
         if self._structure is None:
             leaves = pytree.tree_leaves(arguments)
         else:
@@ -260,9 +249,9 @@ class Converted(Generic[P, R]):
             "derivatives by .backward(), into .grad."
         )
 
-    def _at_rest(self, rest: Rest, arguments: tuple[Any, ...], leaves: list[Any]) -> Any:
+    def _at_rest(self, rest: Rest, arguments: tuple[Any, ...], leaves: list[Any]) -> R:
         given = [x for x in leaves if isinstance(x, Tensor)]
-        out = rest.run(self._fun, arguments, given)
+        out: R = rest.run(self._fun, arguments, given)
         refuse_late(out)
         outputs = outputs_of(out)
         known = [*given, *self._declared, *self._gathered, *self.captured]
@@ -274,7 +263,7 @@ class Converted(Generic[P, R]):
 
     def _substituted(
         self, arguments: tuple[Any, ...], leaves: list[Any], values: tuple[Any, ...]
-    ) -> tuple[Any, SubstitutionMode]:
+    ) -> tuple[R, SubstitutionMode]:
         _hooks.hook_compiler()
         table = self._own.table(values)
         if any(id(x) in table for x in leaves):

@@ -3,7 +3,7 @@
 Not here: what a call does (`solver.py`, `integrator.py`).
 """
 
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from freevars._solvers.decorated import DecoratedSolver
 from freevars.torch import _compat
@@ -17,14 +17,6 @@ R = TypeVar("R")
 class EagerSolver(DecoratedSolver[P, R]):
     """What all decorated solvers have in common here."""
 
+    @_compat.uncompiled
     def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        result: R
-        if _compat.compiling():
-            result = self._eagerly(*args, **kwargs)
-        else:
-            result = super().__call__(*args, **kwargs)
-        return result
-
-    @_compat.eagerly
-    def _eagerly(self, *args: Any, **kwargs: Any) -> Any:
         return super().__call__(*args, **kwargs)
