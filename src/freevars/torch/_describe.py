@@ -34,6 +34,7 @@ __all__ = [
     "caller",
     "captured_value",
     "describe",
+    "enters",
     "function_name",
     "line_of_caller",
     "names_of",
@@ -52,14 +53,14 @@ def _is_tensor(x: object) -> bool:
     return issubclass(type(x), Tensor)
 
 
-def _enters(cls: type) -> bool:
+def enters(cls: type) -> bool:
     """Distributions, optimizers, data sets, and what users derive from PyTorch's classes hold
     tensors under names that a user knows; PyTorch's private classes do not."""
     root, _, rest = class_module(cls).partition(".")
     return root not in FRAMEWORKS or (root == "torch" and rest != "" and not rest.startswith("_"))
 
 
-_WALK: Any = {"is_leaf": _is_tensor, "enters": _enters, "implicit": _IMPLICIT}
+_WALK: Any = {"is_leaf": _is_tensor, "enters": enters, "implicit": _IMPLICIT}
 
 
 def names_of(fun: Callable[..., Any], values: Sequence[Tensor]) -> list[tuple[Name, ...]]:
@@ -67,13 +68,14 @@ def names_of(fun: Callable[..., Any], values: Sequence[Tensor]) -> list[tuple[Na
     return name_values(fun, values, **_WALK)
 
 
-def reachable(fun: Any) -> dict[int, tuple[Tensor, str]]:
-    """The tensors that `fun` reaches without running: by id, the tensor and its shortest name."""
-    return {id(t): (t, name) for t, name in Reachable().of(fun)}
+def reachable(*objects: Any) -> dict[int, tuple[Tensor, str]]:
+    """The tensors that these reach without running: by id, the tensor and its shortest name."""
+    found = Reachable()
+    return {id(t): (t, name) for x in objects for t, name in found.of(x)}
 
 
 class Reachable:
-    """The same for one function after the other; each tensor comes once."""
+    """The same for one object after the other; each tensor comes once."""
 
     def __init__(self) -> None:
         self._leaves = ReachableLeaves(**_WALK)

@@ -133,12 +133,13 @@ def active() -> list[CaptureMode]:
 @contextmanager
 def solver_running() -> Iterator[None]:
     """The solver of a rule is running, on tensors without history: its `.backward()` reaches only
-    its own, in graphs that no checkpoint around it would have to make again."""
+    its own, in graphs that no checkpoint around it would have to make again. It may differentiate
+    whatever the caller's modes are."""
     watches = active()
     for watch in watches:
         watch.solvers += 1
     try:
-        with without_checkpoints():
+        with without_checkpoints(), torch.inference_mode(mode=False), torch.enable_grad():
             yield
     finally:
         for watch in watches:

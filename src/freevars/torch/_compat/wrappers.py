@@ -11,7 +11,6 @@ from torch._C import _functorch
 
 __all__ = [
     "is_grad_tracking",
-    "is_grads_batch",
     "is_legacy_batched",
     "is_plain",
     "is_wrapped",
@@ -49,15 +48,10 @@ def is_grad_tracking(t: Tensor) -> bool:
     return bool(_functorch.is_gradtrackingtensor(t))
 
 
-def is_grads_batch(t: Tensor) -> bool:
-    """Whether `torch.autograd.grad(is_grads_batched=True)` batches `t`, by the vmap before
-    torch.func's, of which custom Functions are not notified."""
-    return bool(_functorch.is_legacy_batchedtensor(t))
-
-
 def is_legacy_batched(t: Tensor) -> bool:
-    """Whether the old vmap behind `torch.autograd.functional.jacobian(strategy="forward-mode")`
-    batches `t`, which few operations support."""
+    """Whether the vmap before torch.func's batches `t`: that of `is_grads_batched=True` and of
+    `torch.autograd.functional.jacobian(strategy="forward-mode")`. Few operations support it, and
+    custom Functions are not notified."""
     return bool(_functorch.is_legacy_batchedtensor(t))
 
 

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freevars._names.bounds import is_library
+from freevars._names.bounds import FRAMEWORKS, Bounds, is_library
+from freevars._names.introspection import class_module
 from freevars.torch._convert.kept import Kept, holds
 from freevars.torch._convert.packages import uses_torch
 from freevars.torch._convert.steps import (
@@ -40,6 +41,7 @@ from freevars.torch._convert.steps import (
     slot,
     variable,
 )
+from freevars.torch._describe import enters
 
 __all__ = ["Places", "Search"]
 
@@ -83,7 +85,7 @@ class Search:
         self._dicts: list[tuple[_Object, Any, dict[Any, Any], dict[Any, Any]]] = []
         self._queue: deque[_Object] = deque()
         self._names: dict[int, tuple[str, ...]] = {}
-        self._outside: dict[type, bool] = {}
+        self._bounds = Bounds(FRAMEWORKS, enters)
         # How much there was of packages without PyTorch, by their name and how much there may be.
         self._strangers: Counter[tuple[str, int]] = Counter()
         self._link(None, None, None, fun)
@@ -178,7 +180,8 @@ class Search:
             attributes = object.__getattribute__(obj, "__dict__")
         except AttributeError:
             attributes = None
-        if self._is_outside(kind):
+        own = kind.__name__ in _OWN and class_module(kind).startswith("freevars.")
+        if self._bounds.is_opaque(kind) and not own:
             if attributes and "__wrapped__" in attributes:
                 self._link(node, attribute, "__wrapped__", attributes["__wrapped__"])
             return
@@ -221,17 +224,6 @@ class Search:
         key = str(module).partition(".")[0], most
         self._strangers[key] += 1
         return self._strangers[key] <= most
-
-    def _is_outside(self, kind: type) -> bool:
-        known = self._outside.get(kind)
-        if known is None:
-            module = kind.__module__ if isinstance(kind.__module__, str) else ""
-            root, _, rest = module.partition(".")
-            public = root == "torch" and rest != "" and not rest.startswith("_")
-            kept = public or root in {"argparse", "collections", "types"}
-            kept = kept or (root == "freevars" and kind.__name__ in _OWN)
-            self._outside[kind] = known = is_library(module) and not kept
-        return known
 
     def kept(self, made: Mapping[int, Tensor]) -> "Kept":
         """What the run has put into attributes and entries, where it is one of the tensors that the

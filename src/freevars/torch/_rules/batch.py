@@ -131,7 +131,7 @@ class BatchedCondition(DifferentiableCondition):
         if not tracked or self.watched or _compat.transforms_active():
             return implicit(self, *values)
         plain = tuple(v.detach() for v in values)
-        with _modes.solver_running(), torch.inference_mode(mode=False), torch.enable_grad():
+        with _modes.solver_running():
             x, columns, others = self.find(*plain)
         f = record(self, lambda x: self.residual(x, columns, *values), x.detach(), plain[0])
         by = (v for i, v in enumerate(values) if i not in self.constants and v.requires_grad)

@@ -78,7 +78,7 @@ class _Implicit(torch.autograd.Function):
     def forward(condition: Solvable, *values: Tensor) -> tuple[Tensor, ...]:
         # The solver may use autograd as it likes: it sees copies without history.
         plain = tuple(_compat.not_inference(v.detach()) for v in values)
-        with _modes.solver_running(), torch.inference_mode(mode=False), torch.enable_grad():
+        with _modes.solver_running():
             return tuple(t.detach() for t in condition.solve(*plain))
 
     @staticmethod
@@ -99,7 +99,7 @@ class _Implicit(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None, *_: Any) -> Any:
         if g is None:
             return (None,) * len(ctx.needs_input_grad)
-        if _compat.is_grads_batch(g):
+        if _compat.is_legacy_batched(g):
             message = (
                 "expected torch.func.hessian for a second derivative of a rule, got many cotangents"
                 " at once by torch.autograd.grad(is_grads_batched=True) or"

@@ -22,11 +22,11 @@ from freevars.torch._compat import pytree
 from freevars.torch._convert.autograd_graph import leaves_behind
 from freevars.torch._convert.operators import may_carry_derivative
 from freevars.torch._convert.substitution import SubstitutionMode
-from freevars.torch._describe import Reachable
+from freevars.torch._describe import reachable
 from freevars.torch._rules.partition import partition
 from freevars.torch._rules.sharded import whole
 
-__all__ = ["Inputs", "reached_by"]
+__all__ = ["Inputs"]
 
 T = TypeVar("T")
 
@@ -51,7 +51,7 @@ class Inputs:
         self._solver = solver
         of_fun = len(pytree.tree_leaves((call.args, call.kwargs)))
         given, self._around = partition(((call.args, call.kwargs), call.options))
-        reached = reached_by(solver, *call.options.values(), linear_solve)
+        reached = reachable(solver, *call.options.values(), linear_solve).values()
         self._reached = [t for t, _ in reached]
         known = {id(t) for t in (*given, *captured)}
         found = [
@@ -159,12 +159,6 @@ class Inputs:
         for t in self.values[1 : self._ends[0]]:
             if not _compat.is_wrapped(t) and t.numel() <= _FEW and not t.is_complex():
                 yield from map(float, whole(t.detach()).reshape(-1).tolist())
-
-
-def reached_by(*objects: Any) -> list[tuple[Tensor, str]]:
-    """The tensors that these can read, and what they are called there."""
-    reachable = Reachable()
-    return [found for x in objects for found in reachable.of(x)]
 
 
 def _of_a_transform(t: Tensor) -> bool:

@@ -32,11 +32,10 @@ from freevars.torch import _compat, _modes
 from freevars.torch._compat import pytree
 from freevars.torch._convert import contents
 from freevars.torch._convert.autograd_graph import leaves_behind
-from freevars.torch._describe import describe
+from freevars.torch._describe import describe, reachable
 from freevars.torch._rules.asked import Asked
 from freevars.torch._rules.autocast import Autocast
 from freevars.torch._rules.eager import EagerSolver
-from freevars.torch._rules.inputs import reached_by
 from freevars.torch._rules.partition import Remainder
 from freevars.torch._rules.unsupported import check_forward_mode, check_not_exported
 
@@ -158,7 +157,7 @@ class _Operate(torch.autograd.Function):
     @staticmethod
     def forward(operation: Operation, reads: _OwnReads, *tensors: Tensor) -> tuple[Tensor, ...]:
         plain = [t.detach() for t in tensors]
-        with _modes.solver_running(), torch.inference_mode(mode=False), torch.enable_grad():
+        with _modes.solver_running():
             out = reads.run(operation, plain)
             return tuple(t.detach() for t in (*out, *_beside(operation)))
 
@@ -180,7 +179,7 @@ class _Operate(torch.autograd.Function):
         given = g[: ctx.results]
         if all(t is None for t in given):
             return (None,) * len(ctx.needs_input_grad)
-        if any(t is not None and _compat.is_grads_batch(t) for t in given):
+        if any(t is not None and _compat.is_legacy_batched(t) for t in given):
             message = (
                 f"{ctx.operation.solver.__name__}: many cotangents at once by"
                 " torch.autograd.grad(is_grads_batched=True) are not taken here. Take them one by"
@@ -277,7 +276,7 @@ class Integrator(EagerSolver[P, R]):
 
     def of_a_transform(self) -> list[Tensor]:
         """What the solver reaches itself and a torch.func derivative is by."""
-        return [t for t, _ in reached_by(self._solver) if _compat.is_grad_tracking(t)]
+        return [t for t, _ in reachable(self._solver).values() if _compat.is_grad_tracking(t)]
 
     def call_solver(
         self, fun: Callable[..., Any], at: tuple[Any, Any], call: SolverCall, what: str

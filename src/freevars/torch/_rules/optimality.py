@@ -22,32 +22,28 @@ from freevars.torch._rules.ravel import Unknown
 from freevars.torch._rules.sharded import whole
 
 __all__ = [
-    "STATED_BY",
     "check_parts",
     "check_value",
     "joined",
     "numbers_in",
     "optimality",
+    "stated_by",
     "value_of",
 ]
 
 Functions = Mapping[str, Callable[[Any], Any]]  # of x as the user has it
 
-# The function that F is computed from: `fun`, or a condition that calls it.
-STATED_BY: Mapping[Kind, str] = {
-    "root": "fun",
-    "argmin": "fun",
-    "fixed_point": "fun",
-    "least_squares": "fun",
-    "implicit": "condition",
-}
+
+def stated_by(kind: Kind) -> str:
+    """The function that F is computed from: `fun`, or a condition that calls it."""
+    return "condition" if kind == "implicit" else "fun"
 
 
 def optimality(
     kind: Kind, functions: Functions, unknown: Unknown, x: Tensor, *, has_aux: bool, name: str
 ) -> Tensor:
     """F at x, Float[Tensor, "problems n"]; `has_aux`: the function returns `(value, aux)`."""
-    fun = functions[STATED_BY[kind]]
+    fun = functions[stated_by(kind)]
 
     def value(x: Tensor) -> Any:
         out = fun(unknown.unravel(x))

@@ -22,7 +22,7 @@ from freevars.torch._convert.structure import Structure, same
 from freevars.torch._describe import function_name
 from freevars.torch._rules.batch import DifferentiableCondition
 from freevars.torch._rules.inputs import Inputs
-from freevars.torch._rules.optimality import STATED_BY, check_value, optimality
+from freevars.torch._rules.optimality import check_value, optimality, stated_by
 from freevars.torch._rules.partition import Remainder, partition
 from freevars.torch._rules.preserve_grad import preserve_grad
 from freevars.torch._rules.ravel import Unknown
@@ -108,7 +108,7 @@ class Problem(DifferentiableCondition):
     @property
     def stating(self) -> Mapping[str, Converted[..., Any]]:
         """The functions that F is computed from."""
-        name = STATED_BY[self.rule.kind]
+        name = stated_by(self.rule.kind)
         return {name: self.functions[name]}
 
     def views(self, values: Sequence[Tensor]) -> dict[str, Callable[[Any], Any]]:
@@ -175,11 +175,11 @@ class Problem(DifferentiableCondition):
     def _check_result(self) -> None:
         """What `fun` returned on the example, against what the rule needs, before the solver
         runs."""
-        stated_by = "fun" if "fun" in self.stating else "condition"
-        out = self.functions[stated_by].out_struct
+        name = stated_by(self.rule.kind)
+        out = self.functions[name].out_struct
         self._fun_has_aux = False
         if (
-            stated_by == "fun" and self.rule.has_aux and isinstance(out, tuple) and len(out) == 2  # noqa: PLR2004
+            name == "fun" and self.rule.has_aux and isinstance(out, tuple) and len(out) == 2  # noqa: PLR2004
         ):
             try:
                 self._check_value(out[0])

@@ -29,12 +29,7 @@ def solve_and_attach(
     """The root, differentiable in whatever the user's function reads, and what comes with it;
     `given` are the functions of the problem as they were before conversion."""
     plain = tuple(_compat.not_inference(v.detach()) for v in values)
-    with (
-        _modes.solver_running(),
-        torch.inference_mode(mode=False),
-        torch.enable_grad(),
-        problem.running_as_it_is(call.fun),
-    ):
+    with _modes.solver_running(), problem.running_as_it_is(call.fun):
         x, columns, others = problem.find(*plain)
     x = x.detach()
     if not torch.is_grad_enabled() or not any(v.requires_grad for v in values):
