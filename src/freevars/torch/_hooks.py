@@ -146,7 +146,6 @@ def _seen(raw: Callable[..., Any]) -> Callable[..., Any]:
             watch.note(out)
         return out
 
-    hook.__freevars__ = True  # type: ignore[attr-defined]
     return hook
 
 
@@ -163,7 +162,6 @@ def _recomputed(raw: Callable[..., Any]) -> Callable[..., Any]:
             fn = watch.resume(fn)
         return run(fn, *args, **kwargs)
 
-    hook.__freevars__ = True  # type: ignore[attr-defined]
     return hook
 
 

@@ -38,37 +38,15 @@ __all__ = [
 Func = Callable[..., Any]
 
 
-def _getters(*names: str) -> set[Func]:
-    return {getattr(Tensor, name).__get__ for name in names if hasattr(Tensor, name)}
-
+_GETTERS = """
+    shape dtype device layout ndim grad _grad grad_fn is_leaf names _base _version is_sparse
+    is_sparse_csr is_quantized is_meta is_nested is_cpu is_cuda is_xpu is_mps is_mkldnn itemsize
+    nbytes output_nr _backward_hooks retains_grad _is_view name
+"""
 
 # Reading these is no capture. `grad` and `is_leaf` stay those of the user's own tensor.
 METADATA: frozenset[Func] = frozenset(
-    _getters(
-        *(
-            "shape",
-            "dtype",
-            "device",
-            "layout",
-            "ndim",
-            "grad",
-            "_grad",
-            "grad_fn",
-            "is_leaf",
-            "names",
-        ),
-        *(
-            "_base",
-            "_version",
-            "is_sparse",
-            "is_sparse_csr",
-            "is_quantized",
-            "is_meta",
-            "is_nested",
-        ),
-        *("is_cpu", "is_cuda", "is_xpu", "is_mps", "is_mkldnn", "itemsize", "nbytes", "output_nr"),
-        *("_backward_hooks", "retains_grad", "_is_view", "name", "requires_grad"),
-    )
+    {getattr(Tensor, name).__get__ for name in _GETTERS.split() if hasattr(Tensor, name)}
     | {
         *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.ndimension, Tensor.stride),
         *(Tensor.element_size, Tensor.is_floating_point, Tensor.is_complex, Tensor.is_signed),
@@ -82,7 +60,6 @@ METADATA: frozenset[Func] = frozenset(
 
 # Answered for the given tensor: a library decides by it what to differentiate.
 REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
-METADATA -= {REQUIRES_GRAD}
 
 MAKES_LEAF = frozenset({Tensor.requires_grad_, Tensor.requires_grad.__set__})  # type: ignore[attr-defined]
 # These change a tensor itself, not its memory: no dispatch mode tells of them.
@@ -91,24 +68,16 @@ CHANGES = frozenset(
     | {Tensor.grad.__set__, Tensor.data.__set__}  # type: ignore[attr-defined,union-attr]
 )
 BACKWARD = frozenset({Tensor.backward, torch.autograd.backward})
+_NORMS = "batch_norm instance_norm native_batch_norm cudnn_batch_norm miopen_batch_norm"
 BATCH_STATISTICS = frozenset(
     getattr(module, name)
     for module in (torch, torch.nn.functional)
-    for name in (
-        "batch_norm",
-        "instance_norm",
-        "native_batch_norm",
-        "cudnn_batch_norm",
-        "miopen_batch_norm",
-    )
+    for name in _NORMS.split()
     if hasattr(module, name)
 )
 _SHARING = frozenset(
     {
-        torch.from_numpy,
-        torch.frombuffer,
-        torch.as_tensor,
-        torch.asarray,
+        *(torch.from_numpy, torch.frombuffer, torch.as_tensor, torch.asarray),
         torch.utils.dlpack.from_dlpack,
     }
 )

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from freevars._names.bounds import FRAMEWORKS, Bounds, is_library
+from freevars._names.callables import codes
 from freevars._names.introspection import class_module
 from freevars.torch._convert.kept import Kept, holds
 from freevars.torch._convert.packages import uses_torch
@@ -37,6 +38,7 @@ from freevars.torch._convert.steps import (
     keyword_default,
     member,
     part,
+    plain_member,
     read,
     slot,
     variable,
@@ -84,7 +86,6 @@ class Search:
         self.met: dict[int, _Object] = {}
         self._dicts: list[tuple[_Object, Any, dict[Any, Any], dict[Any, Any]]] = []
         self._queue: deque[_Object] = deque()
-        self._names: dict[int, tuple[str, ...]] = {}
         self._bounds = Bounds(FRAMEWORKS, enters)
         # How much there was of packages without PyTorch, by their name and how much there may be.
         self._strangers: Counter[tuple[str, int]] = Counter()
@@ -137,7 +138,7 @@ class Search:
             self._dicts.append((node, entry, obj, before))
 
     def _function(self, node: _Object, fun: FunctionType) -> None:
-        names = self._mentioned(fun.__code__)
+        names = tuple(dict.fromkeys(n for code in codes(fun.__code__) for n in code.co_names))
         for i, c in enumerate(fun.__closure__ or ()):
             try:
                 self._variable(node, cell, i, c.cell_contents, names)
@@ -166,14 +167,6 @@ class Search:
             self.edges.append((follow, key, node.obj, x))
             for name in names:
                 self._variable(inner, attribute, name, x.__dict__.get(name), names, depth + 1)
-
-    def _mentioned(self, code: CodeType) -> tuple[str, ...]:
-        names = self._names.get(id(code))
-        if names is None:
-            inner = (self._mentioned(c) for c in code.co_consts if type(c) is CodeType)
-            names = tuple(dict.fromkeys([*code.co_names, *(n for more in inner for n in more)]))
-            self._names[id(code)] = names
-        return names
 
     def _instance(self, node: _Object, obj: Any, kind: type) -> None:
         try:
@@ -211,9 +204,7 @@ class Search:
         for i, base in enumerate(cls.__mro__[:-1]):
             if not is_library(base.__module__):
                 for name, x in list(base.__dict__.items()):
-                    found = getattr(x, "fget", None) if type(x) is property else x
-                    found = getattr(found, "__func__", found)
-                    self._link(node, member, (i, name), found)
+                    self._link(node, member, (i, name), plain_member(x))
 
     def _is_searched(self, module: object, most: int) -> bool:
         """Whether to look into one more function or object of this module. Those of a plotting or

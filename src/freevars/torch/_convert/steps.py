@@ -21,6 +21,7 @@ __all__ = [
     "keyword_default",
     "member",
     "part",
+    "plain_member",
     "read",
     "slot",
     "variable",
@@ -64,11 +65,16 @@ def part(obj: Any, name: str) -> Any:
     return getattr(obj, name)
 
 
-def member(obj: Any, where: tuple[int, str]) -> Any:
-    """What the class of `obj`, or a class that it derives from, has under a name."""
-    cls = obj if isinstance(obj, type) else type(obj)
-    found = cls.__mro__[where[0]].__dict__[where[1]]
-    return getattr(found, "fget", None) or getattr(found, "__func__", found)
+def member(cls: Any, where: tuple[int, str]) -> Any:
+    """What a class, or one that it derives from, has under a name."""
+    i, name = where
+    return plain_member(cls.__mro__[i].__dict__[name])
+
+
+def plain_member(x: Any) -> Any:
+    """The function of a method or property in a class; anything else as it is."""
+    x = x.fget if type(x) is property else x
+    return getattr(x, "__func__", x)
 
 
 Link = tuple[Callable[[Any, Any], Any], Any]
