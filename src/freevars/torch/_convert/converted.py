@@ -302,9 +302,10 @@ class Converted(Generic[P, R]):
         return stack
 
     def _mode(self, table: dict[int, Tensor], known: Sequence[Tensor]) -> SubstitutionMode:
+        of = (self._fun, table, known, self._outside)
         if torch.is_grad_enabled() and not self._careful and not _compat.transforms_active():
-            return SubstitutionMode(self._fun, table, known, self._outside)
-        return CarefulSubstitutionMode(self._fun, table, known, self._outside, self._run.left)
+            return SubstitutionMode(*of)
+        return CarefulSubstitutionMode(*of, left=self._run.left)
 
 
 def _is_detached(t: Any, of: Tensor) -> bool:

@@ -215,20 +215,12 @@ class CarefulSubstitutionMode(SubstitutionMode):
     tell: without gradient mode, in forward mode, under a torch.func transform. `left` are those
     that the first run has made and `fun` keeps, by id."""
 
-    def __init__(
-        self,
-        fun: Any,
-        table: dict[int, Tensor],
-        known: Iterable[Tensor] = (),
-        outside: "ForeignTensors | None" = None,
-        left: "Mapping[int, weakref.ref[Tensor]] | None" = None,
-    ) -> None:
-        known = list(known)
-        super().__init__(fun, table, known, outside)
-        self._left = left or {}
+    def __init__(self, *of: Any, left: "Mapping[int, weakref.ref[Tensor]]") -> None:
+        super().__init__(*of)
+        self._left = left
         self._made: dict[int, weakref.ref[Tensor]] = {}
         self._reachable: dict[int, tuple[Tensor, str]] | None = None
-        self.note((*known, *table.values()))
+        self.note((*self.known, *self.table.values()))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not kwargs and func in plain_calls and not _modes.broken:

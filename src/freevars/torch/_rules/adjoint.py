@@ -70,7 +70,7 @@ class Trajectory:
         spec = pytree.tree_structure(start)
 
         def field(t: Tensor, y: Any) -> Any:
-            point = (t, *self.solver.leaves_of(y, start, spec))
+            point = (t, *self.solver.like(y, start, "argument of the field"))
             slopes = self.answer(tensors, point)
             asked.note(point, slopes)
             return self.pack(slopes)

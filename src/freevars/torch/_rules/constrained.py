@@ -13,7 +13,6 @@ from torch import Tensor
 
 from freevars._solvers import kkt
 from freevars._solvers.kkt import CONSTRAINTS, Found, Side
-from freevars._solvers.signature import SolverSignature
 from freevars.errors import FreevarsError, StructureError
 from freevars.torch._compat import pytree
 from freevars.torch._convert.convert import Converted
@@ -26,11 +25,9 @@ from freevars.torch._rules.active import (
     system_at,
 )
 from freevars.torch._rules.condition import Solution
-from freevars.torch._rules.inputs import Inputs
-from freevars.torch._rules.optimality import check_parts, check_value, joined, numbers_in, value_of
+from freevars.torch._rules.optimality import check_parts, joined, numbers_in, value_of
 from freevars.torch._rules.problem import Problem
 from freevars.torch._rules.ravel import Unknown
-from freevars.torch._rules.rule import Rule
 
 __all__ = ["ConstrainedProblem", "bounds_like", "unknown_of"]
 
@@ -89,18 +86,6 @@ class ConstrainedProblem(Problem):
     """The Karush-Kuhn-Tucker system of the user's functions, and how the user's solver finds x."""
 
     constrained = True
-
-    def __init__(
-        self,
-        rule: Rule,
-        functions: Mapping[str, Converted[..., Any]],
-        unknown: Unknown,
-        signature: SolverSignature,
-        inputs: Inputs,
-        of_x: Unknown,
-    ) -> None:
-        self.of_x = of_x
-        super().__init__(rule, functions, unknown, signature, inputs)
 
     @property
     def stating(self) -> Mapping[str, Converted[..., Any]]:
@@ -167,9 +152,6 @@ class ConstrainedProblem(Problem):
         x = self.of_x.ravel(out, f"the result of {self.rule.name}").detach()
         multipliers = multipliers_at(self._functions(self.views(values), x, values[0]), x)
         return torch.cat([x, *multipliers.values()], 1).detach()
-
-    def _check_value(self, out: Any) -> None:
-        check_value(self.rule.kind, out, self.of_x, function_name(self.converted))
 
     # --- an error in words of the constraints
 

@@ -65,7 +65,7 @@ class OdeintSolver(Integrator[P, R]):
         extra = (call.args, call.kwargs)
         example = torch.zeros((), dtype=ts.dtype)
         converted, hoisted = closure_convert(field, example, y0, *extra, rng="replay")
-        self._like(converted.out_struct, y0, "field")
+        self.like(converted.out_struct, y0, "field")
         given, around = partition(extra)
         of_options, options = partition(call.options)
         n = len(given)
@@ -77,7 +77,7 @@ class OdeintSolver(Integrator[P, R]):
             args, kwargs = around.combine(values[:n]) if n else extra
             state = pack(y)
             value = converted(t.to(ts.dtype), state, args, kwargs, *values[n:])
-            return self._like(value, state, "field")
+            return self.like(value, state, "field")
 
         is_leaf = spec == pytree.tree_structure(0)
         takes = rule.form([tuple(y.shape) for y in states], is_leaf=is_leaf)
@@ -99,8 +99,8 @@ class OdeintSolver(Integrator[P, R]):
         leaves, spec = pytree.tree_flatten(y0)
         return list(leaves), spec
 
-    def _like(self, value: Any, y: Any, what: str) -> list[Tensor]:
-        """The leaves of what a field returns, like y."""
+    def like(self, value: Any, y: Any, what: str) -> list[Tensor]:
+        """The leaves of a state or of what a field returns, like y."""
         plain = type(value) is Tensor and type(y) is Tensor  # then no pytree walk
         if plain and value.shape == y.shape and value.dtype is y.dtype:
             return [value]
@@ -136,11 +136,6 @@ class OdeintSolver(Integrator[P, R]):
             return field(t, y)
 
         return self.call_solver(as_called, call.x0, call, "ys")
-
-    def leaves_of(self, y: Any, start: Any, spec: Any) -> list[Tensor]:
-        """The leaves of a state that the solver asks the field at."""
-        del spec
-        return self._like(y, start, "argument of the field")
 
     def states_of(self, ys: Any, start: Any, spec: Any, n: int) -> list[Tensor]:
         """The leaves of what the solver returns."""

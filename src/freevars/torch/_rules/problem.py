@@ -44,13 +44,16 @@ class Problem(DifferentiableCondition):
         unknown: Unknown,
         signature: SolverSignature,
         inputs: Inputs,
+        of_x: Unknown | None = None,
     ) -> None:
+        """`of_x`: the solution alone, where the unknown is more than that."""
         super().__init__()
         self._user: Callable[..., Any] | None = None
         self.rule = rule
         self.functions = functions
         self.converted = functions["fun"]
         self.unknown = unknown
+        self.of_x = of_x or unknown
         self.signature = signature
         self.inputs = inputs
         self.constants = self.others = inputs.others
@@ -191,8 +194,8 @@ class Problem(DifferentiableCondition):
         self._check_value(out)
 
     def _check_value(self, out: Any) -> None:
-        (function,) = self.stating.values()
-        check_value(self.rule.kind, out, self.unknown, function_name(function))
+        function = self.functions[stated_by(self.rule.kind)]
+        check_value(self.rule.kind, out, self.of_x, function_name(function))
 
     # --- the solver
 

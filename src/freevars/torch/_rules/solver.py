@@ -142,8 +142,8 @@ class ImplicitSolver(EagerSolver[P, R]):
             linear_solve=rule.linear_solve,
             x0_matters=rule.conserved is not None,
         )
-        of = (rule, functions, unknown, self._signature, inputs)
-        problem = ConstrainedProblem(*of, of_x) if constraints else Problem(*of)
+        kind = ConstrainedProblem if constraints else Problem
+        problem = kind(rule, functions, unknown, self._signature, inputs, of_x)
         constants = [t for function in functions.values() for t in function.constants]
         check_not_of_a_program([*problem.moving, *constants], rule.name)
         if _compat.transforms_active():
