@@ -307,7 +307,7 @@ def _tangents_at_every_level() -> bool:
 
 
 def _number(t: Tensor) -> float:
-    return float(list(_compat.unwrap(t))[-1].flatten()[0])
+    return float(_compat.innermost(t).flatten()[0])
 
 
 def _operator_body() -> bool:

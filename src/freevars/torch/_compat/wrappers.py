@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._C import _functorch
 
 __all__ = [
+    "innermost",
     "is_grad_tracking",
     "is_legacy_batched",
     "is_plain",
@@ -61,6 +62,12 @@ def unwrap(t: Tensor) -> Iterator[Tensor]:
     while is_wrapped(t):
         t = _functorch.get_unwrapped(t)
         yield t
+
+
+def innermost(t: Tensor) -> Tensor:
+    """The plain tensor."""
+    *_, plain = unwrap(t)
+    return plain
 
 
 def without_ended(t: Tensor) -> Tensor:

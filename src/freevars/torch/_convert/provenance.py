@@ -51,8 +51,7 @@ class Provenance(CaptureMode):
         if t.is_nested and self.hoist(t):
             self.refuse_nested(t)
         bases = self._inner(t)
-        plain = list(_compat.unwrap(t))[-1]
-        if storage_key(plain) in self.made_keys:
+        if storage_key(_compat.innermost(t)) in self.made_keys:
             self._made[key] = weakref.ref(t)
             return
         self.captured[key] = t

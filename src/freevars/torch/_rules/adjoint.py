@@ -61,7 +61,7 @@ class Trajectory:
     def run(self, tensors: Sequence[Tensor], asked: Asked) -> Sequence[Tensor]:
         """Call the solver, with y_0 and the field in the form in which it takes them."""
         ts, y0 = tensors[0], list(tensors[self.start : self.end])
-        if self.leg and bool(_plain(ts[0] == ts[1]).all()):
+        if self.leg and bool(_compat.innermost(ts[0] == ts[1]).all()):
             # Few solvers take equal times. This is a value, below the rule, which gives the
             # derivative by the times as for any others.
             asked.note_if_none(lambda: ((ts[0], *y0), self.answer(tensors, (ts[0], *y0))))
@@ -265,10 +265,6 @@ def _at(i: int, ts: Tensor, ys: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]
         # The view of a tensor with a graph would say that it has one, and have none.
         ts, ys = ts.detach(), [y.detach() for y in ys]
     return ts[i], [y[i] for y in ys]
-
-
-def _plain(t: Tensor) -> Tensor:
-    return [*_compat.unwrap(t)][-1]
 
 
 def _difference(

@@ -135,12 +135,6 @@ class ConstrainedProblem(Problem):
             nan=self.rule.on_failure == "nan",
         )
 
-    def run_many(
-        self, size: int, dims: Sequence[int | None], *values: Tensor
-    ) -> tuple[Tensor, ...] | None:
-        del size, dims, values
-        return None  # the multipliers of each are found on their own
-
     def _start(self, values: Sequence[Tensor]) -> Any:
         return self.of_x.unravel(self._split(values[0])[0])
 

@@ -139,7 +139,7 @@ class _Implicit(torch.autograd.Function):
             others = [tangents[i + 1] for i in ctx.condition.others]
             others = [primal(t).primal for t in others if t is not None]
             asked = (_moves(some, x) & ~_moves([r], x)) | _moves(others, x)
-            if bool([*_compat.unwrap(asked)][-1].any()):
+            if bool(_compat.innermost(asked).any()):
                 asked = asked.to(x.dtype).expand_as(x)
                 dx = dx + 0 * ctx.condition.system(tuple(saved), asked, transposed=False)
             return dx, *(None,) * ctx.n_others

@@ -263,10 +263,10 @@ class Integrator(EagerSolver[P, R]):
         with torch.no_grad():
             nothing = torch.stack([(t == 0).all() for t in asked]).all()
             good = (error <= limit) | nothing
-            known = [*_compat.unwrap(good)][-1]
+            known = _compat.innermost(good)
         if bool(known.all()):
             return 1.0
-        worst = float([*_compat.unwrap(error)][-1].max())
+        worst = float(_compat.innermost(error).max())
         problem = told(self.__name__, error=worst, limit=limit)
         if self.rule.on_failure == "raise":
             raise problem

@@ -17,6 +17,7 @@ from freevars.errors import StructureError
 from freevars.torch._compat import pytree
 from freevars.torch._convert.convert import closure_convert
 from freevars.torch._rules.adjoint import Trajectory
+from freevars.torch._rules.forms import is_smooth
 from freevars.torch._rules.integrator import Integrator, operate
 from freevars.torch._rules.partition import partition
 from freevars.torch._rules.unsupported import check_not_of_a_program
@@ -90,7 +91,7 @@ class OdeintSolver(Integrator[P, R]):
 
     def _states(self, y0: Any) -> tuple[list[Tensor], Any]:
         for path, leaf in pytree.tree_flatten_with_path(y0)[0]:
-            if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
+            if not isinstance(leaf, Tensor) or not is_smooth(leaf):
                 message = (
                     f"{self.__name__}: y0{pytree.keystr(path)}: expected a real or complex tensor,"
                     f" got {leaf!r}."

@@ -243,10 +243,10 @@ class Problem(DifferentiableCondition):
         self, size: int, dims: Sequence[int | None], *values: Tensor
     ) -> tuple[Tensor, ...] | None:
         """Runs a solver that takes a batch once for `size` calls, whose values have one more axis
-        where `dims` says: as a longer batch. None where more than what `fun` captures differs."""
-        if not self.rule.batch_dims or self.rule.has_aux:
-            return None
-        if self.inputs.solver_reads_any(dims):
+        where `dims` says: as a longer batch. None where more than what `fun` captures differs, and
+        with constraints: the multipliers of each are found on their own."""
+        alone = self.rule.has_aux or self.constrained or self.inputs.solver_reads_any(dims)
+        if not self.rule.batch_dims or alone:
             return None
         args, kwargs, options = self.inputs.arguments(values)
         hoisted = self.inputs.hoisted(values, "fun")
