@@ -22,27 +22,10 @@ from torch import Tensor
 from freevars._names.bounds import FRAMEWORKS, Bounds, is_library
 from freevars._names.callables import codes
 from freevars._names.introspection import class_module
+from freevars.torch._convert import steps
 from freevars.torch._convert.kept import Kept, holds
 from freevars.torch._convert.packages import uses_torch
-from freevars.torch._convert.steps import (
-    CHANGEABLE,
-    GONE,
-    MISSING,
-    Link,
-    Place,
-    attribute,
-    cell,
-    default,
-    entry,
-    item,
-    keyword_default,
-    member,
-    part,
-    plain_member,
-    read,
-    slot,
-    variable,
-)
+from freevars.torch._convert.steps import GONE, Link, Place
 from freevars.torch._describe import enters
 
 __all__ = ["Places", "Search"]
@@ -113,18 +96,18 @@ class Search:
         elif kind is FunctionType:
             self._function(node, obj)
         elif kind is MethodType:
-            self._link(node, part, "__func__", obj.__func__)
-            self._link(node, part, "__self__", obj.__self__)
+            self._link(node, steps.part, "__func__", obj.__func__)
+            self._link(node, steps.part, "__self__", obj.__self__)
         elif issubclass(kind, dict):
             self._entries(node, obj)
             self._instance(node, obj, kind)
         elif issubclass(kind, list | tuple):
             base: Any = list if issubclass(kind, list) else tuple
             for i, x in enumerate(base.__iter__(obj)) if base.__len__(obj) <= _WIDEST else ():
-                self._link(node, item, i, x)
+                self._link(node, steps.item, i, x)
         elif issubclass(kind, functools.partial):
             for name in ("func", "args", "keywords"):
-                self._link(node, part, name, getattr(obj, name))
+                self._link(node, steps.part, name, getattr(obj, name))
         elif issubclass(kind, type):
             self._members(node, obj)
         elif not issubclass(kind, ModuleType):
@@ -134,26 +117,26 @@ class Search:
         if dict.__len__(obj) <= _WIDEST:
             before = dict(dict.items(obj))
             for key, x in before.items():
-                self._link(node, entry, key, x)
-            self._dicts.append((node, entry, obj, before))
+                self._link(node, steps.entry, key, x)
+            self._dicts.append((node, steps.entry, obj, before))
 
     def _function(self, node: _Object, fun: FunctionType) -> None:
         names = tuple(dict.fromkeys(n for code in codes(fun.__code__) for n in code.co_names))
         for i, c in enumerate(fun.__closure__ or ()):
             try:
-                self._variable(node, cell, i, c.cell_contents, names)
+                self._variable(node, steps.cell, i, c.cell_contents, names)
             except ValueError:  # not filled yet
                 continue
         for i, x in enumerate(fun.__defaults__ or ()):
-            self._variable(node, default, i, x, names)
+            self._variable(node, steps.default, i, x, names)
         for name, x in (fun.__kwdefaults__ or {}).items():
-            self._variable(node, keyword_default, name, x, names)
+            self._variable(node, steps.keyword_default, name, x, names)
         for name, x in fun.__dict__.items():
-            self._link(node, attribute, name, x)
+            self._link(node, steps.attribute, name, x)
         module = fun.__globals__.get("__name__")
         if not is_library(module) and self._is_searched(module, _MOST_STRANGE_FUNCTIONS):
             for name in names:
-                self._variable(node, variable, name, fun.__globals__.get(name), names)
+                self._variable(node, steps.variable, name, fun.__globals__.get(name), names)
 
     def _variable(
         self, node: _Object, follow: Any, key: Any, x: Any, names: Sequence[str], depth: int = 0
@@ -166,7 +149,7 @@ class Search:
             inner = _Object(x, node, (follow, key))
             self.edges.append((follow, key, node.obj, x))
             for name in names:
-                self._variable(inner, attribute, name, x.__dict__.get(name), names, depth + 1)
+                self._variable(inner, steps.attribute, name, x.__dict__.get(name), names, depth + 1)
 
     def _instance(self, node: _Object, obj: Any, kind: type) -> None:
         try:
@@ -176,17 +159,17 @@ class Search:
         own = kind.__name__ in _OWN and class_module(kind).startswith("freevars.")
         if self._bounds.is_opaque(kind) and not own:
             if attributes and "__wrapped__" in attributes:
-                self._link(node, attribute, "__wrapped__", attributes["__wrapped__"])
+                self._link(node, steps.attribute, "__wrapped__", attributes["__wrapped__"])
             return
         if not self._is_searched(kind.__module__, _MOST_STRANGE_OBJECTS):
             return
         if attributes is not None:
             before = dict(attributes)
             for name, x in before.items():
-                self._link(node, attribute, name, x)
-            self._dicts.append((node, attribute, attributes, before))
+                self._link(node, steps.attribute, name, x)
+            self._dicts.append((node, steps.attribute, attributes, before))
         self._slots(node, obj, kind)
-        self._link(node, part, "__class__", kind)
+        self._link(node, steps.part, "__class__", kind)
 
     def _slots(self, node: _Object, obj: Any, kind: type) -> None:
         for base in kind.__mro__[:-1]:
@@ -196,7 +179,7 @@ class Search:
                 if name.startswith("__") and not name.endswith("__"):
                     mangled = f"_{base.__name__.lstrip('_')}{name}"
                 try:
-                    self._link(node, slot, mangled, object.__getattribute__(obj, mangled))
+                    self._link(node, steps.slot, mangled, object.__getattribute__(obj, mangled))
                 except AttributeError:
                     continue
 
@@ -204,7 +187,7 @@ class Search:
         for i, base in enumerate(cls.__mro__[:-1]):
             if not is_library(base.__module__):
                 for name, x in list(base.__dict__.items()):
-                    self._link(node, member, (i, name), plain_member(x))
+                    self._link(node, steps.member, (i, name), steps.plain_member(x))
 
     def _is_searched(self, module: object, most: int) -> bool:
         """Whether to look into one more function or object of this module. Those of a plotting or
@@ -253,7 +236,7 @@ class Places:
         for key in found:  # grows while it is walked
             for edge in into.get(key, ()):
                 self._out.setdefault(id(edge[2]), []).append(edge)
-                if edge[0] in CHANGEABLE:
+                if edge[0] is not steps.part:
                     self._checked.append(edge)
                 if id(edge[2]) not in leading:
                     leading.add(id(edge[2]))
@@ -261,7 +244,7 @@ class Places:
 
     def forget_removed(self) -> None:
         """Forgets the ways that the first run has removed (the hooks of a lazy module)."""
-        gone = {id(e) for e in self._checked if read(e[0], e[2], e[1]) is GONE}
+        gone = {id(e) for e in self._checked if steps.read(e[0], e[2], e[1]) is GONE}
         self._checked = [e for e in self._checked if id(e) not in gone]
         self._out = {k: [e for e in out if id(e) not in gone] for k, out in self._out.items()}
 
@@ -269,7 +252,7 @@ class Places:
         """Whether every variable, attribute and entry on the way holds what it held."""
         try:
             return all(link(holder, key) is held for link, key, holder, held in self._checked)
-        except MISSING:
+        except steps.MISSING:
             return False
 
     def now(self, fun: Any) -> Iterator[tuple[int, Any]]:
@@ -284,4 +267,4 @@ class Places:
         elif (id(then), id(now)) not in seen:
             seen.add((id(then), id(now)))
             for link, key, _, held in self._out.get(id(then), ()):
-                yield from self._below(held, read(link, now, key), seen)
+                yield from self._below(held, steps.read(link, now, key), seen)

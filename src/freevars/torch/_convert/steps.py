@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 __all__ = [
-    "CHANGEABLE",
     "GONE",
     "MISSING",
     "Link",
@@ -61,7 +60,8 @@ def item(obj: Any, i: int) -> Any:
 
 
 def part(obj: Any, name: str) -> Any:
-    """Of what Python itself defines: a method's `__self__`, the `func` of a partial."""
+    """Of what Python itself defines, and is not bound anew: a method's `__self__`, the `func` of a
+    partial."""
     return getattr(obj, name)
 
 
@@ -105,6 +105,3 @@ class _Gone:
 
 GONE = _Gone()
 MISSING = (AttributeError, IndexError, KeyError, TypeError, ValueError)
-CHANGEABLE = frozenset(
-    {cell, variable, attribute, slot, entry, item, member, default, keyword_default}
-)
