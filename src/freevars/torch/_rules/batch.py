@@ -24,7 +24,7 @@ from freevars.torch._rules.products import jvp, vjp
 from freevars.torch._rules.system import LinearSolve
 from freevars.torch._rules.truncated import Truncated
 
-__all__ = ["DifferentiableCondition"]
+__all__ = ["DifferentiableCondition", "in_front"]
 
 
 class DifferentiableCondition(Condition):
@@ -85,7 +85,7 @@ class LinearSystem:
     ) -> tuple[Tensor, ...]:
         """By one system for many right-hand sides, where they alone have the new axis."""
         *given, b = values
-        b = _in_front(b, dims[-1], size)
+        b = in_front(b, dims[-1], size)
         if all(d is None for d in dims[:-1]):
             many = LinearSystem(self.of, transposed=self.transposed, many=self.many + 1)
             u, *nothing = implicit(many, *given, b)
@@ -93,7 +93,7 @@ class LinearSystem:
             of = BatchedCondition(self.of, size, dims[3:-1])
             each = LinearSystem(of, transposed=self.transposed, many=self.many)
             solution = zip(given[:3], dims, strict=False)
-            at = (_in_front(t, d, size).flatten(0, 1) for t, d in solution)
+            at = (in_front(t, d, size).flatten(0, 1) for t, d in solution)
             right = b.movedim(0, -3).flatten(-3, -2)
             u, *nothing = implicit(each, *at, *given[3:], right)
             u = _split(u.movedim(-2, 0), size).movedim(1, -2)
@@ -158,7 +158,7 @@ class BatchedCondition(DifferentiableCondition):
         return totals.flatten(0, 1)
 
     def start(self, x0: Tensor) -> Tensor:
-        each: Tensor = torch.func.vmap(self.of.start)(_in_front(x0, self.dims[0], self.size))
+        each: Tensor = torch.func.vmap(self.of.start)(in_front(x0, self.dims[0], self.size))
         return each.flatten(0, 1)
 
     def compare(self, now: Tensor, recorded: Tensor) -> None:
@@ -220,5 +220,6 @@ def _one(values: Sequence[Tensor], dims: Sequence[int | None], k: int) -> list[T
     return [t if d is None else t.select(d, k) for t, d in zip(values, dims, strict=True)]
 
 
-def _in_front(t: Tensor, dim: int | None, size: int) -> Tensor:
+def in_front(t: Tensor, dim: int | None, size: int) -> Tensor:
+    """`t` with its new axis first, along which it may be the same."""
     return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)

@@ -113,10 +113,6 @@ class Inputs:
         start, end = self._ends
         return [*values[:start], *captured, *values[end:]]
 
-    def besides_hoisted(self, values: Sequence[T]) -> Sequence[T]:
-        start, end = self._ends
-        return [*values[:start], *values[end:]]
-
     def held_by_solver(self, values: Sequence[Tensor]) -> AbstractContextManager[Any]:
         """Inside, the solver reads the given values in place of what it holds, where those belong
         to a transform that does not see it run."""
@@ -130,7 +126,8 @@ class Inputs:
     def solver_reads_any(self, dims: Sequence[int | None]) -> bool:
         """Whether the solver reads one of the values that have an axis more, as `dims` says, past
         the function and the start that it is given."""
-        own = [*self.besides_hoisted(dims)[1:], *(dims[k] for _, k in self._shared)]
+        start, end = self._ends
+        own = [*dims[1:start], *dims[end:], *(dims[k] for _, k in self._shared)]
         return any(d is not None for d in own)
 
     def leaves(self) -> list[Tensor]:

@@ -20,7 +20,7 @@ from freevars.torch._convert.convert import Converted
 from freevars.torch._convert.operators import may_carry_derivative
 from freevars.torch._convert.structure import Structure, same
 from freevars.torch._describe import function_name
-from freevars.torch._rules.batch import DifferentiableCondition
+from freevars.torch._rules.batch import DifferentiableCondition, in_front
 from freevars.torch._rules.inputs import Inputs
 from freevars.torch._rules.optimality import check_value, optimality, stated_by
 from freevars.torch._rules.partition import Remainder, partition
@@ -266,19 +266,12 @@ class Problem(DifferentiableCondition):
                 torch.func.vmap(one, (0, *self.inputs.hoisted(dims, "fun")))(split(x), *hoisted)
             )
 
-        if dims[0] is None:
-            start = self._repeated(values[0], size)
-        else:
-            start = torch.func.vmap(self.unknown.unravel, dims[0])(values[0])
+        start = torch.func.vmap(self.unknown.unravel)(in_front(values[0], dims[0], size))
         call = SolverCall(fun, join(start), args, kwargs, options)
         with preserve_grad(self.inputs.leaves()), self.inputs.held_by_solver(values):
             out = self.signature.call(self.rule.solver, call)
         ravel = functools.partial(self.unknown.ravel, name=f"the result of {self.rule.name}")
         return (torch.func.vmap(ravel)(split(out)),)
-
-    def _repeated(self, x0: Tensor, size: int) -> Any:
-        x = self.unknown.unravel(x0)
-        return pytree.tree_map_only(Tensor, lambda t: t.expand(size, *t.shape), x)
 
     def _take_apart(self, aux: Any) -> list[Tensor]:
         """The tensors of aux, as copies that nobody else writes to. What is no tensor is told
