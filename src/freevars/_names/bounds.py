@@ -17,28 +17,22 @@ _STDLIB = frozenset(sys.stdlib_module_names)
 _STDLIB_CONTAINERS = frozenset({"argparse", "collections", "types"})
 
 
-def is_library(module: object, opaque: frozenset[str] = FRAMEWORKS) -> bool:
-    """Whether a module is the standard library's, or of one of the packages."""
+def is_library(module: object) -> bool:
+    """Whether a module is the standard library's or a framework's: its code is never entered."""
     root = module.partition(".")[0] if type(module) is str else ""
-    return root in opaque or root in _STDLIB
+    return root in FRAMEWORKS or root in _STDLIB
 
 
 class Bounds:
-    """What the search never enters.
+    """The classes whose instances the search never enters.
 
     Args:
-        opaque: the packages whose code and instances stay closed.
-        enters: whether instances of a class from such a package are entered nevertheless.
+        enters: whether instances of a class from a framework are entered nevertheless.
     """
 
-    def __init__(self, opaque: frozenset[str], enters: Callable[[type], bool] | None) -> None:
-        self._opaque = opaque
+    def __init__(self, enters: Callable[[type], bool] | None) -> None:
         self._enters = enters
         self._known: dict[int, bool] = {}  # by id: hashing a class can run code
-
-    def is_outside(self, module: object) -> bool:
-        """Whether code or a class of this module is never entered."""
-        return is_library(module, self._opaque)
 
     def is_opaque(self, cls: type) -> bool:
         """Whether instances of this class are never entered."""
@@ -46,7 +40,7 @@ class Bounds:
         if known is None:
             roots = {class_module(base).partition(".")[0] for base in mro(cls)}
             own = class_module(cls).partition(".")[0]
-            known = bool(roots & self._opaque) and not (self._enters and self._enters(cls))
+            known = bool(roots & FRAMEWORKS) and not (self._enters and self._enters(cls))
             known = known or (own in _STDLIB and own not in _STDLIB_CONTAINERS)
             self._known[id(cls)] = known
         return known

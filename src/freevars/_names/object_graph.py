@@ -20,7 +20,7 @@ from types import (
 )
 from typing import Any
 
-from freevars._names.bounds import Bounds
+from freevars._names.bounds import Bounds, is_library
 from freevars._names.callables import (
     codes,
     compiled_module,
@@ -80,13 +80,12 @@ class ObjectGraph:
 
     def __init__(
         self,
-        opaque: frozenset[str],
         enters: Callable[[type], bool] | None = None,
         implicit: frozenset[str] = frozenset(),
         *,
         sets: bool = False,
     ) -> None:
-        self.bounds = Bounds(opaque, enters)
+        self.bounds = Bounds(enters)
         self.implicit = implicit
         self.sets = sets
         self.once: set[object] = set()  # cells and globals: a variable has one name
@@ -117,7 +116,7 @@ class ObjectGraph:
         elif kind is CellType:
             yield from self.cell(node, obj, Through("cell_contents"))
         elif is_a(obj, ModuleType):
-            if not self.bounds.is_outside(module_name(obj)):
+            if not is_library(module_name(obj)):
                 yield from self.mentions.holder(node, instance_dict(obj))
         elif is_a(obj, type):
             yield from self.class_attributes(node, obj)
@@ -141,7 +140,7 @@ class ObjectGraph:
             yield from self.wrapped(node, attrs["__wrapped__"], "__wrapped__")
         module = dict.get(fun.__globals__, "__name__")
         asked_about = node.home and "__wrapped__" not in attrs
-        if self.bounds.is_outside(module) and not asked_about:
+        if is_library(module) and not asked_about:
             return
         bare = node.home or (self.scope != "" and scope(fun) == self.scope)
         for variable, cell in zip(fun.__code__.co_freevars, fun.__closure__ or (), strict=True):
@@ -235,7 +234,7 @@ class ObjectGraph:
             yield from self.layers(node, layers)
             skip: tuple[str, ...] = MODULE_PARTS
             # It may hold a second list of the parameters, say.
-            if self.bounds.is_outside(class_module(type(obj))):
+            if is_library(class_module(type(obj))):
                 private = (key for key in attrs if key.startswith("_") and "hooks" not in key)
                 skip = (*skip, *private)
             yield from self.attributes(node, attrs, skip=skip)
@@ -292,7 +291,7 @@ class ObjectGraph:
                 return
         members = self.members.get(id(cls))
         if members is None:
-            bases = [base for base in mro(cls) if not self.bounds.is_outside(class_module(base))]
+            bases = [base for base in mro(cls) if not is_library(class_module(base))]
             self.members[id(cls)] = members = stored_members(bases)
         yield from self.mentions.holder(node, members, hidden or {})
         for key in (key for key in members if key.startswith("__") or key in self.implicit):

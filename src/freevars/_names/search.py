@@ -49,7 +49,6 @@ def name_values(
     *,
     is_leaf: Callable[[object], bool] | None = None,
     identity: Callable[[object], Hashable] = id,
-    opaque: frozenset[str] = FRAMEWORKS,
     enters: Callable[[type], bool] | None = None,
     implicit: frozenset[str] = frozenset(),
 ) -> list[tuple[Name, ...]]:
@@ -65,11 +64,10 @@ def name_values(
     object whether it is an array that the walk must not enter (it is called with every object, so
     it must look at ``type(obj)`` alone); ``identity``, what tells one array from another, for a
     host that wraps arrays afresh: the address of their memory, say (it is called with leaves only);
-    ``opaque``, the root packages whose functions and
-    instances are not entered (``__wrapped__`` is followed, and so are containers, partials and
-    modules of layers); ``enters``, says of a class with such a package among its bases that its
-    instances are entered all the same; ``implicit``, names of methods that the host's framework
-    calls, so that no code of the user need mention them.
+    ``enters``, says of a class with a framework's among its bases that its instances are entered,
+    as else only containers, partials, modules of layers and what wraps a function are;
+    ``implicit``, names of methods that the host's framework calls, so that no code of the user need
+    mention them.
 
     Example:
         >>> w = object()
@@ -77,7 +75,7 @@ def name_values(
         >>> name_values(lambda x: (x, params), [w])[0][0].name
         "params['dense']['kernel']"
     """
-    walk = _Search(ObjectGraph(opaque, enters, implicit), values, is_leaf or _never, identity)
+    walk = _Search(ObjectGraph(enters, implicit), values, is_leaf or _never, identity)
     walk.run(fun)
     found = [tuple(walk.found.get(key, ())) for key in walk.keys]
     users: dict[str, set[Hashable]] = {}
@@ -103,12 +101,11 @@ class ReachableLeaves:
         self,
         is_leaf: Callable[[object], bool],
         *,
-        opaque: frozenset[str] = FRAMEWORKS,
         enters: Callable[[type], bool] | None = None,
         implicit: frozenset[str] = frozenset(),
     ) -> None:
         self._found: dict[int, tuple[object, Name]] = {}
-        reach = ObjectGraph(opaque, enters, implicit, sets=True)
+        reach = ObjectGraph(enters, implicit, sets=True)
         self._walk = _Search(reach, (), is_leaf, id, self._found)
 
     def of(self, fun: object) -> list[tuple[object, Name]]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freevars._names.bounds import FRAMEWORKS, Bounds, is_library
+from freevars._names.bounds import Bounds, is_library
 from freevars._names.callables import codes
 from freevars._names.introspection import class_module
 from freevars.torch._convert import steps
@@ -69,7 +69,7 @@ class Search:
         self.met: dict[int, _Object] = {}
         self._dicts: list[tuple[_Object, Any, dict[Any, Any], dict[Any, Any]]] = []
         self._queue: deque[_Object] = deque()
-        self._bounds = Bounds(FRAMEWORKS, enters)
+        self._bounds = Bounds(enters)
         # How much there was of packages without PyTorch, by their name and how much there may be.
         self._strangers: Counter[tuple[str, int]] = Counter()
         self._link(None, None, None, fun)
