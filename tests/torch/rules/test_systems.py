@@ -394,6 +394,16 @@ def test_polish_and_tol() -> None:
         root(rough, tol=-1.0)
 
 
+def test_no_polish_by_a_step_that_leads_away() -> None:
+    """Newton's method for arctan(x) diverges from 2 and converges from 0.5; beyond 3 there is no
+    value."""
+    start = torch.tensor([0.5, 2.0, 3.5], dtype=F64)
+    solve = root(returning(start), polish=True, batch_dims=1)
+    x = solve(lambda x: torch.where(x < 3, torch.atan(x), torch.nan), start)
+    step = torch.atan(start[0]) * (1 + start[0] ** 2)
+    torch.testing.assert_close(x, torch.stack([start[0] - step, start[1], start[2]]))
+
+
 def test_the_operator_of_a_linear_solve() -> None:
     m = torch.tensor([[3.0, 1.0, 0.0], [0.5, 2.0, 1.0], [0.0, 1.0, 4.0]], dtype=F64)
     a, seen = fresh(3), []

@@ -117,12 +117,28 @@ class Condition:
         """A root, the completing columns there, and what comes with it."""
         x, *others = self.run(*values)
         columns = self._columns(x, values)
-        if self.rule.polish:
+        if self.rule.polish and x.numel():
+            x = self._polished(x, columns, values)
+        return x, columns, others
+
+    def _polished(self, x: Tensor, columns: Tensor, values: Sequence[Tensor]) -> Tensor:
+        """x after one more step, of Newton's method.
+
+        Unless a second one would be no shorter (Deuflhard's monotonicity test): then x is so far
+        from a solution that a step tells nothing, or so near that rounding is all that is left.
+        """
+
+        def f_at(x: Tensor) -> tuple[Tensor, Tensor]:
             at = x.clone().requires_grad_()
             with torch.enable_grad():
-                f = self.residual(at, columns, *values)
-            x = x - self._system(self._derivative(at, f), values).newton_step()
-        return x, columns, others
+                return at, self.residual(at, columns, *values)
+
+        system = self._system(self._derivative(*f_at(x)), values)
+        step = system.newton_step()
+        following = system.solve(f_at(x - step)[1].detach(), transposed=False)
+        unit = diagnostics.units(self._size(x, self.start(values[0])))
+        first, second = ((s / unit).abs().amax(1, keepdim=True) for s in (step, following))
+        return torch.where(second < first, x - step, x)
 
     def solve(self, *values: Tensor) -> tuple[Tensor, ...]:
         """A solution, and what comes with it."""
