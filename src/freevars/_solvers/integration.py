@@ -70,6 +70,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, Literal, TypeAlias, TypedDict
 
 from freevars._solvers.signature import split_aux
@@ -193,6 +194,12 @@ def not_resolved(name: str, error: float, limit: float) -> NotASolutionError:
 
 def not_solved(name: str, error: float, limit: float, *, backwards: bool) -> NotASolutionError:
     """The error for a derivative whose solve does not meet the recorded states."""
+    if not isfinite(error):
+        return NotASolutionError(
+            f"{name}: there is no derivative: a state, or one of those that its derivative is"
+            " solved for with, is not finite. Look at what the solver reports; there may be no"
+            " solution up to the last of ts."
+        )
     how = (
         "from each time back to the one before, as the adjoint equation is"
         if backwards

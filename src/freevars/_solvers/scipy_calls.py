@@ -104,6 +104,14 @@ def check_objective(value: Any, total: str) -> None:
             " least_squares."
         )
         raise TypeError(message)
+    dtype = str(getattr(value, "dtype", "float"))
+    if "float" not in dtype:
+        advice = "its real part, or |z|^2" if "complex" in dtype else "it as a floating number"
+        message = (
+            f"minimize: expected a function that returns a real floating number, got {dtype}."
+            f" Return {advice}."
+        )
+        raise TypeError(message)
 
 
 def are_pairs(bounds: Any, n: int, name: str, x0: Any = None) -> bool:

@@ -8,7 +8,7 @@ finite. Not here: what follows for a derivative (`kkt`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -96,10 +96,12 @@ def as_functions(
         TypeError: one is no constraint, or brings a derivative or `keep_feasible`.
         ValueError: the type of a dict is missing, or unknown to scipy.
     """
-    one = isinstance(constraints, dict) or _has_limits(constraints)
+    one = not isinstance(constraints, Iterable) or isinstance(constraints, dict)
+    if constraints is None:
+        constraints, one = (), False
     equal: list[Function] = []
     positive: list[Function] = []
-    for i, constraint in enumerate([constraints] if one else list(constraints or ())):
+    for i, constraint in enumerate([constraints] if one else list(constraints)):
         where = f"{name}: constraints[{i}]"
         if isinstance(constraint, dict):
             check_constraint(where, constraint)
@@ -109,9 +111,10 @@ def as_functions(
             (equal if kind == "eq" else positive).append(fun)
             continue
         if not _has_limits(constraint):
+            advice = " Bounds of x itself go into bounds=." if hasattr(constraint, "lb") else ""
             message = (
                 f"{where}: expected a dict, a NonlinearConstraint or a LinearConstraint of scipy,"
-                f" got {constraint!r}."
+                f" got {constraint!r}.{advice}"
             )
             raise TypeError(message)
         if hasattr(constraint, "A"):

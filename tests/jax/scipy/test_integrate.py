@@ -153,6 +153,21 @@ def test_stiff_equations_go_forwards() -> None:
     np.testing.assert_allclose(got, exact, rtol=1e-4)
 
 
+@pytest.mark.parametrize("reverse", ["adjoint", "sensitivities"])
+def test_no_derivative_past_the_end_of_a_solution(reverse) -> None:
+    """y = 1 / (1 - rate t) ends at t = 1 / rate."""
+
+    def last(rate):
+        square = lambda t, y: rate * y**2
+        times = jnp.array([0.5, 1.5])
+        return fs.solve_ivp(square, (0, 1.5), [1.0], t_eval=times, reverse=reverse).y[0, -1]
+
+    with pytest.raises(NotASolutionError, match="there is no derivative: a state"):
+        jax.grad(last)(1.0)
+    found = jax.vmap(jax.grad(last))(jnp.array([0.5, 1.0]))
+    np.testing.assert_allclose(found, [1.5 / (1 - 1.5 * 0.5) ** 2, np.nan], rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("given", "error", "text"),
     [

@@ -316,6 +316,8 @@ def test_callback_and_callable_method() -> None:
         ({"constraints": {"fun": sum}}, ValueError, "expected type 'eq' or 'ineq', got None"),
         ({"constraints": {"type": "eq"}}, TypeError, r"\[0\]: fun: expected a function of x"),
         ({"constraints": [3]}, TypeError, r"constraints\[0\]: expected a dict"),
+        ({"constraints": 3}, TypeError, r"constraints\[0\]: expected a dict"),
+        ({"constraints": Bounds(0, 1)}, TypeError, r"Bounds of x itself go into bounds="),
         (
             {"constraints": {"type": "eq", "fun": jnp.sum, "jac": jnp.ones}},
             TypeError,

@@ -179,6 +179,23 @@ def test_stiff_equations_go_forwards() -> None:
     np.testing.assert_allclose(ours, grad(exact, rate)[0], rtol=1e-4)
 
 
+@pytest.mark.parametrize("reverse", ["adjoint", "sensitivities"])
+def test_no_derivative_past_the_end_of_a_solution(reverse) -> None:
+    """y = 1 / (1 - rate t) ends at t = 1 / rate."""
+
+    def last(rate):
+        square = lambda t, y: rate * y**2
+        return solve_ivp(square, (0, 1.5), [1.0], t_eval=[0.5, 1.5], reverse=reverse).y[0, -1]
+
+    rate = number(1.0)
+    assert last(rate).isnan()
+    with pytest.raises(NotASolutionError, match="there is no derivative: a state"):
+        grad(last(rate), rate)
+    slow = number(0.5)
+    exact = 1.5 / (1 - 1.5 * slow) ** 2
+    np.testing.assert_allclose(grad(last(slow), slow)[0], exact.detach(), rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("given", "error", "text"),
     [

@@ -261,6 +261,7 @@ def test_a_function_in_numpy_is_told_what_to_write(fun, text) -> None:
         (lambda: minimize(lambda x: x, torch.zeros(2)), TypeError, r"got shape \(2,\)"),
         (lambda: minimize(lambda x: (x, x), 1.0), TypeError, "return the value alone"),
         (lambda: minimize(lambda _: None, 1.0), TypeError, "got NoneType"),
+        (lambda: minimize(lambda x: (x + 1j).sum(), 1.0), TypeError, "real .* got .*complex128"),
         (
             lambda: minimize(FUN, torch.zeros(2), bounds=(torch.zeros(2), torch.ones(2))),
             TypeError,

@@ -104,12 +104,10 @@ class OdeintSolver(Integrator[P, R]):
 
     def _run_solver(self, problem: Problem, at: Any, options: Any) -> Any:
         y0, ts, kind = at
-        run = functools.partial(self._run_through, problem, y0, ts, options)
-        return (
-            run() if kind.value == _ALL else _unless_still(run, y0, ts, has_aux=self.rule.has_aux)
-        )
+        run = functools.partial(self._run_through, problem, options, ts)
+        return run(y0) if kind.value == _ALL else _over_leg(run, y0, ts, self.rule.has_aux)
 
-    def _run_through(self, problem: Problem, y0: Any, ts: Any, options: Any) -> Any:
+    def _run_through(self, problem: Problem, options: Any, ts: Any, y0: Any) -> Any:
         leaves, tree = jax.tree.flatten(y0)
         if self._hosted is not None:
             flat = Flat(leaves)
@@ -181,22 +179,28 @@ class OdeintSolver(Integrator[P, R]):
 _ALL, _LEG = "all times", "a leg"
 
 
-def _unless_still(run: Callable[[], Any], y0: Any, ts: Any, *, has_aux: bool) -> Any:
-    """What a solver finds at two times; y0 at both where they are equal, which few solvers take.
+def _over_leg(run: Callable[[Any], Any], y0: Any, ts: Any, has_aux: bool) -> Any:  # noqa: FBT001
+    """What a solver finds at two times. Few solvers take equal ones, where y0 holds at both, or a
+    y0 that is not finite, as the states are from where the solver stopped short: then it is NaN.
 
     It is a value of the operation, below its rule: the derivative by the times remains.
     """
-    types = jax.eval_shape(run)
+    good = jnp.asarray(True)
+    for leaf in jax.tree.leaves(y0):
+        good &= jnp.all(jnp.isfinite(leaf))
+    # Under `vmap` the solver runs for every member.
+    start = jax.tree.map(lambda y: jnp.where(good, y, jnp.zeros_like(y)), y0)
+    types = jax.eval_shape(run, start)
 
     def still() -> Any:
-        twice = jax.tree.map(lambda y: jnp.stack([y, y]), y0)
+        twice = jax.tree.map(lambda y: jnp.where(good, jnp.stack([y, y]), jnp.nan), y0)
         nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), types)
         value = (twice, nothing[1]) if has_aux else twice
         return jax.tree.map(
             lambda a, like: _compat.like_type(a.astype(like.dtype), like), value, types
         )
 
-    return jax.lax.cond(ts[0] == ts[1], still, run)
+    return jax.lax.cond((ts[0] == ts[1]) | ~good, still, lambda: run(start))
 
 
 def _each(f: Any, dts: Any) -> Any:

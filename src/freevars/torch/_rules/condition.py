@@ -122,7 +122,7 @@ class Condition:
         return x, columns, others
 
     def _polished(self, x: Tensor, columns: Tensor, values: Sequence[Tensor]) -> Tensor:
-        """x after one more step, of Newton's method.
+        """The solution after one more step, of Newton's method.
 
         Unless a second one would be no shorter (Deuflhard's monotonicity test): then x is so far
         from a solution that a step tells nothing, or so near that rounding is all that is left.
@@ -254,7 +254,11 @@ class Condition:
             figures = system.figures(derivative, self._sizes(at, values), self._limits(), inputs)
             self._measured = known = (system, evidence, figures)
         figures = known[2]
-        figures = figures._replace(residual=figures.residual.clamp(min=system.residual))
+        figures = figures._replace(
+            # Of an x that is not, F and its derivative may be: a linear objective, for one.
+            finite=figures.finite & torch.isfinite(at.x).all(1),
+            residual=figures.residual.clamp(min=system.residual),
+        )
         least_squares = self.rule.on_failure == "least_squares"
         good = figures.good(self._limits(), least_squares=least_squares)
         return _Judged(system, figures, good, bool(good.all()))

@@ -130,7 +130,7 @@ def quad(
             refuse_integrand(value, "freevars.torch", is_complex=is_complex)
         return value
 
-    ends = (end if isinstance(end, Tensor) else float(end) for end in (a, b))
+    ends = (float(end) if _is_numpy_number(end) else end for end in (a, b))
     # The integral does not depend on where it is cut.
     points = pytree.tree_map_only(Tensor, torch.detach, points)
     options = {"epsabs": epsabs, "epsrel": epsrel}
@@ -138,3 +138,7 @@ def quad(
         number, *ends, as_tuple(args), points=points, limits=limit, options=options
     )
     return result
+
+
+def _is_numpy_number(x: Any) -> bool:
+    return isinstance(x, (np.ndarray, np.generic)) and x.ndim == 0 and not np.iscomplexobj(x)
