@@ -528,3 +528,18 @@ def test_a_module_without_pytorch_that_is_given_a_tensor(monkeypatch: pytest.Mon
     converted = Closure(lambda x: settings.scale(x), x)
     settings.S.w = fresh(3)
     same(converted(x), x * w)
+
+
+def test_no_code_of_a_metaclass_runs() -> None:
+    class Meta(type):
+        def __getattribute__(cls, name: str) -> Any:
+            raise AssertionError(f"class attribute {name} read")
+
+    class Odd(metaclass=Meta):
+        pass
+
+    w, instance = fresh(3), object.__new__(Odd)
+    converted, hoisted = closure_convert(lambda x: (Odd, instance, w * x)[2], fresh(3))
+    assert converted.captured == (w,)
+    x = fresh(3)
+    assert torch.equal(converted(x, *hoisted), w * x)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from freevars._names.bounds import Bounds, is_library
 from freevars._names.callables import codes
-from freevars._names.introspection import class_module
+from freevars._names.introspection import class_dict, class_module, class_name, mro
 from freevars.torch._convert import steps
 from freevars.torch._convert.kept import Kept, holds
 from freevars.torch._convert.packages import uses_torch
@@ -156,12 +156,12 @@ class Search:
             attributes = object.__getattribute__(obj, "__dict__")
         except AttributeError:
             attributes = None
-        own = kind.__name__ in _OWN and class_module(kind).startswith("freevars.")
+        own = class_name(kind) in _OWN and class_module(kind).startswith("freevars.")
         if self._bounds.is_opaque(kind) and not own:
             if attributes and "__wrapped__" in attributes:
                 self._link(node, steps.attribute, "__wrapped__", attributes["__wrapped__"])
             return
-        if not self._is_searched(kind.__module__, _MOST_STRANGE_OBJECTS):
+        if not self._is_searched(class_module(kind), _MOST_STRANGE_OBJECTS):
             return
         if attributes is not None:
             before = dict(attributes)
@@ -172,21 +172,21 @@ class Search:
         self._link(node, steps.part, "__class__", kind)
 
     def _slots(self, node: _Object, obj: Any, kind: type) -> None:
-        for base in kind.__mro__[:-1]:
-            slots = base.__dict__.get("__slots__", ())
+        for base in mro(kind)[:-1]:
+            slots = class_dict(base).get("__slots__", ())
             for name in (slots,) if isinstance(slots, str) else tuple(slots):
                 mangled = name
                 if name.startswith("__") and not name.endswith("__"):
-                    mangled = f"_{base.__name__.lstrip('_')}{name}"
+                    mangled = f"_{class_name(base).lstrip('_')}{name}"
                 try:
                     self._link(node, steps.slot, mangled, object.__getattribute__(obj, mangled))
                 except AttributeError:
                     continue
 
     def _members(self, node: _Object, cls: type) -> None:
-        for i, base in enumerate(cls.__mro__[:-1]):
-            if not is_library(base.__module__):
-                for name, x in list(base.__dict__.items()):
+        for i, base in enumerate(mro(cls)[:-1]):
+            if not is_library(class_module(base)):
+                for name, x in list(class_dict(base).items()):
                     self._link(node, steps.member, (i, name), steps.plain_member(x))
 
     def _is_searched(self, module: object, most: int) -> bool:

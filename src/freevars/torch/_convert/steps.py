@@ -6,6 +6,8 @@ Not here: which steps lead to what (`places.py`).
 from collections.abc import Callable
 from typing import Any
 
+from freevars._names.introspection import class_dict, mro
+
 __all__ = [
     "GONE",
     "MISSING",
@@ -68,7 +70,7 @@ def part(obj: Any, name: str) -> Any:
 def member(cls: Any, where: tuple[int, str]) -> Any:
     """What a class, or one that it derives from, has under a name."""
     i, name = where
-    return plain_member(cls.__mro__[i].__dict__[name])
+    return plain_member(class_dict(mro(cls)[i])[name])
 
 
 def plain_member(x: Any) -> Any:
