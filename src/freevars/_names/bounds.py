@@ -38,9 +38,13 @@ class Bounds:
         """Whether instances of this class are never entered."""
         known = self._known.get(id(cls))
         if known is None:
-            roots = {class_module(base).partition(".")[0] for base in mro(cls)}
-            own = class_module(cls).partition(".")[0]
-            known = bool(roots & FRAMEWORKS) and not (self._enters and self._enters(cls))
+            enters = self._enters is not None and self._enters(cls)
+            known = not enters and any(_root(base) in FRAMEWORKS for base in mro(cls))
+            own = _root(cls)
             known = known or (own in _STDLIB and own not in _STDLIB_CONTAINERS)
             self._known[id(cls)] = known
         return known
+
+
+def _root(cls: type) -> str:
+    return class_module(cls).partition(".")[0]

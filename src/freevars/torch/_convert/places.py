@@ -156,8 +156,7 @@ class Search:
             attributes = object.__getattribute__(obj, "__dict__")
         except AttributeError:
             attributes = None
-        own = class_name(kind) in _OWN and class_module(kind).startswith("freevars.")
-        if self._bounds.is_opaque(kind) and not own:
+        if self._bounds.is_opaque(kind) and not _is_ours(kind):
             if attributes and "__wrapped__" in attributes:
                 self._link(node, steps.attribute, "__wrapped__", attributes["__wrapped__"])
             return
@@ -212,11 +211,10 @@ class Search:
         return Kept(tuple(found))
 
 
-_OWN: set[str] = {
-    "Closure",
-    "Converted",
-    "ImplicitSolver",
-}  # our own classes that hold tensors of the user
+def _is_ours(kind: type) -> bool:
+    """Whether it is one of our own classes that hold tensors of the user."""
+    known = class_name(kind) in {"Closure", "Converted", "ImplicitSolver"}
+    return known and class_module(kind).startswith("freevars.")
 
 
 class Places:
