@@ -275,7 +275,7 @@ def test_a_function_in_numpy_is_told_what_to_write(fun, text) -> None:
         (
             lambda: root(lambda x: x[:1], torch.zeros(2)),
             StructureError,
-            "the function of root has 1 components for 2 unknowns",
+            "<lambda> has 1 components for 2 unknowns",
         ),
         (lambda: root_scalar(lambda x: x), ValueError, "neither bracket nor starting point"),
         (lambda: root_scalar(lambda x: x, x0=torch.ones(2)), TypeError, "Many roots at once"),

@@ -128,7 +128,8 @@ def root(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]
         check: False leaves all of that out.
         tol: the largest Newton step, relative to each component, that counts as converged, whatever
             the derivative does along it. None: see `on_failure`.
-        polish: True adds a Newton step to x before it is returned or differentiated.
+        polish: True adds a Newton step to x before it is returned or differentiated, unless a
+            second one would be no shorter.
         conserved: `conserved(x)`, an array or pytree of totals of x that the solver keeps as they
             are in x0. They complete equations that repeat each other, and derivatives flow into x0.
             What it captures has derivatives too; a number that it states is a constant, so capture

@@ -52,12 +52,9 @@ def optimality(
     if is_minimum(kind):
         ones = torch.ones(unknown.batch, dtype=x.dtype, device=x.device)
         return vjp(lambda x: value_of(kind, fun(unknown.unravel(x)), unknown, has_aux), x, ones)
-    if kind == "implicit":
-        return joined(value(x), unknown, x)
-    returned = f"the result of {name}"
     if kind == "fixed_point":
-        return x - unknown.ravel(value(x), returned, copy=False)
-    return unknown.ravel(value(x), returned)
+        return x - unknown.ravel(value(x), f"the result of {name}", copy=False)
+    return joined(value(x), unknown, x)
 
 
 def value_of(kind: Kind, out: Any, unknown: Unknown, has_aux: bool) -> Tensor:  # noqa: FBT001
@@ -104,7 +101,7 @@ def check_value(kind: Kind, out: Any, unknown: Unknown, name: str) -> None:
             )
             raise StructureError(message)
         return
-    if kind in {"root", "fixed_point"}:
+    if kind == "fixed_point":
         unknown.check(out, f"the result of {name}")
         return
     leaves = check_parts(kind, out, batch, name)
@@ -112,7 +109,7 @@ def check_value(kind: Kind, out: Any, unknown: Unknown, name: str) -> None:
         message = f"{kind} expected {name} to return real or complex tensors, got nothing."
         raise StructureError(message)
     count = sum(t.numel() * (2 if t.is_complex() else 1) for t in leaves)
-    if kind == "implicit" and count != unknown.problems * unknown.n:
+    if not is_minimum(kind) and count != unknown.problems * unknown.n:
         message = (
             f"expected one equation for each unknown, or there is no derivative; {name} has {count}"
             f" components for {unknown.problems * unknown.n} unknowns. Where there are more, take"

@@ -188,7 +188,8 @@ def root(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]
             fourth root is accepted, 1.2e-4, and 1e-3 in float32. Beyond 512 unknowns the step
             is measured by its largest component, against each tensor of the unknown as a whole;
             it is estimated where it is negligible, or `fun` cannot be differentiated twice.
-        polish: True adds a Newton step to what the solver returns.
+        polish: True adds a Newton step to what the solver returns, unless a second one would be no
+            shorter.
         conserved: `conserved(x)` returns real tensors that the solver keeps as they are in `x0`
             (the amounts of the elements in a reaction), where the equations alone do not determine
             `x`. Then `x0` has a derivative too, and so has what `conserved` reads; a number that it

@@ -8,7 +8,7 @@ from typing import Any
 
 from freevars._solvers.scipy_calls import as_tuple
 from freevars.torch._rules.rule import OnFailure
-from freevars.torch._rules.rules import implicit
+from freevars.torch._rules.rules import root as root_rule
 from freevars.torch.scipy._host import on_tensors
 from freevars.torch.scipy._result import OptimizeResult
 from freevars.torch.scipy._scipy import as_start, refuse_derivatives, runs, value_in_pytorch
@@ -16,19 +16,10 @@ from freevars.torch.scipy._scipy import as_start, refuse_derivatives, runs, valu
 __all__ = ["root"]
 
 
-def _value(fun: Callable[..., Any], x: Any) -> Any:
-    """What is zero, in any structure."""
-    return fun(x)
-
-
-_value.__name__ = _value.__qualname__ = "the function of root"  # what errors call it
-
-
 @functools.cache
 def _solver(on_failure: OnFailure, polish: bool) -> Any:  # noqa: FBT001
-    return implicit(_value, has_aux=True, on_failure=on_failure, polish=polish)(
-        on_tensors(runs.root, equations=True)
-    )
+    rule = root_rule(has_aux=True, on_failure=on_failure, polish=polish)
+    return rule(on_tensors(runs.root, equations=True))
 
 
 def root(
