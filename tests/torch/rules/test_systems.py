@@ -839,6 +839,33 @@ def test_one_component_of_many_is_far_off(shape: str, once: Any, dtype: torch.dt
             derivative(found, check=True)
 
 
+@pytest.mark.parametrize("decorate", [root, fixed_point])
+@pytest.mark.parametrize(("n", "dtype"), [(700, torch.float32), (700, F64), (8000, torch.float32)])
+def test_tensors_of_the_unknown_in_units_of_their_own(n: int, dtype: torch.dtype, decorate) -> None:
+    """What is left of the linear system counts in their units: not next to the larger numbers."""
+    torch.manual_seed(0)
+    x = torch.rand(2 * n, dtype=dtype) + 0.5
+    t = (x + x**3 / 8 + x.roll(1) / 5).requires_grad_()
+    units = (1e-6, 1e6)
+
+    def split(x: Tensor) -> dict[str, Tensor]:
+        parts = (part * unit for part, unit in zip(x.split(n), units, strict=True))
+        return dict(zip("ab", parts, strict=True))
+
+    def fun(z: dict[str, Tensor]) -> dict[str, Tensor]:
+        x = torch.cat([part / unit for part, unit in zip(z.values(), units, strict=True)])
+        rest = x**3 / 8 + x.roll(1) / 5 - t
+        if decorate is fixed_point:
+            return split(-rest)
+        return dict(zip("ab", (x + rest).split(n), strict=True))
+
+    found = decorate(returning(split(x)))(fun, split(x.roll(1)))
+    loss = sum((part / unit).sum() for part, unit in zip(found.values(), units, strict=True))
+    (grad,) = torch.autograd.grad(loss, t)
+    by = lambda u: (1 + 3 * x**2 / 8) * u + u.roll(-1) / 5  # the transposed system
+    torch.testing.assert_close(by(grad), torch.ones_like(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("size", [1.0, 1e-24, 1e25])
 @pytest.mark.parametrize("n", [3, 700])
 def test_a_solution_of_any_size_counts_by_itself(n, size) -> None:

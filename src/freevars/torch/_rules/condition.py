@@ -308,13 +308,16 @@ class Condition:
     def _system(self, derivative: Derivative, values: Sequence[Tensor]) -> System:
         if self.communicates:
             check_shared(derivative.at, derivative.f, self.rule.name)
+        size = self._size(derivative.at.detach(), self.start(values[0]))
         return system_of(
             derivative,
-            self._size(derivative.at.detach(), self.start(values[0])),
+            size,
             self.unknown.structure,  # a method of this object would hold the system in a circle
             own=self.own_linear_solve(values),
             least_squares=self.rule.on_failure == "least_squares",
+            tensors=self.unknown.leafwise(size),
             minimum=self._minimum,
+            fixed_point=self.rule.kind == "fixed_point",
         )
 
     def _sizes(self, at: Solution, values: tuple[Tensor, ...]) -> Sizes:

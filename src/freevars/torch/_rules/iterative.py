@@ -41,10 +41,14 @@ class Iterative:
         dense: Callable[[], System],
         structure: object,
         own: LinearSolve | None,
+        size: Tensor,
         *,
         minimum: bool,
+        fixed_point: bool,
     ) -> None:
-        """`minimum`: of an objective, so that conjugate gradients are worth a try."""
+        """`size`: of the tensors of the unknown, each in the place of its components. `minimum`: of
+        an objective, so that conjugate gradients are worth a try. `fixed_point`: the equations have
+        the units of their unknowns."""
         self._a = derivative
         self._make_dense = dense
         self._structure = structure
@@ -55,6 +59,8 @@ class Iterative:
         self._relative = float(torch.finfo(derivative.f.dtype).eps ** 0.75)
         units = self._symmetric_units() if minimum and derivative.f.numel() else None
         self._units = units if own is None else None
+        self._apart = None if minimum or own is not None else _apart(size)
+        self._fixed_point = fixed_point
         b, n = derivative.f.shape
         self._fits = own is None and b * n * n <= _LARGEST_MATRIX
         # As many products as one problem has unknowns give the matrix.
@@ -253,17 +259,18 @@ class Iterative:
         operator = LinearOperator(self._a, self._structure, transposed=transposed)
         if self._own is not None:
             return self._by_own(self._own, operator, b), False
-        d = self._units
-        right = b if d is None else d * b
+        # Norms are of dimensionless vectors: the system is L A R v = L b, with u = R v.
+        scales = self._scales(transposed=transposed)
+        right = b if scales is None else scales[0] * b
         scale = right.abs().max()  # squares of small numbers are no numbers
         right = (right / scale).reshape(-1)
         dtype = torch.promote_types(right.dtype, torch.float32)
 
-        flat = None if d is None else d.reshape(-1)
+        flat = None if scales is None else [d.reshape(-1) for d in scales]
 
         def matvec(v: Tensor) -> Tensor:
             v = v.to(right.dtype)
-            image = operator(v) if flat is None else flat * operator(flat * v)
+            image = operator(v) if flat is None else flat[0] * operator(flat[1] * v)
             return image.to(dtype)
 
         found = quick = False
@@ -279,7 +286,17 @@ class Iterative:
         if not found:
             self._measure(matvec, u, right)
         u = u.to(b.dtype).reshape(b.shape) * scale
-        return (u if d is None else d * u), quick
+        return (u if scales is None else scales[1] * u), quick
+
+    def _scales(self, *, transposed: bool) -> tuple[Tensor, Tensor] | None:
+        """L and R, of powers of two: the units of the unknown where its tensors are far apart, or
+        those in which the equations of a minimum are alike; None where nothing is scaled."""
+        if self._units is not None:
+            return self._units, self._units
+        if self._apart is None:
+            return None
+        rows = 1 / self._apart if self._fixed_point else torch.ones_like(self._apart)
+        return (self._apart, rows) if transposed else (rows, self._apart)
 
     def _by_own(self, own: LinearSolve, operator: LinearOperator, b: Tensor) -> Tensor:
         scale = b.abs().max()
@@ -292,6 +309,19 @@ class Iterative:
     def _measure(self, operator: Callable[[Tensor], Tensor], u: Tensor, b: Tensor) -> None:
         left = float(torch.linalg.vector_norm(operator(u) - b) / torch.linalg.vector_norm(b))
         self.residual = max(self.residual, left) if left == left else float("inf")  # noqa: PLR0124
+
+
+def _apart(size: Tensor) -> Tensor | None:
+    """Units, by powers of two, from the sizes of tensors; None where these are alike. One that is
+    zero has a unit between the others'."""
+    known = (size > 0) & torch.isfinite(size)
+    if not bool(known.any()):
+        return None
+    least, most = size[known].amin(), size[known].amax()
+    if bool(most <= _ALIKE * least):
+        return None
+    one = torch.ones_like(least).clamp(least, most)
+    return torch.where(known, size, one).log2().round().exp2()
 
 
 def _asymmetry(probes: Sequence[Tensor], images: Sequence[Tensor]) -> Tensor:

@@ -28,10 +28,12 @@ def system_of(
     *,
     own: LinearSolve | None,
     least_squares: bool,
+    tensors: Tensor,
     minimum: bool,
+    fixed_point: bool,
 ) -> System:
-    """The system of a derivative (`minimum`: of an objective), by the method that suits its
-    size."""
+    """The system of a derivative (`minimum`: of an objective), by the method that suits its size;
+    `size` is that of the components of the unknown, `tensors` that of its tensors."""
     f = derivative.f.detach()
 
     def dense() -> Dense:
@@ -39,4 +41,6 @@ def system_of(
 
     if own is None and f.shape[1] <= DENSE_LIMIT:
         return dense()
-    return Iterative(derivative, dense, structure, own, minimum=minimum)
+    return Iterative(
+        derivative, dense, structure, own, tensors, minimum=minimum, fixed_point=fixed_point
+    )

@@ -168,8 +168,8 @@ def root(solver: Callable[..., Any] | None = None, /, **options: Unpack[Options]
             `matvec`, `rmatvec`, `as_matrix()`, `diagonal()`, `symmetric` and `structure`. By
             default a factorisation up to 512 unknowns; beyond, conjugate gradients for `argmin`
             and else Richardson's iteration where it contracts quickly, or GMRES, to a residual of
-            eps^(3/4) relative to the norm of `b`, and a factorisation where that stalls, up to
-            5,000 unknowns.
+            eps^(3/4) relative to the norm of `b`, in units of the tensors of `x` where these are
+            far apart, and a factorisation where that stalls, up to 5,000 unknowns.
         on_failure: what happens where a derivative is taken that cannot be trusted: the solver did
             not converge (see `tol`), the result is not finite, or the system is singular (its
             reciprocal condition number, in units of the unknowns and equations, is below 10 eps).
