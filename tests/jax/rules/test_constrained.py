@@ -140,6 +140,21 @@ def test_what_is_refused(refused) -> None:
     assert np.isnan(jax.grad(lambda t: refused.solve(HOST, {"on_failure": "nan"}, t))(1.0))
 
 
+def test_a_bound_and_an_equality_at_one_place_keep_no_totals() -> None:
+    """Of the system with a bound in it, null vectors are not those of the transpose."""
+
+    @fv.argmin(on_failure="least_squares")
+    def solve(fun, x0, *, bounds, equality):
+        return jnp.array([0.5, 2.0])
+
+    def x(t):
+        fun = lambda x: jnp.sum((x - 2.0) ** 2)
+        return solve(fun, jnp.zeros(2), bounds=(None, jnp.stack([t, 9.0])), equality=lambda x: x[0] - t)
+
+    with pytest.raises(fv.SingularError, match="active constraints are not independent"):
+        jax.jacrev(x)(0.5)
+
+
 def test_one_sided() -> None:
     """At the degenerate point, the bound stays active."""
     assert jax.grad(lambda t: REFUSED[1].solve(HOST, {"one_sided": True}, t))(1.0) == 1.0

@@ -62,7 +62,10 @@ def error(
     x, x0, problem = jax.tree.map(_compat.lowered, (x, x0, problem))
     context = Context(rule.name, rule.kind, rule.on_failure == "least_squares", polish=rule.polish)
     stated = None if problem is None else jax.tree.unflatten(*problem)[0]
-    if stated is not None and stated.constrained and found.figures.residual <= limits.residual:
+    # Without its bounds the system of a minimum is symmetric: it keeps no totals.
+    by_bounds = context.least_squares and not found.figures.conserved <= limits.residual
+    answered = found.figures.residual <= limits.residual
+    if stated is not None and stated.constrained and (answered or by_bounds):
         reason = constrained.explain(
             stated,
             x,
