@@ -149,7 +149,9 @@ def test_a_bound_and_an_equality_at_one_place_keep_no_totals() -> None:
 
     def x(t):
         fun = lambda x: jnp.sum((x - 2.0) ** 2)
-        return solve(fun, jnp.zeros(2), bounds=(None, jnp.stack([t, 9.0])), equality=lambda x: x[0] - t)
+        return solve(
+            fun, jnp.zeros(2), bounds=(None, jnp.stack([t, 9.0])), equality=lambda x: x[0] - t
+        )
 
     with pytest.raises(fv.SingularError, match="active constraints are not independent"):
         jax.jacrev(x)(0.5)

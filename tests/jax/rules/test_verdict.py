@@ -254,6 +254,28 @@ def test_singular_systems_are_refused_in_every_unit(dtype):
         by(m, x)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_fixed_point_whose_equations_cancel_is_singular(dtype):
+    """x = t P x with columns of P that sum to 1: what is left of 1 - P is rounding, at t = 1."""
+    solve = fv.fixed_point(lambda fun, x0, x: x)
+    random = np.random.default_rng(0)
+    for n in [1, 2, 3, 20]:
+        by = jax.jit(
+            lambda p, x, b, t: jax.grad(
+                lambda t: jnp.sum(solve(lambda x: t * (p @ x) + b, 2 * x, x))
+            )(t)
+        )
+        for _ in range(10):
+            p = random.random((n, n)) ** 4
+            p /= p.sum(0)
+            x = np.linalg.matrix_power(p, 1 << 12).sum(1)
+            given = [jnp.asarray(a, dtype) for a in (p, x, (1 - 0.9) * x, 0.9)]
+            regular, (p, x, b, t) = by(*given), given
+            # Of the sum s of x, which is (0.1 s) / (1 - t).
+            np.testing.assert_allclose(regular, 10 * n, rtol=1e-4)
+            assert np.isnan(by(p, x, 0 * b, 1 + 0 * t))
+
+
 # --- What is asked for ----------------------------------------------------------------------------
 
 

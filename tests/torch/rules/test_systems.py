@@ -378,6 +378,26 @@ def test_two_constraints_at_one_place_that_may_move_apart() -> None:
         torch.autograd.grad(nearest(a, b), (a, b))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_a_fixed_point_whose_equations_cancel_is_singular(dtype) -> None:
+    """x = t P x with columns of P that sum to 1: what is left of 1 - P is rounding, at t = 1."""
+    torch.manual_seed(0)
+    for n in [1, 2, 3, 20] * 10:
+        p = torch.rand(n, n, dtype=F64) ** 4
+        p = p / p.sum(0)
+        x = torch.linalg.matrix_power(p, 1 << 12).sum(1).to(dtype)
+        p = p.to(dtype)
+        for t, b in ((0.9, 0.1 * x), (1.0, 0 * x)):
+            by = torch.tensor(t, dtype=dtype, requires_grad=True)
+            found = fixed_point(returning(x))(lambda x: by * (p @ x) + b, 2 * x)
+            if t == 1:
+                with pytest.raises(SingularError, match="is singular"):
+                    torch.autograd.grad(found.sum(), by)
+            else:  # of the sum s of x, which is (0.1 s) / (1 - t)
+                slope = torch.autograd.grad(found.sum(), by)[0]
+                torch.testing.assert_close(slope, 10 * n + 0 * slope, rtol=1e-4, atol=0)
+
+
 def test_polish_and_tol() -> None:
     a = torch.tensor(2.0, dtype=F64, requires_grad=True)
     rough = returning(torch.tensor(1.4, dtype=F64))

@@ -49,6 +49,7 @@ class Scaled(NamedTuple):
     solve: Solve  # by S
     transposed: Solve
     own: bool = True  # by this module: then it solves what is regular
+    norm: float = 0  # what S is a difference of has this norm at least
     inverse: Any = None  # of S, where it is written out
 
     def of(self, b: Vector) -> Vector:
@@ -60,20 +61,30 @@ class Scaled(NamedTuple):
         return self.rows * self.transposed((self.columns * b)[:, None])[:, 0]
 
 
-def factorise(matrix: Any, x: Vector, d: Vector, limits: Limits) -> Scaled:
-    """The factors of a matrix for an unknown x of the sizes d."""
+def factorise(
+    matrix: Any, x: Vector, d: Vector, limits: Limits, least: Vector | None = None
+) -> Scaled:
+    """The factors of a matrix for an unknown x of the sizes d; `least`: of what each row is a
+    difference of, times these."""
+
+    def unit(scaled: Any, rows: Any = 1) -> Any:
+        largest = jnp.max(jnp.abs(scaled), axis=0)
+        return 1 / power_of_two(largest if least is None else jnp.maximum(largest, least * rows))
+
     columns = power_of_two(d)
     scaled = matrix.T * columns[:, None]
-    rows = 1 / power_of_two(jnp.max(jnp.abs(scaled), axis=0))
+    rows = unit(scaled)
     scaled = scaled * rows[None]
+    norm = 0 if least is None else 1
     if len(x) == 1:
-        return Scaled(matrix, rows, columns, scaled, lambda b: b / scaled, lambda b: b / scaled)
+        divide_by = lambda b: b / scaled  # noqa: E731
+        return Scaled(matrix, rows, columns, scaled, divide_by, divide_by, norm=norm)
     # A component that happens to be zero is no sign of a singular system.
     up = limits.column**0.5 * jnp.max(jnp.abs(x)) / d
     up = jnp.minimum(1 / jnp.maximum(jnp.max(jnp.abs(scaled), axis=1), limits.rcond), up)
     up = power_of_two(jnp.maximum(up, 1).astype(x.dtype))
     scaled, columns = scaled * up[:, None], columns * up
-    again = 1 / power_of_two(jnp.max(jnp.abs(scaled), axis=0))
+    again = unit(scaled, rows)
     scaled, rows = scaled * again[None], rows * again
     lu, _, order = jax.lax.linalg.lu(scaled.T)
     scaled = scaled.T
@@ -99,6 +110,7 @@ def factorise(matrix: Any, x: Vector, d: Vector, limits: Limits) -> Scaled:
             scaled,
             lambda b: inverse @ b,
             lambda b: inverse.T @ b,
+            norm=norm,
             inverse=inverse,
         )
 
@@ -106,19 +118,21 @@ def factorise(matrix: Any, x: Vector, d: Vector, limits: Limits) -> Scaled:
         back = lower(upper(b, transpose_a=True), transpose_a=True)
         return back.at[order].set(back, unique_indices=True)
 
-    return Scaled(matrix, rows, columns, scaled, solve, transposed)
+    return Scaled(matrix, rows, columns, scaled, solve, transposed, norm=norm)
 
 
 def wrap(
     matrix: Any,
     d: Vector,
+    least: Vector | None,
     solve: Callable[[Vector], Vector],
     transposed: Callable[[Vector], Vector],
 ) -> Scaled:
     """The same for a matrix that was factorised elsewhere: A^-1 b, and A^-T b."""
     columns = power_of_two(d)
     scaled = matrix * columns[None]
-    rows = 1 / power_of_two(jnp.max(jnp.abs(scaled), axis=1))
+    largest = jnp.max(jnp.abs(scaled), axis=1)
+    rows = 1 / power_of_two(largest if least is None else jnp.maximum(largest, least))
     each, each_transposed = (jax.vmap(s, in_axes=1, out_axes=1) for s in (solve, transposed))
     return Scaled(
         matrix,
@@ -128,6 +142,7 @@ def wrap(
         lambda b: each(b / rows[:, None]) / columns[:, None],
         lambda b: each_transposed(b / columns[:, None]) / rows[:, None],
         own=False,
+        norm=0 if least is None else 1,
     )
 
 
@@ -152,7 +167,8 @@ def measure(
         step = f / system.matrix[0]
         rounding = size
         norm = jnp.abs(system.matrix[0, 0])
-        rcond = jnp.where(jnp.isfinite(step[0]) & (norm > 0), 1, 0).astype(x.dtype)
+        rcond = jnp.minimum(norm, 1) if system.norm else 1
+        rcond = jnp.where(jnp.isfinite(step[0]) & (norm > 0), rcond, 0).astype(x.dtype)
     else:
         by = _by_probes if system.inverse is None else _by_inverse
         step, rounding, norm, rcond = by(system, size, f)
@@ -213,7 +229,7 @@ def _sizes(system: Scaled, size: Vector) -> tuple[Vector, Any]:
     """R |A| |x|, and a bound of the norm of S."""
     entries = magnitude(system.scaled.T)
     sums = [jnp.max(jnp.sum(entries, axis=axis)) for axis in (0, 1)]
-    return (size / system.columns) @ entries, jnp.sqrt(sums[0] * sums[1])
+    return (size / system.columns) @ entries, jnp.maximum(jnp.sqrt(sums[0] * sums[1]), system.norm)
 
 
 def _by_probes(system: Scaled, size: Vector, f: Vector) -> tuple[Vector, Vector, Any, Any]:

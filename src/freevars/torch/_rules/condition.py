@@ -317,7 +317,7 @@ class Condition:
             least_squares=self.rule.on_failure == "least_squares",
             tensors=self.unknown.leafwise(size),
             minimum=self._minimum,
-            fixed_point=self.rule.kind == "fixed_point",
+            fixed_point=self.rule.kind == "fixed_point" and self.rule.conserved is None,
         )
 
     def _sizes(self, at: Solution, values: tuple[Tensor, ...]) -> Sizes:

@@ -31,8 +31,11 @@ class Dense:
     evidence = "matrix"
     residual = 0.0
 
-    def __init__(self, matrix: Tensor, f: Tensor, size: Tensor, *, least_squares: bool) -> None:
-        """`size`: of each component of the unknown, as far as the solver saw it."""
+    def __init__(
+        self, matrix: Tensor, f: Tensor, size: Tensor, *, least_squares: bool, fixed_point: bool
+    ) -> None:
+        """`size`: of each component of the unknown, as far as the solver saw it. `fixed_point`: the
+        equations are differences x - fun(x), which cancel."""
         self._dtype = f.dtype
         dtype = torch.promote_types(f.dtype, torch.float32)  # no factorisation in half precision
         matrix, self._f = matrix.to(dtype), f.to(dtype)
@@ -40,7 +43,9 @@ class Dense:
         self._columns = _power_of_two(_positive(self._size))
         scaled = matrix * self._columns[:, None, :]
         largest = scaled.abs().amax(2)
-        self._rows = _power_of_two(torch.where(largest > 0, largest, 1))
+        self._difference = fixed_point
+        terms = torch.maximum(largest, self._columns) if fixed_point else largest
+        self._rows = _power_of_two(torch.where(terms > 0, terms, 1))
         scaled = scaled / self._rows[:, :, None]
         # A component that happens to be small is no sign of a singular system.
         largest_size = self._size.amax(1, keepdim=True) if f.shape[1] else self._size
@@ -167,7 +172,7 @@ class Dense:
         entries = self._scaled.abs()
         product = entries.sum(1).amax(1) * entries.sum(2).amax(1)
         norm = torch.minimum(torch.linalg.matrix_norm(self._scaled), product.sqrt())
-        rcond = 1 / (inverse * norm)
+        rcond = 1 / (inverse * (norm.clamp(min=1) if self._difference else norm))
         return torch.where(torch.isfinite(inverse) & self._regular, rcond, 0)
 
     def _look_at_null_vectors(self, matrix: Tensor, finite: Tensor, *, least_squares: bool) -> None:

@@ -37,7 +37,8 @@ def system_of(
     f = derivative.f.detach()
 
     def dense() -> Dense:
-        return Dense(derivative.matrix(), f, size, least_squares=least_squares)
+        matrix = derivative.matrix()
+        return Dense(matrix, f, size, least_squares=least_squares, fixed_point=fixed_point)
 
     if own is None and f.shape[1] <= DENSE_LIMIT:
         return dense()
