@@ -188,19 +188,22 @@ def _over_leg(run: Callable[[Any], Any], y0: Any, ts: Any, has_aux: bool) -> Any
     good = jnp.asarray(True)
     for leaf in jax.tree.leaves(y0):
         good &= jnp.all(jnp.isfinite(leaf))
-    # Under `vmap` the solver runs for every member.
+    # The solver runs all the same: on other devices, with which the field may communicate, and for
+    # the other members under `vmap`, it does.
     start = jax.tree.map(lambda y: jnp.where(good, y, jnp.zeros_like(y)), y0)
     types = jax.eval_shape(run, start)
 
     def still() -> Any:
-        twice = jax.tree.map(lambda y: jnp.where(good, jnp.stack([y, y]), jnp.nan), y0)
+        twice = jax.tree.map(lambda y: jnp.stack([y, y]), start)
         nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), types)
         value = (twice, nothing[1]) if has_aux else twice
         return jax.tree.map(
             lambda a, like: _compat.like_type(a.astype(like.dtype), like), value, types
         )
 
-    return jax.lax.cond((ts[0] == ts[1]) | ~good, still, lambda: run(start))
+    out = jax.lax.cond(ts[0] == ts[1], still, lambda: run(start))
+    ys = jax.tree.map(lambda y: jnp.where(good, y, jnp.nan), out[0] if has_aux else out)
+    return (ys, out[1]) if has_aux else ys
 
 
 def _each(f: Any, dts: Any) -> Any:

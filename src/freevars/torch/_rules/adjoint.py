@@ -61,16 +61,17 @@ class Trajectory:
     def run(self, tensors: Sequence[Tensor], asked: Asked) -> Sequence[Tensor]:
         """Call the solver, with y_0 and the field in the form in which it takes them."""
         ts, y0 = tensors[0], list(tensors[self.start : self.end])
+        if self.leg and bool(_compat.innermost(ts[0] == ts[1]).all()):
+            # Few solvers take equal times. This is a value, below the rule, which gives the
+            # derivative by the times as for any others.
+            asked.note_if_none(lambda: ((ts[0], *y0), self.answer(tensors, (ts[0], *y0))))
+            return [torch.stack([y, y]) for y in y0]
         good = torch.ones((), dtype=torch.bool, device=ts.device)
         if self.leg:
-            # Few solvers take equal times, or a state that is not finite, as those are from where
-            # the solver stopped short. This is a value, below the rule, which gives the derivative
-            # by the times as for any others.
+            # Nor a state that is not finite, as those are from where the solver stopped short. It
+            # runs all the same: in other processes, with which the field may communicate, it does.
             for y in y0:
                 good = good & torch.isfinite(y).all()
-            if bool(_compat.innermost((ts[0] == ts[1]) | ~good).all()):
-                asked.note_if_none(lambda: ((ts[0], *y0), self.answer(tensors, (ts[0], *y0))))
-                return [torch.where(good, torch.stack([y, y]), torch.nan) for y in y0]
             y0 = [torch.where(good, y, 0) for y in y0]
         start = self.pack(y0)
         spec = pytree.tree_structure(start)
