@@ -424,6 +424,22 @@ def test_no_polish_by_a_step_that_leads_away() -> None:
     torch.testing.assert_close(x, torch.stack([start[0] - step, start[1], start[2]]))
 
 
+def test_no_polish_by_a_step_that_leads_nowhere() -> None:
+    """The second problem has a singular system and its step is not finite; the step of the third
+    leads out of what has a Cholesky factor."""
+    start = torch.tensor([[2.0], [3.0], [0.04]], dtype=F64)
+
+    def fun(x: Tensor) -> Tensor:
+        factor = torch.linalg.cholesky(x[..., None])[..., 0]
+        return torch.cat([factor[:1] - 2, 0 * factor[1:2] + 1, factor[2:] + 1])
+
+    solve = root(lambda fun, x0: x0.clone(), polish=True, batch_dims=1)
+    torch.testing.assert_close(solve(fun, start), start)
+    two = solve(lambda x: fun(torch.cat([x, start[2:]]))[:2], start[:2])
+    first = start[0] - 2 * start[0].sqrt() * (start[0].sqrt() - 2)
+    torch.testing.assert_close(two, torch.stack([first, start[1]]))
+
+
 def test_the_operator_of_a_linear_solve() -> None:
     m = torch.tensor([[3.0, 1.0, 0.0], [0.5, 2.0, 1.0], [0.0, 1.0, 4.0]], dtype=F64)
     a, seen = fresh(3), []

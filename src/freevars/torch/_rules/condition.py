@@ -126,6 +126,7 @@ class Condition:
 
         Unless a second one would be no shorter (Deuflhard's monotonicity test): then x is so far
         from a solution that a step tells nothing, or so near that rounding is all that is left.
+        Nor where the step is not finite, or leads to where the function has no value.
         """
 
         def f_at(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,7 +136,15 @@ class Condition:
 
         system = self._system(self._derivative(*f_at(x)), values)
         step = system.newton_step()
-        following = system.solve(f_at(x - step)[1].detach(), transposed=False)
+        finite = torch.isfinite(step).all(1, keepdim=True)
+        if not bool(finite.any()):
+            return x
+        step = torch.where(finite, step, 0)
+        try:
+            f = f_at(x - step)[1].detach()
+        except Exception:  # noqa: BLE001 (out of the function's domain)
+            return x
+        following = system.solve(f, transposed=False)
         unit = diagnostics.units(self._size(x, self.start(values[0])))
         first, second = ((s / unit).abs().amax(1, keepdim=True) for s in (step, following))
         return torch.where(second < first, x - step, x)
