@@ -828,23 +828,37 @@ def test_copies_of_methods():
             r"a solver returns \(x, aux\)",
         ),
         (
-            lambda: jax.grad(lambda a: fv.root(lambda f, x: x)(lambda x: jnp.stack([x, a]), 1.0))(
-                0.0
-            ),
-            TypeError,
+            lambda: fv.root(lambda f, x: x - f(x)[0])(lambda x: jnp.stack([x, x]), 1.0),
+            StructureError,
             "2 components for 1 unknown",
         ),
         (
-            lambda: jax.grad(lambda a: fv.argmin(lambda f, x: x)(lambda x: x * a, jnp.ones(2))[0])(
-                0.0
-            ),
-            TypeError,
-            r"an objective that is a real number of shape \(\)",
+            lambda: fv.root(lambda f, x: x - f(x))(lambda x: x.astype(int), 1.0),
+            StructureError,
+            r"a function that returns floating or complex equations, got .* dtype=int64",
         ),
         (
-            lambda: jax.grad(
-                lambda a: fv.fixed_point(lambda f, x: x)(lambda x: (x * a)[None], jnp.ones(1))[0]
-            )(0.0),
+            lambda: fv.implicit(lambda f, x: "zero")(lambda f, x: x)(lambda x: x, 1.0),
+            StructureError,
+            "a condition that returns floating or complex equations, got zero",
+        ),
+        (
+            lambda: fv.argmin(lambda f, x: x)(lambda x: 2.0 * x, jnp.ones(2)),
+            StructureError,
+            r"an objective that is a real number of shape \(\), got .*2,",
+        ),
+        (
+            lambda: fv.argmin(lambda f, x: x)(lambda x: x.astype(int), 1.0),
+            StructureError,
+            r"an objective that is a real number of shape \(\), got .* dtype=int64",
+        ),
+        (
+            lambda: fv.least_squares(lambda f, x: x)(lambda x: "none", 1.0),
+            StructureError,
+            "returns floating or complex residuals, got none",
+        ),
+        (
+            lambda: fv.fixed_point(lambda f, x: x)(lambda x: x[None], jnp.ones(1)),
             StructureError,
             "expected a function that returns a value like x",
         ),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from freevars.errors import NotASolutionError
+from freevars.errors import NotASolutionError, StructureError
 from freevars.jax.scipy import least_squares, root, root_scalar
 
 
@@ -94,6 +94,12 @@ def test_mistakes_about_scalars(given, error, text) -> None:
         root_scalar(lambda x: x**2 - 4.0, **given)
 
 
+@pytest.mark.parametrize("wrong", [lambda x: jnp.stack([x, x]), jnp.int32, lambda x: (x, x)])
+def test_a_scalar_function_gives_one_number(wrong) -> None:
+    with pytest.raises(StructureError, match="expected a function that returns a real"):
+        root_scalar(wrong, x0=1.0)
+
+
 @pytest.mark.parametrize(
     "method",
     [
@@ -131,6 +137,9 @@ def test_mistakes_about_systems() -> None:
     ):
         with pytest.raises(error, match=text):
             root(lambda x: x, jnp.ones(2), **given)
+    for polish in (True, False):
+        with pytest.raises(StructureError, match="root: expected one equation for each unknown"):
+            root(lambda x: jnp.sum(x)[None], jnp.ones(2), polish=polish)
     with pytest.raises(TypeError, match="root: expected a function in JAX, got <lambda>"):
         root(lambda x: np.asarray(x) - 1, jnp.ones(2))
     stopped = lambda a: root(lambda x: x**2 - a, 9.0, options={"maxfev": 1}).x

@@ -114,8 +114,9 @@ def check_equations(
     """Refuse a function without exactly one equation for each unknown."""
     value = problem.struct(problem.stated_by)
     value = value[0] if has_aux else value
+    called = _CALLED[problem.stated_by]
     if condition is least or (isinstance(condition, Constrained) and condition.squares):
-        if not _is_inexact(value):
+        if not jax.tree.leaves(value) or not _all_of(jnp.inexact, value):
             message = (
                 f"{name}: expected a function that returns floating or complex residuals, got"
                 f" {value}."
@@ -123,16 +124,22 @@ def check_equations(
             raise StructureError(message)
         return
     if condition is stationary or isinstance(condition, Constrained):
-        if jax.tree.map(lambda a: (a.shape, jnp.isrealobj(a)), value) != ((), True):
+        if not _all_of(jnp.floating, value) or _shapes(value) != ():
             message = (
                 f"{name}: expected an objective that is a real number of shape (), got {value}."
                 " Let it end in jnp.sum, say; least_squares takes residuals, and root equations."
             )
             raise StructureError(message)
-    elif count(value) != count(x):
+        return
+    if not _all_of(jnp.number if condition is fixed else jnp.inexact, value):
+        message = (
+            f"{name}: expected a {called} that returns floating or complex equations, got {value}."
+        )
+        raise StructureError(message)
+    if count(value) != count(x):
         message = (
             f"{name}: expected one equation for each unknown, or there is no derivative; the"
-            f" {_CALLED[problem.stated_by]} has {count(value)} components for {count(x)} unknowns."
+            f" {called} has {count(value)} components for {count(x)} unknowns."
             " Where there are more, take least_squares; where there are fewer, add a condition."
         )
         raise StructureError(message)
@@ -144,9 +151,10 @@ def check_equations(
 _CALLED = {"fun": "function", "condition": "condition"}
 
 
-def _is_inexact(tree: Any) -> bool:
-    leaves = jax.tree.leaves(tree)
-    return bool(leaves) and all(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves)
+def _all_of(kind: Any, tree: Any) -> bool:
+    """Whether all leaves are arrays of a kind of number."""
+    dtypes = (getattr(leaf, "dtype", None) for leaf in jax.tree.leaves(tree))
+    return all(dtype is not None and jnp.issubdtype(dtype, kind) for dtype in dtypes)
 
 
 def _shapes(tree: Any) -> Any:

@@ -34,7 +34,6 @@ def only_in_reverse(rule: Rule, problem: Problem, x0: Any) -> reverse.Pullback |
     )
     has_aux = rule.fun_has_aux(problem, count(x0))
     condition = rule.condition(problem)
-    implicit.check_equations(condition, problem, x0, has_aux=has_aux, name=rule.name)
     leaves, structure = jax.tree.flatten(problem)
     pullback = reverse.Pullback(condition, structure, (tree, tuple(types)), has_aux)
     needed = pullback.needed(pullback.coordinates.to_real(x0), leaves)

@@ -98,6 +98,12 @@ class Rule:
         wanted = {"argmin": 1, "least_squares": None}.get(self.kind, n)
         return self.has_aux and self.kind != "implicit" and problem.has_aux(wanted)
 
+    def check_equations(self, problem: Problem, x0: Any) -> None:
+        """Refuse a function that states no condition on x, before a solver meets it."""
+        has_aux = self.fun_has_aux(problem, count(x0))
+        condition = self.condition(problem)
+        implicit.check_equations(condition, problem, x0, has_aux=has_aux, name=self.name)
+
     def read(self, problem: Problem, x0: Any) -> tuple[Problem, Any]:
         """What the solution depends on."""
         return problem, x0 if self.conserved else ()
@@ -108,7 +114,6 @@ class Rule:
         problem, _ = jax.tree.unflatten(tree, leaves)
         has_aux = self.fun_has_aux(problem, count(x))
         condition = self.condition(problem)
-        implicit.check_equations(condition, problem, x, has_aux=has_aux, name=self.name)
         rebuild = functools.partial(jax.tree.unflatten, tree)
         try:
             return implicit.linearise(condition, rebuild, leaves, x, x0, moving, has_aux=has_aux)

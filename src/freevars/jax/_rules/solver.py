@@ -174,8 +174,10 @@ class ImplicitSolver(DecoratedSolver[P, R]):
         options: dict[str, Any] = as_static(given, is_array)
         if constraints:
             problem = calls.constrained_problem(call, x0, constraints, self.__name__)
+            self._rule.check_equations(problem, x0)
             return problem, constrained.unknown(problem, x0), options
         problem = calls.problem_of(call, x0, self._states)
+        self._rule.check_equations(problem, x0)
         if self._rule.conserved is not None:
             problem = problem._replace(totals=Closure(self._rule.conserved, x0))
         return problem, x0, options

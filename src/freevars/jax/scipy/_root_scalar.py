@@ -13,6 +13,7 @@ import numpy as np
 from freevars._solvers.scipy_calls import as_tuple
 from freevars._solvers.scipy_results import root_said
 from freevars._solvers.verdict import OnFailure
+from freevars.errors import StructureError
 from freevars.jax import _compat
 from freevars.jax._host.on_host import on_host
 from freevars.jax._rules.rules import implicit
@@ -72,13 +73,28 @@ def _with_derivatives(f: Callable[..., Any], order: int) -> Callable[..., Any]:
     """The value of f and its first derivatives, as one vector, which is one question."""
 
     def values(x: Any, *args: Any) -> Any:
-        found: list[Any] = [lambda x: jnp.reshape(f(x, *args), ())]
+        found: list[Any] = [lambda x: _as_number(f(x, *args))]
         for _ in range(order):
             slope: Any = jax.grad(found[-1])
             found.append(slope)
         return jnp.stack([g(x) for g in found])
 
     return values
+
+
+def _as_number(value: Any) -> Any:
+    if not _is_number(value):
+        message = (
+            f"root_scalar: expected a function that returns a real number of shape (), got {value}."
+            " Several equations, or a complex one, are solved by root."
+        )
+        raise StructureError(message)
+    return jnp.reshape(value, ())
+
+
+def _is_number(value: Any) -> bool:
+    is_one = _compat.is_array(value) and np.size(value) == 1
+    return is_one and jnp.issubdtype(jnp.result_type(value), jnp.floating)
 
 
 def root_scalar(
@@ -123,8 +139,9 @@ def root_scalar(
         `root`, and what scipy said (`RootResults`).
 
     Raises:
-        TypeError: `f` cannot be traced by JAX, a derivative is given, or x0, x1 or a side of the
-            bracket is not one number: many roots at once are `jax.vmap` of this.
+        TypeError: `f` cannot be traced by JAX or gives no real number, a derivative is given, or
+            x0, x1 or a side of the bracket is not one number: many roots at once are `jax.vmap` of
+            this.
         freevars.errors.FreevarsError: as for `freevars.jax.root`.
         Exception: whatever scipy raises, as for `freevars.jax.on_host`.
 
