@@ -60,6 +60,18 @@ def test_methods_without_derivatives_are_polished(method) -> None:
     np.testing.assert_allclose(jax.jacrev(solve)(1.2), [1.0, 2.4], rtol=1e-3)
 
 
+def test_polishing_ends_on_the_bounds_that_hold_x() -> None:
+    """An interior-point method keeps a distance from them, which the other components feel."""
+
+    def solve(a, **how):
+        bowl = lambda x: (x[0] - 3 * a) ** 2 + (x[1] - a) ** 2 + x[0] * x[1]
+        return minimize(bowl, jnp.zeros(2), method="trust-constr", bounds=(None, 1.0), **how).x
+
+    assert solve(1.0, polish=False)[0] < 1.0
+    np.testing.assert_allclose(solve(1.0), [1.0, 0.5], rtol=1e-14)
+    np.testing.assert_allclose(jax.jacfwd(solve)(1.0), [0.0, 1.0], atol=1e-12)
+
+
 @pytest.mark.slow
 def test_a_loose_result_is_polished_or_refused() -> None:
     loose = {"options": {"gtol": 0.5}}

@@ -130,6 +130,7 @@ class Constrained:
     squares: bool  # the objective is half the sum of squares
     one_sided: bool
     check: bool
+    to_bounds: bool = False  # the distance that x keeps from an active bound counts
     x0: Any = None  # from which x was found
     units: Units | None = None  # those of the problem
 
@@ -167,8 +168,9 @@ def _conditions(
         return (pair.active | (pair.certain <= least)) if of.one_sided else pair.active
 
     near = Limits.of(coordinates.eps).certain
+    spot = 0.0 if of.to_bounds else near
     slopes = jax.tree.map(lambda slope: slope / units.slope, gradient)
-    f: dict[str, Any] = {"x": _rows_of_x(at, scaled, v, slopes, keeps, near)}
+    f: dict[str, Any] = {"x": _rows_of_x(at, scaled, v, slopes, keeps, spot)}
     values = {name: value / units.values[name] for name, value in values.items()}
     if "equality" in values:
         f["equality"] = values["equality"]

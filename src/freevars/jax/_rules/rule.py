@@ -53,10 +53,12 @@ class Rule:
     # Problems whose solution needed a closer look, by hash: the next one will usually need one too.
     _looked: set[int] = field(default_factory=set, init=False)
 
-    def condition(self, problem: Problem) -> implicit.Condition:
-        """The equations, from the functions of a call."""
+    def condition(self, problem: Problem, *, to_bounds: bool = False) -> implicit.Condition:
+        """The equations, from the functions of a call; `to_bounds`: for a step that ends on those
+        that are active."""
         if problem.constrained:
-            return Constrained(self.kind == "least_squares", self.one_sided, self.check)
+            squares = self.kind == "least_squares"
+            return Constrained(squares, self.one_sided, self.check, to_bounds)
         return _CONDITIONS[self.kind]
 
     # What is compiled for all calls of the solver. The tree that rebuilds the leaves is static.
@@ -109,11 +111,18 @@ class Rule:
         return problem, x0 if self.conserved else ()
 
     def linearise(
-        self, tree: Any, leaves: list[Any], x: Any, x0: Any, moving: tuple[int, ...]
+        self,
+        tree: Any,
+        leaves: list[Any],
+        x: Any,
+        x0: Any,
+        moving: tuple[int, ...],
+        *,
+        to_bounds: bool = False,
     ) -> implicit.Linearised:
         problem, _ = jax.tree.unflatten(tree, leaves)
         has_aux = self.fun_has_aux(problem, count(x))
-        condition = self.condition(problem)
+        condition = self.condition(problem, to_bounds=to_bounds)
         rebuild = functools.partial(jax.tree.unflatten, tree)
         try:
             return implicit.linearise(condition, rebuild, leaves, x, x0, moving, has_aux=has_aux)
@@ -136,9 +145,11 @@ class Rule:
         x0: Any,
         moving: tuple[int, ...] = (),
         captured: Any = None,
+        *,
+        to_bounds: bool = False,
     ) -> tuple[implicit.Linearised, Unknown, LinearSystem]:
         """The condition at x to first order, x with its sizes, and the system dF/dx."""
-        point = self.linearise(tree, leaves, x, x0, moving)
+        point = self.linearise(tree, leaves, x, x0, moving, to_bounds=to_bounds)
         limits = limits_of(point.coordinates, self.tol)
         v0 = point.coordinates.to_real(x0)
         apart = jax.tree.unflatten(tree, leaves)[0].constrained
@@ -177,7 +188,7 @@ class Rule:
         Unless a second one would be no shorter (Deuflhard's monotonicity test): then x is so far
         from a solution that a step tells nothing, or so near that rounding is all that is left.
         """
-        point, unknown, system = self.system(tree, leaves, x, x0, (), captured)
+        point, unknown, system = self.system(tree, leaves, x, x0, (), captured, to_bounds=True)
         moved, _ = diagnostics.newton(system, unknown, point.equations)
         return point.coordinates.from_real(moved)
 
