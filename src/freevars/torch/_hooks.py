@@ -167,11 +167,16 @@ def _recomputed(raw: Callable[..., Any]) -> Callable[..., Any]:
 
 def _run_eagerly(raw: Callable[..., Any]) -> Callable[..., Any]:
     """For compiled callees: under a watch they run eagerly, and nothing is compiled or
-    recompiled."""
+    recompiled. With `fullgraph=True` the compiler counts what is, and raises for nothing."""
+    count = getattr(torch._C._dynamo.eval_frame, "set_fullgraph_compiled_frame_count", None)
 
     @functools.wraps(raw)
     def hook(callback: Any) -> Any:
-        return None if active() else raw(callback)
+        if not active():
+            return raw(callback)
+        if count is not None:
+            count(-1)  # is not counting
+        return None
 
     hook.__freevars__ = True  # type: ignore[attr-defined]
     return hook

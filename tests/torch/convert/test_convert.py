@@ -618,6 +618,10 @@ def test_compiled_callee_and_compile_around() -> None:
     )
     same(callee(x), expected)
     assert count == 1
+    whole = torch.compile(lambda x: (x * w).sin(), backend=backend, fullgraph=True)
+    converted, hoisted = closure_convert(whole, x)
+    same(converted(x, *hoisted), expected)
+    assert count == 1
 
     plain, _ = closure_convert(lambda x: (x * w).sin(), x)
     around = torch.compile(lambda x, w: plain(x * 2, w) + 1, backend=backend)

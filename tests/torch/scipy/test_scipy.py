@@ -288,6 +288,34 @@ def test_mistakes(call, error, text) -> None:
         call()
 
 
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor:UserWarning"
+)  # the compiler's own look
+def test_a_program_that_is_compiled_or_recorded() -> None:
+    """The compiler leaves them alone, and what records numbers as they are is told."""
+    a = torch.tensor([4.0, 9.0], requires_grad=True)
+
+    def lowest(a):
+        return minimize(lambda x: (x**3 / 3 - a * x).sum(), torch.ones(2)).x
+
+    solvers = (
+        lowest,
+        lambda a: least_squares(lambda x: x**2 - a, torch.ones(2)).x,
+        lambda a: root(lambda x: x**2 - a, torch.ones(2)).x,
+        lambda a: fv.scipy.fixed_point(lambda x: (x + a / x) / 2, torch.ones(2)),
+        lambda a: torch.stack(
+            [root_scalar(lambda x, k=k: x**2 - k, bracket=(0.0, 9.0)).root for k in a]
+        ),
+    )
+    for solve in solvers:
+        program = torch.compile(lambda a, solve=solve: solve(2 * a / 2).sum(), backend="eager")
+        torch.testing.assert_close(
+            torch.autograd.grad(program(a), a)[0], torch.tensor([1 / 4, 1 / 6])
+        )
+    with pytest.raises(fv.CaptureError, match="cannot record a solve"):
+        torch.func.linearize(lowest, a.detach())
+
+
 def test_it_is_the_attribute_scipy() -> None:
     assert fv.scipy.minimize is minimize
     with pytest.raises(AttributeError, match=r"'freevars.torch' has no attribute 'numpy'"):

@@ -66,7 +66,9 @@ _disable: Any = getattr(torch, "_disable_dynamo")  # noqa: B009 (not exported, s
 # The modules on a call's way in and out, by name, as the compiler's own rules take them, which are
 # private (https://github.com/pytorch/pytorch/issues/150435). `torch.compiler.disable` is for one
 # function, not for the rest of a frame that has called it.
-_OURS = tuple(f"freevars.torch.{name}" for name in ("_compat", "_convert", "_hooks", "_rules"))
+_OURS = tuple(
+    f"freevars.torch.{name}" for name in ("_compat", "_convert", "_hooks", "_rules", "scipy")
+)
 _left_alone: list[str] = []
 
 

@@ -33,7 +33,11 @@ from freevars.torch._rules.ravel import Unknown
 from freevars.torch._rules.rule import Rule
 from freevars.torch._rules.sizes import PARTS, Sizes
 from freevars.torch._rules.system import LinearSolve, System
-from freevars.torch._rules.unsupported import check_not_exported, naming_reentrant_checkpoints
+from freevars.torch._rules.unsupported import (
+    check_not_exported,
+    check_not_recorded,
+    naming_reentrant_checkpoints,
+)
 
 __all__ = ["Condition", "Solution"]
 
@@ -118,6 +122,7 @@ class Condition:
         x, *others = self.run(*values)
         columns = self._columns(x, values)
         if self.rule.polish and x.numel():
+            check_not_recorded()
             x = self._polished(x, columns, values)
         return x, columns, others
 

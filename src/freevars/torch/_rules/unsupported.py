@@ -16,6 +16,7 @@ __all__ = [
     "check_forward_mode",
     "check_not_exported",
     "check_not_of_a_program",
+    "check_not_recorded",
     "naming_reentrant_checkpoints",
 ]
 
@@ -44,8 +45,7 @@ def check_not_of_a_program(values: Iterable[Tensor], name: str) -> None:
 
 
 def check_forward_mode(tangents: Iterable[Any]) -> None:
-    """Refuses the tangents of PyTorch's first vmap, and a trace that is being recorded: a solve
-    looks at its numbers."""
+    """Refuses the tangents of PyTorch's first vmap, and a trace that is being recorded."""
     if any(t is not None and _compat.is_legacy_batched(t) for t in tangents):
         message = (
             "expected torch.func.jacfwd for a derivative of a rule in forward mode, got "
@@ -53,6 +53,11 @@ def check_forward_mode(tangents: Iterable[Any]) -> None:
             "cannot run the solve."
         )
         raise CaptureError(message)
+    check_not_recorded()
+
+
+def check_not_recorded() -> None:
+    """Refuses a trace that is being recorded, where a solve looks at its numbers."""
     if _compat.recording():
         message = (
             "expected torch.func.jvp for a derivative of a rule in forward mode, got "

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from freevars._solvers.scipy_calls import as_tuple
+from freevars.torch import _compat
 from freevars.torch._rules.rule import OnFailure
 from freevars.torch._rules.rules import fixed_point as fixed_point_rule
 from freevars.torch.scipy._host import HostFunction
@@ -29,6 +30,7 @@ def _solver(on_failure: OnFailure, polish: bool) -> Any:  # noqa: FBT001
     return fixed_point_rule(on_failure=on_failure, polish=polish)(_run)
 
 
+@_compat.uncompiled
 def fixed_point(
     func: Callable[..., Any],
     x0: Any,

@@ -17,6 +17,7 @@ from freevars.torch._compat import pytree
 from freevars.torch._rules.complex_pairs import as_real
 from freevars.torch._rules.constrained import bounds_like
 from freevars.torch._rules.ravel import Unknown
+from freevars.torch._rules.unsupported import check_not_recorded
 from freevars.torch.scipy._result import as_tensors
 
 __all__ = ["HostFunction", "on_tensors"]
@@ -47,6 +48,7 @@ class HostFunction:
     def __init__(
         self, fun: Callable[..., Any], x0: Any, args: tuple[Any, ...] = (), *, equations: bool
     ) -> None:
+        check_not_recorded()  # numbers that leave PyTorch would be constants of the program
         self._fun, self._args, self._equations = fun, args, equations
         self._unknown = Unknown(x0)
         self._x0 = x0

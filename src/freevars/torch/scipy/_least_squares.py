@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from freevars._solvers.scipy_calls import as_tuple, is_open, refuse_loss
+from freevars.torch import _compat
 from freevars.torch._compat import pytree
 from freevars.torch._rules.rule import OnFailure
 from freevars.torch._rules.rules import least_squares as least_squares_rule
@@ -24,6 +25,7 @@ def _solver(on_failure: OnFailure, one_sided: bool, polish: bool) -> Any:  # noq
     return least_squares_rule(has_aux=True, **how)(on_tensors(runs.least_squares, equations=True))
 
 
+@_compat.uncompiled
 def least_squares(
     fun: Callable[..., Any],
     x0: Any,

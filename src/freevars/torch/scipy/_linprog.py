@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from freevars._solvers.scipy_calls import check_pair, dense, pairs_of, refuse_of_linprog
+from freevars.torch import _compat
 from freevars.torch._rules.rule import OnFailure
 from freevars.torch._rules.rules import argmin
 from freevars.torch.scipy._constraints import as_sides
@@ -26,6 +27,7 @@ def _solver(on_failure: OnFailure, one_sided: bool) -> Any:  # noqa: FBT001
     )
 
 
+@_compat.uncompiled
 def linprog(
     c: Any,
     A_ub: Any = None,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from freevars._solvers.scipy_calls import as_tuple, check_objective
+from freevars.torch import _compat
 from freevars.torch._rules.rule import OnFailure
 from freevars.torch._rules.rules import argmin
 from freevars.torch.scipy._constraints import as_functions, as_sides
@@ -30,6 +31,7 @@ def _solver(on_failure: OnFailure, one_sided: bool, polish: bool) -> Any:  # noq
     return argmin(has_aux=True, **how)(on_tensors(runs.minimize, equations=False))
 
 
+@_compat.uncompiled
 def minimize(
     fun: Callable[..., Any],
     x0: Any,

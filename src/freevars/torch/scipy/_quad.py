@@ -12,6 +12,7 @@ from torch import Tensor
 
 from freevars._solvers.integration import OnDoubt
 from freevars._solvers.scipy_calls import as_tuple, refuse_integrand, refuse_of_quad
+from freevars.torch import _compat
 from freevars.torch._compat import pytree
 from freevars.torch._rules.integrals import integral
 from freevars.torch.scipy._scipy import not_in_pytorch, runs
@@ -54,6 +55,7 @@ def _solver(on_failure: OnDoubt, check: bool, tol: float | None) -> Any:  # noqa
     return integral(has_aux=True, takes="array", **how)(_run)
 
 
+@_compat.uncompiled
 def quad(
     func: Callable[..., Any],
     a: Any,

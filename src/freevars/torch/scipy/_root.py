@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from freevars._solvers.scipy_calls import as_tuple
+from freevars.torch import _compat
 from freevars.torch._rules.rule import OnFailure
 from freevars.torch._rules.rules import root as root_rule
 from freevars.torch.scipy._host import on_tensors
@@ -22,6 +23,7 @@ def _solver(on_failure: OnFailure, polish: bool) -> Any:  # noqa: FBT001
     return rule(on_tensors(runs.root, equations=True))
 
 
+@_compat.uncompiled
 def root(
     fun: Callable[..., Any],
     x0: Any,

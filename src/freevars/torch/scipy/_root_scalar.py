@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from freevars._solvers.scipy_calls import as_tuple
+from freevars.torch import _compat
 from freevars.torch._rules.rule import OnFailure
 from freevars.torch._rules.rules import root as root_rule
 from freevars.torch.scipy._host import HostFunction
@@ -64,6 +65,7 @@ def _solver(on_failure: OnFailure, polish: bool) -> Any:  # noqa: FBT001
     return root_rule(has_aux=True, on_failure=on_failure, polish=polish)(_run)
 
 
+@_compat.uncompiled
 def root_scalar(
     f: Callable[..., Any],
     args: Any = (),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from freevars._solvers.integration import OnDoubt, Reverse
 from freevars._solvers.scipy_calls import as_tuple, check_span, check_times, ivp_options
+from freevars.torch import _compat
 from freevars.torch._compat import pytree, transforms_active
 from freevars.torch._rules.integrals import odeint
 from freevars.torch.scipy._host import HostFunction
@@ -63,6 +64,7 @@ def _as_vector(fun: Callable[..., Any], *args: Any) -> Any:
     return as_tensor(value) if isinstance(value, (list, tuple)) else value
 
 
+@_compat.uncompiled
 def solve_ivp(
     fun: Callable[..., Any],
     t_span: Any,
