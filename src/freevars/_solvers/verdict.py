@@ -42,9 +42,9 @@ eps^(1/4) |x - x0|, a part that solvers leave. Else the unit is u, from wherever
 
 F may be computed in fewer digits than its dtype has: on a GPU, products of float32 matrices are
 by default in TF32. How few is measured: along half of s, A^-1 (F(x) - F(x - s/2)) differs from s/2
-by e r, where e is a relative error in the terms of F. If s is no longer than 4 e r, no solver comes
-nearer, and the step counts by min(r, max|x|). What e explains of a change of the derivative is not
-counted as one.
+by a quarter of the second step, which is curvature, and by e r, where e is a relative error in the
+terms of F. If s is no longer than 4 e r, no solver comes nearer, and the step counts by min(r,
+max|x|). What e explains of a change of the derivative is not counted as one.
 
 This costs values of F, so it is done only where the step is not negligible. Where the derivative
 cannot be computed at x - s, a step that is not `certain` to be small is refused.

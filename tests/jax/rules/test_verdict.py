@@ -153,6 +153,19 @@ def test_a_second_step_tells_where_the_derivative_changes_on_the_way():
     )
 
 
+def test_curvature_is_no_coarse_arithmetic():
+    """Near a triple root the derivative by what holds it there is the same along the step; that by
+    what splits it, of 3e7, is found as 1e4."""
+
+    def slopes(x):
+        cube = lambda a, b: ROOT(lambda x: (x - a) ** 3 - b, x, x)
+        return jax.grad(cube, (0, 1))(1.0, 1e-12)
+
+    np.testing.assert_allclose(slopes(1 + 1e-4), (1.0, 1e8 / 3), rtol=1e-6)
+    with pytest.raises(NotASolutionError, match="the derivative changes by"):
+        slopes(1.005)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_the_derivative_itself_is_compared_along_the_step(dtype):
     # Where tanh is saturated, x[1] does not see x[0] change by 1%, and its derivative does: by 12%.

@@ -77,6 +77,22 @@ def test_a_component_that_moves_less_than_its_derivative(
         slope(4.0, 8e-3, create_graph=True)
 
 
+def test_near_a_triple_root() -> None:
+    """The derivative by what holds it there is the same along the step; that by what splits it, of
+    3e7, is found as 1e4."""
+    by = [torch.tensor(v, dtype=F64, requires_grad=True) for v in (1.0, 1e-12)]
+
+    def slopes(x: float) -> Any:
+        x_ = torch.tensor(x, dtype=F64)
+        return torch.autograd.grad(root(returning(x_))(lambda x: (x - by[0]) ** 3 - by[1], x_), by)
+
+    torch.testing.assert_close(
+        slopes(1 + 1e-4), tuple(torch.tensor(v, dtype=F64) for v in (1.0, 1e8 / 3))
+    )
+    with pytest.raises(NotASolutionError, match="the derivative changes by"):
+        slopes(1.005)
+
+
 def test_of_a_batch_each_problem_by_itself() -> None:
     a = torch.tensor([1.0, 4.0, 9.0], dtype=F64, requires_grad=True)
     off = torch.tensor([0.0, 3e-3, 0.0], dtype=F64)

@@ -5,9 +5,9 @@ good enough. A component of the solution may be zero, so that everything the sol
 error: the next iterate is zero to within its own error. Or x may be as near as rounding allows: the
 function does not notice when x changes by a part of the step. In these two cases the step is
 measured by a part of how far the solver came. Or F may be computed in fewer digits than x has, as
-matrix products are on a GPU: along half of the step it deviates from a straight line by as much as
-the step is long. Then the step is measured by the largest component. In all other cases it is
-measured by the component itself, however small that is next to the start.
+matrix products are on a GPU: along half of the step it deviates from a parabola by as much as the
+step is long. Then the step is measured by the largest component. In all other cases it is measured
+by the component itself, however small that is next to the start.
 
 The derivative is compared in a few directions p of what it is taken with respect to, each of which
 changes every entry of that relative to itself. At x it is y = -A^-1 dF/dt p. At x - s it leaves a

@@ -86,14 +86,14 @@ class Seen(NamedTuple):
     question: Any  # the number of the next one
     on: Any  # bool: whether there is one
     size: Any  # of the step, by `near`
-    bent: Any  # how far F is from straight along half of the step, in units of rounding
+    bent: Any  # how far F is from a parabola along the step, in units of rounding
     step: Tree
     following: Tree  # the second step, by the same A
     blurred: Tree  # 1: F does not see a part of the step; 2: nor a part of the next iterate
 
 
 # The questions.
-_STEP, _HALF_STEP, _PART_STEP, _FOLLOWING, _LAST, _END = range(6)
+_STEP, _FOLLOWING, _HALF_STEP, _PART_STEP, _LAST, _END = range(6)
 
 
 def see(
@@ -136,11 +136,12 @@ def see(
         after, found = jax.lax.optimization_barrier((number, found))
         _, d, large, near = points(after, seen)
 
-        def figure(x: Any, d: Any, near: Any, rounding: Any) -> Any:
-            step, bent = relative_to(x, near), relative_to(x - d, rounding)
+        def figure(x: Any, d: Any, t: Any, near: Any, rounding: Any) -> Any:
+            # Curvature takes t from the whole step, and a quarter of that from half of it.
+            step, bent = relative_to(x, near), relative_to(x - d + _HALF**2 * t, rounding)
             return jnp.where(number == _STEP, step, bent)
 
-        size = largest(jax.tree.map(figure, found, d, near, at.rounding))
+        size = largest(jax.tree.map(figure, found, d, seen.following, near, at.rounding))
         mark = jnp.where(number == _PART_STEP, 1, jnp.where(number == _LAST, 2, 0))
 
         def add(marks: Any, x: Any, d: Any, large: Any) -> Any:
@@ -163,7 +164,7 @@ def see(
     on, size = begin
     nothing = jax.tree.map(jnp.zeros_like, at.step)
     marks = jax.tree.map(lambda s: jnp.zeros_like(s, jnp.uint8), at.step)
-    first = jnp.asarray(_STEP if mixed else _HALF_STEP)
+    first = jnp.asarray(_STEP if mixed else _FOLLOWING)
     seen = Seen(first, on, size, jnp.zeros_like(size), at.step, nothing, marks)
     seen = _compat.while_loop(lambda seen: seen.on, ask, seen)
     return seen._replace(on=seen.question == _END)
