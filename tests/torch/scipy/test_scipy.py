@@ -81,6 +81,29 @@ def test_numbers_are_a_tensor(x0) -> None:
     np.testing.assert_allclose(x, [1.0, 1.0])
 
 
+def test_numbers_have_the_precision_of_the_function() -> None:
+    """Python's own have none: those of an x0 are double next to doubles, and else the default."""
+    torch.set_default_dtype(torch.float32)
+    m = torch.tensor([[2.0, 1.0], [1.0, 3.0]], dtype=torch.float64)
+    b = torch.tensor([3.0, 4.0], dtype=torch.float64, requires_grad=True)
+    for solve in (
+        lambda: root(lambda x: m @ x - b, [0, 0.0]).x,  # a product of two precisions is refused
+        lambda: minimize(lambda x: ((m @ x - b) ** 2).sum(), (0.0, 0.0)).x,
+        lambda: least_squares(lambda x: (m * x).sum(1) - b, [0.0, 0.0]).x,  # widened
+        lambda: fv.scipy.fixed_point(lambda x: x - (m @ x - b) / 4, [0.0, 0.0]),
+    ):
+        x = solve()
+        torch.testing.assert_close(x, torch.linalg.solve(m, b), rtol=1e-6, atol=1e-6)
+        (slope,) = torch.autograd.grad(x.sum(), b)
+        torch.testing.assert_close(slope, torch.linalg.solve(m.mT, torch.ones_like(b)))
+    assert root_scalar(lambda x: x - b[0], bracket=(0.0, 9.0)).root.dtype == torch.float64
+    beside = root(lambda x: {"s": x["s"] - 1, "v": x["v"] - b}, {"s": 0.0, "v": 0 * b}).x
+    assert beside["s"].dtype == torch.float64
+    assert root(lambda x: m.float() @ x - 1, [0.0, 0.0]).x.dtype == torch.float32
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        root(lambda x: torch.ones(3) @ x - b, [0.0, 0.0])
+
+
 def test_an_objective_of_one_number() -> None:
     """As scipy takes it, of x0 = [0.0] say."""
     solve = lambda a: minimize(lambda x: (x - a) ** 2, [0.0])

@@ -11,7 +11,7 @@ from freevars.torch import _compat
 from freevars.torch._rules.rule import OnFailure
 from freevars.torch._rules.rules import fixed_point as fixed_point_rule
 from freevars.torch.scipy._host import HostFunction
-from freevars.torch.scipy._scipy import as_start, optimize, value_in_pytorch
+from freevars.torch.scipy._scipy import optimize, start_and_value
 
 __all__ = ["fixed_point"]
 
@@ -69,6 +69,6 @@ def fixed_point(
         >>> print(f"{torch.func.grad(solve)(torch.tensor(1.0)):.4f}")  # cos x / (1 + sin x)
         0.4416
     """
-    x0, args = as_start(x0), as_tuple(args)
-    value_in_pytorch("fixed_point", func, x0, args)
+    args = as_tuple(args)
+    x0, _ = start_and_value("fixed_point", func, x0, args)
     return _solver(on_failure, polish)(func, x0, args, xtol=xtol, maxiter=maxiter, method=method)

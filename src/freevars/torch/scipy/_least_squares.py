@@ -14,7 +14,7 @@ from freevars.torch._rules.rules import least_squares as least_squares_rule
 from freevars.torch.scipy._constraints import as_sides
 from freevars.torch.scipy._host import on_tensors
 from freevars.torch.scipy._result import OptimizeResult
-from freevars.torch.scipy._scipy import as_start, refuse_derivatives, runs, value_in_pytorch
+from freevars.torch.scipy._scipy import refuse_derivatives, runs, start_and_value
 
 __all__ = ["least_squares"]
 
@@ -105,9 +105,9 @@ def least_squares(
     del f_scale
     refuse_derivatives(name, jac=jac, diff_step=diff_step, jac_sparsity=jac_sparsity)
     refuse_loss(name, loss)
-    x0 = as_start(x0)
-    sides, _ = as_sides(None if is_open(bounds) else bounds, x0, name, pairs=False)
     args, kwargs = as_tuple(args), kwargs or {}
+    x0, _ = start_and_value(name, functools.partial(fun, **kwargs), x0, args)
+    sides, _ = as_sides(None if is_open(bounds) else bounds, x0, name, pairs=False)
     how = {
         "method": method,
         "ftol": ftol,
@@ -125,7 +125,6 @@ def least_squares(
         # In a list, so that two residuals are not taken for one and its aux.
         return [fun(x, *args, **kwargs)]
 
-    value_in_pytorch(name, functools.partial(fun, **kwargs), x0, args)
     x, status = _solver(on_failure, one_sided, polish)(residuals, x0, args, how=how, bounds=sides)
     (value,) = residuals(x, *args)
     cost = sum((r.abs() ** 2).sum() for r in pytree.tree_leaves(value)) / 2

@@ -15,11 +15,10 @@ from freevars.torch.scipy._host import on_tensors
 from freevars.torch.scipy._result import OptimizeResult
 from freevars.torch.scipy._scipy import (
     as_number,
-    as_start,
     is_number,
     refuse_derivatives,
     runs,
-    value_in_pytorch,
+    start_and_value,
 )
 
 __all__ = ["minimize"]
@@ -61,7 +60,8 @@ def minimize(
         fun: `fun(x, *args)`, in PyTorch, gives a real number of shape ().
         x0: a pytree of floating or complex tensors, NumPy arrays or numbers, and x is such a one of
             tensors, as `fun` is given. A list or tuple of numbers is a tensor, as in scipy, and
-            integers are floats.
+            integers are floats. Python's numbers have the precision of the tensors beside them,
+            or else are double where `fun` makes that of them.
         args: extra arguments of `fun`.
         method: as in scipy.
         jac: refused, because it is not needed: the function has exact derivatives.
@@ -102,10 +102,10 @@ def minimize(
     """
     name = "minimize"
     refuse_derivatives(name, jac=jac, hess=hess, hessp=hessp)
-    x0, args = as_start(x0), as_tuple(args)
+    args = as_tuple(args)
+    x0, value = start_and_value(name, fun, x0, args)
     sides, keep_feasible = as_sides(bounds, x0, name)
     equality, inequality = as_functions(constraints, name)
-    value = value_in_pytorch(name, fun, x0, args)
     fun = as_number(fun, value)
     if not is_number(value):
         check_objective(value, ".sum()")

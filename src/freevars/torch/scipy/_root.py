@@ -12,7 +12,7 @@ from freevars.torch._rules.rule import OnFailure
 from freevars.torch._rules.rules import root as root_rule
 from freevars.torch.scipy._host import on_tensors
 from freevars.torch.scipy._result import OptimizeResult
-from freevars.torch.scipy._scipy import as_start, refuse_derivatives, runs, value_in_pytorch
+from freevars.torch.scipy._scipy import refuse_derivatives, runs, start_and_value
 
 __all__ = ["root"]
 
@@ -73,8 +73,8 @@ def root(
         0.7071
     """
     refuse_derivatives("root", jac=jac)
-    x0, args = as_start(x0), as_tuple(args)
-    value_in_pytorch("root", fun, x0, args)
+    args = as_tuple(args)
+    x0, _ = start_and_value("root", fun, x0, args)
     x, status = _solver(on_failure, polish)(
         fun, x0, args, method=method, tol=tol, callback=callback, options=options
     )

@@ -19,7 +19,7 @@ from freevars.torch.scipy._scipy import (
     as_start,
     refuse_derivatives,
     runs,
-    value_in_pytorch,
+    start_and_value,
 )
 
 __all__ = ["root_scalar"]
@@ -129,8 +129,8 @@ def root_scalar(
     start = None if x0 is None else _number(x0, name)
     second = None if x1 is None else _number(x1, name)
     args = as_tuple(args)
-    first = ends[0] if start is None and ends else start
-    f = as_number(f, value_in_pytorch(name, f, first, args))
+    first, value = start_and_value(name, f, bracket[0] if start is None and ends else x0, args)
+    f = as_number(f, value)
     x, status = _solver(on_failure, polish)(
         f,
         first,

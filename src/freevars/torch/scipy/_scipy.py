@@ -32,6 +32,7 @@ __all__ = [
     "optimize",
     "refuse_derivatives",
     "runs",
+    "start_and_value",
     "value_in_pytorch",
 ]
 
@@ -41,31 +42,68 @@ def refuse_derivatives(name: str, /, **given: Any) -> None:
     scipy_calls.refuse_derivatives(name, "PyTorch", "torch.autograd.Function", **given)
 
 
-def as_tensor(a: Any) -> Tensor:
+def as_tensor(a: Any, dtype: torch.dtype | None = None) -> Tensor:
     """A floating or complex tensor, from one, a NumPy array, a number, or lists of these.
 
-    Integers and Python's own numbers have the default dtype.
+    Integers and Python's own numbers have the precision of `dtype`, or else the default one.
     """
     if isinstance(a, (list, tuple)) and any(isinstance(x, Tensor) for x in pytree.tree_leaves(a)):
-        return torch.stack([as_tensor(part) for part in a])
+        return torch.stack([as_tensor(part, dtype) for part in a])
     # A copy of an array, which may be read-only.
     t = a if isinstance(a, Tensor) else torch.as_tensor(np.array(a))
-    typed = isinstance(a, (Tensor, np.ndarray, np.generic))
-    if typed and (t.is_floating_point() or t.is_complex()):
+    if _precision(a) is not None:
         return t
-    default = torch.get_default_dtype()
-    return t.to(default.to_complex() if t.is_complex() else default)
+    real = dtype or torch.get_default_dtype()
+    return t.to(real.to_complex() if t.is_complex() else real)
 
 
-def as_start(x0: Any) -> Any:
+def _precision(a: Any) -> torch.dtype | None:
+    """Of a tensor or an array of NumPy; None of integers and Python's own numbers."""
+    if not isinstance(a, (Tensor, np.ndarray, np.generic)):
+        return None
+    dtype = a.dtype if isinstance(a, Tensor) else torch.as_tensor(np.array(a)).dtype
+    return dtype.to_real() if dtype.is_floating_point or dtype.is_complex else None
+
+
+def as_start(x0: Any, dtype: torch.dtype | None = None) -> Any:
     """x0 with tensors for its numbers and arrays, as `as_tensor`.
 
     As in scipy a list or tuple of numbers is an array.
     """
     known = (Tensor, np.ndarray, np.generic, int, float, complex)
     if type(x0) in (list, tuple) and all(isinstance(x, known) and np.ndim(x) == 0 for x in x0):
-        return as_tensor(x0)
-    return pytree.tree_map_only(known, as_tensor, x0)
+        return as_tensor(x0, dtype)
+    return pytree.tree_map_only(known, functools.partial(as_tensor, dtype=dtype), x0)
+
+
+def start_and_value(
+    name: str, fun: Callable[..., Any], x0: Any, args: tuple[Any, ...]
+) -> tuple[Any, Any]:
+    """`as_start` of x0, and `value_in_pytorch` there.
+
+    Python's own numbers have no precision. They take that of the tensors beside them, or else the
+    first, of the default one and double, that `fun` takes and does not widen.
+    """
+    known = {p for p in map(_precision, pytree.tree_leaves(x0)) if p is not None}
+    if known:
+        start = as_start(x0, functools.reduce(torch.promote_types, known))
+        return start, value_in_pytorch(name, fun, start, args)
+    default = as_start(x0)
+    try:
+        value = value_in_pytorch(name, fun, default, args)
+    except RuntimeError as error:
+        refused: RuntimeError | None = error  # of a product of tensors of two precisions, say
+    else:
+        refused = None
+        if torch.float64 not in map(_precision, pytree.tree_leaves(value)):
+            return default, value
+    double = as_start(x0, torch.float64)
+    try:
+        return double, value_in_pytorch(name, fun, double, args)
+    except RuntimeError:
+        if refused is not None:
+            raise refused from None
+        return default, value
 
 
 def is_number(value: Any) -> bool:
