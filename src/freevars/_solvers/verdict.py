@@ -14,8 +14,8 @@ rounded by the size of it moves both.
 
 *Regular.* The smallest relative change of x that rounding cannot tell from none is about the
 reciprocal condition number of S, times d. Below 10 eps the system is singular. (Columns of S may be
-scaled up to 1 as well where d is below eps^(1/4) max|x|: a component that happens to be zero is no
-sign of a singular system.)
+scaled to 1 as well, with a size of the component between far and eps^(1/4) max|x|: one that happens
+to be zero, or is far smaller than others, is no sign of a singular system.)
 
 *Converged.* The Newton step s = A^-1 f tells how far x is from the solution. Let
 

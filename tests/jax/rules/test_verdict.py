@@ -190,6 +190,25 @@ def test_components_that_are_zero():
             np.testing.assert_allclose(by(x, x0), np.linalg.inv(A), rtol=1e-12)
 
 
+@pytest.mark.parametrize(("dtype", "spread"), [("float32", 14), ("float64", 40)])
+def test_components_beside_which_others_vanish(dtype, spread):
+    """Concentrations from equations in their logarithms: each counts by itself, all are right."""
+    logs = np.array([-spread, -2.0, spread])
+    m, z = A.astype(dtype), logs.astype(dtype)
+    x = jnp.exp(z)
+    contraction = (np.eye(3) - 0.2 * A).astype(dtype)
+
+    def of_root(s):
+        return ROOT(lambda x: m @ (jnp.log(x) - s * z), 2 * x, x)
+
+    def of_fixed_point(s):
+        fun = lambda x: jnp.exp(contraction @ (jnp.log(x) - s * z) + s * z)
+        return fv.fixed_point(returns(x))(fun, 2 * x)
+
+    for solve in (of_root, of_fixed_point):
+        np.testing.assert_allclose(jax.jacrev(solve)(jnp.ones((), dtype)) / x, logs, rtol=1e-3)
+
+
 @pytest.mark.parametrize("dense_limit", [512, 0])
 @pytest.mark.parametrize("mode", ["forward", "reverse"])
 def test_the_parts_of_a_complex_number_are_as_large_as_it(dense_limit, mode):

@@ -62,7 +62,7 @@ def dense(
     if factorise is None:
         factors = scaled.factorise(constant, *sizes)
     else:
-        factors = scaled.wrap(constant, sizes[1], sizes[3], *factorise(constant))
+        factors = scaled.wrap(constant, sizes, *factorise(constant))
     solve, transpose_solve = factors.of, factors.transpose_of
 
     def linear(b: Tree, good: Any = True) -> Tree:  # noqa: FBT002
@@ -83,12 +83,12 @@ def dense(
     return LinearSystem(operator, space, linear, apply_inverse, constant, scaled=factors)
 
 
-def vectors(operator: LinearOperator, sizes: Any) -> tuple[Any, Any, Limits, Any]:
-    """The sizes for a matrix: x and the sizes of its components as vectors, the limits, and what
-    each equation of a fixed point adds up at least: the difference x - fun(x) cancels."""
-    x, d, limits = sizes
-    d = operator.ravel(d)
-    return operator.ravel(x), d, limits, d if operator.fixed_point else None
+def vectors(operator: LinearOperator, sizes: Any) -> tuple[Any, Any, Any, Limits, Any]:
+    """The sizes for a matrix: as vectors x, how far the solver came, and the sizes of the
+    components; the limits; and what each equation of a fixed point adds up at least: the difference
+    x - fun(x) cancels."""
+    x, far, d = map(operator.ravel, sizes[:3])
+    return x, far, d, sizes[3], d if operator.fixed_point else None
 
 
 def pseudoinverse(matrix: Any) -> tuple[Solve, Solve]:

@@ -253,7 +253,7 @@ def _by_matrix(
     matrix = units[:, None] * matrix * units
     alike = jnp.ones(operator.size, matrix.dtype)  # the sizes are not known here
     limits = Limits.of(float(jnp.finfo(matrix.dtype).eps))
-    factors = scaled.factorise(matrix, alike, alike, limits)
+    factors = scaled.factorise(matrix, alike, alike, alike, limits)
     x = operator.unravel(factors.of(operator.ravel(system.b)))
     r = krylov.combine(-1, system.matvec(x), system.b)
     rr = system.dot(r, r)

@@ -121,11 +121,12 @@ class Method(NamedTuple):
         space: Space,
         eps: float,
         captured: tuple[Solve, Solve] | None,
-        sizes: tuple[Any, Any, Limits],
+        sizes: tuple[Any, Any, Any, Limits],
     ) -> LinearSystem:
         """The system of an operator. `captured` solves it and its transpose if the functions of
         `calls_users_functions` capture traced values, which are made explicit there. `sizes` are x,
-        the sizes of its components, and the limits: what a matrix is scaled by."""
+        how far the solver came with its components, the sizes of these, and the limits: what a
+        matrix is scaled by."""
         if operator.size == 0:
             return LinearSystem(operator, space, lambda b, _=True: b, lambda bs: bs)
         local = space.is_local and not is_sharded(operator)

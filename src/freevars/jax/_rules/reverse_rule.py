@@ -112,7 +112,7 @@ def solve_by_rows(
         rmatvec=functools.partial(pullback.by_x, v, leaves, transposed=True),
         symmetric=pullback.condition in implicit.MINIMA,
     )
-    sizes = unknown.v, unknown.d, limits
+    sizes = unknown.v, unknown.far, unknown.d, limits
     rows = pullback.rows(v, leaves)
     system = rule.method.prepare_matrix(operator, space, rows, sizes)
     found, good = None, True

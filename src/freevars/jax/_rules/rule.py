@@ -160,7 +160,7 @@ class Rule:
             fixed = (leaves, x) if self.method.is_truncated else jax.lax.stop_gradient((leaves, x))
             forward, transposed = (functools.partial(closure, *fixed) for closure in captured)
             bound = (forward, transposed)
-        sizes = unknown.v, unknown.d, limits
+        sizes = unknown.v, unknown.far, unknown.d, limits
         eps = point.coordinates.eps
         return point, unknown, self.method.prepare(point.by_x, point.space, eps, bound, sizes)
 

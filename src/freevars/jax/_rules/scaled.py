@@ -61,31 +61,50 @@ class Scaled(NamedTuple):
         return self.rows * self.transposed((self.columns * b)[:, None])[:, 0]
 
 
-def factorise(
-    matrix: Any, x: Vector, d: Vector, limits: Limits, least: Vector | None = None
-) -> Scaled:
-    """The factors of a matrix for an unknown x of the sizes d; `least`: of what each row is a
-    difference of, times these."""
+def _in_units(
+    matrix: Any, x: Vector, far: Vector, d: Vector, limits: Limits, least: Vector | None
+) -> tuple[Vector, Vector, Any]:
+    """R, D and the transpose of S.
 
-    def unit(scaled: Any, rows: Any = 1) -> Any:
+    A component that is zero, or far smaller than others, has no size that is sure: anything between
+    `far`, how far the solver came, and a share of the largest one will do. It gets the one that
+    makes it as large as the others in some equation: neither a small column nor one in which all
+    others vanish is a sign of a singular system.
+    """
+
+    def terms(scaled: Any, least: Any) -> Any:
         largest = jnp.max(jnp.abs(scaled), axis=0)
-        return 1 / power_of_two(largest if least is None else jnp.maximum(largest, least * rows))
+        return largest if least is None else jnp.maximum(largest, least)
 
     columns = power_of_two(d)
     scaled = matrix.T * columns[:, None]
-    rows = unit(scaled)
-    scaled = scaled * rows[None]
+    own = jnp.minimum(far / d, 1)
+    # What an equation adds up, unless that is nothing.
+    largest = terms(scaled * own[:, None], None if least is None else least * own)
+    tiny = jnp.finfo(x.dtype).tiny
+    rows = 1 / power_of_two(jnp.where(largest > tiny, largest, terms(scaled, least)))
+    scaled = scaled * rows
+    if len(x) == 1:
+        return rows, columns, scaled
+    most = jnp.maximum(limits.column**0.5 * jnp.max(jnp.abs(x)) / d, 1)
+    by = 1 / jnp.maximum(jnp.max(jnp.abs(scaled), axis=1), limits.rcond)
+    by = power_of_two(jnp.clip(by, own, most).astype(x.dtype))
+    scaled, columns = scaled * by[:, None], columns * by
+    least = None if least is None else least * jnp.minimum(by, 1) * rows
+    again = 1 / power_of_two(terms(scaled, least))
+    return rows * again, columns, scaled * again
+
+
+def factorise(
+    matrix: Any, x: Vector, far: Vector, d: Vector, limits: Limits, least: Vector | None = None
+) -> Scaled:
+    """The factors of a matrix for an unknown x of the sizes d, with which the solver came `far`;
+    `least`: of what each row is a difference of, times these."""
+    rows, columns, scaled = _in_units(matrix, x, far, d, limits, least)
     norm = 0 if least is None else 1
     if len(x) == 1:
         divide_by = lambda b: b / scaled  # noqa: E731
         return Scaled(matrix, rows, columns, scaled, divide_by, divide_by, norm=norm)
-    # A component that happens to be zero is no sign of a singular system.
-    up = limits.column**0.5 * jnp.max(jnp.abs(x)) / d
-    up = jnp.minimum(1 / jnp.maximum(jnp.max(jnp.abs(scaled), axis=1), limits.rcond), up)
-    up = power_of_two(jnp.maximum(up, 1).astype(x.dtype))
-    scaled, columns = scaled * up[:, None], columns * up
-    again = unit(scaled, rows)
-    scaled, rows = scaled * again[None], rows * again
     lu, _, order = jax.lax.linalg.lu(scaled.T)
     scaled = scaled.T
     # The permutation once for all solves: XLA makes it of the pivots in a loop.
@@ -123,26 +142,23 @@ def factorise(
 
 def wrap(
     matrix: Any,
-    d: Vector,
-    least: Vector | None,
+    sizes: tuple[Vector, Vector, Vector, Limits, Vector | None],
     solve: Callable[[Vector], Vector],
     transposed: Callable[[Vector], Vector],
 ) -> Scaled:
-    """The same for a matrix that was factorised elsewhere: A^-1 b, and A^-T b."""
-    columns = power_of_two(d)
-    scaled = matrix * columns[None]
-    largest = jnp.max(jnp.abs(scaled), axis=1)
-    rows = 1 / power_of_two(largest if least is None else jnp.maximum(largest, least))
+    """The same for a matrix that was factorised elsewhere: A^-1 b, and A^-T b. `sizes` are the
+    other arguments of `factorise`."""
+    rows, columns, scaled = _in_units(matrix, *sizes)
     each, each_transposed = (jax.vmap(s, in_axes=1, out_axes=1) for s in (solve, transposed))
     return Scaled(
         matrix,
         rows,
         columns,
-        scaled * rows[:, None],
+        scaled.T,
         lambda b: each(b / rows[:, None]) / columns[:, None],
         lambda b: each_transposed(b / columns[:, None]) / rows[:, None],
         own=False,
-        norm=0 if least is None else 1,
+        norm=0 if sizes[-1] is None else 1,
     )
 
 
