@@ -33,7 +33,8 @@ the largest that it is in these. For a component may move little where its deriv
 tanh(z), 1 - tanh(z)^2 where z is large. One that is small in a single direction says nothing.
 
 Where a component of the solution is zero, all that the solver leaves there is an error, and no unit
-can be read off x. How far the solver came gives one. But only for what is zero: from x0 = 1 a
+can be read off x. How far the solver came gives one, |x - x0|; or, where x0 is zero as well, what
+the other components move it by, min(r, max|x|). But only for what is zero: from x0 = 1 a
 solver may find x = 1e-9 to a few percent, and that is wrong by a few percent. So it is asked for,
 by values of F. F does not see x change by a part of the step: x is what rounding leaves, and the
 unit what the solver could see, sqrt(eps) |x - x0|. Or x - s is zero as far as F sees, and the

@@ -190,6 +190,22 @@ def test_components_that_are_zero():
             np.testing.assert_allclose(by(x, x0), np.linalg.inv(A), rtol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_component_that_is_zero_counts_alike_from_zero_and_from_afar(dtype):
+    m, solution = A.astype(dtype), np.array([1.0, -0.5, 0.0], dtype)
+    right = np.linalg.inv(A * (1 + 3 * solution**2))
+
+    def by_b(x, x0):
+        b = m @ (solution + solution**3)
+        return jax.jacfwd(lambda b: ROOT(lambda x: m @ (x + x**3) - b, x0, x))(b)
+
+    errors = np.array([1e-3, 1e-2, 0.1, 0.5]) * np.finfo(dtype).eps ** 0.5
+    x = solution + (errors[:, None] * np.array([0, 0, 1])).astype(dtype)
+    for x0 in (0 * solution, 1 + 0 * solution):
+        found = jax.jit(jax.vmap(by_b, (0, None)))(x, x0)
+        np.testing.assert_allclose(found, np.stack(4 * [right]), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(("dtype", "spread"), [("float32", 14), ("float64", 40)])
 def test_components_beside_which_others_vanish(dtype, spread):
     """Concentrations from equations in their logarithms: each counts by itself, all are right."""

@@ -193,10 +193,12 @@ def measure(
     least = jnp.maximum(least, limits.rounding * rounding)
     if has_pairs:
         least = jnp.maximum(least, size)
+    # A component may be zero at the start as well: then it counts by what others move it by.
+    way = jnp.maximum(far, jnp.minimum(rounding, largest))
     relative, change = look(
         system.of,
         equations,
-        Step(x, step, least.astype(x.dtype), far, rounding),
+        Step(x, step, least.astype(x.dtype), way, rounding),
         limits,
         max_abs,
         floor=limits.column,
