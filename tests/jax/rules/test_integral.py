@@ -267,6 +267,9 @@ def test_what_is_refused() -> None:
         integrate(lambda t: t, 0.0, jnp.ones(2))
     with pytest.raises(StructureError, match="the structure and shapes of the integrand"):
         fv.integral(lambda f, a, b: (f(a), f(b)))(lambda t: t, 0.0, 1.0)
+    for nothing in (None, "t"):
+        with pytest.raises(StructureError, match="the integrand: expected a number, an array"):
+            integrate(lambda t, nothing=nothing: nothing, 0.0, 1.0)
 
 
 def test_what_the_solver_reads_itself_has_no_derivative() -> None:

@@ -323,6 +323,9 @@ def test_what_is_refused() -> None:
         solve(lambda t, y: y, 1.0, jnp.array(2.0))
     with pytest.raises(StructureError, match="the field: expected a value like y0"):
         solve(lambda t, y: jnp.stack([y, y]), 1.0, jnp.array([0.0, 1.0]))
+    for nothing in (None, "y"):
+        with pytest.raises(StructureError, match="the field: expected a value like y0"):
+            solve(lambda t, y, nothing=nothing: nothing, 1.0, jnp.array([0.0, 1.0]))
     with pytest.raises(StructureError, match="with a leading axis over ts"):
         fv.odeint(lambda f, y0, ts: y0)(lambda t, y: y, 1.0, jnp.array([0.0, 1.0]))
 

@@ -223,6 +223,22 @@ def test_what_is_refused() -> None:
         fv.integral(lambda fun, a, b: fun(a.double()))(lambda t: t, 0.0, 1.0)
     with pytest.raises(StructureError, match="the structure and shapes of the integrand"):
         fv.integral(lambda fun, a, b: (fun(a), fun(b)))(lambda t: t, 0.0, 1.0)
+    with pytest.raises(StructureError, match=r"of the integrand, \(\), got ndarray"):
+        fv.integral(lambda fun, a, b: np.ones(()))(lambda t: t, 0.0, 1.0)
+    with pytest.raises(StructureError, match="the integrand: expected a number, a tensor"):
+        fv.integral(gauss)(lambda t: None, 0.0, 1.0)
+
+
+def test_an_integral_that_is_a_number() -> None:
+    quad = fv.integral(lambda fun, a, b: scipy.integrate.quad(lambda t: float(fun(t)), a, b)[0])
+    rate = torch.tensor(0.7, dtype=F64, requires_grad=True)
+    value = quad(lambda t: torch.exp(-rate * t), *ENDS)
+    value.backward()
+    a, b = ENDS
+    closed = lambda r: (torch.exp(-r * a) - torch.exp(-r * b)) / r
+    assert value.dtype == F64
+    torch.testing.assert_close(value.detach(), closed(rate.detach()), rtol=1e-12, atol=0)
+    torch.testing.assert_close(rate.grad, f.grad(closed)(rate.detach()), rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("reads", [True, False], ids=["as the integrand does", "alone"])

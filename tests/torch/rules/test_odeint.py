@@ -279,8 +279,12 @@ def test_what_is_refused() -> None:
         solve(lambda t, y: y, torch.ones(()), torch.tensor(2.0))
     with pytest.raises(StructureError, match="the field: expected a value like y0"):
         solve(lambda t, y: torch.stack([y, y]), torch.ones(()), ts)
+    with pytest.raises(StructureError, match=r"the shapes \(\), got None"):
+        solve(lambda t, y: None, torch.ones(()), ts)
     with pytest.raises(StructureError, match="with a leading axis over ts"):
         fv.odeint(lambda field, y0, ts: y0)(lambda t, y: y, torch.ones(()), ts)
+    with pytest.raises(StructureError, match=r"got \['ndarray'\]"):
+        fv.odeint(lambda field, y0, ts: np.ones(2))(lambda t, y: y, torch.ones(()), ts)
     backwards = fv.odeint(lambda field, y0, ts: rk4(lambda t, y: field(y, t), y0, ts))
     with pytest.raises(StructureError, match=r"say tfirst=False for field\(y, t\)"):
         backwards(lambda y, t: -y, torch.ones(2), ts)

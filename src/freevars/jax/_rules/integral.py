@@ -67,7 +67,14 @@ class IntegralSolver(Integrator[P, R]):
         at, dtype = self._limits(*call.x0)
 
         def integrand(t: Any, *args: Any, **kwargs: Any) -> Any:
-            return jax.tree.map(_inexact, call.fun(t, *args, **kwargs))
+            value = call.fun(t, *args, **kwargs)
+            if value is not None and _arrays(value):
+                return jax.tree.map(_inexact, value)
+            message = (
+                f"{self.__name__}: the integrand: expected a number, an array, or a pytree of"
+                f" these, got {value!r}."
+            )
+            raise StructureError(message)
 
         problem = Problem.of(integrand, jnp.zeros((), dtype), call.args, call.kwargs)
         return self.solve(problem, at, self.as_options(call.options))

@@ -81,7 +81,9 @@ class OdeintSolver(Integrator[P, R]):
             value = field(at, *args, **kwargs)
             found = jax.tree.map(_type, value)
             if jax.tree.structure(found) != jax.tree.structure(expected) or any(
-                a.shape != b.shape or (_is_complex(a) and not _is_complex(b))
+                not isinstance(a, jax.ShapeDtypeStruct)
+                or a.shape != b.shape
+                or (_is_complex(a) and not _is_complex(b))
                 for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
             ):
                 message = (

@@ -6,6 +6,7 @@ Not here: which form a solver takes (`freevars._solvers.integration`).
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,16 @@ from torch import Tensor
 from freevars.torch import _compat
 from freevars.torch._rules.complex_pairs import as_complex, as_real
 
-__all__ = ["Flat", "evaluated", "is_smooth"]
+__all__ = ["Flat", "evaluated", "is_smooth", "shape_of"]
+
+
+def shape_of(leaf: Any) -> Any:
+    """The shape of a tensor or a real number; of anything else what it is."""
+    if isinstance(leaf, Tensor):
+        return tuple(leaf.shape)
+    if isinstance(leaf, int | float):
+        return ()
+    return None if leaf is None else type(leaf).__name__
 
 
 class Flat:

@@ -7,7 +7,7 @@ solver for another integrand. Not here: differential equations (`odeint`).
 import math
 import operator
 from collections.abc import Callable, Sequence
-from numbers import Real
+from numbers import Number, Real
 from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import torch
@@ -27,7 +27,7 @@ from freevars.errors import StructureError
 from freevars.torch._compat import pytree
 from freevars.torch._convert.convert import closure_convert
 from freevars.torch._rules.asked import Asked
-from freevars.torch._rules.forms import Flat, evaluated, is_smooth
+from freevars.torch._rules.forms import Flat, evaluated, is_smooth, shape_of
 from freevars.torch._rules.halves import difference, direction
 from freevars.torch._rules.integrator import Integrator, operate
 from freevars.torch._rules.partition import Remainder, partition
@@ -68,7 +68,14 @@ class IntegralSolver(Integrator[P, R]):
         ends, dtype = self._limits(*call.x0)
 
         def integrand(t: Tensor, args: Any, kwargs: Any) -> Any:
-            return pytree.tree_map(_inexact, call.fun(t, *args, **kwargs))
+            value = call.fun(t, *args, **kwargs)
+            if all(isinstance(leaf, Tensor | Number) for leaf in pytree.tree_leaves(value)):
+                return pytree.tree_map(_inexact, value)
+            message = (
+                f"{self.__name__}: the integrand: expected a number, a tensor, or a pytree of"
+                f" these, got {value!r}."
+            )
+            raise StructureError(message)
 
         extra = (call.args, call.kwargs)
         at = torch.zeros((), dtype=dtype)
@@ -144,7 +151,7 @@ class _Integral:
             leaves = self.answer(tensors, point)
             asked.note(point, leaves)
             value = self.pack(leaves)
-            seen[:] = [pytree.tree_map(_shape, value)]
+            seen[:] = [pytree.tree_map(shape_of, value)]
             return value
 
         a, b = (t if e is None else e for t, e in zip(tensors, self.infinite, strict=False))
@@ -171,8 +178,8 @@ class _Integral:
         """The integral, of the structure and the shapes of the integrand."""
         if not seen:  # the solver did not ask
             leaves = self.fun(_inside(tensors[0], tensors[1]), values)
-            seen.append(pytree.tree_map(_shape, self.pack(leaves)))
-        found = pytree.tree_map(_shape, out)
+            seen.append(pytree.tree_map(shape_of, self.pack(leaves)))
+        found = pytree.tree_map(shape_of, out)
         if found != seen[0]:
             message = (
                 f"{self.solver.__name__}: the returned integral: expected the structure and shapes"
@@ -180,7 +187,11 @@ class _Integral:
                 " integrate."
             )
             raise StructureError(message)
-        return list(pytree.tree_leaves(out))
+        # Numbers, as of scipy.integrate.quad, are as exact as the limits.
+        return [
+            leaf if isinstance(leaf, Tensor) else torch.as_tensor(leaf, dtype=self.dtype)
+            for leaf in pytree.tree_leaves(out)
+        ]
 
     # Derivatives.
 
@@ -311,7 +322,3 @@ def _inside(end: Tensor, other: Tensor) -> Tensor:
 def _inexact(leaf: Any) -> Tensor:
     t = torch.as_tensor(leaf)
     return t if is_smooth(t) else t.to(torch.get_default_dtype())
-
-
-def _shape(x: Any) -> Any:
-    return tuple(x.shape) if isinstance(x, Tensor) else () if isinstance(x, int | float) else x

@@ -17,7 +17,7 @@ from freevars.errors import StructureError
 from freevars.torch._compat import pytree
 from freevars.torch._convert.convert import closure_convert
 from freevars.torch._rules.adjoint import Trajectory
-from freevars.torch._rules.forms import is_smooth
+from freevars.torch._rules.forms import is_smooth, shape_of
 from freevars.torch._rules.integrator import Integrator, operate
 from freevars.torch._rules.partition import partition
 from freevars.torch._rules.unsupported import check_not_of_a_program
@@ -105,7 +105,7 @@ class OdeintSolver(Integrator[P, R]):
         plain = type(value) is Tensor and type(y) is Tensor  # then no pytree walk
         if plain and value.shape == y.shape and value.dtype is y.dtype:
             return [value]
-        shapes = [pytree.tree_map(lambda t: tuple(getattr(t, "shape", ())), x) for x in (y, value)]
+        shapes = [pytree.tree_map(shape_of, x) for x in (y, value)]
         leaves = pytree.tree_leaves(value)
         expected = pytree.tree_leaves(y)
         if shapes[0] != shapes[1] or any(
@@ -142,7 +142,7 @@ class OdeintSolver(Integrator[P, R]):
         """The leaves of what the solver returns."""
         leaves, found = pytree.tree_flatten(ys)
         expected = [(n, *y.shape) for y in pytree.tree_leaves(start)]
-        shapes = [tuple(getattr(y, "shape", ())) for y in leaves]
+        shapes = [*map(shape_of, leaves)]
         if found != spec or shapes != expected:
             message = (
                 f"{self.__name__}: the returned ys: expected the states at all times, like y0 with"
