@@ -261,6 +261,13 @@ def test_methods() -> None:
         assert got == pytest.approx(scale / 2)
 
 
+def test_an_integral_that_is_a_whole_number() -> None:
+    solve = fv.integral(lambda f, a, b: 3, check=False)
+    value, slope = jax.value_and_grad(lambda c: solve(lambda t: c * t, 0.0, 1.0))(1.0)
+    assert (value, slope) == (3.0, 3.0)
+    assert jnp.issubdtype(value.dtype, jnp.floating)
+
+
 def test_what_is_refused() -> None:
     integrate = fv.integral(gauss)
     with pytest.raises(StructureError, match="b: expected a real number"):

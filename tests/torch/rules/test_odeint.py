@@ -283,6 +283,8 @@ def test_what_is_refused() -> None:
         solve(lambda t, y: None, torch.ones(()), ts)
     with pytest.raises(StructureError, match="with a leading axis over ts"):
         fv.odeint(lambda field, y0, ts: y0)(lambda t, y: y, torch.ones(()), ts)
+    with pytest.raises(StructureError, match="in the dtypes of y0"):
+        fv.odeint(lambda f, y0, ts: rk4(f, y0, ts).double())(lambda t, y: y, torch.ones(()), ts)
     with pytest.raises(StructureError, match=r"got \['ndarray'\]"):
         fv.odeint(lambda field, y0, ts: np.ones(2))(lambda t, y: y, torch.ones(()), ts)
     backwards = fv.odeint(lambda field, y0, ts: rk4(lambda t, y: field(y, t), y0, ts))

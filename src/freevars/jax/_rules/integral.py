@@ -291,7 +291,7 @@ def _like(value: Any, struct: Any, name: str) -> Any:
             f" {expected}, got {found}. takes= says what the solver can integrate."
         )
         raise StructureError(message)
-    return jax.tree.map(jnp.asarray, value)
+    return jax.tree.map(_inexact, value)
 
 
 def _arrays(tree: Any) -> bool:

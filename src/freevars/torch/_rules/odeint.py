@@ -150,4 +150,11 @@ class OdeintSolver(Integrator[P, R]):
                 f" {type(ys).__name__}."
             )
             raise StructureError(message)
+        dtypes = [[y.dtype for y in of] for of in (pytree.tree_leaves(start), leaves)]
+        if dtypes[0] != dtypes[1]:
+            message = (
+                f"{self.__name__}: the returned ys: expected the states at all times in the dtypes"
+                f" of y0, {dtypes[0]}, got {dtypes[1]}."
+            )
+            raise StructureError(message)
         return list(leaves)
