@@ -19,7 +19,7 @@ from freevars.jax import _compat
 from freevars.jax._rules.coordinates import Coordinates, firm_probe, max_abs, split_like
 from freevars.jax._solver.problem import Problem
 
-__all__ = ["Functions", "Scaled", "flat", "pairs", "positive", "rows_of"]
+__all__ = ["ActiveSet", "Functions", "flat", "pairs", "positive", "rows_of"]
 
 Tree: TypeAlias = Any  # a pytree of real arrays
 
@@ -72,7 +72,7 @@ class Functions(NamedTuple):
         return jax.tree.map(jnp.subtract, gradient, by_constraints)
 
 
-class Scaled(NamedTuple):
+class ActiveSet(NamedTuple):
     """The gaps and pulls of all inequalities, constant."""
 
     lower: Tree  # of Pair
@@ -87,7 +87,7 @@ class Scaled(NamedTuple):
     @staticmethod
     def of(
         at: Functions, v: Tree, multipliers: dict[str, Any], gradient: Tree, values: Any
-    ) -> Scaled:
+    ) -> ActiveSet:
         """At a point, with the gradient of the Lagrangian and the constraints' values there."""
         size = at.size(v)
         along = jax.tree.map(jnp.multiply, size, firm_probe(v, 11))
@@ -126,7 +126,7 @@ class Scaled(NamedTuple):
         largest = jnp.zeros(())
         for part in left:
             largest = jnp.maximum(largest, max_abs(part))
-        return Scaled(
+        return ActiveSet(
             lower, upper, inequality, (below, above, gap), (pull, force), violated, largest, size
         )
 

@@ -22,8 +22,8 @@ from freevars._solvers.verdict import Limits
 from freevars.errors import FreevarsError, StructureError
 from freevars.jax import _compat
 from freevars.jax._rules.active import (
+    ActiveSet,
     Functions,
-    Scaled,
     flat,
     pairs,
     positive,
@@ -161,8 +161,8 @@ def _conditions(
     units = of.units or Units(one, ones, ones)
     gradient, values = at.gradient(v, multipliers), at.constraints(v)
     fixed = jax.lax.stop_gradient((v, multipliers, gradient, values))
-    scaled: Scaled = jax.lax.stop_gradient(Scaled.of(at, *fixed))
-    least = kkt.threshold(jnp, scaled.left, coordinates.eps)
+    active_set: ActiveSet = jax.lax.stop_gradient(ActiveSet.of(at, *fixed))
+    least = kkt.threshold(jnp, active_set.left, coordinates.eps)
 
     def keeps(pair: Pair) -> Any:
         return (pair.active | (pair.certain <= least)) if of.one_sided else pair.active
@@ -170,23 +170,23 @@ def _conditions(
     near = Limits.of(coordinates.eps).certain
     spot = 0.0 if of.to_bounds else near
     slopes = jax.tree.map(lambda slope: slope / units.slope, gradient)
-    f: dict[str, Any] = {"x": _rows_of_x(at, scaled, v, slopes, keeps, spot)}
+    f: dict[str, Any] = {"x": _rows_of_x(at, active_set, v, slopes, keeps, spot)}
     values = {name: value / units.values[name] for name, value in values.items()}
     if "equality" in values:
         f["equality"] = values["equality"]
-    if scaled.inequality is not None:
-        active = keeps(scaled.inequality)
+    if active_set.inequality is not None:
+        active = keeps(active_set.inequality)
         zero = kkt.on_the_spot(
             jnp,
             y["inequality"],
             jax.lax.stop_gradient(y["inequality"]),
-            scaled.pulls[1] > kkt.WRONG,
+            active_set.pulls[1] > kkt.WRONG,
         )
         f["inequality"] = jnp.where(active, values["inequality"], zero)
     if of.check:
-        refused = scaled.crossed(at, near)
+        refused = active_set.crossed(at, near)
         if not of.one_sided:
-            refused |= scaled.certain(at) <= least
+            refused |= active_set.certain(at) <= least
         refused = jax.lax.stop_gradient(refused)
         f = jax.tree.map(lambda leaf: jnp.where(refused, jnp.nan, leaf), f)
     return f
@@ -194,7 +194,7 @@ def _conditions(
 
 def _rows_of_x(
     at: Functions,
-    scaled: Scaled,
+    active_set: ActiveSet,
     v: Tree,
     slopes: Tree,
     keeps: Callable[[Pair], Any],
@@ -216,12 +216,12 @@ def _rows_of_x(
     leaves, tree = jax.tree.flatten(v)
     rows = map(
         row,
-        pairs(scaled.lower),
-        pairs(scaled.upper),
+        pairs(active_set.lower),
+        pairs(active_set.upper),
         jax.tree.leaves(at.fixed),
         leaves,
         zip(*map(jax.tree.leaves, (at.lower, at.upper)), strict=True),
-        zip(*map(jax.tree.leaves, scaled.gaps[:2]), strict=True),
+        zip(*map(jax.tree.leaves, active_set.gaps[:2]), strict=True),
         jax.tree.leaves(slopes),
     )
     return tree.unflatten(list(rows))
@@ -275,7 +275,7 @@ def explain(
     v = Coordinates(y["x"]).to_real(y["x"])
     multipliers = {name: y[name] for name in problem.constraints}
     values = at.constraints(v)
-    scaled = Scaled.of(at, v, multipliers, at.gradient(v, multipliers), values)
+    active_set = ActiveSet.of(at, v, multipliers, at.gradient(v, multipliers), values)
     limits = limits_of(coordinates, tol)
     sides: list[Side] = []
     crossed: list[str] = []
@@ -283,9 +283,9 @@ def explain(
     free: list[Any] = []
     for path, low, up, pull, fixed, is_low, is_up in zip(
         paths,
-        *map(jax.tree.leaves, (*scaled.gaps[:2], scaled.pulls[0], at.fixed)),
-        pairs(scaled.lower),
-        pairs(scaled.upper),
+        *map(jax.tree.leaves, (*active_set.gaps[:2], active_set.pulls[0], at.fixed)),
+        pairs(active_set.lower),
+        pairs(active_set.upper),
         strict=True,
     ):
         holds = (jnp.abs(low) <= limits.certain) | (jnp.abs(up) <= limits.certain)
@@ -296,19 +296,21 @@ def explain(
                 component = f"x{path}{_place(index)}"
                 sides.append(Side.of_bound(side, component, *there, eps=coordinates.eps))
     for path, lower, upper, size in zip(
-        paths, *map(jax.tree.leaves, (at.lower, at.upper, scaled.size)), strict=True
+        paths, *map(jax.tree.leaves, (at.lower, at.upper, active_set.size)), strict=True
     ):
         where = np.argwhere(kkt.are_crossed(lower, upper, size, limits.certain))
         crossed += [f"x{path}{_place(index)}" for index in where]
-    if scaled.inequality is not None:
-        each = zip(scaled.gaps[2], scaled.pulls[1], scaled.inequality.certain, strict=True)
+    if active_set.inequality is not None:
+        each = zip(
+            active_set.gaps[2], active_set.pulls[1], active_set.inequality.certain, strict=True
+        )
         sides += [Side(f"inequality[{i}]", *map(float, of)) for i, of in enumerate(each)]
     found = Found(
         sides,
         crossed,
-        float(scaled.violated),
-        float(scaled.left),
-        _dependent(at, v, scaled, np.concatenate(free), limits.certain),
+        float(active_set.violated),
+        float(active_set.left),
+        _dependent(at, v, active_set, np.concatenate(free), limits.certain),
     )
     return kkt.explain(name, found, limits, coordinates.eps)
 
@@ -317,16 +319,16 @@ def _place(index: Any) -> str:
     return f"[{', '.join(map(str, index))}]" if index.size else ""
 
 
-def _dependent(at: Functions, v: Tree, scaled: Scaled, free: Any, near: float) -> bool:
+def _dependent(at: Functions, v: Tree, active_set: ActiveSet, free: Any, near: float) -> bool:
     """Whether the gradients of the constraints that hold at x are, in the space that bounds leave;
     those that hold, and not those with a multiplier, which then is not determined."""
     matrix, values = rows_of(at, v)
     if not values:
         return False
     keep = np.ones(matrix.shape[0], bool)
-    if scaled.inequality is not None:
-        keep[-scaled.gaps[2].size :] = jnp.abs(scaled.gaps[2]) <= near
-    rows = np.asarray(matrix * flat(scaled.size))[keep][:, free]
+    if active_set.inequality is not None:
+        keep[-active_set.gaps[2].size :] = jnp.abs(active_set.gaps[2]) <= near
+    rows = np.asarray(matrix * flat(active_set.size))[keep][:, free]
     largest = np.max(np.abs(rows), axis=1, initial=0, keepdims=True)
     rows = rows / np.where(largest > 0, largest, 1)
     eps = float(np.finfo(rows.dtype).eps)

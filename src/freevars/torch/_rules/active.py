@@ -18,9 +18,9 @@ from freevars.torch._rules.products import linearised, vjp
 from freevars.torch._rules.vectors import firm_probe
 
 __all__ = [
+    "ActiveSet",
     "Functions",
     "Multipliers",
-    "Scaled",
     "constraints_at",
     "multipliers_at",
     "system_at",
@@ -60,7 +60,7 @@ class Functions(NamedTuple):
         return vjp(lambda x: self.lagrangian(x, multipliers), x, x.new_ones(len(x)))
 
 
-class Scaled(NamedTuple):
+class ActiveSet(NamedTuple):
     """The gaps and pulls of all inequalities, and what they decide."""
 
     lower: Pair
@@ -73,7 +73,7 @@ class Scaled(NamedTuple):
     size: Tensor
 
     @staticmethod
-    def of(at: Functions, x: Tensor, multipliers: Multipliers) -> "Scaled":
+    def of(at: Functions, x: Tensor, multipliers: Multipliers) -> "ActiveSet":
         """At a point."""
         size = _size(x, at)
         probe = firm_probe(x.shape[1], x)
@@ -112,7 +112,7 @@ class Scaled(NamedTuple):
                 gap, force = value / variation[:, part], multipliers[name] * weight[:, part]
                 inequality = kkt.pair(torch, gap, force, eps)
                 left.append(torch.where(inequality.active, gap, force).abs())
-        return Scaled(
+        return ActiveSet(
             lower,
             upper,
             inequality,
@@ -146,33 +146,33 @@ def system_at(
     gradient = at.gradient(x, multipliers)
     with torch.no_grad():
         fixed = {name: m.detach() for name, m in multipliers.items()}
-        scaled = Scaled.of(at, x.detach(), fixed)
-        least = kkt.threshold(torch, scaled.left, eps)[:, None]
+        active_set = ActiveSet.of(at, x.detach(), fixed)
+        least = kkt.threshold(torch, active_set.left, eps)[:, None]
 
     def keeps(pair: Pair) -> Tensor:
         active: Tensor = (pair.active | (pair.certain <= least)) if one_sided else pair.active
         return active
 
     # Of two sides that fix a component, the one that holds it.
-    at_lower = torch.where(at.fixed, ~scaled.upper.active, keeps(scaled.lower))
+    at_lower = torch.where(at.fixed, ~active_set.upper.active, keeps(active_set.lower))
     near = Limits.of(eps).certain
     below, above = (
         kkt.on_the_spot(torch, x - bound, (x - bound).detach(), gap.abs() <= near)
-        for bound, gap in zip((at.lower, at.upper), scaled.gaps, strict=False)
+        for bound, gap in zip((at.lower, at.upper), active_set.gaps, strict=False)
     )
-    rows = [torch.where(at_lower, below, torch.where(keeps(scaled.upper), above, gradient))]
+    rows = [torch.where(at_lower, below, torch.where(keeps(active_set.upper), above, gradient))]
     for name, constraint in at.constraints.items():
         value = constraint(x)
-        if name == "inequality" and scaled.inequality is not None:
+        if name == "inequality" and active_set.inequality is not None:
             m = multipliers[name]
-            zero = kkt.on_the_spot(torch, m, m.detach(), scaled.pulls[1] > kkt.WRONG)
-            value = torch.where(keeps(scaled.inequality), value, zero)
+            zero = kkt.on_the_spot(torch, m, m.detach(), active_set.pulls[1] > kkt.WRONG)
+            value = torch.where(keeps(active_set.inequality), value, zero)
         rows.append(value)
     f = torch.cat(rows, 1)
     if check:
-        refused = kkt.are_crossed(at.lower, at.upper, scaled.size, near).any(1, keepdim=True)
+        refused = kkt.are_crossed(at.lower, at.upper, active_set.size, near).any(1, keepdim=True)
         if not one_sided:
-            refused = refused | (scaled.certain(at.fixed)[:, None] <= least)
+            refused = refused | (active_set.certain(at.fixed)[:, None] <= least)
         # Added, so that a refusal is not a constant: its derivative is NaN too.
         lost = torch.zeros_like(f).masked_fill(refused, torch.nan)
         if nan:

@@ -18,8 +18,8 @@ from freevars.torch._compat import pytree
 from freevars.torch._convert.convert import Converted
 from freevars.torch._describe import function_name
 from freevars.torch._rules.active import (
+    ActiveSet,
     Functions,
-    Scaled,
     constraints_at,
     multipliers_at,
     system_at,
@@ -155,42 +155,42 @@ class ConstrainedProblem(Problem):
         y = at.x.detach()
         x, multipliers = self._split(y)
         functions = self._functions(self.views(values), x, values[0])
-        scaled = Scaled.of(functions, x, multipliers)
+        active_set = ActiveSet.of(functions, x, multipliers)
         eps = float(torch.finfo(self.unknown.dtype).eps)
         sides: list[Side] = []
         fixed = functions.fixed[k]
         components = [c.name for c in self.of_x.components(k, x, x)]
         for side, gap, other, pair in (
-            ("lower", scaled.gaps[0], scaled.gaps[1], scaled.lower),
-            ("upper", scaled.gaps[1], scaled.gaps[0], scaled.upper),
+            ("lower", active_set.gaps[0], active_set.gaps[1], active_set.lower),
+            ("upper", active_set.gaps[1], active_set.gaps[0], active_set.upper),
         ):
             for i in (torch.isfinite(gap[k]) & ~fixed).nonzero()[:, 0].tolist():
-                there = (float(t[k, i]) for t in (gap, other, scaled.pulls[0], pair.certain))
+                there = (float(t[k, i]) for t in (gap, other, active_set.pulls[0], pair.certain))
                 sides.append(Side.of_bound(side, components[i], *there, eps=eps))
-        if scaled.inequality is not None:
-            of = (scaled.gaps[2], scaled.pulls[1], scaled.inequality.certain)
+        if active_set.inequality is not None:
+            of = (active_set.gaps[2], active_set.pulls[1], active_set.inequality.certain)
             each = zip(*(t[k].tolist() for t in of), strict=True)
             sides += [Side(f"inequality[{i}]", *numbers) for i, numbers in enumerate(each)]
         bounds = functions.lower[k], functions.upper[k]
-        crossed = kkt.are_crossed(*bounds, scaled.size[k], self._limits().certain)
+        crossed = kkt.are_crossed(*bounds, active_set.size[k], self._limits().certain)
         found = Found(
             sides,
             [components[i] for i in crossed.nonzero()[:, 0].tolist()],
-            float(scaled.violated[k]),
-            float(scaled.left[k]),
-            self._is_dependent(functions, x, scaled, k),
+            float(active_set.violated[k]),
+            float(active_set.left[k]),
+            self._is_dependent(functions, x, active_set, k),
         )
         return kkt.explain(name, found, self._limits(), eps)
 
-    def _is_dependent(self, functions: Functions, x: Tensor, scaled: Scaled, k: int) -> bool:
+    def _is_dependent(self, functions: Functions, x: Tensor, active_set: ActiveSet, k: int) -> bool:
         """Whether the gradients of the constraints that hold at x are, in the space that bounds
         leave; those that hold, and not those with a multiplier, which then is not determined."""
         near = self._limits().certain
-        free = ~((scaled.gaps[0].abs() <= near) | (scaled.gaps[1].abs() <= near))[k]
+        free = ~((active_set.gaps[0].abs() <= near) | (active_set.gaps[1].abs() <= near))[k]
         free &= ~functions.fixed[k]
-        rows = (constraints_at(functions, x)[1] * scaled.size[:, None])[k]
-        if scaled.inequality is not None:
-            holds = scaled.gaps[2][k].abs() <= near
+        rows = (constraints_at(functions, x)[1] * active_set.size[:, None])[k]
+        if active_set.inequality is not None:
+            holds = active_set.gaps[2][k].abs() <= near
             keep = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
             keep[len(rows) - len(holds) :] = holds
             rows = rows[keep]
