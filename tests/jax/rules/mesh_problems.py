@@ -28,6 +28,7 @@ def loop(steps, step):
 
 
 richardson = loop(80, lambda fun, x: x - fun(x))
+descent = loop(80, lambda fun, x: x - jax.grad(fun)(x))
 
 
 def check(f, value, reverse, forward=None):
@@ -44,6 +45,12 @@ def coupled_root(x, a):
     return x + C * jax.lax.psum(jnp.sum(x), "b") - a
 
 
+def coupled_objective(x, a):
+    """Its gradient is `coupled_root`; what its second derivative reads is the same everywhere."""
+    whole = lambda v: jax.lax.psum(jnp.sum(v), "b")
+    return whole((x - a) ** 2) / 2 + C / 2 * whole(x) ** 2
+
+
 def parts(solver, fun):
     return lambda a: solver(lambda x: fun(x, a), jnp.zeros_like(a))
 
@@ -55,6 +62,11 @@ def shard_map(*, check_vma):
     )
     for solver in (fv.root(richardson), fv.root(richardson, check=False)):
         check(over(parts(solver, coupled_root)), inverse(A), inverse(G), inverse(G))
+    minimum = over(parts(fv.argmin(descent), coupled_objective))
+    check(minimum, inverse(A), inverse(G), inverse(G))
+    slope = jax.jit(jax.grad(lambda a: jnp.sum(minimum(a) ** 3) / 6))
+    got = jax.jvp(slope, (A,), (G,))[1]
+    np.testing.assert_allclose(got, inverse(inverse(A) * inverse(G)), atol=1e-8)
     # Two axes of one tree: one leaf is spread over the devices, the other shared by all of them.
     # u + w = a and 2 w + sum(u) / N = sum(a) / N, so w = 0 and u = a.
     pair = fv.root(loop(200, lambda fun, x: jax.tree.map(lambda x, r: x - 0.4 * r, x, fun(x))))
@@ -227,6 +239,12 @@ def refused():
     f = jax.vmap(parts(solver, coupled_root), axis_name="b")
     with pytest.raises(NotImplementedError, match="sums over one device only"):
         jax.grad(lambda a: jnp.sum(f(a)))(A)
+
+    total = lambda x: jax.lax.psum(jnp.sum(x), "b")
+    constrained = fv.argmin(lambda fun, x0, *, equality: x0)
+    f = lambda a: constrained(lambda x: total((x - a) ** 2), jnp.zeros_like(a), equality=total)
+    with pytest.raises(NotImplementedError, match="equality.*sends values along the named axis"):
+        jax.vmap(f, axis_name="b")(A)
 
 
 CHECKS = {

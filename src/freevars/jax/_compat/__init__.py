@@ -15,6 +15,7 @@ from freevars.jax._compat.axes import *
 from freevars.jax._compat.callbacks import *
 from freevars.jax._compat.context import *
 from freevars.jax._compat.linear_map import *
+from freevars.jax._compat.linear_solve import *
 from freevars.jax._compat.params import *
 from freevars.jax._compat.parts import *
 from freevars.jax._compat.programs import *

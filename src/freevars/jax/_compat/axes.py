@@ -98,9 +98,13 @@ def like_type(x: Any, like: Any) -> Any:
 
 def not_more_varying(x: Any, like: Any) -> Any:
     """`x`, which is the same along the named axes that `like` does not vary over, with a type that
-    says so: the mean of equal values."""
-    extra = varying_axes(x) - varying_axes(like)
-    return jax.lax.pmean(x, tuple(sorted(extra))) if extra else x
+    says so: the mean of equal values, or the largest of what has no mean."""
+    extra = tuple(sorted(varying_axes(x) - varying_axes(like)))
+    if not extra:
+        return x
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+        return jax.lax.pmean(x, extra)
+    return jax.lax.pmax(x.astype(int), extra).astype(x.dtype)
 
 
 def is_sharded(x: Any) -> bool:

@@ -57,6 +57,10 @@ class ArgSpec(NamedTuple):
         ]
         return tree_util.tree_unflatten(self.tree, self.combine(shapes))
 
+    def avals(self) -> Any:
+        """The pytree with the type for each array: an abstract value, which says more."""
+        return tree_util.tree_unflatten(self.tree, self.combine(self.types))
+
     def combine(self, arrays: Sequence[Any]) -> list[Any]:
         """All leaves, from the array leaves and the static ones."""
         return insert(arrays, [(i, leaf.value) for i, leaf in self.statics])

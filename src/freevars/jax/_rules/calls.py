@@ -15,6 +15,7 @@ from freevars._contract import check_callable
 from freevars._solvers.signature import SolverCall, split_aux
 from freevars._solvers.stated import States
 from freevars.errors import StructureError
+from freevars.jax import _compat
 from freevars.jax._host.host_solver import HostSolver
 from freevars.jax._rules import constrained
 from freevars.jax._rules.rule import Rule
@@ -71,7 +72,22 @@ def constrained_problem(
     problem = Problem.of_parts(functions, dict.fromkeys(functions, x0), args, kwargs, bounds)
     for kind in problem.constraints:
         _check_constraint(kind, problem.struct(kind), name)
+        _refuse_coupled(problem, kind, x0, name)
     return problem
+
+
+def _refuse_coupled(problem: Problem, kind: str, x0: Any, name: str) -> None:
+    """Refuse a constraint on the parts of several devices: each would decide alone whether it is
+    active."""
+    axes = _compat.coupled_axes(jax.make_jaxpr(problem.constraint(kind))(x0).jaxpr)
+    if axes:
+        names = ", ".join(map(repr, sorted(axes)))
+        message = (
+            f"{name}: {kind}: expected a constraint on x of one device, got one that sends values"
+            f" along the named axis {names} (psum, say). Solve outside of shard_map, pmap or"
+            " vmap(axis_name=...): there an array that is spread over devices is one unknown."
+        )
+        raise NotImplementedError(message)
 
 
 def _check_constraint(kind: str, value: Any, name: str) -> None:

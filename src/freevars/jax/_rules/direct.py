@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from freevars._solvers.verdict import Limits
+from freevars.jax import _compat
 from freevars.jax._rules import scaled
 from freevars.jax._rules.coordinates import Space
 from freevars.jax._rules.operator import LinearOperator, lineax_module
@@ -33,7 +34,7 @@ def division(operator: LinearOperator, space: Space, sizes: Any) -> LinearSystem
         if good is True:
             return jax.tree.map(jnp.divide, b, slope)
 
-        def quotient(_: Any, b: Tree) -> Tree:
+        def quotient(b: Tree) -> Tree:
             return guarded(space, good, jax.tree.map(jnp.divide, b, constant), b)
 
         constant = jax.lax.stop_gradient(slope)
@@ -67,11 +68,11 @@ def dense(
 
     def linear(b: Tree, good: Any = True) -> Tree:  # noqa: FBT002
         return operator.unravel(
-            jax.lax.custom_linear_solve(
+            _compat.custom_linear_solve(
                 lambda v: matrix @ v,
                 operator.ravel(b),
-                lambda _, b: guarded(space, good, solve(b), b),
-                lambda _, b: guarded(space, good, transpose_solve(b), b),
+                lambda b: guarded(space, good, solve(b), b),
+                lambda b: guarded(space, good, transpose_solve(b), b),
             )
         )
 

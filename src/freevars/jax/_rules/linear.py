@@ -212,19 +212,19 @@ class Method(NamedTuple):
         self, operator: LinearOperator, space: Space, solve: Solve, transposed: Solve, raw: Solve
     ) -> LinearSystem:
         def linear(b: Tree, good: Any = True) -> Tree:  # noqa: FBT002
-            def only_if_good(solve: Solve) -> Callable[[Any, Tree], Tree]:
+            def only_if_good(solve: Solve) -> Solve:
                 # A refused system is not solved; and the verdict comes first, so that its memory is
                 # free again.
                 if good is True:
-                    return lambda _, b: solve(b)
+                    return solve
                 nothing = functools.partial(jax.tree.map, jnp.zeros_like)
-                return lambda _, b: guarded(space, good, solve(choose(good, b, nothing(b))), b)
+                return lambda b: guarded(space, good, solve(choose(good, b, nothing(b))), b)
 
             # Not told to be symmetric: then what solves the transpose is checked in that.
             return linear_solve(operator.matvec, b, only_if_good(solve), only_if_good(transposed))
 
         def inverse(b: Tree) -> Tree:
-            return linear_solve(operator.matvec, b, lambda _, b: raw(b), lambda _, b: raw(b))
+            return linear_solve(operator.matvec, b, raw, raw)
 
         fixed = jax.lax.stop_gradient
         return LinearSystem(

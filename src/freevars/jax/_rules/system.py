@@ -45,8 +45,8 @@ class LinearSystem(NamedTuple):
         return jax.lax.stop_gradient(self.operator.matvec(v))
 
 
-def linear_solve(matvec: Solve, b: Tree, solve: Any, transposed: Any) -> Tree:
-    """`jax.lax.custom_linear_solve`; each of its solvers takes the map too.
+def linear_solve(matvec: Solve, b: Tree, solve: Solve, transposed: Solve) -> Tree:
+    """`custom_linear_solve`, of trees.
 
     JAX can transpose it, and differentiate the transpose, only where all leaves of b, of A x and,
     for the transpose, of x depend on the differentiated values. A leaf of an equation that reads
@@ -58,7 +58,7 @@ def linear_solve(matvec: Solve, b: Tree, solve: Any, transposed: Any) -> Tree:
         return _compat.tied(matvec(_compat.tied(v)))
 
     b = _compat.tied(b)
-    return _compat.tied(jax.lax.custom_linear_solve(tied_matvec, b, solve, transposed))
+    return _compat.tied(_compat.custom_linear_solve(tied_matvec, b, solve, transposed))
 
 
 def guarded(space: Space, good: Any, x: Tree, b: Tree) -> Tree:
@@ -74,7 +74,7 @@ def pass_if(good: Any, space: Space, b: Tree) -> Tree:
     if good is True:
         return b
 
-    def same(_: Any, b: Tree) -> Tree:
+    def same(b: Tree) -> Tree:
         return guarded(space, good, b, b)
 
     return linear_solve(lambda v: v, b, same, same)
@@ -90,7 +90,7 @@ def nothing_if(good: Any, space: Space, like: Tree, dots: list[Any]) -> Tree:
         lambda leaf: _compat.like_type(jnp.broadcast_to(total, leaf.shape), leaf), like
     )
 
-    def nothing(_: Any, b: Tree) -> Tree:
+    def nothing(b: Tree) -> Tree:
         return guarded(space, good, jax.tree.map(jnp.zeros_like, b), b)
 
     return linear_solve(lambda v: v, spread, nothing, nothing)

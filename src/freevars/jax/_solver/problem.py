@@ -152,8 +152,8 @@ class _Part:
     def __call__(self, closure: Closure[..., Any], point: Any, *args: Any, **kwargs: Any) -> Any:
         points = {
             # Dead code, at an arbitrary point.
-            name: point if name == self.name else jax.tree.map(_ones, struct)
-            for name, struct in closure.in_struct[0].items()
+            name: point if name == self.name else jax.tree.map(_ones, avals)
+            for name, avals in closure._program.inputs.avals()[0].items()  # noqa: SLF001
         }
         return closure(points, args, kwargs)[self.name]
 
@@ -168,8 +168,9 @@ class _Constraint:
         return problem.parts_at(x)[self.name]
 
 
-def _ones(struct: Any) -> Any:
-    return jnp.ones(struct.shape, struct.dtype)
+def _ones(t: Any) -> Any:
+    ones = jnp.ones(t.shape, t.dtype)
+    return _compat.like_type(_compat.like_sharding(ones, t), t)
 
 
 def _with_kwargs(closure: Closure[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
