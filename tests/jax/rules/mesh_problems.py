@@ -231,6 +231,80 @@ def spread_and_whole():
         assert jax.typeof(x).sharding == jax.typeof(a).sharding
 
 
+def trajectories():
+    """y' = c sum(y) 1 - k y over all devices, from a, until t = 1: with total s, s(1) = e^(cN - k)
+    s(0), and what deviates from the mean decays as e^-k. By a, and by the k that all share."""
+    ts = jnp.linspace(0.0, 1.0, 3)
+
+    def heun(field, y0, ts):
+        def step(y, span):
+            h = (span[1] - span[0]) / 200
+
+            def half(i, y):
+                slope = field(span[0] + i * h, y)
+                return y + h / 2 * (slope + field(span[0] + (i + 1) * h, y + h * slope))
+
+            y = jax.lax.fori_loop(0, 200, half, y)
+            return y, y
+
+        return jnp.concatenate([y0[None], jax.lax.scan(step, y0, (ts[:-1], ts[1:]))[1]])
+
+    solve = {
+        how: fv.odeint(heun, takes="array", reverse=how) for how in ("adjoint", "sensitivities")
+    }
+    rate = 0.7
+    grown = lambda v: np.exp(-rate) * (v - v.mean() + np.exp(C * N) * v.mean())
+    alone = lambda v: np.exp(-rate) * v
+
+    def end(a, rate, c, how="adjoint"):
+        total = (lambda y: c * jax.lax.psum(jnp.sum(y), "b")) if c else (lambda y: 0.0)
+        return solve[how](lambda t, y: total(y) - rate * y, a, ts)[-1]
+
+    mesh = jax.make_mesh((DEVICES,), ("b",), axis_types=(AxisType.Auto,))
+    for check_vma in (True, False):
+        for c, how, wanted in (
+            (C, "adjoint", grown),
+            (0, "adjoint", alone),
+            (0, "sensitivities", alone),
+        ):
+            over = jax.shard_map(
+                lambda a, rate, c=c, how=how: end(a, rate, c, how),
+                mesh=mesh,
+                in_specs=(P("b"), P()),
+                out_specs=P("b"),
+                check_vma=check_vma,
+            )
+            loss = lambda a, rate, over=over: jnp.vdot(G, over(a, rate))
+            value, slopes = jax.jit(jax.value_and_grad(loss, (0, 1)))(A, rate)
+            np.testing.assert_allclose(value, G @ wanted(A), atol=1e-5)
+            np.testing.assert_allclose(slopes[0], wanted(G), atol=1e-5)
+            np.testing.assert_allclose(slopes[1], -G @ wanted(A), atol=1e-5)
+            moved = jax.jit(lambda a, t, over=over: jax.jvp(over, a, t)[1])
+            got = moved((A, rate), (G, 1.0))
+            np.testing.assert_allclose(got, wanted(G) - wanted(A), atol=1e-5)
+
+    # The integral of k a over (0, 2), summed over all devices; k is shared.
+    middle = fv.integral(lambda f, a, b: (b - a) * f((a + b) / 2))
+    over = jax.shard_map(
+        lambda a, k: middle(
+            lambda t: k * jax.lax.psum(jnp.sum(a), "b") * jnp.ones_like(a), 0.0, 2.0
+        ),
+        mesh=mesh,
+        in_specs=(P("b"), P()),
+        out_specs=P("b"),
+    )
+    slopes = jax.jit(jax.grad(lambda a, k: jnp.sum(over(a, k)), (0, 1)))(A, rate)
+    np.testing.assert_allclose(slopes[0], np.full(N, 2 * rate * N), atol=1e-9)
+    np.testing.assert_allclose(slopes[1], 2 * N * jnp.sum(A), atol=1e-9)
+
+    members = lambda how: jax.vmap(lambda a: end(a, rate, C, how), axis_name="b")
+    np.testing.assert_allclose(
+        jax.grad(lambda a: jnp.vdot(G, members("adjoint")(a)))(A), grown(G), atol=1e-5
+    )
+    with pytest.raises(NotImplementedError, match="one that sends values along the named axis 'b'"):
+        jax.grad(lambda a: jnp.vdot(G, members("sensitivities")(a)))(A)
+
+
 def refused():
     """What sums over one device only cannot solve a coupled system."""
     import lineax
@@ -243,7 +317,7 @@ def refused():
     total = lambda x: jax.lax.psum(jnp.sum(x), "b")
     constrained = fv.argmin(lambda fun, x0, *, equality: x0)
     f = lambda a: constrained(lambda x: total((x - a) ** 2), jnp.zeros_like(a), equality=total)
-    with pytest.raises(NotImplementedError, match="equality.*sends values along the named axis"):
+    with pytest.raises(NotImplementedError, match=r"equality.*sends values along the named axis"):
         jax.vmap(f, axis_name="b")(A)
 
 
@@ -256,6 +330,7 @@ CHECKS = {
     "passed on": passed_on,
     "a batch, explicit": batch_on_explicit,
     "spread and whole": spread_and_whole,
+    "trajectories": trajectories,
     "refused": refused,
 }
 

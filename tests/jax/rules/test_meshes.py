@@ -13,7 +13,7 @@ import pytest
 import freevars.jax as fv
 
 CHECKS = ["shard_map", "shard_map, check_vma=False", "vmap", "pmap", "explicit", "passed on"]
-CHECKS += ["a batch, explicit", "spread and whole", "refused"]
+CHECKS += ["a batch, explicit", "spread and whole", "trajectories", "refused"]
 
 
 @pytest.mark.slow  # a process of its own that compiles several programs

@@ -21,6 +21,7 @@ __all__ = [
     "not_more_varying",
     "on_mesh",
     "placed",
+    "sum_over_more",
     "tied",
     "tracks_varying",
     "typed_sharding",
@@ -105,6 +106,12 @@ def not_more_varying(x: Any, like: Any) -> Any:
     if jnp.issubdtype(x.dtype, jnp.inexact):
         return jax.lax.pmean(x, extra)
     return jax.lax.pmax(x.astype(int), extra).astype(x.dtype)
+
+
+def sum_over_more(x: Any, like: Any) -> Any:
+    """The sum of `x` over the named axes that `like` does not vary over, as of a cotangent."""
+    extra = tuple(sorted(varying_axes(x) - varying_axes(like)))
+    return jax.lax.psum(x, extra) if extra else x
 
 
 def is_sharded(x: Any) -> bool:

@@ -10,7 +10,7 @@ them. It is private because JAX has no public way to register rules for a primit
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -109,18 +109,26 @@ class _Batch:
     fun: LinearMap
     axes: tuple[int | None, ...]
     size: int
+    name: Any  # of the axis, along which the map may communicate
 
     def forward(self, given: Any, x: Any) -> Any:
-        every = functools.partial(jax.vmap, in_axes=(list(self.axes), 0), axis_size=self.size)
-        return every(lambda given, x: list(self.fun.forward(given, x)))(list(given), list(x))
+        return self._every(lambda given, x: list(self.fun.forward(given, x)))(list(given), list(x))
 
     def transposed(self, given: Any, g: Any) -> Any:
-        every = functools.partial(jax.vmap, in_axes=(list(self.axes), 0), axis_size=self.size)
-        return every(lambda given, g: list(self.fun.transposed(given, g)))(list(given), list(g))
+        return self._every(lambda given, g: list(self.fun.transposed(given, g)))(
+            list(given), list(g)
+        )
+
+    def _every(self, one: Callable[..., Any]) -> Callable[..., Any]:
+        axes = (list(self.axes), 0)
+        return jax.vmap(one, axes, axis_size=self.size, axis_name=self.name)
 
 
-def _batch(args: Any, dims: Any, *, fun: LinearMap, n: int, out: Any) -> Any:
-    size = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None)
+def _batch(axis: Any, args: Any, dims: Any, *, fun: LinearMap, n: int, out: Any) -> Any:
+    size = axis.size
+    if all(d is None for d in dims) and not isinstance(axis.name, str):
+        values = _linear_p.bind(*args, fun=fun, n=n, out=out)
+        return values, [None] * len(values)
     axes = tuple(None if d is None else 0 for d in dims[:n])
     given = [
         a if axis is None else jnp.moveaxis(a, d, 0)
@@ -132,10 +140,10 @@ def _batch(args: Any, dims: Any, *, fun: LinearMap, n: int, out: Any) -> Any:
         for a, d in zip(args[n:], dims[n:], strict=True)
     ]
     types = [core.unmapped_aval(size, 0, t) for t in out]
-    values = linear_map(_Batch(fun, axes, size), given, x, types)
+    values = linear_map(_Batch(fun, axes, size, axis.name), given, x, types)
     return values, [0] * len(values)
 
 
 ad.primitive_jvps[_linear_p] = _jvp
 ad.primitive_transposes[_linear_p] = _transpose
-batching.primitive_batchers[_linear_p] = _batch
+batching.fancy_primitive_batchers[_linear_p] = _batch

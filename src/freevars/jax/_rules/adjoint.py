@@ -53,6 +53,10 @@ class Recorded(NamedTuple):
     options: Any
     takes: Any
 
+    def coupled(self) -> frozenset[str]:
+        """The named axes along which the field communicates."""
+        return _compat.coupled_axes(jax.make_jaxpr(self.f)(self.ts[0], self.p, self.y0).jaxpr)
+
 
 @dataclass(frozen=True)
 class BySolver:
@@ -119,7 +123,9 @@ def _sensitivities(by: BySolver, of: Recorded, columns: Arrays) -> tuple[Arrays,
 
         return [*of.f(t, of.p, y), *jax.vmap(push)(dp, d)]
 
-    start = [*of.y0, *columns[n:]]
+    # Each changes as y does, which may vary over more named axes.
+    dy = [_compat.like_type(d, y) for d, y in zip(columns[n:], of.y0, strict=True)]
+    start = [*of.y0, *dy]
     out = by.solver.integrate(field, start, of.ts, of.options, of.takes, leg=by.leg)
     return out[m:], _difference(of, out[:m], of.ys)
 
@@ -128,6 +134,14 @@ def _sensitivities(by: BySolver, of: Recorded, columns: Arrays) -> tuple[Arrays,
 @_compat.any_rank
 def _by_sensitivities(by: BySolver, given: Arrays, g: Arrays) -> tuple[Arrays, Any]:
     of = by.recorded(given)
+    if of.coupled():
+        names = ", ".join(map(repr, sorted(of.coupled())))
+        message = (
+            'reverse="sensitivities": expected a field of one device, got one that sends values'
+            f" along the named axis {names} (psum, say): a sensitivity there is one of all devices."
+            ' Take reverse="adjoint", the default.'
+        )
+        raise NotImplementedError(message)
     inputs = [*of.p, *of.y0]
     flat = Flat(inputs)
     columns = flat.unravel(jnp.eye(flat.size, dtype=flat.dtype))
@@ -139,8 +153,9 @@ def _by_sensitivities(by: BySolver, given: Arrays, g: Arrays) -> tuple[Arrays, A
         return sum(p.astype(flat.dtype) for p in products)
 
     by_number = jax.vmap(paired)(jnp.arange(flat.size))
-    types = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in inputs]
-    (found,) = jax.linear_transpose(flat.ravel, types)(by_number)
+    zeros = [_compat.like_type(jnp.zeros(a.shape, a.dtype), by_number) for a in inputs]
+    (parts,) = jax.linear_transpose(flat.ravel, zeros)(by_number)
+    found = [*map(_compat.sum_over_more, parts, inputs)]
     return by.accepted(of, error, found, g), error
 
 
@@ -191,4 +206,8 @@ def _difference(of: Recorded, again: Arrays, recorded: Arrays) -> Any:
         size = jnp.maximum(size, least)
         gap = jnp.abs(a - b) / jnp.where(size > 0, size, 1)
         largest = jnp.maximum(largest, max_abs(gap).astype(largest.dtype))
+    # What one device gets wrong is wrong on all that it sends to.
+    for name in sorted(of.coupled()):
+        if not _compat.tracks_varying(name) or name in _compat.varying_axes(largest):
+            largest = jax.lax.pmax(largest, name)
     return largest

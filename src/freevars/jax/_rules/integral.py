@@ -243,6 +243,7 @@ def _transposed(by: _ByProblem, given: list[Any], g: list[Any]) -> tuple[list[An
         # One number at a time, as a batch: what does not depend on the number is computed once.
         each = jax.vmap(lambda i: integrate(lambda t: flat.ravel(at_point(t))[i]))
         found = flat.unravel(each(jnp.arange(flat.size)))
+    found = [*map(_compat.not_more_varying, found, some)]  # in one vector all vary as the first
     fixed, along = pulled(*jax.lax.stop_gradient((given, g))), direction(flat.ravel(some))
 
     def number(cotangents: list[Any]) -> Any:

@@ -172,7 +172,9 @@ def accepted(out: list[Any], asked: list[Any], good: Any) -> list[Any]:
     nothing = jnp.all(jnp.stack([jnp.all(a == 0) for a in asked])) if asked else True
     # A factor, so that a derivative of what is not good is NaN too.
     factor = jnp.where(good | nothing, 1, jnp.nan)
-    return [leaf * factor.astype(leaf.real.dtype) for leaf in out]
+    found = [leaf * factor.astype(leaf.real.dtype) for leaf in out]
+    # What all devices share is NaN where that of one is.
+    return [*map(_compat.not_more_varying, found, out)]
 
 
 def _warn(limit: float, told: Told, error: Any) -> None:

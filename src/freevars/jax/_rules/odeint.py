@@ -175,7 +175,9 @@ class OdeintSolver(Integrator[P, R]):
         y0 = pack([jnp.asarray(part, part.dtype) for part in state])
         problem = self._problem(lambda at: pack(field(at[0], unpack(at[1]))), y0, ts)
         at = (y0, ts, Static(_LEG if leg else _ALL))
-        return unpack(self.result_of(self.solve(problem, at, options)))
+        states = unpack(self.result_of(self.solve(problem, at, options)))
+        # In one vector all vary as the first does.
+        return [*map(_compat.not_more_varying, states, state)]
 
 
 _ALL, _LEG = "all times", "a leg"
