@@ -19,6 +19,7 @@ import lineax as lx
 import numpy as np
 import pytest
 from jax import lax
+from jax.interpreters import ad
 
 import freevars.jax as fv
 from freevars.errors import NotASolutionError, StructureError
@@ -171,6 +172,24 @@ def test_vmap_over_captured_values(square_root):
     close(jax.vmap(jax.grad(square_root))(a), 0.5 * a**-0.5)
     close(jax.grad(lambda a: jnp.sum(jax.vmap(square_root)(a)))(a), 0.5 * a**-0.5)
     close(jax.jit(jax.vmap(jax.hessian(square_root)))(a), -0.25 * a**-1.5)
+
+
+def test_vmap_over_a_function_that_chooses_between_programs(monkeypatch):
+    """Under `vmap` JAX stops gradients of what a branch reads where it is not taken, which has no
+    transpose unless lineax is imported."""
+    monkeypatch.delitem(ad.primitive_transposes, lax.stop_gradient_p, raising=False)
+
+    def solve(a):  # the cube root of a, or a / 2
+        branches = [lambda x: x**3 / a - 1, lambda x: 2 * x / a - 1]
+        return newton(lambda x: lax.cond(a > 0, *branches, x), jnp.asarray(1.0), steps=20)
+
+    total = lambda a: jnp.sum(jax.vmap(solve)(a))
+    a = jnp.array([8.0, -3.0])
+    np.testing.assert_allclose(jax.vmap(solve)(a), [2.0, -1.5])
+    for slope in (jax.grad(total), jax.jit(jax.grad(total)), jax.jacfwd(total)):
+        np.testing.assert_allclose(slope(a), [1 / 12, 1 / 2])
+    for bend in (jax.hessian(total), jax.jacrev(jax.grad(total))):
+        np.testing.assert_allclose(bend(a), [[-1 / 144, 0], [0, 0]], atol=1e-12)
 
 
 @pytest.mark.slow

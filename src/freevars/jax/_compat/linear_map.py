@@ -21,7 +21,7 @@ from freevars._sequences import replaced
 from freevars.jax._compat.axes import like_sharding, like_type
 from freevars.jax._compat.private import ad, batching, core, mlir
 
-__all__ = ["LinearMap", "linear_map"]
+__all__ = ["LinearMap", "linear_map", "with_transpose"]
 
 
 class LinearMap(Protocol):
@@ -100,6 +100,34 @@ def _transpose(g: Any, *args: Any, fun: LinearMap, n: int, out: Any) -> Any:
         _like(ct, of.aval) if ad.is_undefined_primal(of) else None
         for ct, of in zip(found, x, strict=True)
     ]
+
+
+def with_transpose(push: Callable[[Any], Any], x: list[Any], out: Any) -> Callable[[Any], Any]:
+    """A linear map out of `jax.linearize`, at `x` and with results like `out`, whose transpose is
+    taken before a `vmap` that is under way.
+
+    Under `vmap` JAX makes a `cond` a choice between both branches, whose operands have no gradient
+    where they are not chosen (https://github.com/jax-ml/jax/issues/1052): where these are the
+    linear ones, what comes of it has no transpose.
+    """
+    given, tree = jax.tree.flatten(push)
+    leaves, structure = jax.tree.flatten(out)
+    types = list(map(jax.typeof, leaves))
+    fun = _Linearised(tree, tuple(map(jax.typeof, x)))
+    return lambda dots: structure.unflatten(linear_map(fun, given, dots, types))
+
+
+@dataclass(frozen=True)
+class _Linearised:
+    tree: Any  # of the map, a pytree
+    types: tuple[Any, ...]  # of its inputs
+
+    def forward(self, given: Sequence[Any], x: Sequence[Any]) -> list[Any]:
+        return jax.tree.leaves(self.tree.unflatten(given)(list(x)))
+
+    def transposed(self, given: Sequence[Any], g: Sequence[Any]) -> Any:
+        (found,) = jax.linear_transpose(lambda x: self.forward(given, x), [*self.types])(list(g))
+        return found
 
 
 @dataclass(frozen=True)

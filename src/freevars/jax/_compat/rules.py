@@ -27,6 +27,7 @@ __all__ = [
     "declared_parts",
     "function_beside",
     "function_parts",
+    "has_cond",
     "has_custom_vjp",
     "has_custom_vmap",
     "held_by_operation",
@@ -275,6 +276,11 @@ def has_custom_vjp(jaxpr: Any) -> bool:
 def has_custom_vmap(jaxpr: Any) -> bool:
     """Whether a program, or one nested in it, has a rule for batches."""
     return _holds(jaxpr, lambda eqn: eqn.primitive.name == "custom_vmap_call")
+
+
+def has_cond(jaxpr: Any) -> bool:
+    """Whether a program, or one nested in it, chooses between programs."""
+    return _holds(jaxpr, lambda eqn: eqn.primitive.name == "cond")
 
 
 def _holds(jaxpr: Any, wanted: Callable[[Any], bool]) -> bool:

@@ -262,11 +262,13 @@ def _push(
     transpose of that is the derivative again. It is pulled back to everything that has a
     derivative, so that no custom rule remains and this derivative has a forward mode itself.
     """
-    if not _compat.has_custom_vjp(jax.make_jaxpr(f)(v, leaves).jaxpr):
+    program = jax.make_jaxpr(f)(v, leaves).jaxpr
+    if not _compat.has_custom_vjp(program):
         value, by_v = jax.linearize(lambda v: f(v, leaves), v)
-        _, by_moved = jax.linearize(
-            lambda moved: f(v, replaced(leaves, moving, moved)), [leaves[i] for i in moving]
-        )
+        moved = [leaves[i] for i in moving]
+        _, by_moved = jax.linearize(lambda moved: f(v, replaced(leaves, moving, moved)), moved)
+        if moving and _compat.has_cond(program):
+            by_moved = _compat.with_transpose(by_moved, moved, value)
         return value, by_v, by_moved
     value, push = _transposed_twice(f, v, leaves)
     return (
