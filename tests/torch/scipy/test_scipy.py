@@ -343,3 +343,20 @@ def test_it_is_the_attribute_scipy() -> None:
     assert fv.scipy.minimize is minimize
     with pytest.raises(AttributeError, match=r"'freevars.torch' has no attribute 'numpy'"):
         fv.numpy  # noqa: B018
+
+
+def test_polishing_ends_on_the_bounds_that_hold_x() -> None:
+    """An interior-point method keeps a distance from them, which the other components feel."""
+
+    def solve(a, **how):
+        bowl = lambda x: (x[0] - 3 * a) ** 2 + (x[1] - a) ** 2 + x[0] * x[1]
+        x0 = torch.zeros(2, dtype=torch.float64)
+        options = {"method": "trust-constr", "bounds": (None, 1.0)}
+        return fv.scipy.minimize(bowl, x0, **options, **how).x
+
+    a = torch.tensor(1.0, dtype=torch.float64)
+    assert solve(a, polish=False)[0] < 1.0
+    np.testing.assert_allclose(solve(a), [1.0, 0.5], rtol=1e-14)
+    np.testing.assert_allclose(torch.func.jacrev(solve)(a), [0.0, 1.0], atol=1e-12)
+    many = torch.stack([a, 1.1 * a])
+    np.testing.assert_allclose(torch.func.vmap(solve)(many), [[1.0, 0.5], [1.0, 0.6]], rtol=1e-14)

@@ -140,9 +140,11 @@ def system_at(
     one_sided: bool,
     check: bool,
     nan: bool,
+    to_bounds: bool,
 ) -> Tensor:
     """F at x and its multipliers; NaN where a problem is degenerate. `nan`: the derivative is NaN
-    there too, also with respect to what only the other decision would read."""
+    there too, also with respect to what only the other decision would read. `to_bounds`: the
+    distance that x keeps from an active bound counts."""
     gradient = at.gradient(x, multipliers)
     with torch.no_grad():
         fixed = {name: m.detach() for name, m in multipliers.items()}
@@ -156,8 +158,9 @@ def system_at(
     # Of two sides that fix a component, the one that holds it.
     at_lower = torch.where(at.fixed, ~active_set.upper.active, keeps(active_set.lower))
     near = Limits.of(eps).certain
+    spot = 0.0 if to_bounds else near
     below, above = (
-        kkt.on_the_spot(torch, x - bound, (x - bound).detach(), gap.abs() <= near)
+        kkt.on_the_spot(torch, x - bound, (x - bound).detach(), gap.abs() <= spot)
         for bound, gap in zip((at.lower, at.upper), active_set.gaps, strict=False)
     )
     rows = [torch.where(at_lower, below, torch.where(keeps(active_set.upper), above, gradient))]

@@ -10,6 +10,7 @@ F of all of them is recorded once.
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -144,6 +145,9 @@ class BatchedCondition(DifferentiableCondition):
         fun = torch.func.vmap(self.of.equations, (0, x0_dim, *dims), randomness="same")
         f: Tensor = fun(self._split(x), *values)
         return f.flatten(0, 1)
+
+    def to_bounds(self) -> Self:
+        return type(self)(self.of.to_bounds(), self.size, self.dims)
 
     def completed(self, f: Tensor, x: Tensor, columns: Tensor, /, *values: Tensor) -> Tensor:
         if self.rule.conserved is None:

@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -126,6 +126,10 @@ class Condition:
             x = self._polished(x, columns, values)
         return x, columns, others
 
+    def to_bounds(self) -> Self:
+        """The condition for a step that ends on the bounds that are active, where x is near."""
+        return self
+
     def _polished(self, x: Tensor, columns: Tensor, values: Sequence[Tensor]) -> Tensor:
         """The solution after one more step, of Newton's method.
 
@@ -133,13 +137,14 @@ class Condition:
         from a solution that a step tells nothing, or so near that rounding is all that is left.
         Nor where the step is not finite, or leads to where the function has no value.
         """
+        of = self.to_bounds()
 
         def f_at(x: Tensor) -> tuple[Tensor, Tensor]:
             at = x.clone().requires_grad_()
             with torch.enable_grad():
-                return at, self.residual(at, columns, *values)
+                return at, of.residual(at, columns, *values)
 
-        system = self._system(self._derivative(*f_at(x)), values)
+        system = of._system(of._derivative(*f_at(x)), values)  # noqa: SLF001 (as self)
         step = system.newton_step()
         finite = torch.isfinite(step).all(1, keepdim=True)
         if not bool(finite.any()):

@@ -4,9 +4,10 @@ The unknown is x with the multipliers of `equality` and `inequality`, side by si
 equations, and which constraints are active (`active.py`).
 """
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from freevars.torch._rules.active import (
     multipliers_at,
     system_at,
 )
-from freevars.torch._rules.condition import Solution
+from freevars.torch._rules.condition import Condition, Solution
 from freevars.torch._rules.optimality import check_parts, joined, numbers_in, value_of
 from freevars.torch._rules.problem import Problem
 from freevars.torch._rules.ravel import Unknown
@@ -86,6 +87,7 @@ class ConstrainedProblem(Problem):
     """The Karush-Kuhn-Tucker system of the user's functions, and how the user's solver finds x."""
 
     constrained = True
+    ends_on_bounds = False
 
     @property
     def stating(self) -> Mapping[str, Converted[..., Any]]:
@@ -133,7 +135,14 @@ class ConstrainedProblem(Problem):
             one_sided=self.rule.one_sided,
             check=self.rule.check,
             nan=self.rule.on_failure == "nan",
+            to_bounds=self.ends_on_bounds,
         )
+
+    def to_bounds(self) -> Self:
+        there = copy.copy(self)
+        Condition.__init__(there)  # with systems of its own
+        there.ends_on_bounds = True
+        return there
 
     def _start(self, values: Sequence[Tensor]) -> Any:
         return self.of_x.unravel(self._split(values[0])[0])
