@@ -152,6 +152,8 @@ def odeint(solver: Callable[..., Any] | None = None, /, **options: Unpack[OdeOpt
         freevars.errors.StructureError: the field returns another structure or shape than y0, the
             solver one that is not like y0 with an axis over `ts`, or calls the field in the other
             order than `tfirst` says.
+        NotImplementedError: a derivative with `reverse="sensitivities"` where the field sends
+            values along a named axis (`psum`, say); the adjoint is right there.
 
     References:
         Pontryagin et al. 1962, "The Mathematical Theory of Optimal Processes"; Chen et al. 2018,

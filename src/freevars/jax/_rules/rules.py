@@ -191,6 +191,8 @@ def argmin(solver: Callable[..., Any] | None = None, /, **options: Unpack[Option
 
     Raises:
         freevars.errors.FreevarsError: as for `root`.
+        NotImplementedError: a constraint sends values along a named axis (`psum`, say): outside of
+            `shard_map` an array that is spread over devices is one unknown.
 
     References:
         Fiacco 1983, "Introduction to Sensitivity and Stability Analysis in Nonlinear Programming",
