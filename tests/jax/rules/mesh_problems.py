@@ -28,7 +28,8 @@ def loop(steps, step):
 
 
 richardson = loop(80, lambda fun, x: x - fun(x))
-descent = loop(80, lambda fun, x: x - jax.grad(fun)(x))
+# With check_vma=False, the gradient of a psum is that of all devices, added up.
+descent = loop(120, lambda fun, x: x - 0.2 * jax.grad(fun)(x))
 
 
 def check(f, value, reverse, forward=None):
