@@ -174,6 +174,7 @@ def test_vmap_over_captured_values(square_root):
     close(jax.jit(jax.vmap(jax.hessian(square_root)))(a), -0.25 * a**-1.5)
 
 
+@pytest.mark.slow
 def test_vmap_over_a_function_that_chooses_between_programs(monkeypatch):
     """Under `vmap` JAX stops gradients of what a branch reads where it is not taken, which has no
     transpose unless lineax is imported."""
