@@ -52,10 +52,7 @@ class Recorded(NamedTuple):
     ys: Arrays
     options: Any
     takes: Any
-
-    def coupled(self) -> frozenset[str]:
-        """The named axes along which the field communicates."""
-        return _compat.coupled_axes(jax.make_jaxpr(self.f)(self.ts[0], self.p, self.y0).jaxpr)
+    coupled: frozenset[str]  # the named axes along which the field communicates
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,7 @@ class BySolver:
 
         p = [leaves[i] for i in self.moving]
         parts = (jax.tree.leaves(y0), ts, jax.tree.leaves(ys))
-        return Recorded(f, p, *parts, options, self.solver.takes(y0))
+        return Recorded(f, p, *parts, options, self.solver.takes(y0), problem.coupled)
 
     def accepted(self, of: Recorded, error: Any, out: Arrays, asked: Arrays) -> Arrays:
         """Replace what is not good by NaN."""
@@ -134,8 +131,8 @@ def _sensitivities(by: BySolver, of: Recorded, columns: Arrays) -> tuple[Arrays,
 @_compat.any_rank
 def _by_sensitivities(by: BySolver, given: Arrays, g: Arrays) -> tuple[Arrays, Any]:
     of = by.recorded(given)
-    if of.coupled():
-        names = ", ".join(map(repr, sorted(of.coupled())))
+    if of.coupled:
+        names = ", ".join(map(repr, sorted(of.coupled)))
         message = (
             'reverse="sensitivities": expected a field of one device, got one that sends values'
             f" along the named axis {names} (psum, say): a sensitivity there is one of all devices."
@@ -207,7 +204,7 @@ def _difference(of: Recorded, again: Arrays, recorded: Arrays) -> Any:
         gap = jnp.abs(a - b) / jnp.where(size > 0, size, 1)
         largest = jnp.maximum(largest, max_abs(gap).astype(largest.dtype))
     # What one device gets wrong is wrong on all that it sends to.
-    for name in sorted(of.coupled()):
+    for name in sorted(of.coupled):
         if not _compat.tracks_varying(name) or name in _compat.varying_axes(largest):
             largest = jax.lax.pmax(largest, name)
     return largest

@@ -72,7 +72,8 @@ def constrained_problem(
     problem = Problem.of_parts(functions, dict.fromkeys(functions, x0), args, kwargs, bounds)
     for kind in problem.constraints:
         _check_constraint(kind, problem.struct(kind), name)
-        _refuse_coupled(problem, kind, x0, name)
+        if problem.coupled:  # the objective alone may be
+            _refuse_coupled(problem, kind, x0, name)
     return problem
 
 

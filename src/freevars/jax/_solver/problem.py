@@ -104,6 +104,11 @@ class Problem(NamedTuple):
         closures = [self.fun] if self.totals is None else [self.fun, self.totals]
         return any(f._program.has_custom_vmap for f in closures)  # noqa: SLF001 (own package)
 
+    @property
+    def coupled(self) -> frozenset[str]:
+        """The named axes in use along which a function communicates."""
+        return _compat.coupled_axes(self.fun._program.jaxpr)  # noqa: SLF001 (own package)
+
     def value(self, x: Any, *, has_aux: bool) -> Any:
         """The value of the function, without its aux."""
         args, kwargs = self.extra()
