@@ -15,6 +15,7 @@ from jax import lax
 
 import freevars.jax as fv
 from freevars.errors import StructureError
+from tests.jax.processes import with_devices
 
 X = jnp.array([0.5, -0.25, 2.0])
 W = jnp.array([1.0, 2.0, -1.0])
@@ -242,12 +243,11 @@ SHARDED = """
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 @pytest.mark.slow
 def test_a_sharded_capture_keeps_its_sharding(kind) -> None:
-    flags = "--xla_force_host_platform_device_count=8"
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(SHARDED.format(kind=kind))],
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={**with_devices(8), "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert done.stdout == "done\n", done.stderr[-2000:]

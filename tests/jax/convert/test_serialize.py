@@ -30,6 +30,7 @@ from freevars.errors import StructureError
 from freevars.jax._convert import serialize
 from freevars.jax._convert.pack import pack
 from freevars.jax._convert.unpack import unpack
+from tests.jax.processes import with_devices
 
 X = jnp.array([0.5, -0.25, 2.0])
 W = jnp.array([1.0, 2.0, -1.0])
@@ -242,6 +243,7 @@ OF_LINEAX = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OF_LINEAX)
 def test_linear_solves_of_lineax(name) -> None:
     g = elsewhere(fv.Closure(by_lineax(OF_LINEAX[name]), 2.0))
@@ -574,7 +576,7 @@ SHARDED = """
 
 @pytest.mark.slow
 def test_shardings_come_back_where_the_devices_exist(tmp_path) -> None:
-    eight = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    eight = {"XLA_FLAGS": with_devices(8)["XLA_FLAGS"]}
     code = lambda save: SHARDED.format(path=str(tmp_path / "f"), save=save)
     run(code(True), **eight)
     lines = run(code(False), **eight).splitlines()

@@ -1,6 +1,5 @@
 """A host solver in programs over several devices and processes (`device_problems.py`)."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -8,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.jax.processes import with_devices
+
 PROGRAM = str(Path(__file__).with_name("device_problems.py"))
 
 
 def _run(*args: str, devices: int) -> subprocess.Popen[str]:
-    flag = f"--xla_force_host_platform_device_count={devices}"
-    env = {**os.environ, "XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"}
+    env = {**with_devices(devices), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, PROGRAM, *args]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env

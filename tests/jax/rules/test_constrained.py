@@ -124,6 +124,7 @@ def test_a_result_beside_its_bounds_in_any_units() -> None:
     np.testing.assert_allclose(jax.grad(lambda t: beside_bounds(HOST, t))(T), 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bend", [0.0, 1.0])
 def test_what_a_solver_leaves_of_zero_is_no_size(bend) -> None:
     for left in LEFT if bend else LEFT[:-1]:
@@ -140,6 +141,7 @@ def test_what_is_refused(refused) -> None:
     assert np.isnan(jax.grad(lambda t: refused.solve(HOST, {"on_failure": "nan"}, t))(1.0))
 
 
+@pytest.mark.slow
 def test_a_bound_and_an_equality_at_one_place_keep_no_totals() -> None:
     """Of the system with a bound in it, null vectors are not those of the transpose."""
 
@@ -339,6 +341,7 @@ def test_mistakes(given, error, text) -> None:
         MINIMIZE(lambda x: jnp.sum(x**2), jnp.zeros(2), **given)
 
 
+@pytest.mark.slow
 def test_a_degenerate_component_is_found_wherever_it_is():
     """From inside its bound, at the distance that an interior-point method leaves; of those that
     are not degenerate, none is refused."""

@@ -1,6 +1,5 @@
 """An unknown on several devices: named axes, shards, explicit meshes (`mesh_problems.py`)."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 
 import freevars.jax as fv
+from tests.jax.processes import with_devices
 
 CHECKS = ["shard_map", "shard_map, check_vma=False", "vmap", "pmap", "explicit", "passed on"]
 CHECKS += ["a batch, explicit", "spread and whole", "trajectories", "refused"]
@@ -19,15 +19,19 @@ CHECKS += ["a batch, explicit", "spread and whole", "trajectories", "refused"]
 @pytest.mark.slow  # a process of its own that compiles several programs
 @pytest.mark.parametrize("check", CHECKS)
 def test_unknowns_on_several_devices(check):
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     program = Path(__file__).with_name("mesh_problems.py")
     done = subprocess.run(
-        [sys.executable, str(program), check], capture_output=True, text=True, check=False, env=env
+        [sys.executable, str(program), check],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=with_devices(4),
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout == f"passed {check}, one of {', '.join(CHECKS)}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("send", ["psum", "ppermute"])
 def test_members_of_a_batch_that_send_to_each_other_are_one_unknown(send):
     """x_i + 0.3 x_(i - 1), or of the sum of all, = a_i."""
@@ -50,6 +54,7 @@ def test_members_of_a_batch_that_send_to_each_other_are_one_unknown(send):
     np.testing.assert_allclose(got, np.linalg.inv(np.eye(n) + 0.3 * matrix), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_coupled_members_have_second_derivatives():
     """x_i = (a_i x_i + mean of x^2 + a_i) / 4: of the fixed point against that of a loop."""
     a = jnp.array([0.5, -0.3, 0.2])

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import gc
 import inspect
-import os
 import pickle
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from jax.interpreters import ad
 import freevars.jax as fv
 from freevars.errors import NotASolutionError, StructureError
 from freevars.jax._rules.solver import ImplicitSolver
+from tests.jax.processes import with_devices
 
 TRACES = []
 
@@ -254,9 +254,12 @@ tangent = jax.jvp(lambda s: f(a, s), (2.0,), (1.0,))[1]
 np.testing.assert_allclose(tangent, 0.5 * a**0.5 * 2**-0.5, rtol=1e-5)
 print(jax.device_count())
 """
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=env
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=with_devices(4),
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "4"
@@ -342,6 +345,7 @@ MIXED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [*MIXED])
 @pytest.mark.parametrize("solve", [iterate, fv.root(newton_steps, dense_limit=0)])
 def test_an_equation_may_read_nothing_of_what_is_differentiated_by(solve, order):
@@ -986,6 +990,7 @@ def test_one_unknown_beside_a_leaf_without_entries() -> None:
     np.testing.assert_allclose(jax.jit(jax.vmap(jax.grad(f)))(jnp.full(2, 2.0)), 0.5 / 2**0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outer", [lambda f: f, jax.jit])
 def test_an_unknown_that_is_the_same_for_all_of_a_batch_beside_one_that_is_not(outer) -> None:
     """Where the solver goes leaf by leaf, it finds w = b once: u = a b."""
@@ -1012,6 +1017,7 @@ def test_an_unknown_that_is_the_same_for_all_of_a_batch_beside_one_that_is_not(o
     np.testing.assert_allclose(jax.jvp(total, (a, b), (a, b))[1], by_a @ a + by_b * b, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["raise", "warn"])
 def test_the_rank_promotion_of_a_user_is_not_ours(mode) -> None:
     """A matrix times a vector's entries inside of a rule is no mistake of theirs; one in the

@@ -225,6 +225,7 @@ def test_components_beside_which_others_vanish(dtype, spread):
         np.testing.assert_allclose(jax.jacrev(solve)(jnp.ones((), dtype)) / x, logs, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dense_limit", [512, 0])
 @pytest.mark.parametrize("mode", ["forward", "reverse"])
 def test_the_parts_of_a_complex_number_are_as_large_as_it(dense_limit, mode):
@@ -327,6 +328,7 @@ def test_a_fixed_point_whose_equations_cancel_is_singular(dtype):
 # --- What is asked for ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("eigenvalue", [0.9, 1.0])
 def test_a_direction_that_an_iteration_never_leaves_is_found_among_many(dtype, eigenvalue):
@@ -344,6 +346,7 @@ def test_a_direction_that_an_iteration_never_leaves_is_found_among_many(dtype, e
         np.testing.assert_allclose(slope, c @ c / 0.7, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_what_the_check_adds_to_a_step_is_taken_out_before_anything_else_is_asked():
     n, calls = 1000, []
     c = np.random.default_rng(1).choice([0.7, -0.7], n).astype("float32")
@@ -705,6 +708,7 @@ def test_what_coarse_arithmetic_leaves_is_accepted(shape):
         jax.grad(loss(off, coarse))(weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1.0, 1e-20, 1e-24])
 def test_a_small_solution_found_from_afar_counts_by_itself(size):
     """Though the squares of its components are 0 in float32."""

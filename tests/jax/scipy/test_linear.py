@@ -62,6 +62,7 @@ def test_more_constraints_than_unknowns_meet() -> None:
         jax.jacobian(corner)(3.0)
 
 
+@pytest.mark.slow
 def test_what_is_infeasible_says_so() -> None:
     result = linprog(GAIN, -jnp.ones((1, 2)), jnp.array([-3.0]), bounds=(0, 1))
     assert not result.success

@@ -146,6 +146,7 @@ def test_what_forward_mode_cannot_record_is_refused_by_name(solve) -> None:
         jacobian(run, a, strategy="forward-mode", vectorize=True)
 
 
+@pytest.mark.slow
 def test_a_program_that_would_lose_the_derivative_is_refused(solve) -> None:
     class Integral(torch.nn.Module):
         def __init__(self) -> None:

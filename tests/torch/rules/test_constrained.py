@@ -224,6 +224,7 @@ def test_mistakes(given, error, text) -> None:
         MINIMIZE(lambda x: (x**2).sum(), torch.zeros(2), **given)
 
 
+@pytest.mark.slow
 def test_a_degenerate_component_is_found_wherever_it_is():
     """From inside its bound, at the distance that an interior-point method leaves; of those that
     are not degenerate, none is refused."""

@@ -294,6 +294,7 @@ def test_an_option_that_does_not_move_may_be_a_tensor() -> None:
             torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(out).tangent, slope)
 
 
+@pytest.mark.slow
 def test_what_the_solver_could_read_and_does_not() -> None:
     """It reaches a tensor, under torch.func too, that the integrand alone reads."""
 

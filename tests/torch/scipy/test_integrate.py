@@ -179,6 +179,7 @@ def test_stiff_equations_go_forwards() -> None:
     np.testing.assert_allclose(ours, grad(exact, rate)[0], rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reverse", ["adjoint", "sensitivities"])
 def test_no_derivative_past_the_end_of_a_solution(reverse) -> None:
     """y = 1 / (1 - rate t) ends at t = 1 / rate."""
