@@ -5,6 +5,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 PIP = -m pip -qq --disable-pip-version-check
+QUICKLY = $(BIN)/python tools/quickly.py
 
 .PHONY: coverage test-slow nightly test-torch-newest test-torch-oldest demo demo-torch demo-distributed examples test test-all bench bench-quick lint types docs matrix site dist-check test-newest test-oldest clean
 
@@ -68,17 +69,17 @@ types: $(READY)
 
 # Every code block that a reader may paste: in docstrings, in the README, in docs/.
 docs: $(READY)
-	@$(BIN)/python -m pytest -n0 --doctest-modules src/freevars
-	@$(BIN)/python tools/check_docs.py
+	@$(QUICKLY) -m pytest -n0 --doctest-modules src/freevars
+	@$(QUICKLY) tools/check_docs.py
 
 # The compatibility matrix, measured and compared with the page that shows it.
 matrix: $(READY)
-	@$(BIN)/python -W ignore -m benchmarks.behaviour --check docs/behaviour.md
+	@$(QUICKLY) -W ignore -m benchmarks.behaviour --check docs/behaviour.md
 
 # The pages, the reference and the gallery, in build/site; then a look at them in a browser, where there is
 # one. Strict: a broken link fails. Examples that have run since they were changed do not run again.
 site: $(READY) .venv-site/.ready
-	@$(BIN)/python tools/gallery.py --changed
+	@$(QUICKLY) tools/gallery.py --changed
 	@NO_MKDOCS_2_WARNING=1 .venv-site/bin/mkdocs --quiet build --strict
 	@$(BIN)/python -m pytest -n0 -rs tests/test_site_in_browser.py
 

@@ -1,10 +1,7 @@
-"""Settings of the JAX tests: speed, and what JAX keeps between them."""
+"""What JAX keeps between the tests of its host."""
 
 import jax
 import pytest
-
-# The tests compile many tiny programs; none of them gains anything from being optimised.
-jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="module", autouse=True)
