@@ -623,6 +623,32 @@ def test_a_traced_value_that_a_rule_holds_is_hoisted() -> None:
         np.testing.assert_array_equal(jit(jax.jacobian(slope))(W), jnp.eye(3))
 
 
+@pytest.mark.parametrize("made", [jnp.asarray, lambda c: jax.lax.full_like(X[0], c), np.float32])
+@pytest.mark.parametrize("form", ["jvp", "vjp"])
+def test_a_number_made_in_the_function_that_a_rule_holds(form, made) -> None:
+    """JAX writes it into the program, where it has no variable."""
+
+    def times(c):
+        def fun(x):
+            scale = made(c)
+            if form == "jvp":
+                f = jax.custom_jvp(lambda x: scale * jnp.sin(x))
+                f.defjvp(lambda p, t: (scale * jnp.sin(p[0]), scale * jnp.cos(p[0]) * t[0]))
+            else:
+                f = jax.custom_vjp(lambda x: scale * jnp.sin(x))
+                f.defvjp(lambda x: (scale * jnp.sin(x), x), lambda x, g: (scale * jnp.cos(x) * g,))
+            return f(x)
+
+        return fv.Closure(fun, X[0])
+
+    np.testing.assert_allclose(times(3.0)(X[0]), 3 * jnp.sin(X[0]), rtol=1e-6)
+    np.testing.assert_allclose(jax.grad(times(3.0))(X[0]), 3 * jnp.cos(X[0]), rtol=1e-6)
+    second = jax.grad(jax.jit(jax.grad(times(3.0))))(X[0])
+    np.testing.assert_allclose(second, -3 * jnp.sin(X[0]), rtol=1e-6)
+    assert jax.tree.structure(times(3.0)) == jax.tree.structure(times(3.0))
+    assert jax.tree.structure(times(3.0)) != jax.tree.structure(times(4.0))
+
+
 def test_an_argument_that_a_rule_holds() -> None:
     f = fv.Closure(lambda x: jax.jvp(rule_capturing(x), (W,), (W,))[1], X)
     np.testing.assert_array_equal(f(X), X * W)

@@ -24,6 +24,7 @@ __all__ = [
     "is_live",
     "is_open",
     "layer",
+    "literal",
     "made_by",
     "nothing_traced",
     "variable",
@@ -109,7 +110,14 @@ def made_by(tracer: Any) -> Any:
 
 def variable(tracer: Any) -> Any:
     """The variable that stands for a tracer in the program that is being traced, or None."""
-    return tracer.val if isinstance(tracer, partial_eval.DynamicJaxprTracer) else None
+    stands = tracer.val if isinstance(tracer, partial_eval.DynamicJaxprTracer) else None
+    return None if isinstance(stands, core.Literal) else stands
+
+
+def literal(tracer: Any) -> Any:
+    """The number that stands for a tracer in the program that is being traced, or None."""
+    stands = tracer.val if isinstance(tracer, partial_eval.DynamicJaxprTracer) else None
+    return stands if isinstance(stands, core.Literal) else None
 
 
 def argument_of(tracer: Any) -> tuple[str, str]:

@@ -52,8 +52,11 @@ class Constants:
     def variables(self) -> list[Var]:
         return [var for _, var in self._found.values()]
 
-    def variable(self, value: Any, aval: Any) -> Var:
-        """The variable for `value`, or for what `value` is a copy of."""
+    def variable(self, value: Any, aval: Any) -> Any:
+        """The variable for `value`, or for what `value` is a copy of; a number for a number."""
+        number = _compat.literal(value)
+        if number is not None:
+            return number
         key = identity(value)
         if key in self._copies:
             value = self._copies[key]
