@@ -173,11 +173,11 @@ class OdeRule(IntegralRule):
 
     @property
     def order(self) -> str:
-        """How the solver calls its field, and what to say if it is the other way round."""
+        """How the solver calls its field, and who would call it the other way round."""
         first, other = ("(t, y)", "(y, t)") if self.tfirst else ("(y, t)", "(t, y)")
         return (
-            f"The solver calls it as field{first} by tfirst={self.tfirst}; say"
-            f" tfirst={not self.tfirst} for field{other}."
+            f"The solver calls it as field{first}; one by odeint(..., tfirst={not self.tfirst}) as"
+            f" field{other}."
         )
 
 

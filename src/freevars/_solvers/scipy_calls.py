@@ -24,6 +24,7 @@ __all__ = [
     "check_span",
     "check_times",
     "dense",
+    "ends",
     "is_open",
     "ivp_options",
     "listed",
@@ -303,6 +304,23 @@ def check_times(shape: tuple[int, ...]) -> None:
             f" (n,), got shape {tuple(shape)}."
         )
         raise TypeError(message)
+
+
+def ends(t_span: Any) -> tuple[Any, Any]:
+    """The two times of `t_span`.
+
+    Raises:
+        TypeError: there are not two.
+    """
+    try:
+        first, last = t_span
+    except (TypeError, ValueError):
+        message = (
+            f"solve_ivp: t_span: expected a pair, the first and the last time, got {t_span}. The"
+            " times at which y is returned are t_eval."
+        )
+        raise TypeError(message) from None
+    return first, last
 
 
 def check_span(span: Sequence[float], times: Sequence[float]) -> None:

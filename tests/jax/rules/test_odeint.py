@@ -307,11 +307,11 @@ def test_like_diffrax_through_its_steps() -> None:
 def test_the_order_of_the_field() -> None:
     ts = jnp.array([0.0, 1.0])
     wrong = fv.odeint(ode.odeint)  # which calls field(y, t)
-    with pytest.raises(StructureError, match=r"say tfirst=False for field\(y, t\)"):
+    with pytest.raises(StructureError, match=r"tfirst=False\) as field\(y, t\)"):
         wrong(lambda y, t: -y, jnp.ones(2), ts)
     # Of one number the value is right in either order, and the derivative is refused.
     assert wrong(lambda y, t: -y, 1.0, ts)[-1] == pytest.approx(np.exp(-1.0))
-    with pytest.raises(StructureError, match=r"say tfirst=False for field\(y, t\)"):
+    with pytest.raises(StructureError, match=r"tfirst=False\) as field\(y, t\)"):
         jax.grad(lambda a: wrong(lambda y, t: -a * y, 1.0, ts)[-1])(1.0)
 
 

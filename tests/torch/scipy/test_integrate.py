@@ -203,6 +203,8 @@ def test_no_derivative_past_the_end_of_a_solution(reverse) -> None:
         ({"t_eval": None}, TypeError, "t_eval: expected the times"),
         ({"t_eval": 1.0}, TypeError, r"t_eval: expected the times .* got shape \(\)"),
         ({"t_eval": [3.0]}, ValueError, "expected times in t_span"),
+        ({"t_span": (0.0, 0.5, 1.0)}, TypeError, "t_span: expected a pair"),
+        ({"t_span": 1.0}, TypeError, "t_span: expected a pair"),
         ({"events": lambda t, y: y[0]}, TypeError, "events= has no place"),
         ({"jac": lambda t, y: y}, TypeError, "jac= is not needed"),
         ({"lband": 1}, TypeError, "lband= has no place"),

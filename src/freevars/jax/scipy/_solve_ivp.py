@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from freevars._solvers.integration import OnDoubt, Reverse
-from freevars._solvers.scipy_calls import as_tuple, check_span, check_times, ivp_options
+from freevars._solvers.scipy_calls import as_tuple, check_span, check_times, ends, ivp_options
 from freevars._solvers.scipy_results import ivp_said
 from freevars.jax import _compat
 from freevars.jax._host.on_host import on_host
@@ -108,9 +108,10 @@ def solve_ivp(
     given = ivp_options(t_eval, of_call, options, single=single, times="jnp.array(t_span)")
     times = jnp.asarray(t_eval)
     check_times(times.shape)
-    dtype = jnp.result_type(float, times, *t_span)
-    ts = jnp.concatenate([jnp.asarray(t_span[0], dtype)[None], times.astype(dtype)])
-    _check_span(t_span, t_eval)
+    first, last = ends(t_span)
+    dtype = jnp.result_type(float, times, first, last)
+    ts = jnp.concatenate([jnp.asarray(first, dtype)[None], times.astype(dtype)])
+    _check_span((first, last), t_eval)
     with tracing("solve_ivp", fun):
         ys, status = _solver(on_failure, reverse, tol)(
             field, y0, ts, () if args is None else as_tuple(args), method=method, options=given

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from freevars._solvers.integration import OnDoubt, Reverse
-from freevars._solvers.scipy_calls import as_tuple, check_span, check_times, ivp_options
+from freevars._solvers.scipy_calls import as_tuple, check_span, check_times, ends, ivp_options
 from freevars.torch import _compat
 from freevars.torch._compat import pytree, transforms_active
 from freevars.torch._rules.integrals import odeint
@@ -130,11 +130,12 @@ def solve_ivp(
     single = dtypes.isdisjoint({torch.float64, torch.complex128})
     of_call = {"dense_output": dense_output, "events": events, "vectorized": vectorized}
     given = ivp_options(t_eval, of_call, options, single=single, times="torch.tensor(t_span)")
-    times, first = as_tensor(t_eval), as_tensor(t_span[0])
+    times = as_tensor(t_eval)
     check_times(times.shape)
+    first, last = map(as_tensor, ends(t_span))
     dtype = torch.promote_types(first.dtype, times.dtype)
     if not transforms_active():
-        check_span([float(as_tensor(t).detach()) for t in t_span], times.detach().tolist())
+        check_span([float(first.detach()), float(last.detach())], times.detach().tolist())
     ts = torch.cat([first.reshape(1).to(times.device, dtype), times.to(dtype)])
     args = () if args is None else as_tuple(args)
     value_in_pytorch("solve_ivp", functools.partial(fun, ts[0]), y0, args, by_x=False)
